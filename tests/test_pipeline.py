@@ -1,0 +1,107 @@
+"""The main job: on folders, interrupted, repeated, damaged."""
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flextok_edu.pipeline as pipeline
+from flextok_edu.data import ToyScenes, draw
+from flextok_edu.pipeline import RunConfig, run
+
+FAST = dict(device="cpu", steps=3, images=12, train_images=60, compile="off")
+
+
+def make_folder(root, classes=("day", "night"), count=24):
+    """Scenes as files: subfolders, mixed formats and sizes, some with alpha, one broken."""
+    data = ToyScenes("train", 64, 2, seed=1, length=count)
+    for i in range(count):
+        folder = root / classes[i % len(classes)] if classes else root
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.array(draw(data.scene(i), 40 + 7 * i)))
+        image = image.convert("RGBA") if i % 5 == 0 else image
+        image.save(folder / f"{i}.{'png' if i % 5 == 0 else ('jpg', 'webp', 'png')[i % 3]}")
+    (root / "broken.jpg" if not classes else root / classes[0] / "broken.jpg").write_text("no picture")
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:1 of")
+@pytest.mark.parametrize("classes", (("day", "night"), ()), ids=("with classes", "without classes"))
+def test_a_folder_of_images(tmp_path, classes, capsys):
+    folder = make_folder(tmp_path / "pictures", classes)
+    report = run(RunConfig(data=str(folder), out=str(tmp_path / "run"), **FAST))
+    out = tmp_path / "run"
+    assert [r["tokens"] for r in report.rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16]
+    assert not (out / "classifier").exists() and "acc_kind" not in report.rows[0], "no attribute classifier on images without attributes"
+    assert json.loads((out / "ar" / "config.json").read_text())["config"]["classes"] == max(1, len(classes))
+    for name in ("table.json", "table.csv", "report.html", "reconstructions.png", "samples.png", "losses.png", "quality.png", "vae/model.safetensors", "tokenizer/config.json"):
+        assert (out / name).stat().st_size > 200, name
+    assert "centre crop" in report.card["crop"]
+    assert not list(out.rglob(".*")), "no temporary file is left behind"
+    Image.new("RGB", (50, 50), "red").save(folder / (f"{classes[0]}/new.png" if classes else "new.png"))
+    with pytest.raises(ValueError, match="not those that the run"):
+        run(RunConfig(data=str(folder), out=str(out), **FAST))
+
+
+def test_a_retrained_stage_is_evaluated_again(tmp_path, monkeypatch, capsys):
+    config = RunConfig(out=str(tmp_path / "run"), **FAST)
+    first = run(config)
+    shutil.rmtree(tmp_path / "run" / "ar")
+    real = pipeline.train_ar
+    monkeypatch.setattr(pipeline, "train_ar", lambda train, tok, p, seed, *a: real(train, tok, p, seed + 1, *a))
+    second = run(config)
+    assert second.card["weights"]["ar"] != first.card["weights"]["ar"] and second.card["weights"]["vae"] == first.card["weights"]["vae"]
+
+
+def test_interrupted_and_started_again(tmp_path, monkeypatch, capsys):
+    """Interrupt it in the tokenizer; the same command goes on, and ends as if nothing had happened."""
+    whole = run(RunConfig(out=str(tmp_path / "whole"), **FAST))
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(pipeline, "train_tokenizer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(RunConfig(out=str(tmp_path / "cut"), **FAST))
+    assert (tmp_path / "cut" / "vae" / "config.json").exists() and not (tmp_path / "cut" / "tokenizer").exists()
+    capsys.readouterr()
+    cut = run(RunConfig(out=str(tmp_path / "cut"), **FAST))
+    assert "vae: finished before" in capsys.readouterr().out
+    assert cut.card["weights"] == whole.card["weights"] and cut.rows == whole.rows
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    config = RunConfig(out=str(tmp_path / "run"), **FAST)
+    run(config)
+    with pytest.raises(ValueError, match="seed: 0 then, 5 now"):
+        run(replace(config, seed=5))
+    weights = tmp_path / "run" / "vae" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="not the ones that config.json describes"):
+        run(config)
+    weights.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="damaged"):
+        run(config)
+
+
+def test_a_stage_of_another_run_is_refused(tmp_path):
+    one, two = (RunConfig(out=str(tmp_path / name), **{**FAST, "seed": seed}) for name, seed in (("one", 0), ("two", 1)))
+    run(one)
+    run(two)
+    shutil.rmtree(tmp_path / "one" / "vae")
+    shutil.copytree(tmp_path / "two" / "vae", tmp_path / "one" / "vae")
+    with pytest.raises(ValueError, match="trained with VAE"):
+        run(one)
+
+
+def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "probe", lambda *a: {"vae": 4., "classifier": 4., "tokenizer": 4., "ar": 4., "evaluate": 0.})
+    run(RunConfig(out=str(tmp_path / "run"), minutes=9, device="cpu", images=12, train_images=60, compile="off"))
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())["preset"]
+    steps = {name: stored[f"train_{name}"]["steps"] for name in pipeline.STAGES}
+    assert 90 <= sum(steps.values()) <= 145 and steps["vae"] > steps["ar"], steps
+    assert json.loads((tmp_path / "run" / "vae" / "config.json").read_text())["stage"]["steps"] == steps["vae"]
+    assert "minutes in all" in capsys.readouterr().out
