@@ -23,7 +23,7 @@ from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
 from .transformer import Block, ModulatedBlock, TimeEmbedding, init_linear, norm32, patchify, sincos_2d, spread, unpatchify
 from .vae import VAE
 
-# %% ../nbs/08_tokenizer.ipynb #08-51b539ed
+# %% ../nbs/08_tokenizer.ipynb #08-69922934
 class Encoder(nn.Module):
     "Latents to one short vector per register, before quantisation."
     def __init__(self, config: TokenizerConfig):
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
                ) -> Tensor:                  # (b budget l), real numbers
         k = len(self.registers)
         used = k if budget is None or self.mask == "full" else budget  # without the causal mask the rest matters
-        x = self.patches_in(patchify(latents, self.patch))                                  # b n d
+        x = self.patches_in(patchify(latents, self.patch).to(self.patches_in.weight.dtype))  # b n d
         x = x + rearrange(self.positions, "1 d h w -> (h w) d").to(x.dtype)
         n = x.shape[1]
         x = torch.cat([x, self.registers[:used].to(x.dtype).expand(len(x), -1, -1)], 1)     # b n+k d

@@ -15,35 +15,46 @@ TOK_SMALL = TokenizerConfig(4, 8, 2, 8, (8, 5, 5, 5), 64, 2, 64, 2, norm_before_
 AR_SMALL = ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=2)
 
 
+def on_fake_cuda(module):
+    """The module with all parameters and buffers replaced by fake ones on `cuda` (call it inside FakeTensorMode)."""
+    for m in module.modules():
+        for name, w in m._parameters.items():
+            if w is not None:
+                m._parameters[name] = torch.nn.Parameter(torch.empty(w.shape, dtype=w.dtype, device="cuda"), requires_grad=w.requires_grad)
+        for name, w in m._buffers.items():
+            if w is not None:
+                m._buffers[name] = torch.empty(w.shape, dtype=w.dtype, device="cuda")
+    return module
+
+
 def test_forwards_leave_nothing_on_the_cpu():
     """Fake-tensor mode with everything on `cuda`: a tensor forgotten on the CPU is an error, GPU or not."""
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
-        images = torch.empty(2, 3, 32, 32)
-        vae = VAE(VAE_SMALL)
+    vae, critic, classifier = VAE(VAE_SMALL), PatchDiscriminator(), AttributeClassifier()
+    losses, tok, ar = VAELoss(vae, VAELossConfig(perceptual=0., adversarial_start=0.)), FlexTok(TOK_SMALL), ARModel(AR_SMALL)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        for module in (losses, critic, classifier, tok, ar):
+            on_fake_cuda(module)
+        images = torch.empty(2, 3, 32, 32, device="cuda")
         latents = vae.encode(images)
-        assert vae.decode(latents).device.type == "cuda" and PatchDiscriminator()(images).device.type == "cuda"
-        losses = VAELoss(vae, VAELossConfig(perceptual=0., adversarial_start=0.))
+        assert vae.decode(latents).device.type == "cuda" and critic(images).device.type == "cuda"
         assert losses.autoencoder(images, 1.)[0].device.type == "cuda" and losses.discriminator(images, 1.)[0].device.type == "cuda"
-        assert AttributeClassifier().loss(images, torch.zeros(2, 4, dtype=torch.int64)).device.type == "cuda"
-        tok = FlexTok(TOK_SMALL, vae)
-        z = tok.encoder(latents, 3)
-        codes = tok.quantize(z)
+        assert classifier.loss(images, torch.zeros(2, 4, dtype=torch.int64, device="cuda")).device.type == "cuda"
+        codes = tok.quantize(tok.encoder(latents, 3))
         assert tok.fsq.ids_to_codes(tok.fsq.codes_to_ids(codes)).device.type == "cuda"
-        budget, null, t = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.bool), torch.empty(2)
+        budget, null, t = torch.empty(2, dtype=torch.int64, device="cuda"), torch.empty(2, dtype=torch.bool, device="cuda"), torch.empty(2, device="cuda")
         for short in (False, True):
             for told in (tok.decoder.condition(codes, budget, null, short), tok.decoder.null_condition(2, short)):
                 v = tok.decoder(latents, tok.decoder.modulations(t), *told)
                 assert v.device.type == "cuda" and v.shape == latents.shape
         assert guide_apg(v, v, 3., APG(), None)[0].device.type == "cuda"
-        ar = ARModel(AR_SMALL)
-        ids, labels = torch.empty(2, 8, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+        ids, labels = torch.empty(2, 8, dtype=torch.int64, device="cuda"), torch.empty(2, dtype=torch.int64, device="cuda")
         assert ar(ids, labels).device.type == "cuda"
-        assert ar.step(torch.empty(2, 1, 64), ar.new_cache(2, 8), 3).device.type == "cuda"
+        assert ar.step(torch.empty(2, 1, 64, device="cuda"), ar.new_cache(2, 8), 3).device.type == "cuda"
 
 
 def test_the_fake_device_test_can_fail():
     with FakeTensorMode(allow_non_fake_inputs=False):
-        ar = ARModel(AR_SMALL)  # parameters on the CPU
+        ar = ARModel(AR_SMALL)  # fake parameters, but on the CPU
         with pytest.raises(Exception, match="(?i)device"):
             ar(torch.empty(2, 8, dtype=torch.int64, device="cuda"), torch.empty(2, dtype=torch.int64, device="cuda"))
 
