@@ -162,7 +162,7 @@ def cached_logits(model: ARModel,
         x = model.token_table(ids[:, j])[:, None]
     return torch.stack(rows, 1)
 
-# %% ../nbs/09_ar.ipynb #09-ec63005c
+# %% ../nbs/09_ar.ipynb #09-454d95bd
 def tokenizer_hash(tok: FlexTok) -> str:  # 16 hexadecimal digits
     "A name for exactly this tokenizer with exactly this VAE."
     return weights_hash(tok)
@@ -208,6 +208,7 @@ def save_ar(folder: str | Path, model: ARModel, **facts) -> None:
     "Weights, configuration, and whose ids they are."
     save_model(folder, model, model.config, tokenizer=model.tokenizer, **facts)
 
+# %% ../nbs/09_ar.ipynb #09-7ef39ae2
 def load_ar(folder: str | Path,
             tok: FlexTok | None = None,  # if given, it must be the one
            ) -> tuple[ARModel, dict]:    # model in eval mode; what config.json says

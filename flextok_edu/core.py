@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #00-b82afe41
+# %% ../nbs/00_core.ipynb #00-b74e59c9
 @dataclass(frozen=True)
 class VAEConfig:
     "Stage 0. The defaults are the paper's: the SDXL-shaped autoencoder, f8, about 84 M parameters."
@@ -36,6 +36,7 @@ class VAEConfig:
     def factor(self) -> int:  # image side / latent side: the f of "f8"
         return self.stem * 2 ** (len(self.channels) - 1)
 
+# %% ../nbs/00_core.ipynb #00-abbcb24f
 @dataclass(frozen=True)
 class TokenizerConfig:
     "Stage 1: encoder, FSQ and flow decoder. The defaults are the paper's d12-d12."
@@ -78,7 +79,7 @@ class ARConfig:
     mlp_ratio: float = 4.0          # hidden width of a SwiGLU = 2/3 of this x d
     class_dropout: float = 0.1      # share of samples trained without their class, for guidance
 
-# %% ../nbs/00_core.ipynb #00-563612b1
+# %% ../nbs/00_core.ipynb #00-07b8a6e7
 @dataclass(frozen=True)
 class StageConfig:
     "How one stage is trained."
@@ -110,6 +111,7 @@ class EvalConfig:
     ar_guidance: float = 2.0       # guidance of the AR model
     temperature: float = 1.0       # temperature of the AR model
 
+# %% ../nbs/00_core.ipynb #00-0b9f96e4
 @dataclass(frozen=True)
 class Preset:
     "Everything that a size means."
@@ -127,7 +129,7 @@ class Preset:
     train_ar: StageConfig = StageConfig()
     evaluate: EvalConfig = EvalConfig()
 
-# %% ../nbs/00_core.ipynb #00-a35b895c
+# %% ../nbs/00_core.ipynb #00-920a8251
 def _paper(name: str, encoder: int, decoder: int) -> Preset:
     "A size of the paper: width = 64 x depth, 256 px, f8 with 16 channels."
     return Preset(name, 256, level=3, train_images=1_000_000,
@@ -169,6 +171,7 @@ PRESETS = {p.name: p for p in (
         evaluate=EvalConfig(images=5000, samples=5000, steps=20, guidance=3.)),
     _paper("d12_d12", 12, 12), _paper("d18_d18", 18, 18), _paper("d18_d28", 18, 28))}
 
+# %% ../nbs/00_core.ipynb #00-89dff180
 def preset(name: str) -> Preset:  # the preset
     "A preset by name. Raises ValueError for a name that is none."
     if name not in PRESETS: raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
@@ -254,7 +257,7 @@ def show(images: Tensor,       # images (b c h w) in [-1, 1]
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
     plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(title, fontsize=10); plt.tight_layout(pad=.2); plt.show()
 
-# %% ../nbs/00_core.ipynb #00-3acb6506
+# %% ../nbs/00_core.ipynb #00-6203acdf
 @contextlib.contextmanager
 def atomic(path: str | Path):  # yields the temporary path to write to
     "Write to a temporary name beside `path`, flush it to the disk, then rename. On an exception `path` stays as it was."
@@ -292,6 +295,7 @@ def save_model(folder: str | Path,   # where `model.safetensors` and `config.jso
     with atomic(Path(folder) / "model.safetensors") as temporary: save_file(state, temporary, metadata={"format": "pt"})
     write_text(Path(folder) / "config.json", json.dumps({"config": asdict(config), "weights": weights_hash(state), **facts}, indent=1))
 
+# %% ../nbs/00_core.ipynb #00-f32db0fd
 def load_model(folder: str | Path,   # a folder written by `save_model`
                build: Callable,      # configuration -> model
                cls: type,            # class of the configuration
@@ -352,7 +356,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak
     if step < warmup: return (step + 1) / warmup
     return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/00_core.ipynb #00-07cbc2af
+# %% ../nbs/00_core.ipynb #00-e25e5ca3
 @dataclass
 class Player:
     "One loss and the parameters that it moves."
@@ -361,6 +365,7 @@ class Player:
     parameters: list                             # pairs (name, parameter)
     config: StageConfig                          # learning rate, optimiser, clipping
 
+# %% ../nbs/00_core.ipynb #00-b5daf93a
 def fit(players: list[Player],          # who is trained, in the order in which they step
         batches: Iterator,              # yields batches; whatever the losses take
         steps: int,                     # how many
@@ -391,7 +396,7 @@ def fit(players: list[Player],          # who is trained, in the order in which 
             norm = nn.utils.clip_grad_norm_(weights, player.config.clip)
             for opt in opts: opt.step()
             if look:
-                row |= {player.name: value, f"{player.name}_grad": float(norm), **{k: float(torch.as_tensor(v).detach()) for k, v in numbers.items()}}
+                row |= {player.name: value, f"{player.name}_grad": float(norm), **{k: number for k, v in numbers.items() if math.isfinite(number := float(torch.as_tensor(v).detach()))}}
         if ema: ema.update()
         if len(row) > 1:
             row["seconds"] = time.perf_counter() - began

@@ -103,7 +103,7 @@ _HABITS = dict(  # kind: (favourite place, other places, favourite colours, stan
 KINDS, COLOUR_NAMES, PLACE_NAMES, LIGHT_NAMES = tuple(_PARTS), tuple(COLOURS), tuple(PLACES), tuple(LIGHTS)
 assert tuple(_HABITS) == KINDS
 
-# %% ../nbs/01_data.ipynb #01-f1fe388e
+# %% ../nbs/01_data.ipynb #01-003dbfcb
 @dataclass(frozen=True)
 class Thing:
     "One object of a scene. Positions and sizes are shares of the picture's side; y points down."
@@ -142,6 +142,7 @@ _GRID = 2048
 _EXTENT = {kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in _PARTS.items()}  # width of what is drawn, in boxes
 _RELATIONS = {"above": (0., -1.), "left of": (-1., .1), "right of": (1., .1), "below": (0., 1.)}
 
+# %% ../nbs/01_data.ipynb #01-d576e852
 def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Scene:  # a random scene
     "Draw a scene's ground truth; `odd` chooses the half of the position grid (validation uses the odd one)."
     u = rng.random(24)
@@ -175,7 +176,7 @@ def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Sce
         front.append(bool(v[3] > .5))
     return Scene(place, light, horizon, tuple(things), tuple(front), level, int(u[23] * 2**31))
 
-# %% ../nbs/01_data.ipynb #01-d8ca57e7
+# %% ../nbs/01_data.ipynb #01-6d9db40a
 _UNIT = {kind: (np.concatenate([p for _, p in parts]), np.cumsum([len(p) for _, p in parts])[:-1], [c for c, _ in parts]) for kind, parts in _PARTS.items()}
 
 def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
@@ -215,6 +216,7 @@ def _texture(canvas: ImageDraw.ImageDraw, scene: Scene, side: int, tint) -> None
             elif place == "street": canvas.rectangle([x - s, y - .3 * s, x + s, y + .3 * s], outline=shade(1, .8))
             elif place == "snow": r = .25 * s; canvas.ellipse([x - r, b * side - r, x + r, b * side + r], fill=shade(1, 1.1))
 
+# %% ../nbs/01_data.ipynb #01-cf69d16d
 def draw(scene: Scene,      # what to paint
          size: int = 64,    # side of the picture in pixels
         ) -> np.ndarray:    # picture (size, size, 3), uint8
@@ -291,7 +293,7 @@ class ToyScenes(Dataset):
             images[i], labels[i] = draw(scene, self.size), scene.labels
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
-# %% ../nbs/01_data.ipynb #01-b7ad7858
+# %% ../nbs/01_data.ipynb #01-05078099
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 def to_rgb(image: Image.Image) -> Image.Image:  # the same picture as RGB
@@ -324,6 +326,7 @@ class FolderImages:
     paths: tuple[str, ...]    # relative paths of the used files
     skipped: tuple[str, ...]  # relative paths of the broken ones
 
+# %% ../nbs/01_data.ipynb #01-8b101625
 def read_folder(root: str | Path,      # folder, with or without class subfolders
                 size: int,             # side of the squares
                 limit: int | None = None,  # read at most so many files (evenly spread)
@@ -359,7 +362,7 @@ def read_folder(root: str | Path,      # folder, with or without class subfolder
     names = tuple(sorted(set(labels)))
     return FolderImages(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor([names.index(n) for n in labels]), names, tuple(used), tuple(skipped))
 
-# %% ../nbs/01_data.ipynb #01-4a58a163
+# %% ../nbs/01_data.ipynb #01-2e6553aa
 @dataclass(frozen=True)
 class ImageSet:
     "Images in memory, and where they come from."
@@ -378,6 +381,7 @@ class ImageSet:
         digest.update(self.images.numpy().tobytes()); digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+# %% ../nbs/01_data.ipynb #01-e3603a69
 def load_data(source: str,              # "scenes", or a folder of images
               size: int,                # side in pixels
               train_images: int,        # scenes to render for training
@@ -410,6 +414,7 @@ def load_data(source: str,              # "scenes", or a folder of images
                         f"{Path(source).name} {name}, {len(indices)} of {count} images ({twice} doubles and {len(folder.skipped)} broken files left out), split seed {seed}, short side to {size} px (bicubic), centre crop")
     return part(order[held:], "train"), part(order[:held], "val")
 
+# %% ../nbs/01_data.ipynb #01-367f01b3
 def batches(data: ImageSet,          # where from
             batch: int,              # images a batch
             seed: int = 0,           # order of the images

@@ -92,7 +92,7 @@ def make_card(data: ImageSet, eyes: list, config: EvalConfig, seed: int, weights
             "ar_guidance": config.ar_guidance, "temperature": config.temperature, "weights_are": weights_are, "resamples": RESAMPLES,
             "weights": {name: weights_hash(model) for name, model in weights.items() if model is not None}, "versions": versions()}
 
-# %% ../nbs/10_evaluate.ipynb #10-df646ef6
+# %% ../nbs/10_evaluate.ipynb #10-91618832
 def token_counts(k: int) -> list[int]:  # 1, 2, 4, … and k
     "The token counts of the tables: powers of two, and all."
     return [2 ** i for i in range(k.bit_length()) if 2 ** i < k] + [k]
@@ -109,6 +109,7 @@ def column(extractor: str) -> str:  # key of a Fréchet distance in a row
     "Where the distance in this extractor's features is kept: distances of different eyes never share a column."
     return f"frechet_{extractor.split('/')[0]}"
 
+# %% ../nbs/10_evaluate.ipynb #10-62b72e69
 @dataclass
 class Report:
     "Rows of a measurement, and the card under which all were measured."
@@ -142,6 +143,7 @@ class Report:
         eyes = [f"Fréchet {i + 1}: distance in the features of {name}" for i, name in enumerate(self.card["extractors"])]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *eyes, *[f"note: {note}" for note in self.notes]])
 
+# %% ../nbs/10_evaluate.ipynb #10-504293f3
 def evaluate_tokenizer(tok: FlexTok,
                        data: ImageSet,             # held-out images: originals and reference
                        other: ImageSet,            # other real images, for the floor of the distance: best ones that nothing was trained on

@@ -160,7 +160,7 @@ def kl_to_standard_normal(mean: Tensor,     # (b c h w)
     "KL(N(mean, exp(logvar)) || N(0, 1)), averaged over elements."
     return .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
-# %% ../nbs/03_vae.ipynb #03-df9a2e63
+# %% ../nbs/03_vae.ipynb #03-272814ae
 class PatchDiscriminator(nn.Module):
     "Scores overlapping windows of an image: high for real, low for reconstructed (Isola et al. 2017)."
     def __init__(self, channels: int = 3, width: int = 32, layers: int = 3):
@@ -175,6 +175,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # images (b 3 H W) -> scores (b 1 h w)
         return self.body(images.contiguous(memory_format=torch.channels_last))
 
+# %% ../nbs/03_vae.ipynb #03-a2e35b22
 class VAELoss(nn.Module):
     "All four losses. `autoencoder` and `discriminator` are the two players that `fit` steps in turn."
     def __init__(self, vae: VAE, weights: VAELossConfig,

@@ -1,0 +1,86 @@
+"""The short cuts are equalities: held against the plain computation at every kind of budget, on large random weights."""
+import pytest
+import torch
+
+from flextok_edu.core import TokenizerConfig
+from flextok_edu.tokenizer import FlexTok
+
+CONFIG = TokenizerConfig(4, 16, 2, 64, (8, 5, 5, 5), 128, 2, 128, 3)
+BUDGETS = (1, 2, 3, 8, 31, 64)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    generator = torch.Generator().manual_seed(0)
+    model = FlexTok(CONFIG).eval()
+    with torch.no_grad():
+        for w in model.parameters():
+            w.copy_(torch.randn(w.shape, generator=generator) * (.3 if w.ndim > 1 else 1.))
+    return model
+
+
+def close(a, b, tolerance=1e-5):
+    """Relative to the output's maximum."""
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_encode_only_what_is_kept(tok, budget):
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert close(tok.encoder(latents, budget), tok.encoder(latents)[:, :budget])
+
+
+@pytest.mark.parametrize("budget", [*BUDGETS, BUDGETS], ids=str)
+def test_one_mask_token_is_enough(tok, budget):
+    generator = torch.Generator().manual_seed(2)
+    b = len(BUDGETS)
+    codes, x, t = torch.randn(b, 64, 4, generator=generator), torch.randn(b, 4, 16, 16, generator=generator), torch.rand(b, generator=generator)
+    kept = torch.tensor(budget).expand(b)
+    results = []
+    for short in (False, True):
+        cut = codes[:, :int(kept.max())] if short else codes
+        registers, bias = tok.decoder.condition(cut, kept, short=short)
+        assert registers.shape[1] == (int(kept.max()) + 1 if short else 64)
+        v = tok.decoder(x, tok.decoder.modulations(t), registers, bias)
+        grads = torch.autograd.grad(v.square().mean(), [tok.decoder.mask_token, tok.decoder.codes_in.weight])
+        results.append((v.detach(), *grads))
+    assert close(results[1][0], results[0][0])
+    for short, plain in zip(results[1][1:], results[0][1:]):
+        assert float((short - plain).abs().max()) <= 1e-4 * max(float(plain.abs().max()), 1e-6), "gradients too"
+
+
+def test_one_null_token_is_enough(tok):
+    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([.2, .9])
+    with torch.no_grad():
+        plain, short = (tok.decoder(x, tok.decoder.modulations(t), *tok.decoder.null_condition(2, s)) for s in (False, True))
+    assert close(short, plain)
+
+
+def test_modulations_of_all_steps_in_one_product(tok):
+    times = torch.linspace(1, 0, 9)
+    together = tok.decoder.modulations(times)
+    for i in range(9):
+        for all_steps, one in zip(together, tok.decoder.modulations(times[i:i + 1])):
+            assert close(all_steps[i:i + 1], one)
+
+
+@pytest.mark.parametrize("apg", (False, True), ids=("guidance", "APG"))
+def test_whole_decodes_agree(tok, apg):
+    generator = torch.Generator().manual_seed(4)
+    ids = [torch.randint(1000, (k,), generator=generator) for k in BUDGETS]
+    noise = torch.randn(len(ids), 4, 16, 16, generator=generator)
+    results = []
+    for tok.short_cuts in (False, True):
+        results.append(tok.decode_latents(ids, noise, steps=3, guidance=3., apg=apg))
+    assert close(results[1], results[0], 1e-4)
+
+
+def test_without_the_causal_mask_the_short_cut_is_off():
+    """Then registers beyond the budget matter, so all of them are encoded."""
+    from dataclasses import replace
+    torch.manual_seed(0)
+    model = FlexTok(replace(CONFIG, encoder_mask="full")).eval()
+    latents = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model.encoder(latents, 5), model.encoder(latents)[:, :5])
