@@ -6,7 +6,7 @@
 __all__ = ['RMSNorm', 'CausalAttention', 'ARBlock', 'ARModel', 'cached_logits', 'tokenizer_hash', 'check_tokenizer',
            'tokenize_all', 'train_ar', 'save_ar', 'load_ar', 'sample_images']
 
-# %% ../nbs/09_ar.ipynb #09-f89aa9ae
+# %% ../nbs/09_ar.ipynb #09-461aa8bf
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import ARConfig, EMA, Player, Preset, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
+from .core import ARConfig, EMA, Player, Preset, Pretrained, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .tokenizer import FlexTok
 from .transformer import SwiGLU
@@ -62,8 +62,8 @@ class ARBlock(nn.Module):
         x = x + self.attention(self.norm1(x), cache, position)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/09_ar.ipynb #09-cf9c86d0
-class ARModel(nn.Module):
+# %% ../nbs/09_ar.ipynb #09-2cfe3025
+class ARModel(nn.Module, Pretrained):
     "Class-conditional GPT over ids. Class number `classes` means: no class."
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -90,6 +90,10 @@ class ARModel(nn.Module):
         x = x + self.positions[:x.shape[1]]
         for block in self.blocks: x = block(x)
         return self.head(self.norm(x))
+
+    @classmethod
+    def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel": return load_ar(folder, tokenizer)[0]
+    def _save_pretrained(self, save_directory: Path) -> None: save_ar(save_directory, self)
 
     def loss(self,
              ids: Tensor,      # ids (b k)

@@ -36,10 +36,10 @@ def flow_loss(velocity: Tensor,   # prediction (b …)
     "Mean squared error of the velocity, per sample, in float32."
     return (velocity.float() - target.float()).square().flatten(1).mean(1)
 
-# %% ../nbs/07_flow.ipynb #07-8bf02078
+# %% ../nbs/07_flow.ipynb #07-4947cf14
 def euler_times(steps: int, device=None) -> Tensor:  # times (steps + 1,), from 1 to 0
     "The times that Euler visits. Raises ValueError for fewer than one step."
-    if steps < 1: raise ValueError(f"sampling needs at least 1 step, not {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"sampling needs a whole number of steps, at least 1, not {steps!r}")
     return torch.linspace(1, 0, steps + 1, device=device)
 
 def euler(velocity: Callable[[Tensor, int], Tensor],  # (x, number of the step) -> velocity; times are euler_times(steps)

@@ -61,7 +61,7 @@ class FSQ(nn.Module):
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary):
             raise ValueError(f"ids must lie in 0 .. {self.vocabulary - 1}; these reach from {int(ids.min())} to {int(ids.max())}: they come from another tokenizer?")
 
-# %% ../nbs/04_fsq.ipynb #04-9ab4e4a0
+# %% ../nbs/04_fsq.ipynb #04-4aeb199c
 class RunningNorm(nn.Module):
     "Zero mean and unit scale per channel by running statistics, never by those of the batch at hand."
     def __init__(self, dim: int, momentum: float = .01):  # dim: channels (last axis); momentum: weight of a new batch
@@ -78,8 +78,11 @@ class RunningNorm(nn.Module):
                keep: Tensor | None = None,  # boolean (b k): the positions that count; all by default
               ) -> None:
         "Move the statistics towards this batch. The first batches count more (1/n), so that the start is forgotten."
-        z = (z if keep is None else z[keep]).float().reshape(-1, z.shape[-1])
+        z, counts = z.float(), torch.ones(z.shape[:-1], device=z.device) if keep is None else keep.float()
+        share = (counts / counts.sum())[..., None]  # sums with weights: indexing by a mask would make a GPU wait
+        mean = (z * share).flatten(0, -2).sum(0)
+        std = ((z - mean).square() * share).flatten(0, -2).sum(0).sqrt()
         self.updates += 1
         weight = torch.clamp(1 / self.updates, min=self.momentum)
-        self.mean.lerp_(z.mean(0), weight)
-        self.std.lerp_(z.std(0, unbiased=False).clamp_min(1e-4), weight)
+        self.mean.lerp_(mean, weight)
+        self.std.lerp_(std.clamp_min(1e-4), weight)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'LatentTokenizer', 'FlexTok', 'cache_latents', 'latent_batches',
-           'train_tokenizer', 'save_tokenizer', 'load_tokenizer']
+           'train_tokenizer', 'fit_tokenizer', 'save_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/08_tokenizer.ipynb #08-45e7a450
-import math
+# %% ../nbs/08_tokenizer.ipynb #08-1fc469a8
+import math, warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,25 +15,26 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Player, Preset, TokenizerConfig, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
+from .core import EMA, Player, Preset, Pretrained, StageConfig, TokenizerConfig, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, euler, euler_times, flow_loss, guide, guide_apg, mix, sample_time, velocity_target
 from .fsq import FSQ, RunningNorm
 from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
-from .transformer import Block, ModulatedBlock, TimeEmbedding, init_linear, norm32, patchify, sincos_2d, spread, unpatchify
+from .transformer import Block, ModulatedBlock, TimeEmbedding, init_linear, modulate, norm32, patchify, sincos_2d, unpatchify
 from .vae import VAE
 
-# %% ../nbs/08_tokenizer.ipynb #08-69922934
+# %% ../nbs/08_tokenizer.ipynb #08-eaf84aaf
 class Encoder(nn.Module):
     "Latents to one short vector per register, before quantisation."
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        c, d, side = config, config.encoder_width, config.latent_size // config.patch
-        self.patch, self.mask = c.patch, c.encoder_mask
-        self.patches_in = nn.Linear(c.patch ** 2 * c.latent_channels, d)
+        c, trunk = config, config.encoder
+        d, side = trunk.width, c.latent_size // trunk.patch
+        self.patch, self.mask = trunk.patch, c.encoder_mask
+        self.patches_in = nn.Linear(trunk.patch ** 2 * c.latent_channels, d)
         self.register_buffer("positions", sincos_2d(d, side, side))
         self.registers = nn.Parameter(torch.empty(c.registers, d))
-        self.blocks = nn.ModuleList(Block(d, c.head_dim, c.mlp_ratio) for _ in range(c.encoder_depth))
+        self.blocks = nn.ModuleList(Block(d, trunk.head_dim, trunk.mlp_ratio) for _ in range(trunk.depth))
         self.head = nn.Linear(d, len(c.levels))
         init_linear(self)
         nn.init.trunc_normal_(self.registers, std=.02)
@@ -52,12 +53,12 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return self.head(norm32(x[:, n:]))[:, :budget]                                      # b k l
 
-# %% ../nbs/08_tokenizer.ipynb #08-2003ff1e
+# %% ../nbs/08_tokenizer.ipynb #08-90843ce0
 class Condition(nn.Module):
     "Codes to what the decoder is told: registers, and a bias that lets one token count as many."
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        d, self.k = config.decoder_width, config.registers
+        d, self.k = config.decoder.width, config.registers
         self.codes_in = nn.Linear(len(config.levels), d)
         self.register_positions = nn.Parameter(torch.empty(config.registers, d))
         self.mask_token, self.null_token = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
@@ -71,6 +72,7 @@ class Condition(nn.Module):
                  ) -> tuple[Tensor, Tensor | None]:  # registers (b r' d); attention bias (b r'), or None
         "What the decoder is told about each image."
         b, r, _ = codes.shape
+        short = short and not (isinstance(budget, int) and budget == r == self.k and null is None)  # nothing dropped: nothing to shorten
         x = self.codes_in(codes.to(self.codes_in.weight.dtype)) + self.register_positions[:r]
         keep = keep_mask(budget, b, r, x.device)
         x = nested_dropout(x, keep, self.mask_token)
@@ -92,19 +94,19 @@ class Condition(nn.Module):
         x = self.null_token.expand(b, 1 if short else self.k, -1)
         return x, torch.full((b, 1), math.log(self.k), device=x.device) if short else None
 
-# %% ../nbs/08_tokenizer.ipynb #08-8125021c
+# %% ../nbs/08_tokenizer.ipynb #08-44f05216
 class Decoder(Condition):
     "Noisy latents, time and condition to a velocity."
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
-        c, d, self.side = config, config.decoder_width, config.latent_size // config.patch
-        self.patch = c.patch
-        self.patches_in = nn.Linear(c.patch ** 2 * c.latent_channels, d)
+        c, trunk = config, config.decoder
+        d, self.patch, self.side = trunk.width, trunk.patch, c.latent_size // trunk.patch
+        self.patches_in = nn.Linear(trunk.patch ** 2 * c.latent_channels, d)
         self.register_buffer("positions", sincos_2d(d, self.side, self.side))
         self.time = TimeEmbedding(d, c.time_features, c.max_timestep)
-        self.blocks = nn.ModuleList(ModulatedBlock(d, c.head_dim, c.mlp_ratio, c.modulations) for _ in range(c.decoder_depth))
+        self.blocks = nn.ModuleList(ModulatedBlock(d, trunk.head_dim, trunk.mlp_ratio, c.modulations) for _ in range(trunk.depth))
         self.to_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.head = nn.Linear(d, c.patch ** 2 * c.latent_channels)
+        self.head = nn.Linear(d, trunk.patch ** 2 * c.latent_channels)
         init_linear(self)
         zeros = [self.to_modulation[1], self.head] + [block.to_modulation[1] for block in self.blocks]
         for layer in zeros: nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
@@ -129,22 +131,23 @@ class Decoder(Condition):
         for i, block in enumerate(self.blocks):
             x = block(x, n, modulations[i], mask)
             if i == hidden_of: hidden = x
-        shift, scale = spread(modulations[-1], n, 0)
-        v = self.head(norm32(x[:, :n]) * (1 + scale) + shift)                              # b n p*p*c
+        v = self.head(modulate(norm32(x[:, :n]), n, *modulations[-1].unbind(2)))           # b n p*p*c
         v = unpatchify(v, self.patch, self.side)
         return v if hidden_of is None else (v, hidden)
 
-# %% ../nbs/08_tokenizer.ipynb #08-8c6d8115
+# %% ../nbs/08_tokenizer.ipynb #08-9f47117e
 class TokenizerParts(nn.Module):
     "Encoder, quantiser, decoder and VAE of a tokenizer, and the checks at its doors."
     def __init__(self, config: TokenizerConfig,
                  vae: VAE | None = None):  # stage 0; without it only the calls on latents work
         super().__init__()
+        if config.encoder_mask == "full": warnings.warn("encoder_mask='full': every register sees all others, so a smaller budget cannot be encoded for less, and is no prefix of a larger one's training (short cut 1 is off)", stacklevel=3)
         self.config = config
         self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
-        self.short_cuts = True  # exact; switch off to see the plain computation
+        self.short_cuts = True         # exact; switch off to see the plain computation
+        self.guidance_together = False  # exact; both guidance passes as one batch: more positions, fewer calls
 
     @property
     def device(self) -> torch.device: return self.decoder.mask_token.device
@@ -172,7 +175,7 @@ class TokenizerParts(nn.Module):
         if latents.ndim != 4 or tuple(latents.shape[1:]) != shape: raise ValueError(f"latents must be (b, {', '.join(map(str, shape))}), not {tuple(latents.shape)}")
         if not torch.isfinite(latents).all(): raise ValueError("latents contain NaN or infinity: is the VAE trained, and are the images in [-1, 1]?")
 
-# %% ../nbs/08_tokenizer.ipynb #08-714d6258
+# %% ../nbs/08_tokenizer.ipynb #08-d329b4c2
 class LatentTokenizer(TokenizerParts):
     "Latents to ids and back."
 
@@ -208,22 +211,24 @@ class LatentTokenizer(TokenizerParts):
             noise = torch.randn(b, *shape, device=self.device) if seed is None else noise_like(shape, seed, range(first_index, first_index + b), self.device)
         if noise.shape != (b, *shape): raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
         if not math.isfinite(guidance): raise ValueError(f"guidance must be a finite number, not {guidance}")
-        modulations = self.decoder.modulations(euler_times(steps, self.device)[:-1])  # of all steps at once
+        times = euler_times(steps, self.device)[:-1]
+        modulations = self.decoder.modulations(times) if self.short_cuts else None    # of all steps at once
         told = self.decoder.condition(self.fsq.ids_to_codes(ids), budget, short=self.short_cuts)
-        nothing = self.decoder.null_condition(b, self.short_cuts) if guidance != 1 else None
+        nothing = self.decoder.null_condition(b, self.short_cuts)
+        both = _side_by_side(told, nothing) if self.guidance_together else None
         settings, running = APG() if apg is True else apg, None
         def velocity(x, i):
             nonlocal running
-            now = [m[i:i + 1] for m in modulations]
-            v = self.decoder(x, now, *told)
-            if nothing is None: return v
-            v_uncond = self.decoder(x, now, *nothing)
+            now = [m[i:i + 1] for m in modulations] if self.short_cuts else self.decoder.modulations(times[i:i + 1])
+            if guidance == 1: return self.decoder(x, now, *told)
+            if both: v, v_uncond = self.decoder(torch.cat([x, x]), now, *both).chunk(2)
+            else: v, v_uncond = self.decoder(x, now, *told), self.decoder(x, now, *nothing)
             if not settings: return guide(v, v_uncond, guidance)
             v, running = guide_apg(v, v_uncond, guidance, settings, running)
             return v
         return euler(velocity, noise.to(self.device), steps)
 
-    def _pad(self, ids: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:  # ids (b r), zeros behind the end; lengths (b,)
+    def _pad(self, ids: Tensor | list[Tensor]) -> tuple[Tensor, int | Tensor]:  # ids (b r), zeros behind the end; their length, or lengths (b,) if they differ
         rows = list(ids) if isinstance(ids, (list, tuple)) else None
         if rows is None:
             if ids.ndim != 2: raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
@@ -238,10 +243,19 @@ class LatentTokenizer(TokenizerParts):
             padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         for k in lengths[:1] if rows is None else lengths: self._check_budget(k)
         self.fsq.check_ids(padded)
-        return padded.to(self.device), torch.tensor(lengths, device=self.device)
+        return padded.to(self.device), lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
 
-# %% ../nbs/08_tokenizer.ipynb #08-63ad21dd
-class FlexTok(LatentTokenizer):
+def _side_by_side(told: tuple, nothing: tuple) -> tuple[Tensor, Tensor | None]:  # registers (2b r d); bias (2b r), or None
+    "Both conditions as one batch. The shorter one is filled up with tokens that nobody may look at."
+    (a, bias_a), (b, bias_b) = told, nothing
+    missing = a.shape[1] - b.shape[1]
+    if not missing: return torch.cat([a, b.to(a.dtype)]), None if bias_a is None else torch.cat([bias_a, bias_b])
+    b = torch.cat([b[:, :1].expand(-1, missing, -1), b], 1)
+    if bias_a is None: bias_a = bias_b.new_zeros(a.shape[:2])
+    return torch.cat([a, b.to(a.dtype)]), torch.cat([bias_a, torch.cat([bias_b.new_full((len(b), missing), -math.inf), bias_b], 1)])
+
+# %% ../nbs/08_tokenizer.ipynb #08-66769e47
+class FlexTok(LatentTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
 
     @torch.no_grad()
@@ -269,10 +283,25 @@ class FlexTok(LatentTokenizer):
                    noise: Tensor | None = None,  # or the noise itself (b c h w)
                    apg: APG | bool = False,      # adaptive projected guidance
                    first_index: int = 0,         # number of the first image, for its noise
+                   *, timesteps: int | None = None,             # what the released API calls `steps`,
+                   guidance_scale: float | None = None,         # `guidance`,
+                   perform_norm_guidance: bool | None = None,   # and `apg`
                   ) -> Tensor:                   # images (b 3 H W) in [-1, 1]
-        "Ids to images."
+        "Ids to images. Raises ValueError or TypeError for ids or settings that are none, and for a setting given under both of its names."
         vae = self._need_vae("detokenize")
+        steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
+        apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         return vae.decode(self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index)).clamp(-1, 1)
+
+    @classmethod
+    def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
+        "A folder written by `save_pretrained`; its VAE lies in `vae/`."
+        if vae is None and (folder / "vae" / "config.json").exists(): vae = VAE.from_pretrained(folder / "vae")
+        return load_tokenizer(folder, vae)[0]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.vae is not None: self.vae._save_pretrained(Path(save_directory) / "vae")
+        save_tokenizer(save_directory, self)
 
     def loss(self,
              latents: Tensor   # normalised latents (b c h w)
@@ -281,10 +310,10 @@ class FlexTok(LatentTokenizer):
         c, b, device = self.config, len(latents), latents.device
         z = self.encoder(latents)                                                    # b k l
         budget = sample_budget(c.dropout_law, b, c.registers, device=device)
-        if self.norm is not None and self.training: self.norm.update(z, keep_mask(budget, b, c.registers, device))
+        if self.norm is not None and self.norm.training: self.norm.update(z, keep_mask(budget, b, c.registers, device))
         codes = self.quantize(z)
         null = torch.rand(b, device=device) < c.null_probability
-        t, noise = sample_time(c.time_law, b, device=device), torch.randn_like(latents)
+        t, noise = sample_time(c.time_law, b, device=device, mode_scale=c.mode_scale), torch.randn_like(latents)
         zeros = round(c.zero_noise * b)                                              # zero-noise regression
         zeroed = torch.arange(b, device=device) < zeros
         t, noise = torch.where(zeroed, 1., t), noise * ~zeroed[:, None, None, None]
@@ -293,6 +322,11 @@ class FlexTok(LatentTokenizer):
         if not zeros: return loss.mean(), {}
         full = zeroed & ~null & (budget == c.registers)                              # means by sums: indexing by a mask would make a GPU wait
         return loss.mean(), {"flow": (loss * ~zeroed).sum() / (b - zeros or 1), "regression_full": (loss * full).sum() / full.sum()}
+
+def _either(ours: str, value, default, theirs: str, other):  # the one that was given
+    if other is None: return value
+    if value != default: raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
+    return other
 
 # %% ../nbs/08_tokenizer.ipynb #08-89ba2ecc
 @torch.no_grad()
@@ -323,7 +357,7 @@ def latent_batches(means: Tensor,   # normalised posterior means (N c h w)
         if stds is not None: latents = latents + stds[chosen] * torch.randn(latents.shape, generator=generator, device="cpu")
         yield latents.to(device)
 
-# %% ../nbs/08_tokenizer.ipynb #08-fd46ea9e
+# %% ../nbs/08_tokenizer.ipynb #08-bb360699
 def train_tokenizer(data: ImageSet,    # training images
                     vae: VAE,          # trained stage 0
                     preset: Preset,    # sizes and steps
@@ -334,30 +368,53 @@ def train_tokenizer(data: ImageSet,    # training images
                     use_compiler: bool = False,  # torch.compile the blocks
                     progress: bool = True,
                    ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
-    "Train encoder and decoder on cached latents."
-    config = preset.train_tokenizer
-    images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images
-    means, stds = cache_latents(vae, images)
+    "Train a new tokenizer on cached latents."
     torch.manual_seed(seed)
-    tok = FlexTok(preset.tokenizer, vae).to(device).train()
-    ema = EMA([w for _, w in tok.own_parameters()], config.ema)
-    stream = latent_batches(means, stds if preset.tokenizer.sample_posterior else None, config.batch, seed, device)
-    player = Player("tokenizer", lambda latents, progress: tok.loss(latents), tok.own_parameters(), config)
-    with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
-        log = fit([player], stream, config.steps, ema, precision, device, "tokenizer", progress=progress)
+    return fit_tokenizer(FlexTok(preset.tokenizer, vae), data, preset.train_tokenizer, "both", seed, device, flip, precision, use_compiler, progress)
+
+def fit_tokenizer(tok: FlexTok,        # with its VAE; trained in place
+                  data: ImageSet,      # training images
+                  config: StageConfig, # steps, learning rate, …
+                  part: str = "both",  # "both": encoder and decoder; "decoder": the ids stay what they are
+                  seed: int = 0,
+                  device="cpu",
+                  flip: bool = False,     # also learn from mirrored images
+                  precision: torch.dtype | None = None,
+                  use_compiler: bool = False,  # torch.compile the blocks
+                  progress: bool = True,
+                 ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
+    "Train a tokenizer, or go on with a trained one. Raises ValueError for images, a part or weights that do not fit."
+    c, vae, side = tok.config, tok._need_vae("training"), data.images.shape[-1]
+    if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
+    if side != c.latent_size * vae.config.factor: raise ValueError(f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * vae.config.factor}")
+    if tok.decoder.mask_token.dtype != torch.float32: raise ValueError(f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass precision= for speed")
+    tok = tok.to(device).train()
+    if part == "decoder": tok.encoder.requires_grad_(False).eval(); tok.norm is None or tok.norm.eval()
+    means, stds = cache_latents(vae, torch.cat([data.images, data.images.flip(-1)]) if flip else data.images)
+    torch.manual_seed(seed)
+    moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
+    ema = EMA([w for _, w in moved], config.ema)
+    stream = latent_batches(means, stds if c.sample_posterior else None, config.batch, seed, device)
+    try:
+        with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
+            log = fit([Player("tokenizer", lambda latents, progress: tok.loss(latents), moved, config)], stream, config.steps, ema, precision, device, "tokenizer", progress=progress)
+    finally: tok.encoder.requires_grad_(True)
     ema.apply()
-    if tok.norm is not None:  # its statistics belong to the weights of the last steps: measure those of the averaged weights
-        tok.norm.updates.zero_()
-        with torch.no_grad():
-            for _ in range(20):
-                z = tok.encoder(next(stream))
-                tok.norm.update(z, keep_mask(sample_budget(preset.tokenizer.dropout_law, len(z), preset.tokenizer.registers, device=z.device), *z.shape[:2], z.device))
+    if tok.norm is not None and part == "both": _measure_norm(tok, stream)
     return tok.eval(), log
 
-# %% ../nbs/08_tokenizer.ipynb #08-2ea5cbff
+@torch.no_grad()
+def _measure_norm(tok: FlexTok, stream: Iterator) -> None:
+    "The norm's statistics belong to the weights of the last steps: measure those of the averaged weights."
+    tok.norm.updates.zero_()
+    for _ in range(20):
+        z = tok.encoder(next(stream))
+        tok.norm.update(z, keep_mask(sample_budget(tok.config.dropout_law, len(z), tok.config.registers, device=z.device), *z.shape[:2], z.device))
+
+# %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
     "Weights and configuration, without the VAE but with its hash."
-    save_model(folder, tok.own_state(), tok.config, vae=weights_hash(tok.vae) if tok.vae is not None else None, **facts)
+    save_model(folder, tok.own_state(), tok.config, vae=weights_hash(tok.vae) if tok.vae is not None else None, terms=tok.terms, **facts)
 
 def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
@@ -365,4 +422,5 @@ def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok,
     if vae is not None:
         if facts.get("vae") not in (None, weights_hash(vae)): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights_hash(vae)}: its tokens would mean nothing")
         tok.vae = vae.requires_grad_(False).eval()
+    tok.terms = facts.get("terms")
     return tok, facts

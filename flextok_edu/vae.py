@@ -6,15 +6,16 @@
 __all__ = ['ResBlock', 'SpatialAttention', 'Down', 'Up', 'VAEEncoder', 'VAEDecoder', 'VAE', 'kl_to_standard_normal',
            'PatchDiscriminator', 'VAELoss', 'train_vae']
 
-# %% ../nbs/03_vae.ipynb #03-7261e982
+# %% ../nbs/03_vae.ipynb #03-c61dcd5b
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Player, Preset, StageConfig, VAEConfig, VAELossConfig, fit, from_uint8, load_model, save_model
+from .core import EMA, Player, Preset, Pretrained, StageConfig, VAEConfig, VAELossConfig, fit, from_uint8, load_model, save_model
 from .data import ImageSet, batches
 from .features import Lite0, perceptual_distance
 
@@ -103,8 +104,8 @@ class VAEDecoder(nn.Module):
         x = self.levels(x)
         return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
 
-# %% ../nbs/03_vae.ipynb #03-c0d5bf1f
-class VAE(nn.Module):
+# %% ../nbs/03_vae.ipynb #03-4ede3770
+class VAE(nn.Module, Pretrained):
     "KL autoencoder (Rombach et al. 2022, the shape of SDXL's). `encode` and `decode` speak normalised latents."
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -123,6 +124,13 @@ class VAE(nn.Module):
             raise ValueError(f"images must be (b, {c}, H, W) with H and W divisible by {f}, not {tuple(images.shape)}")
         mean, logvar = self.encoder(images.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
+
+    @classmethod
+    def _load_pretrained(cls, folder: Path) -> "VAE":
+        vae, facts = load_model(folder, cls, VAEConfig)
+        vae.terms = facts.get("terms")
+        return vae
+    def _save_pretrained(self, save_directory: Path) -> None: save_model(save_directory, self, self.config, terms=self.terms)
 
     def normalize(self, latents: Tensor) -> Tensor:    # (b c h w): zero mean, unit scale per channel
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]

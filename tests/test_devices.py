@@ -4,14 +4,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flextok_edu.ar import ARModel
-from flextok_edu.core import ARConfig, TokenizerConfig, VAEConfig, VAELossConfig, noise_like, pick_device
+from flextok_edu.core import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig, VAELossConfig, noise_like, pick_device
 from flextok_edu.features import AttributeClassifier
 from flextok_edu.flow import APG, guide_apg
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE, PatchDiscriminator, VAELoss
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16, 32), layers=1, stem=2, groups=4)
-TOK_SMALL = TokenizerConfig(4, 8, 2, 8, (8, 5, 5, 5), 64, 2, 64, 2, norm_before_fsq=True, zero_noise=.5)
+TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 2), TrunkConfig(64, 2), norm_before_fsq=True, zero_noise=.5)
 AR_SMALL = ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=2)
 
 

@@ -17,10 +17,10 @@ import flextok_edu.registers as registers
 import flextok_edu.tokenizer as tokenizer
 import flextok_edu.transformer as transformer
 import flextok_edu.vae as vae
-from flextok_edu.core import ARConfig, EvalConfig, StageConfig, TokenizerConfig, VAEConfig, VAELossConfig, fit
+from flextok_edu.core import ARConfig, EvalConfig, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig, VAELossConfig, fit
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4)
-TOK_SMALL = TokenizerConfig(4, 8, 2, 8, (8, 5, 5, 5), 64, 1, 64, 2, norm_before_fsq=False)
+TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 2), norm_before_fsq=False)
 
 
 def randomize(module, scale=.2):
@@ -301,9 +301,9 @@ def raw_x_in_adaln(monkeypatch):
 
 def raw_x_in_the_mlp_half(monkeypatch):
     def forward(self, x, n, modulation, mask=None):
-        gate1, gate2, shift1, scale1, shift2, scale2 = transformer.spread(modulation, n, x.shape[1] - n)
-        x = x + gate1 * self.attention(transformer.norm32(x) * (1 + scale1) + shift1, mask)
-        return x + gate2 * self.mlp(x * (1 + scale2) + shift2)
+        gate1, gate2, shift1, scale1, shift2, scale2 = modulation.unbind(2)
+        x = transformer.gated(x, n, gate1, self.attention(transformer.modulate(transformer.norm32(x), n, shift1, scale1), mask))
+        return transformer.gated(x, n, gate2, self.mlp(transformer.modulate(x, n, shift2, scale2)))
     monkeypatch.setattr(transformer.ModulatedBlock, "forward", forward)
 
 def any_tokenizer_will_do(monkeypatch):

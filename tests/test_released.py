@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextok_edu.core import TokenizerConfig, VAEConfig
+from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.data import load_data
 from flextok_edu.flow import APG
 from flextok_edu.released import Layout, Table, load_flextok, load_vae, save_released
-from flextok_edu.tokenizer import FlexTok
+from flextok_edu.tokenizer import FlexTok, fit_tokenizer, train_tokenizer
 from flextok_edu.vae import VAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
-OWN = TokenizerConfig(4, 8, 2, 12, (8, 5, 5, 5), 32, 1, 48, 2, head_dim=16, mlp_ratio=3., modulations=1, max_timestep=1000., time_features=64, time_law="mode", dropout_law="uniform")
+OWN = TokenizerConfig(4, 8, 12, (8, 5, 5, 5), TrunkConfig(32, 1, head_dim=16, mlp_ratio=3.), TrunkConfig(48, 2, head_dim=16, mlp_ratio=3.), modulations=1, max_timestep=1000., time_features=64, time_law="mode", dropout_law="uniform")
 
 
 def fixture(name="released_tiny"):
@@ -94,7 +95,7 @@ def test_encoder_and_tokens(case):
 @pytest.mark.parametrize("short", (False, True), ids=("plain", "short cuts"))
 def test_decoder(case, short):
     tok, io = case
-    n, time = tok.config.patches, tok.decoder.modulations(io["t"])
+    n, time = tok.config.patches("decoder"), tok.decoder.modulations(io["t"])
     v, hidden = tok.decoder(io["x_t"], time, *tok.decoder.condition(tok.fsq.ids_to_codes(io["tokens"]), io["keep_k"], short=short), hidden_of=1)
     assert torch.allclose(v, io["velocity_cond"], atol=1e-4)
     assert torch.allclose(tok.decoder(io["x_t"], time, *tok.decoder.null_condition(3, short)), io["velocity_uncond"], atol=1e-4)
@@ -115,7 +116,7 @@ def test_what_a_loaded_tokenizer_is(capsys):
     said = capsys.readouterr().out.strip()
     assert "research use only" in said and "\n" not in said
     c = tok.config
-    assert (c.modulations, c.max_timestep, c.mlp_ratio, c.levels, c.patch, c.time_law, c.null_probability) == (1, 1000., 3., (7, 5, 5, 5, 5), 1, "mode", .2)
+    assert (c.modulations, c.max_timestep, c.decoder.mlp_ratio, c.levels, c.encoder.patch, c.time_law, c.null_probability) == (1, 1000., 3., (7, 5, 5, 5, 5), 1, "mode", .2)
     assert not tok.training and not any(w.is_meta for w in [*tok.parameters(), *tok.buffers()]) and all(w.requires_grad for w in tok.parameters())
     assert isinstance(tok.released, Layout)
     with pytest.raises(ValueError, match="no VAE: pass vae="):
@@ -241,8 +242,10 @@ REFUSED = {  # what is wrong: (how it is made, what the error must say)
     "modulation without its clock": (lambda d, w: dec(d, "dec_transformer").update(adaLN_emb_read_key="x"), "adaLN_emb_read_key"),
     "expansion": (lambda d, w: dec(d, "dec_transformer").update(adaLN_expansion=3), "adaLN_expansion"),
     "expansion without kinds": (lambda d, w: dec(d, "dec_seq_packer").update(per_subseq_embs=False), "per_subseq_embs"),
-    "two mlp ratios": (lambda d, w: enc(d, "enc_transformer").update(mlp_ratio=3.), "mlp_ratio"),
-    "two head widths": (lambda d, w: dec(d, "dec_transformer").update(head_dim=32), "head_dim"),
+    "an mlp ratio that is not the weights'": (lambda d, w: enc(d, "enc_transformer").update(mlp_ratio=3.), "mlp.fc1.weight"),
+    "two patch sizes in the decoder": (lambda d, w: dec(d, "dec_to_patches").update(patch_sizes=[1, 1]), "patch_sizes"),
+    "a patch that is not the weights'": (lambda d, w: enc(d, "enc_patch_emb").update(patch_sizes=[1, 1]), "patch_proj"),
+    "times outside 0 .. 1": (lambda d, w: d["flow_matching_noise_module"].update(mode_scale=3.), "mode_scale"),
     "a head that does not divide": (lambda d, w: [s(d, n).update(head_dim=48) for s, n in ((enc, "enc_transformer"), (dec, "dec_transformer"))], "head_dim 48"),
     "long patches": (lambda d, w: enc(d, "enc_patch_emb").update(patch_sizes=[2, 1]), "patch_sizes"),
     "two widths": (lambda d, w: enc(d, "enc_register_module").update(dim=32), "dim"),
@@ -387,8 +390,8 @@ def test_round_trip_after_training(tmp_path):
     assert not torch.equal(again.decoder.register_positions, load_flextok(FIXTURES / "released_tiny").decoder.register_positions)
 
 
-@pytest.mark.parametrize("changes", (dict(), dict(encoder_mask="full", patch=1, modulations=2, time_law="logit_normal"), dict(encoder_mask="causal", levels=(7, 5), null_probability=.3, dropout_law="powers_of_two"),
-                                     dict(registers=1, time_law="uniform", sample_posterior=False, head_dim=8)), ids=str)
+@pytest.mark.parametrize("changes", (dict(), dict(encoder_mask="full", encoder=TrunkConfig(32, 1, 1, 16), modulations=2, time_law="logit_normal"), dict(encoder_mask="causal", levels=(7, 5), null_probability=.3, dropout_law="powers_of_two"),
+                                     dict(registers=1, time_law="uniform", sample_posterior=False, decoder=TrunkConfig(64, 3, 4, 8, 2.5)), dict(mode_scale=1.2, encoder=TrunkConfig(32, 2, 4, 32), decoder=TrunkConfig(48, 1, 1, 12))), ids=str)
 def test_own_tokenizer(tmp_path, changes):
     tok = randomize(FlexTok(replace(OWN, **changes)).eval())
     save_released(tok, tmp_path)
@@ -483,6 +486,21 @@ def test_vae_of_full_size():
     assert {*names.values(), "latent_mean", "latent_std"} == state.keys()
 
 
+@torch.no_grad()
+def test_vae_of_full_size_runs(tmp_path):
+    """The same 84 million, loaded and run on a small image beside diffusers' own."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).eval()
+    assert 83e6 < sum(w.numel() for w in theirs.parameters()) < 85e6
+    theirs.save_pretrained(tmp_path)
+    ours, images = load_vae(tmp_path), torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = theirs.encode(images).latent_dist.mean
+    mean = ours.posterior(images)[0]
+    assert torch.allclose(mean, expected, atol=1e-4)
+    assert torch.allclose(ours.decode(ours.normalize(expected)), theirs.decode(expected).sample, atol=1e-4)
+
+
 def test_vae_refusals(tmp_path):
     reference(**SHAPES["two levels"]).save_pretrained(tmp_path)
     config, file = json.loads((tmp_path / "config.json").read_text()), tmp_path / "diffusion_pytorch_model.safetensors"
@@ -556,3 +574,78 @@ def test_a_vae_brought_along(tmp_path):
         load_flextok(tmp_path / "b", vae=vae)
     vae.latent_std.fill_(1.)
     assert load_flextok(tmp_path / "b", vae=vae).vae is vae
+
+
+# --- going on with a released one ------------------------------------------------------------------------------
+
+def small_vae(scaling):
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(latent_channels=16, channels=(16, 32), layers=1, groups=8)).eval()
+    vae.latent_std.fill_(1 / scaling)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images through the ordinary data path."""
+    from PIL import Image
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(20):
+        Image.effect_noise((40, 36), 20 + 5 * i).convert("RGB").save(folder / f"{i}.png")
+    return load_data(str(folder), 32, 0, 4, progress=False)[0]
+
+
+@pytest.mark.parametrize("part", ("decoder", "both"))
+def test_fine_tuning(tmp_path, pictures, part):
+    tok = load_flextok(FIXTURES / "released_tiny", vae=small_vae(load_flextok(FIXTURES / "released_tiny").released.scaling))
+    before = {n: w.detach().clone() for n, w in tok.own_state().items()}
+    tuned, log = fit_tokenizer(tok, pictures, StageConfig(steps=8, batch=4, lr=1e-3, warmup=2, ema=.5), part, progress=False)
+    moved = {n for n, w in tuned.own_state().items() if not torch.equal(w, before[n])}
+    assert tuned is tok and not tok.training and all(w.requires_grad for _, w in tok.own_parameters())
+    assert any(n.startswith("encoder.") for n in moved) == (part == "both") and "decoder.mask_token" in moved and "decoder.blocks.0.attention.q.weight" in moved
+    assert log[-1]["tokenizer"] < log[0]["tokenizer"] and "research use only" in tok.terms
+    save_released(tok, tmp_path)
+    again = load_flextok(tmp_path)
+    assert all(torch.equal(w, again.own_state()[n]) for n, w in tok.own_state().items())
+
+
+def test_fine_tuning_is_the_loop_of_training(pictures):
+    """The same seed, the same numbers: train_tokenizer is a fresh start and then the same loop."""
+    from flextok_edu.core import preset
+    p = preset("micro")
+    vae = VAE(p.vae).eval()
+    p = replace(p, train_tokenizer=replace(p.train_tokenizer, steps=3, batch=4))
+    one, log = train_tokenizer(pictures, vae, p, seed=3, progress=False)
+    torch.manual_seed(3)
+    two, other = fit_tokenizer(FlexTok(p.tokenizer, vae), pictures, p.train_tokenizer, seed=3, progress=False)
+    assert log[-1]["tokenizer"] == other[-1]["tokenizer"] and all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def test_fine_tuning_refusals(pictures):
+    tok = load_flextok(FIXTURES / "released_tiny")
+    config = StageConfig(steps=1, batch=2)
+    with pytest.raises(ValueError, match="no VAE"):
+        fit_tokenizer(tok, pictures, config)
+    tok = load_flextok(FIXTURES / "released_tiny", vae=small_vae(tok.released.scaling))
+    with pytest.raises(ValueError, match="part"):
+        fit_tokenizer(tok, pictures, config, "encoder")
+    with pytest.raises(ValueError, match="32 px, but this tokenizer and its VAE take 64"):
+        fit_tokenizer(FlexTok(replace(tok.config, latent_size=32), tok.vae), pictures, config)
+    half = load_flextok(FIXTURES / "released_tiny", dtype=torch.bfloat16, vae=tok.vae)
+    with pytest.raises(ValueError, match="float32"):
+        fit_tokenizer(half, pictures, config)
+
+
+# --- the released API's names ----------------------------------------------------------------------------------
+
+def test_their_names_are_understood():
+    tok = load_flextok(FIXTURES / "released_tiny", vae=small_vae(load_flextok(FIXTURES / "released_tiny").released.scaling))
+    ids = tok.tokenize(torch.rand(3, 3, 32, 32) * 2 - 1, [1, 16, 64])
+    theirs = tok.detokenize([row[None] for row in ids], timesteps=3, guidance_scale=7.5, perform_norm_guidance=True)
+    assert torch.equal(theirs, tok.detokenize(ids, steps=3, guidance=7.5, apg=True))
+    for both in (dict(steps=3, timesteps=4), dict(guidance=2., guidance_scale=3.), dict(apg=True, perform_norm_guidance=False)):
+        with pytest.raises(ValueError, match="mean the same"):
+            tok.detokenize(ids, **both)
+    for steps in (0, 2.5, True):
+        with pytest.raises(ValueError, match="steps"):
+            tok.detokenize(ids, timesteps=steps)

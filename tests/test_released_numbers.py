@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextok_edu.core import TokenizerConfig
+from flextok_edu.core import TokenizerConfig, TrunkConfig
 from flextok_edu.flow import APG
 from flextok_edu.tokenizer import FlexTok
 
@@ -43,9 +43,9 @@ def case(request):
     enc, dec = (config[side]["module_dict"] for side in ("encoder", "decoder"))
     e, d, p = enc["enc_transformer"], dec["dec_transformer"], enc["enc_patch_emb"]
     tok = FlexTok(TokenizerConfig(
-        latent_channels=p["channels_in"], latent_size=p["patch_sizes"][0] * enc["enc_posemb_module"]["max_sizes"][0], patch=p["patch_sizes"][0],
-        registers=enc["enc_register_module"]["n_max"], levels=tuple(config["regularizer"]["levels"]), encoder_width=e["dim"], encoder_depth=e["depth"],
-        decoder_width=d["dim"], decoder_depth=d["depth"], head_dim=d["head_dim"], mlp_ratio=d["mlp_ratio"], modulations=d["adaLN_expansion"],
+        latent_channels=p["channels_in"], latent_size=p["patch_sizes"][0] * enc["enc_posemb_module"]["max_sizes"][0],
+        registers=enc["enc_register_module"]["n_max"], levels=tuple(config["regularizer"]["levels"]), encoder=TrunkConfig(e["dim"], e["depth"], p["patch_sizes"][0], e["head_dim"], e["mlp_ratio"]),
+        decoder=TrunkConfig(d["dim"], d["depth"], p["patch_sizes"][0], d["head_dim"], d["mlp_ratio"]), modulations=d["adaLN_expansion"],
         max_timestep=dec["dec_time_embedder"]["max_timestep"], encoder_mask=enc["enc_seq_packer"]["mask_mode"]))
     state = {ours(n): w for n, w in load_file(folder / "model.safetensors").items()}
     state["decoder.register_positions"] = state["decoder.register_positions"][0, 0].T.contiguous()
@@ -70,7 +70,7 @@ def test_velocity_and_hidden_states(case, short):
     modulations = tok.decoder.modulations(io["t"])
     v, hidden = tok.decoder(io["x_t"], modulations, *tok.decoder.condition(codes, keep, short=short), hidden_of=1)
     assert torch.allclose(v, io["velocity_cond"], atol=1e-4)
-    n = tok.config.patches
+    n = tok.config.patches("decoder")
     assert torch.allclose(hidden[:, :n], io["decoder_block1"][:, :n], atol=1e-4)
     for image, k in enumerate(keep.tolist()):
         assert torch.allclose(hidden[image, n:n + k], io["decoder_block1"][image, n:n + k], atol=1e-4)

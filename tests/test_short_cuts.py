@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from flextok_edu.core import TokenizerConfig
+from flextok_edu.core import TokenizerConfig, TrunkConfig
 from flextok_edu.tokenizer import FlexTok
 
-CONFIG = TokenizerConfig(4, 16, 2, 64, (8, 5, 5, 5), 128, 2, 128, 3)
+CONFIG = TokenizerConfig(4, 16, 64, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 3))
 BUDGETS = (1, 2, 3, 8, 31, 64)
 
 
@@ -76,11 +76,56 @@ def test_whole_decodes_agree(tok, apg):
     assert close(results[1], results[0], 1e-4)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_decodes_of_one_budget_agree(tok, budget):
+    """Plain, short, and with both guidance passes as one batch; at the full budget nothing is dropped and no bias is needed."""
+    generator = torch.Generator().manual_seed(5)
+    ids, noise = torch.randint(1000, (2, budget), generator=generator), torch.randn(2, 4, 16, 16, generator=generator)
+    try:
+        results = []
+        for tok.short_cuts, tok.guidance_together in ((False, False), (True, False), (True, True), (False, True)):
+            results.append(tok.decode_latents(ids, noise, steps=2, guidance=3.))
+        for other in results[1:]:
+            assert close(other, results[0], 1e-4)
+        assert (tok.decoder.condition(torch.zeros(2, budget, 4), budget, short=True)[1] is None) == (budget == 64)
+    finally:
+        tok.short_cuts, tok.guidance_together = True, False
+
+
+def test_together_with_mixed_budgets(tok):
+    ids, noise = [torch.full((k,), 7) for k in BUDGETS], torch.randn(len(BUDGETS), 4, 16, 16, generator=torch.Generator().manual_seed(6))
+    apart = tok.decode_latents(ids, noise, steps=2, guidance=3., apg=True)
+    try:
+        tok.guidance_together = True
+        assert close(tok.decode_latents(ids, noise, steps=2, guidance=3., apg=True), apart, 1e-4)
+    finally:
+        tok.guidance_together = False
+
+
+def test_the_short_cuts_are_taken(tok, monkeypatch):
+    """Equal results could also come from short cuts that nobody takes: count positions and clocks."""
+    lengths, clocks = [], []
+    forward, modulations = type(tok.decoder).forward, type(tok.decoder).modulations
+    monkeypatch.setattr(type(tok.decoder), "forward", lambda self, x, m, registers, *rest: (lengths.append(registers.shape[1]), forward(self, x, m, registers, *rest))[1])
+    monkeypatch.setattr(type(tok.decoder), "modulations", lambda self, t: (clocks.append(len(t)), modulations(self, t))[1])
+    ids, noise = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 4, 16, 16)
+    try:
+        tok.decode_latents(ids, noise, steps=3, guidance=2.)
+        assert lengths == [9, 1] * 3 and clocks == [3]
+        lengths.clear(), clocks.clear()
+        tok.short_cuts = False
+        tok.decode_latents(ids, noise, steps=3, guidance=2.)
+        assert lengths == [64, 64] * 3 and clocks == [1, 1, 1]
+    finally:
+        tok.short_cuts = True
+
+
 def test_without_the_causal_mask_the_short_cut_is_off():
-    """Then registers beyond the budget matter, so all of them are encoded."""
+    """Then registers beyond the budget matter, so all of them are encoded; and the tokenizer says so."""
     from dataclasses import replace
     torch.manual_seed(0)
-    model = FlexTok(replace(CONFIG, encoder_mask="full")).eval()
+    with pytest.warns(UserWarning, match="short cut 1 is off"):
+        model = FlexTok(replace(CONFIG, encoder_mask="full")).eval()
     latents = torch.randn(2, 4, 16, 16)
     with torch.no_grad():
         assert torch.equal(model.encoder(latents, 5), model.encoder(latents)[:, :5])
