@@ -135,13 +135,13 @@ class Decoder(Condition):
         v = unpatchify(v, self.patch, self.side)
         return v if hidden_of is None else (v, hidden)
 
-# %% ../nbs/08_tokenizer.ipynb #08-9f47117e
+# %% ../nbs/08_tokenizer.ipynb #08-74b1bfc8
 class TokenizerParts(nn.Module):
     "Encoder, quantiser, decoder and VAE of a tokenizer, and the checks at its doors."
     def __init__(self, config: TokenizerConfig,
                  vae: VAE | None = None):  # stage 0; without it only the calls on latents work
         super().__init__()
-        if config.encoder_mask == "full": warnings.warn("encoder_mask='full': every register sees all others, so a smaller budget cannot be encoded for less, and is no prefix of a larger one's training (short cut 1 is off)", stacklevel=3)
+        if config.encoder_mask == "full": warnings.warn("encoder_mask='full': every register sees all others, so all of them are encoded whatever the budget (short cut 1 is off)", stacklevel=3)
         self.config = config
         self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None

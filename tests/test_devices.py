@@ -7,7 +7,7 @@ from flextok_edu.ar import ARModel
 from flextok_edu.core import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig, VAELossConfig, noise_like, pick_device
 from flextok_edu.features import AttributeClassifier
 from flextok_edu.flow import APG, guide_apg
-from flextok_edu.tokenizer import FlexTok
+from flextok_edu.tokenizer import FlexTok, _side_by_side
 from flextok_edu.vae import VAE, PatchDiscriminator, VAELoss
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16, 32), layers=1, stem=2, groups=4)
@@ -47,7 +47,11 @@ def test_forwards_leave_nothing_on_the_cpu():
                 v = tok.decoder(latents, tok.decoder.modulations(t), *told)
                 assert v.device.type == "cuda" and v.shape == latents.shape
         assert guide_apg(v, v, 3., APG(), None)[0].device.type == "cuda"
+        together = _side_by_side(tok.decoder.condition(codes, 3, short=True), tok.decoder.null_condition(2, True))
+        assert tok.decoder(torch.cat([latents, latents]), tok.decoder.modulations(t[:1]), *together).device.type == "cuda"
+        assert tok.train().loss(latents)[0].device.type == "cuda" and tok.norm.mean.device.type == "cuda"  # nested dropout, running norm, zero-noise regression
         ids, labels = torch.empty(2, 8, dtype=torch.int64, device="cuda"), torch.empty(2, dtype=torch.int64, device="cuda")
+        assert ar.loss(ids, labels)[0].device.type == "cuda"
         assert ar(ids, labels).device.type == "cuda"
         assert ar.step(torch.empty(2, 1, 64, device="cuda"), ar.new_cache(2, 8), 3).device.type == "cuda"
 

@@ -134,6 +134,24 @@ def test_no_such_name_and_no_network(tmp_path, call, there):
     assert result.returncode != 0 and "FileNotFoundError" in result.stderr and "hf download owner/none" in result.stderr, result.stderr[-2000:]
 
 
+def test_room_13_with_a_network(tmp_path):
+    """The last cells of the notebook, as a reader with a network runs them: the released names lead to the fixture and to a small VAE."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=8, latent_channels=16).save_pretrained(tmp_path / "vae")
+    config = json.loads((FIXTURES / "released_tiny" / "config.json").read_text())
+    config["vae"]["scaling_factor"] = .18215  # the VAE's own
+    hub = Hub()
+    hub.repos["EPFL-VILAB/flextok_d12_d12_in1k"] = {"config.json": json.dumps(config).encode(), "model.safetensors": (FIXTURES / "released_tiny" / "model.safetensors").read_bytes()}
+    hub.repos["EPFL-VILAB/flextok_vae_c16"] = {f.name: f.read_bytes() for f in (tmp_path / "vae").iterdir()}
+    code = ["".join(c["source"]) for c in json.loads((ROOT / "nbs" / "13_released.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    first, last = (next(i for i, source in enumerate(code) if mark in source) for mark in ("import copy", "def at_budgets"))
+    program = "import os\nos.environ |= {'FLEXTOK_DOWNLOAD': '1', 'MPLBACKEND': 'Agg'}\nfrom flextok_edu.released import *\n" + "\n".join([code[first - 1], code[first], *code[last:]]) + "\nprint(len(budgets), images.shape, real.config.registers)"
+    result = in_process(program, hub, tmp_path)
+    assert result.returncode == 0, (result.stdout[-500:], result.stderr[-2000:])
+    assert result.stdout.splitlines()[-1] == "7 torch.Size([4, 3, 32, 32]) 64"
+
+
 def test_hub_folder_is_local_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
