@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['AR_SIZES', 'PRESETS', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig', 'ARConfig', 'StageConfig', 'VAELossConfig',
-           'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'noise_like',
-           'to_uint8', 'from_uint8', 'grid', 'show', 'atomic', 'write_text', 'weights_hash', 'save_model', 'load_model',
-           'hub_folder', 'Pretrained', 'EMA', 'make_optimizers', 'schedule', 'Player', 'fit', 'plot_log',
-           'compiler_works', 'compiled']
+           'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
+           'from_uint8', 'grid', 'show', 'noise_like', 'atomic', 'write_text', 'weights_hash', 'save_model',
+           'load_model', 'hub_folder', 'Pretrained', 'EMA', 'make_optimizers', 'schedule', 'Player', 'take_step', 'fit',
+           'plot_log', 'compiler_works', 'compiled']
 
-# %% ../nbs/00_core.ipynb #00-3c748062
+# %% ../nbs/00_core.ipynb #00-c52ed3b8
 import contextlib, hashlib, json, math, os, random, re, tempfile, time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #00-b74e59c9
+# %% ../nbs/00_core.ipynb #00-9b599f48
 @dataclass(frozen=True)
 class VAEConfig:
     "Stage 0. The defaults are the paper's: the SDXL-shaped autoencoder, f8, about 84 M parameters."
@@ -38,7 +38,6 @@ class VAEConfig:
     def factor(self) -> int:  # image side / latent side: the f of "f8"
         return self.stem * 2 ** (len(self.channels) - 1)
 
-# %% ../nbs/00_core.ipynb #00-1be13dcd
 @dataclass(frozen=True)
 class TrunkConfig:
     "One transformer over patches and registers: the encoder's, or the decoder's. The defaults are the paper's d12."
@@ -48,6 +47,7 @@ class TrunkConfig:
     head_dim: int = 64                        # width of one attention head
     mlp_ratio: float = 4.0                    # hidden width of a SwiGLU = 2/3 of this x d
 
+# %% ../nbs/00_core.ipynb #00-31a57466
 @dataclass(frozen=True)
 class TokenizerConfig:
     "Stage 1: encoder, FSQ and flow decoder. The defaults are the paper's d12-d12."
@@ -73,6 +73,7 @@ class TokenizerConfig:
     def vocabulary(self) -> int: return math.prod(self.levels)  # v
     def patches(self, side: str) -> int: return (self.latent_size // getattr(self, side).patch) ** 2  # n of "encoder" or "decoder"
 
+# %% ../nbs/00_core.ipynb #00-3be6ccaa
 @dataclass(frozen=True)
 class ARConfig:
     "Stage 2: a GPT over ids. The defaults are the paper's smallest class-conditional model (49 M without embeddings)."
@@ -88,7 +89,7 @@ class ARConfig:
 AR_SIZES = {name: ARConfig(width=width, depth=depth) for name, width, depth in (  # class-conditional sizes that the paper trained, by their parameters without embeddings
     ("49M", 640, 10), ("85M", 768, 12), ("201M", 1024, 16), ("393M", 1280, 20), ("679M", 1536, 24), ("1.33B", 1920, 30))}
 
-# %% ../nbs/00_core.ipynb #00-07b8a6e7
+# %% ../nbs/00_core.ipynb #00-24dc8b3a
 @dataclass(frozen=True)
 class StageConfig:
     "How one stage is trained."
@@ -109,6 +110,7 @@ class VAELossConfig:
     kl: float = 1e-4               # mean KL per latent element
     adversarial: float = 0.02      # patch discriminator, hinge
     adversarial_start: float = 0.6 # share of the steps before the discriminator starts
+    learned_logvar: bool = False   # learn the scale of the reconstruction term: rec / exp(s) + s
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -138,7 +140,7 @@ class Preset:
     train_ar: StageConfig = StageConfig()
     evaluate: EvalConfig = EvalConfig()
 
-# %% ../nbs/00_core.ipynb #00-48f7ed84
+# %% ../nbs/00_core.ipynb #00-a0fc491f
 def _paper(name: str, encoder: int, decoder: int) -> Preset:
     "A size of the paper: width = 64 x depth, 256 px, f8 with 16 channels."
     return Preset(name, 256, level=3, train_images=1_000_000,
@@ -148,11 +150,10 @@ def _paper(name: str, encoder: int, decoder: int) -> Preset:
         train_ar=StageConfig(steps=300_000, batch=256, lr=3e-4, warmup=5000, weight_decay=.05, ema=.9999),
         evaluate=EvalConfig(images=50_000, samples=50_000, steps=25, guidance=7.5, ar_guidance=1.5))
 
-_toy_levels = (8, 5, 5, 5)
 PRESETS = {p.name: p for p in (
     Preset("micro", 32, level=1, train_images=20_000,
         vae=VAEConfig(latent_channels=4, channels=(32, 64), layers=1, stem=2, groups=8),
-        tokenizer=TokenizerConfig(4, 8, 16, _toy_levels, TrunkConfig(128, 2), TrunkConfig(128, 4), dropout_law="half_full",
+        tokenizer=TokenizerConfig(4, 8, 16, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 4), dropout_law="half_full",
                                   zero_noise=.5, norm_before_fsq=True),
         ar=ARConfig(vocabulary=1000, length=16, classes=12, width=192, depth=4),
         train_vae=StageConfig(steps=1000, batch=32, lr=2e-3, ema=.995),
@@ -162,7 +163,7 @@ PRESETS = {p.name: p for p in (
         evaluate=EvalConfig(samples=500, steps=6, guidance=1.)),
     Preset("tiny", 64, level=2, train_images=50_000,
         vae=VAEConfig(latent_channels=4, channels=(48, 96, 96), layers=1, stem=2, groups=8),
-        tokenizer=TokenizerConfig(4, 8, 32, _toy_levels, TrunkConfig(192, 4, 1), TrunkConfig(192, 6, 1), dropout_law="half_full",
+        tokenizer=TokenizerConfig(4, 8, 32, (8, 5, 5, 5), TrunkConfig(192, 4, 1), TrunkConfig(192, 6, 1), dropout_law="half_full",
                                   zero_noise=.5, norm_before_fsq=True),
         ar=ARConfig(vocabulary=1000, length=32, classes=12, width=256, depth=4),
         train_vae=StageConfig(steps=20_000, batch=16, lr=2e-3, ema=.999),
@@ -216,19 +217,6 @@ def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #00-0e8bef6f
-def noise_like(shape: tuple[int, ...],   # shape of one sample, for example (c, h, w)
-               seed: int,                # names the set of noises
-               indices,                  # iterable of ints: which samples
-               device=None,              # where the result goes; drawn on the CPU all the same
-               stream: str = "latents",  # what it is for: streams of different names are independent
-              ) -> Tensor:               # standard normal noise (len(indices), *shape), float32
-    "One independent noise per (stream, seed, index): neither the batch size nor the device changes a picture."
-    def one(index):
-        digest = hashlib.sha256(f"{stream}/{seed}/{int(index)}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), device="cpu")
-    return torch.stack([one(i) for i in indices]).to(device)
-
 # %% ../nbs/00_core.ipynb #00-5fd29900
 def to_uint8(images: Tensor  # images in [-1, 1]
             ) -> Tensor:     # the same in 0 .. 255, uint8
@@ -265,6 +253,19 @@ def show(images: Tensor,       # images (b c h w) in [-1, 1]
     picture = grid(images, columns, scale)
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
     plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(title, fontsize=10); plt.tight_layout(pad=.2); plt.show()
+
+# %% ../nbs/00_core.ipynb #00-0e8bef6f
+def noise_like(shape: tuple[int, ...],   # shape of one sample, for example (c, h, w)
+               seed: int,                # names the set of noises
+               indices,                  # iterable of ints: which samples
+               device=None,              # where the result goes; drawn on the CPU all the same
+               stream: str = "latents",  # what it is for: streams of different names are independent
+              ) -> Tensor:               # standard normal noise (len(indices), *shape), float32
+    "One independent noise per (stream, seed, index): neither the batch size nor the device changes a picture."
+    def one(index):
+        digest = hashlib.sha256(f"{stream}/{seed}/{int(index)}".encode()).digest()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), device="cpu")
+    return torch.stack([one(i) for i in indices]).to(device)
 
 # %% ../nbs/00_core.ipynb #00-6203acdf
 @contextlib.contextmanager
@@ -404,7 +405,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak
     if step < warmup: return (step + 1) / warmup
     return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/00_core.ipynb #00-e25e5ca3
+# %% ../nbs/00_core.ipynb #00-d25490bc
 @dataclass
 class Player:
     "One loss and the parameters that it moves."
@@ -413,12 +414,41 @@ class Player:
     parameters: list                             # pairs (name, parameter)
     config: StageConfig                          # learning rate, optimiser, clipping
 
-# %% ../nbs/00_core.ipynb #00-b5daf93a
+def take_step(player: Player,          # whose turn it is
+              optimizers: list[torch.optim.Optimizer],  # from `make_optimizers`
+              batch,                   # whatever the loss takes
+              step: int,               # 0 .. steps - 1
+              steps: int,              # length of the run
+              look: bool = True,       # read the numbers (which makes a GPU wait)
+              precision: torch.dtype | None = None,  # autocast to this dtype
+              device="cpu",            # for autocast only
+              label: str = "",         # name of the run, for the error
+              scaler: torch.amp.GradScaler | None = None,  # float16 needs one: it keeps small gradients from vanishing
+             ) -> dict:                # what is worth logging; empty unless `look`
+    "Loss, gradient, step. Raises FloatingPointError if the loss is not finite."
+    for opt in optimizers:
+        for group in opt.param_groups: group["lr"] = player.config.lr * schedule(step, steps, player.config.warmup)
+        opt.zero_grad(set_to_none=True)
+    with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision is not None):
+        loss, numbers = player.loss(batch, step / steps)
+    if (look or loss.device.type == "cpu") and not math.isfinite(value := float(loss.detach())):
+        raise FloatingPointError(f"{label or player.name}: the loss of {player.name} is {value} at step {step}; try a lower learning rate or float32")
+    scaler = scaler or torch.amp.GradScaler(loss.device.type, enabled=False)  # switched off it passes everything through
+    scaler.scale(loss).backward()
+    for opt in optimizers: scaler.unscale_(opt)
+    norm = nn.utils.clip_grad_norm_([w for _, w in player.parameters if w.requires_grad], player.config.clip)
+    for opt in optimizers: scaler.step(opt)
+    scaler.update()
+    if not look: return {}
+    numbers = {f"{player.name}_grad": norm} | numbers
+    return {player.name: value, **{k: number for k, v in numbers.items() if math.isfinite(number := float(torch.as_tensor(v).detach()))}}
+
+# %% ../nbs/00_core.ipynb #00-5c39b9de
 def fit(players: list[Player],          # who is trained, in the order in which they step
         batches: Iterator,              # yields batches; whatever the losses take
         steps: int,                     # how many
         ema: EMA | None = None,         # averaged weights to keep
-        precision: torch.dtype | None = None,  # autocast to this dtype, for example torch.bfloat16
+        precision: torch.dtype | None = None,  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
         device="cpu",                   # for autocast only
         label: str = "",                # text at the progress bar
         every: int = 10,                # log every so many steps (reading a loss makes a GPU wait)
@@ -426,27 +456,15 @@ def fit(players: list[Player],          # who is trained, in the order in which 
        ) -> list[dict]:                 # the log: a dictionary every `every` steps
     "The one training loop. Raises FloatingPointError if a loss is not finite."
     optimizers = [make_optimizers(p.parameters, p.config) for p in players]
-    moved = [[w for _, w in p.parameters if w.requires_grad] for p in players]
+    scalers = [torch.amp.GradScaler(torch.device(device).type, enabled=precision == torch.float16) for _ in players]
     log, began = [], time.perf_counter()
     bar = tqdm(range(steps), desc=label, disable=not progress, mininterval=1., leave=True)
     for step in bar:
-        batch, row = next(batches), {"step": step}
-        for player, opts, weights in zip(players, optimizers, moved):
-            for opt in opts:
-                for group in opt.param_groups: group["lr"] = player.config.lr * schedule(step, steps, player.config.warmup)
-                opt.zero_grad(set_to_none=True)
-            with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision is not None):
-                loss, numbers = player.loss(batch, step / steps)
-            look = step % every == 0 or step == steps - 1
-            if (look or loss.device.type == "cpu") and not math.isfinite(value := float(loss.detach())):
-                raise FloatingPointError(f"{label or player.name}: the loss of {player.name} is {value} at step {step}; try a lower learning rate or float32")
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(weights, player.config.clip)
-            for opt in opts: opt.step()
-            if look:
-                row |= {player.name: value, f"{player.name}_grad": float(norm), **{k: number for k, v in numbers.items() if math.isfinite(number := float(torch.as_tensor(v).detach()))}}
+        batch, look, row = next(batches), step % every == 0 or step == steps - 1, {"step": step}
+        for player, opts, scaler in zip(players, optimizers, scalers):
+            row |= take_step(player, opts, batch, step, steps, look, precision, device, label, scaler)
         if ema: ema.update()
-        if len(row) > 1:
+        if look:
             row["seconds"] = time.perf_counter() - began
             log.append(row); bar.set_postfix({p.name: f"{row[p.name]:.3f}" for p in players}, refresh=False)
     return log

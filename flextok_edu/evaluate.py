@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'READS_ORIGINALS', 'image_scores', 'mean_and_error', 'frechet', 'frechet_resamples', 'all_features',
-           'versions', 'make_card', 'token_counts', 'ReaderEyes', 'column', 'Report', 'evaluate_tokenizer',
-           'plot_report']
+           'versions', 'make_card', 'token_counts', 'ReaderEyes', 'column', 'Report', 'load_report', 'Judge', 'better',
+           'score_key', 'gains', 'measure_reconstructions', 'measure_samples', 'evaluate_tokenizer', 'plot_report',
+           'conditions', 'Comparison', 'comparison_keys', 'comparison_text', 'compare', 'compare_main']
 
-# %% ../nbs/10_evaluate.ipynb #10-dbe859b9
-import csv, io, json, math, platform, time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+# %% ../nbs/10_evaluate.ipynb #10-8d00a65c
+import csv, io, json, math, platform, string, sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from .ar import ARModel, check_tokenizer
-from .core import EvalConfig, from_uint8, weights_hash, write_text
+from .core import EvalConfig, atomic, from_uint8, weights_hash, write_text
 from .data import ImageSet
 from .features import AttributeClassifier, read_accuracy
 from .tokenizer import FlexTok
@@ -109,16 +110,17 @@ def column(extractor: str) -> str:  # key of a Fréchet distance in a row
     "Where the distance in this extractor's features is kept: distances of different eyes never share a column."
     return f"frechet_{extractor.split('/')[0]}"
 
-# %% ../nbs/10_evaluate.ipynb #10-62b72e69
+# %% ../nbs/10_evaluate.ipynb #10-c6345491
 @dataclass
 class Report:
     "Rows of a measurement, and the card under which all were measured."
     rows: list[dict]   # one dictionary per line of the table
     card: dict         # the conditions
     notes: list[str]   # what a reader must know
+    scores: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # "what/tokens/key": the value of each picture (n,), or of each resample
 
     def save(self, folder: str | Path, name: str = "table") -> None:
-        "Write name.json (with the card in every row) and name.csv."
+        "Write name.json (with the card in every row), name.csv, and name_scores.safetensors with the values of each picture."
         folder = Path(folder)
         write_text(folder / f"{name}.json", json.dumps({"notes": self.notes, "card": self.card, "rows": [{**row, "card": self.card} for row in self.rows]}, indent=1))
         keys = list(dict.fromkeys(k for row in self.rows for k in row))
@@ -126,6 +128,8 @@ class Report:
         text = io.StringIO(); writer = csv.DictWriter(text, keys + list(flat), lineterminator="\n"); writer.writeheader()
         for row in self.rows: writer.writerow({**row, **flat})
         write_text(folder / f"{name}.csv", text.getvalue())
+        if self.scores:
+            with atomic(folder / f"{name}_scores.safetensors") as temporary: save_file({k: v.float().contiguous() for k, v in self.scores.items()}, temporary)
 
     def __str__(self) -> str:
         names = [("what", "what"), ("tokens", "tokens"), ("n", "n"), ("mae", "MAE"), ("psnr", "PSNR"), ("ssim", "SSIM"), ("mae_gain", "MAE gain"), *[(column(name), f"Fréchet {i + 1}") for i, name in enumerate(self.card["extractors"])],
@@ -143,7 +147,108 @@ class Report:
         eyes = [f"Fréchet {i + 1}: distance in the features of {name}" for i, name in enumerate(self.card["extractors"])]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *eyes, *[f"note: {note}" for note in self.notes]])
 
-# %% ../nbs/10_evaluate.ipynb #10-504293f3
+# %% ../nbs/10_evaluate.ipynb #10-967e41b5
+def load_report(path: str | Path  # table.json, or the folder of a run
+               ) -> Report:       # as it was saved
+    "Read a table. Raises FileNotFoundError if there is none, ValueError if it is damaged or its scores belong to another."
+    path = Path(path).expanduser(); path = path / "table.json" if path.is_dir() else path
+    if not path.is_file(): raise FileNotFoundError(f"{path} is not there: give the folder of a finished run, or a table.json")
+    try: stored = json.loads(path.read_text(encoding="utf-8")); rows, card = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]], stored["card"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error: raise ValueError(f"{path} is no table of an evaluation ({type(error).__name__}: {error})") from error
+    beside = path.with_name(f"{path.stem}_scores.safetensors"); report = Report(rows, card, stored.get("notes", []), load_file(beside) if beside.exists() else {})
+    for row in rows:
+        values = report.scores.get(score_key(row, "mae"))
+        if values is not None and not math.isclose(float(values.mean()), row["mae"], rel_tol=1e-4): raise ValueError(f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {row['mae']:.5f}")
+    return report
+
+# %% ../nbs/10_evaluate.ipynb #10-e1046b76
+class Judge:
+    "What every row is measured against: the originals, their features, the classifier."
+    def __init__(self,
+                 images: Tensor,  # originals (b 3 h w) in [-1, 1]
+                 labels: Tensor,  # their truth (b, heads)
+                 eyes: list,      # extractors of the Fréchet distances
+                 reader: AttributeClassifier | None = None,  # reads attributes; None: no such columns
+                 device="cpu"):   # where the extractors are
+        self.images, self.labels, self.eyes, self.reader, self.device = images, labels, eyes, reader, device
+        self.references = [all_features(e, images, device=device) for e in eyes]
+
+    def read(self, pictures: Tensor, truth: Tensor) -> dict[str, float]:  # "acc_<head>" and "acc_<head>_se"
+        "Accuracies of the classifier, with binomial standard errors."
+        if self.reader is None: return {}
+        found = read_accuracy(self.reader, pictures, truth)
+        return {key: value for head, p in found.items() for key, value in ((f"acc_{head}", p), (f"acc_{head}_se", math.sqrt(max(p * (1 - p), 0) / len(truth))))}
+
+    def distances(self, pictures: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:  # "frechet_<eyes>" and "…_se"; resamples by the same key
+        "Fréchet distances with bootstrap errors."
+        row, resamples = {}, {}
+        for e, reference in zip(self.eyes, self.references):
+            features, key = all_features(e, pictures, device=self.device), column(e.name)
+            resamples[key] = frechet_resamples(reference, features)
+            row[key], row[f"{key}_se"] = frechet(reference, features), float(resamples[key].std())
+        return row, resamples
+
+    def reconstructions(self, pictures: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:  # a row; the values behind it
+        "Scores of reconstructions of the originals, in their order."
+        scores = image_scores(pictures, self.images)
+        row = {key: value for name, each in scores.items() for key, value in zip((name, f"{name}_se"), mean_and_error(each))}
+        far, resamples = self.distances(pictures)
+        return {"n": len(pictures), **row, **far, **self.read(pictures, self.labels)}, scores | resamples
+
+# %% ../nbs/10_evaluate.ipynb #10-9b5d11ee
+def better(key: str) -> int:  # 1 if more is better, -1 if less is
+    "Which way a number is good."
+    return 1 if key in ("psnr", "ssim") or key.startswith("acc_") else -1
+
+def score_key(row: dict, key: str) -> str:  # "what/tokens/key"
+    "Where the values behind a number of this row are kept."
+    return f"{row['what']}/{row.get('tokens', '')}/{key}"
+
+def gains(row: dict,                # of reconstructions
+          values: dict[str, Tensor],  # behind it
+          before: dict,             # the row above
+          values_before: dict[str, Tensor],  # behind that
+         ) -> dict[str, float]:     # "<key>_gain" and "<key>_gain_se", positive where this row is better
+    "What a row gained on the row above. Paired: the same pictures and noise, the same resamples."
+    found = {}
+    for key, now in values.items():
+        difference = better(key) * (now - values_before[key])
+        if key.startswith("frechet"): found[f"{key}_gain"], found[f"{key}_gain_se"] = before[key] - row[key], float(difference.std())
+        else: found[f"{key}_gain"], found[f"{key}_gain_se"] = mean_and_error(difference)
+    return found
+
+# %% ../nbs/10_evaluate.ipynb #10-301b4edd
+@torch.no_grad()
+def measure_reconstructions(tok: FlexTok, judge: Judge, config: EvalConfig, seed: int = 0, batch: int = 250, progress: bool = True) -> tuple[list[dict], dict[str, Tensor]]:  # rows; values of each picture
+    "VAE alone, then 1, 2, 4, … tokens."
+    images, rows, scores, before = judge.images, [], {}, None
+    def add(what, decode):  # decode: (first index, one past the last) -> images
+        pictures = torch.cat([decode(i, min(i + batch, len(images))).float().cpu() for i in range(0, len(images), batch)])
+        row, values = judge.reconstructions(pictures)
+        rows.append(what | row); scores.update({score_key(what, key): v for key, v in values.items()})
+        return rows[-1], values
+    add({"what": "VAE alone"}, lambda i, j: tok.vae.decode(tok.vae.encode(images[i:j].to(tok.device))).clamp(-1, 1))
+    ids = torch.cat([tok.tokenize(part) for part in images.split(batch)])
+    for count in tqdm(token_counts(tok.config.registers), desc="reconstructions", disable=not progress):
+        now = add({"what": "tokens", "tokens": count}, lambda i, j: tok.detokenize(ids[i:j, :count], config.steps, config.guidance, seed, first_index=i))
+        if before: now[0].update(gains(*now, *before))
+        before = now
+    return rows, scores
+
+@torch.no_grad()
+def measure_samples(ar: ARModel, tok: FlexTok, judge: Judge, config: EvalConfig, seed: int = 0, batch: int = 250, progress: bool = True) -> list[dict]:  # rows
+    "Class-conditional samples, all classes equally often, at 1, 2, 4, … tokens."
+    check_tokenizer(ar, tok)
+    k, rows, wanted = tok.config.registers, [], torch.arange(config.samples) % ar.config.classes
+    truth = torch.zeros(config.samples, judge.labels.shape[1], dtype=torch.int64); truth[:, 0] = wanted
+    written = torch.cat([ar.generate(part, k, config.ar_guidance, config.temperature, seed, i * batch) for i, part in enumerate(wanted.split(batch))])
+    for count in tqdm(token_counts(k), desc="samples", disable=not progress):
+        output = torch.cat([tok.detokenize(part[:, :count], config.steps, config.guidance, seed, first_index=i * batch).cpu() for i, part in enumerate(written.split(batch))])
+        reading = {key: value for key, value in judge.read(output, truth).items() if key.startswith("acc_kind")}
+        rows.append({"what": "samples", "tokens": count, "n": config.samples, **judge.distances(output)[0], **reading})
+    return rows
+
+# %% ../nbs/10_evaluate.ipynb #10-01420551
 def evaluate_tokenizer(tok: FlexTok,
                        data: ImageSet,             # held-out images: originals and reference
                        other: ImageSet,            # other real images, for the floor of the distance: best ones that nothing was trained on
@@ -156,62 +261,23 @@ def evaluate_tokenizer(tok: FlexTok,
                        progress: bool = True,
                       ) -> Report:                 # the table
     "Quality of reconstructions (and samples) against token count. Raises ValueError if there are too few images."
-    n = min(config.images, len(data)); device = tok.device
+    n = min(config.images, len(data)); notes = []
     if n < 2: raise ValueError(f"{n} images are too few to measure anything")
     data = ImageSet(data.images[:n], data.labels[:n], data.classes, data.source, data.scenes)
-    images, labels, k = from_uint8(data.images), data.labels, tok.config.registers
-    notes = []
-    if reader is not None and (seen := read_accuracy(reader, images, labels)["kind"]) < READS_ORIGINALS:
+    images = from_uint8(data.images)
+    if reader is not None and (seen := read_accuracy(reader, images, data.labels)["kind"]) < READS_ORIGINALS:
         notes.append(f"the classifier reads the kind of only {seen:.1%} of the originals (it must read {READS_ORIGINALS:.0%}): its columns are left out")
         reader = None
-    all_eyes = ([ReaderEyes(reader)] if reader is not None else []) + [eyes]
-    card = make_card(data, all_eyes, config, seed, vae=tok.vae, tokenizer=tok, ar=ar, classifier=reader, extractor=eyes)
-    references = [all_features(e, images, device=device) for e in all_eyes]
-    fewest = min([n] + ([config.samples] if ar is not None else []))
-    if fewest < 2 * max(r.shape[1] for r in references): notes.append(f"{fewest} images for {max(r.shape[1] for r in references)} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count")
-
-    def read(pictures, truth):  # accuracies with binomial standard errors
-        if reader is None: return {}
-        found = read_accuracy(reader, pictures, truth)
-        return {key: value for head, p in found.items() for key, value in ((f"acc_{head}", p), (f"acc_{head}_se", math.sqrt(max(p * (1 - p), 0) / len(truth))))}
-    def distances(pictures):  # Fréchet distances with bootstrap errors; and the resamples
-        row, resamples = {}, {}
-        for e, reference in zip(all_eyes, references):
-            features, key = all_features(e, pictures, device=device), column(e.name)
-            resamples[key] = frechet_resamples(reference, features)
-            row[key], row[f"{key}_se"] = frechet(reference, features), float(resamples[key].std())
-        return row, resamples
-    def reconstruct(decode):  # a row from a function (first index, one past the last) -> images
-        output = torch.cat([decode(i, min(i + batch, n)).float().cpu() for i in range(0, n, batch)])
-        scores = image_scores(output, images)
-        row = {key: value for name, each in scores.items() for key, value in zip((name, f"{name}_se"), mean_and_error(each))}
-        far, resamples = distances(output)
-        return {"n": n, **row, **far, **read(output, labels)}, scores, resamples
-
-    rows = [{"what": "originals", "n": n, **read(images, labels)}]
-    for m in sorted({min(n, len(other)), min(config.samples, len(other))} if ar is not None else {min(n, len(other))}, reverse=True):
-        rows.append({"what": "real against real", "n": m, **distances(other.images[:m])[0]})
-    with torch.no_grad():
-        row, *_ = reconstruct(lambda i, j: tok.vae.decode(tok.vae.encode(images[i:j].to(device))).clamp(-1, 1))
-        rows.append({"what": "VAE alone", **row})
-        ids = torch.cat([tok.tokenize(part) for part in images.split(batch)])
-        before = None
-        for count in tqdm(token_counts(k), desc="reconstructions", disable=not progress):
-            row, scores, resamples = reconstruct(lambda i, j: tok.detokenize(ids[i:j, :count], config.steps, config.guidance, seed, first_index=i))
-            if before is not None:  # paired: the same pictures and noise as in the row above
-                for key, sign in (("mae", -1), ("psnr", 1), ("ssim", 1)): row[f"{key}_gain"], row[f"{key}_gain_se"] = mean_and_error(sign * (scores[key] - before[0][key]))
-                for key in resamples: row[f"{key}_gain"], row[f"{key}_gain_se"] = rows[-1][key] - row[key], float((before[1][key] - resamples[key]).std())
-            rows.append({"what": "tokens", "tokens": count, **row}); before = scores, resamples
-        if ar is not None:
-            check_tokenizer(ar, tok)
-            wanted = torch.arange(config.samples) % ar.config.classes
-            truth = torch.zeros(config.samples, labels.shape[1], dtype=torch.int64); truth[:, 0] = wanted
-            written = torch.cat([ar.generate(part, k, config.ar_guidance, config.temperature, seed, i * batch) for i, part in enumerate(wanted.split(batch))])
-            for count in tqdm(token_counts(k), desc="samples", disable=not progress):
-                output = torch.cat([tok.detokenize(part[:, :count], config.steps, config.guidance, seed, first_index=i * batch).cpu() for i, part in enumerate(written.split(batch))])
-                reading = {key: value for key, value in read(output, truth).items() if key.startswith("acc_kind")}
-                rows.append({"what": "samples", "tokens": count, "n": config.samples, **distances(output)[0], **reading})
-    return Report(rows, card, notes)
+    judge = Judge(images, data.labels, ([ReaderEyes(reader)] if reader is not None else []) + [eyes], reader, tok.device)
+    card = make_card(data, judge.eyes, config, seed, vae=tok.vae, tokenizer=tok, ar=ar, classifier=reader, extractor=eyes)
+    dim, counts = max(r.shape[1] for r in judge.references), {n} | ({config.samples} if ar is not None else set())
+    if min(counts) < 2 * dim: notes.append(f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count")
+    rows = [{"what": "originals", "n": n, **judge.read(images, data.labels)}]
+    for m in sorted({min(count, len(other)) for count in counts}, reverse=True):
+        rows.append({"what": "real against real", "n": m, **judge.distances(other.images[:m])[0]})
+    reconstructed, scores = measure_reconstructions(tok, judge, config, seed, batch, progress)
+    sampled = measure_samples(ar, tok, judge, config, seed, batch, progress) if ar is not None else []
+    return Report(rows + reconstructed + sampled, card, notes, scores)
 
 # %% ../nbs/10_evaluate.ipynb #10-0d80da8d
 def plot_report(report: Report):  # the figure
@@ -231,3 +297,110 @@ def plot_report(report: Report):  # the figure
         ax.legend(fontsize=6, frameon=False)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/10_evaluate.ipynb #10-1143d207
+def conditions(card: dict,  # of a report
+               key: str,    # "mae", "frechet_…", "acc_…"
+               what: str,   # "VAE alone", "tokens" or "samples"
+              ) -> dict:    # condition -> value; None where the card does not say
+    "On what a number depends, besides the models that are compared."
+    needed = ["data_hash", "image_size", "crop", "images", "weights_are"] + (["seed", "steps", "guidance"] if what != "VAE alone" else [])
+    found = {name: card.get(name) for name in needed + (["samples", "ar_guidance", "temperature"] if what == "samples" else [])}
+    weights = card.get("weights", {})
+    if key.startswith("frechet"):
+        name = next((e for e in card.get("extractors", []) if column(e) == key), None)
+        found |= {"reference": card.get("reference"), "extractors": name, "weights.extractor": weights.get("classifier" if name and "scenes" in name else "extractor")}
+    if key.startswith("acc_"): found["weights.classifier"] = weights.get("classifier")
+    return found
+
+# %% ../nbs/10_evaluate.ipynb #10-dbda1135
+@dataclass
+class Comparison:
+    "Reports side by side. `print` it; `best` names a winner where there may be one."
+    names: list[str]        # where they come from
+    reports: list[Report]   # two or more
+    force: bool = False     # rank although conditions differ
+
+    def row(self, i: int, what: str = "tokens", tokens: int | None = None) -> dict:  # a row of report i; empty if it has none
+        "One row."
+        return next((r for r in self.reports[i].rows if r["what"] == what and r.get("tokens") == tokens), {})
+
+    def mismatches(self, key: str, what: str = "tokens") -> dict[str, list]:  # condition -> its values
+        "Conditions on which this number depends, and that differ or are not stated. Empty: it may be ranked."
+        found = [conditions(r.card, key, what) for r in self.reports]
+        return {name: values for name in found[0] for values in [[f.get(name) for f in found]] if any(v is None or v != values[0] for v in values)}
+
+    def difference(self, key: str, what: str = "tokens", tokens: int | None = None, a: int = 0, b: int = 1) -> tuple[float, float, bool]:  # value of b minus value of a; its standard error; paired?
+        "How far two reports are apart in one number. Raises ValueError if one does not have it."
+        rows = [self.row(i, what, tokens) for i in (a, b)]
+        if any(key not in r for r in rows): raise ValueError(f"not every report has {key} for {what} {tokens or ''}")
+        values = [self.reports[i].scores.get(score_key(r, key)) for i, r in zip((a, b), rows)]
+        same = all(self.reports[a].card.get(k) == self.reports[b].card.get(k) is not None for k in ("data_hash", "images"))
+        gap = rows[1][key] - rows[0][key]
+        if same and all(v is not None for v in values) and len(values[0]) == len(values[1]):
+            spread = (values[1] - values[0]).std()
+            return gap, float(spread if key.startswith("frechet") else spread / math.sqrt(len(values[0]))), True
+        return gap, math.hypot(*(r.get(f"{key}_se", math.nan) for r in rows)), False
+
+    def best(self, key: str, what: str = "tokens", tokens: int | None = None) -> int | None:  # number of the winner; None if no lead is clear
+        "Who is better in one number, by more than two standard errors. Raises ValueError where conditions differ, unless forced."
+        if (wrong := self.mismatches(key, what)) and not self.force:
+            raise ValueError(f"{key} of {what} is not ranked: " + ", ".join(f"{name} ({' | '.join(map(str, v))})" for name, v in wrong.items()) + " must agree; force=True ranks all the same")
+        others = range(len(self.reports))
+        def leads(i, j): gap, error, _ = self.difference(key, what, tokens, j, i); return better(key) * gap > 2 * error
+        return next((i for i in others if all(leads(i, j) for j in others if j != i)), None)
+
+    def __str__(self) -> str: return comparison_text(self)
+
+# %% ../nbs/10_evaluate.ipynb #10-7c1be95e
+def _flat(card: dict) -> dict:  # a card without nesting: "weights.vae" and so on
+    return {f"{k}.{j}" if isinstance(v, dict) else k: x for k, v in card.items() for j, x in (v.items() if isinstance(v, dict) else [("", v)])}
+
+def comparison_keys(c: Comparison) -> dict[tuple[str, str], list]:  # (what, key) -> token counts, of the numbers that all reports have
+    "What can be laid side by side."
+    found = {}
+    for row in c.reports[0].rows:
+        if row["what"] in ("originals", "real against real"): continue
+        for key in row:
+            if (key in ("mae", "psnr", "ssim") or key.startswith(("frechet_", "acc_"))) and not key.endswith(("_se", "_gain")) and all(math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan)) for i in range(len(c.reports))):
+                found.setdefault((row["what"], key), []).append(row.get("tokens"))
+    return found
+
+def comparison_text(c: Comparison) -> str:  # the table
+    "A comparison for the eye."
+    letters, keys, cards = string.ascii_uppercase[:len(c.reports)], comparison_keys(c), [_flat(r.card) for r in c.reports]
+    lines = [f"{letter}  {name}" for letter, name in zip(letters, c.names)] + [""]
+    matter = {name for what, key in keys for name in c.mismatches(key, what)}
+    differ = [n for n in dict.fromkeys(n for card in cards for n in card) if any(card.get(n) != cards[0].get(n) for card in cards)]
+    for name in differ + sorted(matter - set(differ)):
+        lines.append(f"{'!' if name in matter else '·'} {name:24} " + " | ".join(str(card.get(name, "not stated")) for card in cards))
+    for (what, key), counts in keys.items():
+        wrong, digits = c.mismatches(key, what), 2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4
+        lines += ["", f"{key}, {what} ({'more' if better(key) > 0 else 'less'} is better)", "tokens " + "".join(f"{letter:>18}" for letter in letters) + "".join(f"{letter + ' - A':>26}" for letter in letters[1:]) + ("" if wrong and not c.force else "   best")]
+        for tokens in counts:
+            rows = [c.row(i, what, tokens) for i in range(len(cards))]
+            cells = [f"{r[key]:.{digits}f} ±{r.get(key + '_se', math.nan):.{digits}f}" for r in rows]
+            gaps = [f"{gap:+.{digits}f} ±{error:.{digits}f}{' paired' if paired else ''}" for gap, error, paired in (c.difference(key, what, tokens, 0, i) for i in range(1, len(cards)))]
+            winner = "" if wrong and not c.force else "   " + ("=" if (i := c.best(key, what, tokens)) is None else letters[i])
+            lines.append(f"{tokens or '':>6} " + "".join(f"{x:>18}" for x in cells) + "".join(f"{x:>26}" for x in gaps) + winner)
+        if wrong: lines.append(f"{'ranked by force' if c.force else 'not ranked'}: {', '.join(wrong)} must agree")
+    return "\n".join(lines)
+
+# %% ../nbs/10_evaluate.ipynb #10-f2135576
+def compare(*reports: Report | str | Path,  # two or more: reports, folders of runs, or files table.json
+            force: bool = False,            # rank although conditions differ
+           ) -> Comparison:                 # print it
+    "Lay results side by side. Conditions that differ are marked, and what depends on them is not ranked, unless forced. Raises ValueError for fewer than two, or more than 26."
+    if not 2 <= len(reports) <= 26: raise ValueError(f"a comparison needs 2 to 26 reports, not {len(reports)}")
+    return Comparison([f"report {i + 1}" if isinstance(r, Report) else str(r) for i, r in enumerate(reports)], [r if isinstance(r, Report) else load_report(r) for r in reports], force)
+
+def compare_main() -> None:
+    "The console command `flextok_compare A B [--force]`. Ends with status 1 if something was not ranked."
+    paths = [a for a in sys.argv[1:] if not a.startswith("-")]; options = [a for a in sys.argv[1:] if a.startswith("-")]
+    if not paths or "-h" in options or "--help" in options: print("usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."); return
+    if unknown := [o for o in options if o != "--force"]: sys.exit(f"flextok_compare: no option {unknown[0]}; there is --force")
+    try: found = compare(*paths, force=bool(options))
+    except (ValueError, OSError) as error: sys.exit(f"flextok_compare: {error}")
+    print(found)
+    wrong = dict.fromkeys(name for what, key in comparison_keys(found) for name in found.mismatches(key, what))
+    if wrong and not found.force: sys.exit(f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks all the same")

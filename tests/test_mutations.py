@@ -278,7 +278,7 @@ def wrong_sign_in_the_tokenizers_loss(monkeypatch):
     monkeypatch.setattr(tokenizer, "velocity_target", lambda latents, noise: latents - noise)
 
 def wrong_sign_in_the_tokenizers_sampler(monkeypatch):
-    monkeypatch.setattr(tokenizer, "euler", lambda velocity, noise, steps: noise + sum(velocity(noise, i) / steps for i in range(steps)))
+    monkeypatch.setitem(tokenizer.SOLVERS, "euler", lambda velocity, noise, steps, shift: noise + sum(velocity(noise, i) / steps for i in range(steps)))
 
 def targets_rolled(monkeypatch):
     real = ar.F.cross_entropy

@@ -1,15 +1,19 @@
 """The main job: on folders, interrupted, repeated, damaged."""
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import flextok_edu.pipeline as pipeline
+from flextok_edu.core import StageConfig
 from flextok_edu.data import ToyScenes, draw
-from flextok_edu.pipeline import RunConfig, run
+from flextok_edu.pipeline import RunConfig, pick_precision, run
 
 FAST = dict(device="cpu", steps=3, images=12, train_images=60, compile="off")
 
@@ -105,3 +109,34 @@ def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
     assert 90 <= sum(steps.values()) <= 145 and steps["vae"] > steps["ar"], steps
     assert json.loads((tmp_path / "run" / "vae" / "config.json").read_text())["stage"]["steps"] == steps["vae"]
     assert "minutes in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", (1., 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
+def test_float16_trains_with_a_gradient_scaler(scale):
+    """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without a crash."""
+    from flextok_edu.core import Player, fit
+    torch.manual_seed(0)
+    line, target, generator = nn.Linear(4, 1), torch.tensor([[1., -2., 3., .5]]), torch.Generator().manual_seed(0)
+    def points():
+        while True:
+            x = torch.randn(64, 4, generator=generator)
+            yield x, x @ target.T
+    loss = lambda batch, progress: (scale * (line(batch[0]).float() - batch[1]).square().mean(), {})
+    log = fit([Player("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))], points(), 200, precision=torch.float16, progress=False)
+    assert log[-1]["line"] < .1 * log[0]["line"] and all(torch.isfinite(w).all() for w in line.parameters())
+    assert all(math.isfinite(v) for row in log for v in row.values()), "the log stays json"
+
+
+def test_pick_precision(monkeypatch):
+    assert pick_precision("auto", "cpu") is None and pick_precision("auto", "mps") is None and pick_precision("fp16", "cpu") is torch.float16
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):  # Ampere and later; T4, V100
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+        assert pick_precision("auto", "cuda") is expected
+    with pytest.raises(ValueError, match="use auto, fp32, bf16, fp16"):
+        pick_precision("half", "cpu")
+
+
+def test_named_sets_without_their_files(tmp_path):
+    """A clear sentence before anything starts."""
+    with pytest.raises(FileNotFoundError, match="(?i)cifar.*download"):
+        run(RunConfig(data="cifar10", data_root=str(tmp_path), out=str(tmp_path / "run"), device="cpu", steps=2))
