@@ -11,7 +11,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {key.removesuffix("_requirements"): shlex.split(cfg[key])
           for key in cfg if key.endswith("_requirements")}
-commands = {"flextok_run": "pipeline:main", "flextok_info": "cost:info_main", "flextok_bench": "cost:bench_main"}
+commands = {"flextok_run": "pipeline:main", "flextok_info": "cost:info_main", "flextok_bench": "cost:bench_main", "flextok_compare": "evaluate:compare_main"}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],

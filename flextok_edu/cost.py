@@ -9,10 +9,10 @@ __all__ = ['VARIANTS', 'block_parameters', 'tokenizer_parameters', 'ar_parameter
            'info_main', 'in_turns', 'matmuls', 'matmul_rate', 'variant', 'BenchConfig', 'bench_tokenizer',
            'bench_inference', 'bench_line', 'bench_train', 'bench', 'bench_main']
 
-# %% ../nbs/16_cost.ipynb #16-0a5d40a2
+# %% ../nbs/16_cost.ipynb #16-00b9e272
 import contextlib, json, math, statistics, sys, time, weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .ar import ARModel
-from .core import AR_SIZES, ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, compiled, compiler_works, pick_device, preset, write_text
+from .core import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, compiled, pick_device, preset, write_text
 from .tokenizer import FlexTok
 from .vae import VAE
 

@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'SUSTAINED', 'PICTURES', 'RunConfig', 'pick_precision', 'ch
            'picture_samples', 'picture_quality', 'picture_losses', 'write_report', 'Job', 'prepare', 'Models',
            'train_all', 'finished_report', 'evaluate_all', 'run', 'main']
 
-# %% ../nbs/15_pipeline.ipynb #15-2c9014ea
-import base64, html, json, math, os, sys, time
+# %% ../nbs/15_pipeline.ipynb #15-257d0672
+import base64, html, json, math, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from .ar import ARModel, load_ar, sample_images, save_ar, train_ar
-from .core import (Preset, StageConfig, VAEConfig, atomic, compiler_works, fit, from_dict, from_uint8, load_model, pick_device,
-                              plot_log, preset, save_model, seed_everything, to_json, to_uint8, weights_hash, write_text)
+from .core import (Preset, StageConfig, VAEConfig, atomic, compiler_works, from_dict, from_uint8, load_model, pick_device,
+                              plot_log, preset, save_model, seed_everything, to_uint8, weights_hash, write_text)
 from .data import ImageSet, SETS, ToyScenes, load_data
-from .evaluate import Report, evaluate_tokenizer, plot_report, token_counts
-from .features import AttributeClassifier, extractor, read_accuracy, train_classifier
+from .evaluate import Report, evaluate_tokenizer, load_report, plot_report, token_counts
+from .features import AttributeClassifier, extractor, train_classifier
 from .tokenizer import FlexTok, load_tokenizer, save_tokenizer, train_tokenizer
 from .vae import VAE, train_vae
 
-# %% ../nbs/15_pipeline.ipynb #15-53a18d2a
+# %% ../nbs/15_pipeline.ipynb #15-dff73480
 @dataclass(frozen=True)
 class RunConfig:
     "Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures, report."
     data: str = "scenes"
     "`scenes` (procedural, nothing to download), a folder of images, with or without class subfolders, or a named set: cifar10, fashion_mnist, imagenette, imagenet."
     data_root: str | None = None
-    "Where named sets lie, or are downloaded to."
+    "Where named sets lie, or are downloaded to; ~/.cache/flextok_edu by default."
     download: bool = False
     "Download a named set that is not there."
     preset: str = "micro"
@@ -53,7 +53,7 @@ class RunConfig:
     steps: int | None = None
     "Train every stage for exactly so many steps. For tests."
     train_images: int | None = None
-    "Draw so many scenes for training instead of the preset's number."
+    "Draw so many scenes for training instead of the preset's number; of a folder or a set, use at most so many."
     images: int | None = None
     "Evaluate on at most so many images and samples. For tests."
 
@@ -263,7 +263,7 @@ def _stored(config: RunConfig) -> dict | None:  # what run.json says; None in a 
     if differs: raise ValueError(f"{config.out} holds a run with other settings ({'; '.join(differs)}): choose another --out, or remove the folder")
     return stored
 
-# %% ../nbs/15_pipeline.ipynb #15-f68011dc
+# %% ../nbs/15_pipeline.ipynb #15-ef19bd9e
 def prepare(config: RunConfig) -> Job:
     "Check, read the images, decide the step counts. Raises ValueError for settings that make no sense or contradict a run begun in the same folder."
     check(config); stored, began, device = _stored(config), time.perf_counter(), pick_device(config.device)
@@ -273,7 +273,7 @@ def prepare(config: RunConfig) -> Job:
     seed_everything(config.seed)
     eyes = extractor(device=device)  # now, not after ten minutes: it may be missing
     judge = eyes if p.image_size <= 224 else extractor(size=224, device=device)
-    train, val = load_data(config.data, p.image_size, p.train_images, p.evaluate.images, p.level, config.seed, root=config.data_root, download=config.download)
+    train, val = load_data(config.data, p.image_size, p.train_images, p.evaluate.images, p.level, config.seed, root=config.data_root, download=config.download, limit=config.train_images)
     print(f"data: {train.source}; {len(val)} held out; {len(train.classes)} classes", flush=True)
     if stored:
         if stored["data"] != {"train": train.hash, "val": val.hash}: raise ValueError(f"the images of {config.data} are not those that the run in {config.out} was begun with: what it trained on and what it held out would mix; choose another --out")
@@ -324,14 +324,14 @@ def train_all(job: Job) -> Models:
     ar = stage("ar", lambda f: load_ar(f, tok)[0].to(device), lambda: (*train_ar(job.train, tok, p, seed, device, job.precision, job.compile), p.train_ar), save_ar)
     return Models(vae, reader, tok, ar, logs, stages)
 
-# %% ../nbs/15_pipeline.ipynb #15-e67dc491
+# %% ../nbs/15_pipeline.ipynb #15-763993fc
 def finished_report(job: Job, models: Models) -> Report | None:  # None if there is none, or it is of other weights
     "The report of these weights, if it was made before."
     if not (job.out / "report.html").exists() or not (job.out / "table.json").exists(): return None
     saved = json.loads((job.out / "table.json").read_text())
     if any(saved["card"]["weights"][name] != weights_hash(m) for name, m in (("vae", models.vae), ("tokenizer", models.tok), ("ar", models.ar))): return None
     print("evaluation: finished before", flush=True)
-    return Report([{k: v for k, v in row.items() if k != "card"} for row in saved["rows"]], saved["card"], saved["notes"])
+    return load_report(job.out)
 
 def evaluate_all(job: Job, models: Models) -> Report:
     "Measure, draw, and write the page."

@@ -177,7 +177,7 @@ class TokenizerParts(nn.Module):
         if latents.ndim != 4 or tuple(latents.shape[1:]) != shape: raise ValueError(f"latents must be (b, {', '.join(map(str, shape))}), not {tuple(latents.shape)}")
         if not torch.isfinite(latents).all(): raise ValueError("latents contain NaN or infinity: is the VAE trained, and are the images in [-1, 1]?")
 
-# %% ../nbs/08_tokenizer.ipynb #08-6e9de4ea
+# %% ../nbs/08_tokenizer.ipynb #08-40f5cff6
 def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), zeros behind the end; how many each image has
     if isinstance(ids, Tensor):
         if ids.ndim != 2: raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
@@ -188,6 +188,12 @@ def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), 
     rows = [row.reshape(-1) for row in rows]
     if not rows or min(map(len, rows)) == 0: raise ValueError("every image needs at least 1 token")
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+
+def _start(parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int) -> Tensor:  # noise (b c h w), as given or drawn
+    c = parts.config; shape = (c.latent_channels, c.latent_size, c.latent_size)
+    if noise is None: noise = torch.randn(b, *shape, device=parts.device) if seed is None else noise_like(shape, seed, range(first_index, first_index + b), parts.device)
+    if noise.shape != (b, *shape): raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
+    return noise.to(parts.device)
 
 def _side_by_side(told: tuple, nothing: tuple) -> tuple[Tensor, Tensor | None]:  # registers (2b r d); bias (2b r), or None
     "Both conditions as one batch. The shorter one is filled up with tokens that nobody may look at."
@@ -226,7 +232,7 @@ class GuidedVelocity:
         v, self.running = guide_apg(v, v_uncond, g, self.apg, self.running)  # under Heun, every question counts as a step
         return v
 
-# %% ../nbs/08_tokenizer.ipynb #08-fd80e2a5
+# %% ../nbs/08_tokenizer.ipynb #08-0f7296af
 class LatentTokenizer(TokenizerParts):
     "Latents to ids and back."
 
@@ -261,17 +267,11 @@ class LatentTokenizer(TokenizerParts):
         ids, lengths = _pad(ids)
         for k in set(lengths): self._check_budget(k)
         self.fsq.check_ids(ids)
-        noise = self._start(len(ids), noise, seed, first_index)
+        noise = _start(self, len(ids), noise, seed, first_index)
         budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
         velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
         return SOLVERS[solver](velocity, noise, steps, shift)
-
-    def _start(self, b: int, noise: Tensor | None, seed: int | None, first_index: int) -> Tensor:  # noise (b c h w), as given or drawn
-        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
-        if noise is None: noise = torch.randn(b, *shape, device=self.device) if seed is None else noise_like(shape, seed, range(first_index, first_index + b), self.device)
-        if noise.shape != (b, *shape): raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
-        return noise.to(self.device)
 
 # %% ../nbs/08_tokenizer.ipynb #08-134cf1f3
 class ImageTokenizer(LatentTokenizer):

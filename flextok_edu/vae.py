@@ -228,7 +228,7 @@ class AutoencoderLoss(nn.Module):
         self.fake = output.detach()
         return loss, numbers
 
-# %% ../nbs/03_vae.ipynb #03-3cd580fc
+# %% ../nbs/03_vae.ipynb #03-423f1589
 class VAELoss(AutoencoderLoss):
     "All losses of stage 0. `players` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
     def discriminator(self,
@@ -252,7 +252,7 @@ class VAELoss(AutoencoderLoss):
         own = lambda lr: StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.)
         players = [Player("vae", lambda b, s: self.autoencoder(b[0], s), list(self.vae.named_parameters()), config)]
         if self.critic: players.append(Player("critic", lambda b, s: self.discriminator(b[0], s), list(self.critic.named_parameters()), own(min(config.lr, 5e-4))))
-        if self.logvar is not None: players.append(Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(.05)))
+        if self.logvar is not None: players.append(Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(.1)))
         return players
 
 # %% ../nbs/03_vae.ipynb #03-17896ff9

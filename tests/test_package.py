@@ -60,7 +60,7 @@ def test_wheel_contents(wheel):
     for extra in ("text", "metrics", "data", "app", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    for command in ("flextok_run = flextok_edu.pipeline:main", "flextok_info = flextok_edu.cost:info_main", "flextok_bench = flextok_edu.cost:bench_main"):
+    for command in ("flextok_run = flextok_edu.pipeline:main", "flextok_info = flextok_edu.cost:info_main", "flextok_bench = flextok_edu.cost:bench_main", "flextok_compare = flextok_edu.evaluate:compare_main"):
         assert command in entry
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKERS = str(max(1, min(4, os.cpu_count() or 1)))  # processes, one thread each
 NBS, LIB = ROOT / "nbs", ROOT / "flextok_edu"
 
 
@@ -51,16 +52,17 @@ def no_stray_module() -> None:
 
 
 def notebooks_run() -> None:
-    """All notebooks, two at a time with one thread each (two processes with two threads each would fight)."""
+    """All notebooks, one process a core with one thread each (processes with several threads each would fight)."""
     count = len(list(NBS.glob("[0-9]*.ipynb")))
     if count < 12:
         sys.exit(f"FAILED: only {count} notebooks found in {NBS}")
-    call("nbdev_test", "--n_workers", "2", "--timing", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_DISABLE="1")
+    call("nbdev_test", "--n_workers", WORKERS, "--timing", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_DISABLE="1")
 
 
 def main() -> None:
     steps = [("package in step with the notebooks", in_step), ("no module without its notebook", no_stray_module),
-             ("no undefined names", lambda: call(sys.executable, "-m", "ruff", "check", "--quiet", "--select", "F821,F822,F823,F811,E9", "flextok_edu", "tests", "tools", "setup.py")),
+             ("every notebook opens in Colab", lambda: call(sys.executable, "tools/frame.py", "--check")),
+             ("no undefined or unused names", lambda: call(sys.executable, "-m", "ruff", "check", "--quiet", "--select", "F401,F821,F822,F823,F811,E9", "flextok_edu", "tests", "tools", "setup.py")),
              ("notebooks run", notebooks_run)]
     began = time.time()
     for name, step in steps:
@@ -69,7 +71,7 @@ def main() -> None:
         step()
         print(f"    ok, {time.time() - start:.0f} s", flush=True)
     print("--- tests ...", flush=True)
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "--durations=5", "tests"], cwd=ROOT, timeout=1500,
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", "tests"], cwd=ROOT, timeout=1500,
                             env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})  # tiny models: one thread is as fast, and suffers less beside others
     print(f"--- all checks: {time.time() - began:.0f} s" if result.returncode == 0 else "--- tests FAILED", file=sys.stderr, flush=True)
     sys.exit(result.returncode)
