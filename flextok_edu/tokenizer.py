@@ -177,7 +177,7 @@ class TokenizerParts(nn.Module):
         if latents.ndim != 4 or tuple(latents.shape[1:]) != shape: raise ValueError(f"latents must be (b, {', '.join(map(str, shape))}), not {tuple(latents.shape)}")
         if not torch.isfinite(latents).all(): raise ValueError("latents contain NaN or infinity: is the VAE trained, and are the images in [-1, 1]?")
 
-# %% ../nbs/08_tokenizer.ipynb #08-40f5cff6
+# %% ../nbs/08_tokenizer.ipynb #08-53216e04
 def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), zeros behind the end; how many each image has
     if isinstance(ids, Tensor):
         if ids.ndim != 2: raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
@@ -188,6 +188,11 @@ def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), 
     rows = [row.reshape(-1) for row in rows]
     if not rows or min(map(len, rows)) == 0: raise ValueError("every image needs at least 1 token")
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+
+def _either(ours: str, value, default, theirs: str, other):  # the one that was given
+    if other is None: return value
+    if value != default: raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
+    return other
 
 def _start(parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int) -> Tensor:  # noise (b c h w), as given or drawn
     c = parts.config; shape = (c.latent_channels, c.latent_size, c.latent_size)
@@ -273,7 +278,7 @@ class LatentTokenizer(TokenizerParts):
         velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
         return SOLVERS[solver](velocity, noise, steps, shift)
 
-# %% ../nbs/08_tokenizer.ipynb #08-134cf1f3
+# %% ../nbs/08_tokenizer.ipynb #08-1e78fb16
 class ImageTokenizer(LatentTokenizer):
     "Images to ids and back."
 
@@ -313,11 +318,6 @@ class ImageTokenizer(LatentTokenizer):
         steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         return vae.decode(self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift)).clamp(-1, 1)
-
-def _either(ours: str, value, default, theirs: str, other):  # the one that was given
-    if other is None: return value
-    if value != default: raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
-    return other
 
 # %% ../nbs/08_tokenizer.ipynb #08-e0b0aac2
 class FlexTok(ImageTokenizer, Pretrained):

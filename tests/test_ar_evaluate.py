@@ -117,7 +117,7 @@ def test_guidance_by_hand(model):
 
 @pytest.mark.parametrize("bad", (dict(length=0), dict(length=11), dict(temperature=-1.), dict(temperature=math.nan), dict(top_k=-1), dict(top_k=51), dict(top_k=2.5), dict(top_p=1.5), dict(top_p=-.1),
                                  dict(guidance=[1., 2.]), dict(guidance=math.nan), dict(guidance=lambda j: math.inf), dict(seeds=[1]), dict(seeds=[1, 2, 3, .5]), dict(seeds=torch.rand(4)),
-                                 dict(seeds=[1, 2, 3, 4], seed=5), dict(seeds=[1, 2, 3, 4], first_index=5)), ids=str)
+                                 dict(seeds=[1, 2, 3, 4], seed=5), dict(seeds=[1, 2, 3, 4], first_index=5)), ids=lambda bad: "+".join(bad))
 def test_nonsense_is_refused(model, bad):
     with pytest.raises(ValueError, match=next(iter(bad)).rstrip("s")):
         model.generate(LABELS, **bad)
