@@ -179,7 +179,7 @@ def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
             vae.decode(x)
         return peak_bytes(both, run)
 
-# %% ../nbs/16_cost.ipynb #16-afca3596
+# %% ../nbs/16_cost.ipynb #16-e6283532
 def describe(p: Preset) -> str:  # a page of text
     "Parameters, FLOPs per image and memory of everything in a preset. Nothing is allocated."
     c, e, giga = p.tokenizer, p.evaluate, 2 ** 30
@@ -190,7 +190,7 @@ def describe(p: Preset) -> str:  # a page of text
     with torch.device("meta"):
         vae = VAE(p.vae).requires_grad_(False)
         flops = {"VAE, encode": counted_flops(lambda: vae.encode(image())), "VAE, decode": counted_flops(lambda: vae.decode(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))),
-                 "AR model, one image": 2 * (p.ar.length * (ar_parameters(p.ar)["blocks"] + p.ar.width * p.ar.vocabulary) + p.ar.depth * p.ar.width * p.ar.length * (p.ar.length + 1)) * (1 + (e.ar_guidance != 1))}
+                 f"AR model (guidance {e.ar_guidance:g})": 2 * (p.ar.length * (ar_parameters(p.ar)["blocks"] + p.ar.width * p.ar.vocabulary) + p.ar.depth * p.ar.width * p.ar.length * (p.ar.length + 1)) * (1 + (e.ar_guidance != 1))}
     some = sorted({1, c.registers // 8, c.registers})
     lines += ["", f"GFLOPs an image (decode: {e.steps} steps, guidance {e.guidance:g}; plain / with the short cuts)"] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in flops.items()]
     lines += [f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / {encode_flops(c, k) / 1e9:12,.2f}" for k in some]
@@ -251,10 +251,11 @@ def matmul_rate(t: TrunkConfig, rows: int, device="cpu", dtype: torch.dtype = to
     run, flops = matmuls(t, rows, device, dtype)
     return flops / statistics.median(in_turns({"": run}, repeats, device)[""])
 
-# %% ../nbs/16_cost.ipynb #16-c1d72d2b
+# %% ../nbs/16_cost.ipynb #16-0017ccde
 VARIANTS = {  # name: short cuts, both guidance passes as one batch, bfloat16 autocast, torch.compile
-    "plain": (False, False, False, False), "short": (True, False, False, False), "short+together": (True, True, False, False),
-    "plain+together": (False, True, False, False), "short+bf16": (True, False, True, False), "short+compile": (True, False, False, True), "short+bf16+compile": (True, False, True, True)}
+    "plain": (False, False, False, False), "plain+together": (False, True, False, False), "short": (True, None, False, False),  # None: the default, whatever is faster
+    "short+apart": (True, False, False, False), "short+together": (True, True, False, False),
+    "short+bf16": (True, None, True, False), "short+compile": (True, None, False, True), "short+bf16+compile": (True, None, True, True)}
 
 @contextlib.contextmanager
 def variant(tok: FlexTok, name: str):
@@ -278,7 +279,7 @@ class BenchConfig:
     budgets: tuple[int, ...] = (1, 8, 32, 128, 256)
     "Token counts (those that the preset does not have are left out)."
     variants: tuple[str, ...] = ("plain", "short")
-    "What to compare; the first is what the others are compared with. plain, short, short+together, plain+together, short+bf16, short+compile, short+bf16+compile. (train: plain, bf16, compile, bf16+compile.)"
+    "What to compare; the first is what the others are compared with. plain, short, short+apart, short+together, plain+together, short+bf16, short+compile, short+bf16+compile. (train: plain, bf16, compile, bf16+compile.)"
     steps: int = 25
     "Euler steps of a decode."
     timed_steps: int | None = None

@@ -105,7 +105,7 @@ _HABITS = dict(  # kind: (favourite place, other places, favourite colours, stan
 KINDS, COLOUR_NAMES, PLACE_NAMES, LIGHT_NAMES = tuple(_PARTS), tuple(COLOURS), tuple(PLACES), tuple(LIGHTS)
 assert tuple(_HABITS) == KINDS
 
-# %% ../nbs/01_data.ipynb #01-003dbfcb
+# %% ../nbs/01_data.ipynb #01-5fbf29aa
 @dataclass(frozen=True)
 class Thing:
     "One object of a scene. Positions and sizes are shares of the picture's side; y points down."
@@ -129,7 +129,7 @@ class Scene:
     texture: int                # seed of the texture
 
     @property
-    def caption(self) -> str:  # "a red boat on the sea at night, a small star above it"
+    def caption(self) -> str:  # "a red boat on the sea at night, a small yellow star above it"
         main = self.things[0]
         def article(words): return ("an " if words[0] in "aeiou" else "a ") + words
         return (f"{article(main.colour + ' ' + main.kind)} {_WORDS[self.place]} {_WORDS[self.light]}"

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flextok_edu.core import TokenizerConfig, TrunkConfig
-from flextok_edu.tokenizer import FlexTok
+from flextok_edu.tokenizer import FlexTok, runs_together
 
 CONFIG = TokenizerConfig(4, 16, 64, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 3))
 BUDGETS = (1, 2, 3, 8, 31, 64)
@@ -89,7 +89,7 @@ def test_decodes_of_one_budget_agree(tok, budget):
             assert close(other, results[0], 1e-4)
         assert (tok.decoder.condition(torch.zeros(2, budget, 4), budget, short=True)[1] is None) == (budget == 64)
     finally:
-        tok.short_cuts, tok.guidance_together = True, False
+        tok.short_cuts, tok.guidance_together = True, None
 
 
 def test_together_with_mixed_budgets(tok):
@@ -99,7 +99,15 @@ def test_together_with_mixed_budgets(tok):
         tok.guidance_together = True
         assert close(tok.decode_latents(ids, noise, steps=2, guidance=3., apg=True), apart, 1e-4)
     finally:
-        tok.guidance_together = False
+        tok.guidance_together = None
+
+
+def test_the_faster_way_is_chosen():
+    """One batch of both passes for one picture of few tokens at the paper's size, as measured; two calls otherwise."""
+    registers = lambda b, r: torch.empty(b, r, 1)
+    told = {(1, 1): True, (1, 8): True, (1, 32): False, (1, 128): False, (4, 8): False, (4, 1): False}
+    for (b, budget), together in told.items():
+        assert runs_together(registers(b, budget + 1), registers(b, 1), 256) == together
 
 
 def test_the_short_cuts_are_taken(tok, monkeypatch):
