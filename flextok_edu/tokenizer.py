@@ -216,7 +216,7 @@ def _side_by_side(told: tuple, nothing: tuple) -> tuple[Tensor, Tensor | None]: 
     if bias_a is None: bias_a = bias_b.new_zeros(a.shape[:2])
     return torch.cat([a, b.to(a.dtype)]), torch.cat([bias_a, torch.cat([bias_b.new_full((len(b), missing), -math.inf), bias_b], 1)])
 
-# %% ../nbs/08_tokenizer.ipynb #08-f3330c88
+# %% ../nbs/08_tokenizer.ipynb #08-6559b1a4
 class GuidedVelocity:
     "A decoder's velocity, given these codes, with guidance: what `euler` and `heun` follow."
     def __init__(self, parts: TokenizerParts,
@@ -229,7 +229,7 @@ class GuidedVelocity:
         self.modulations = self.decoder.modulations(times) if self.short else None  # of all times at once
         self.told = self.decoder.condition(codes, budget, short=self.short)
         self.nothing = self.decoder.null_condition(len(codes), self.short)
-        together = runs_together(self.told[0], self.nothing[0], self.decoder.side ** 2) if parts.guidance_together is None else parts.guidance_together
+        together = self.short and runs_together(self.told[0], self.nothing[0], self.decoder.side ** 2) if parts.guidance_together is None else parts.guidance_together
         self.both = _side_by_side(self.told, self.nothing) if together else None
         self.apg, self.running = APG() if apg is True else apg, None
 
