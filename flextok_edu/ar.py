@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'CausalAttention', 'ARBlock', 'GPT', 'CachedGPT', 'cached_logits', 'token_chances', 'keep_likely', 'choose',
            'guidance_at', 'ARModel', 'position_losses', 'unigram_entropies', 'tokenizer_hash', 'check_tokenizer',
-           'save_ar', 'load_ar', 'tokenize_all', 'train_ar', 'sample_images']
+           'save_ar', 'load_ar', 'tokenize_all', 'Tokens', 'token_batches', 'train_ar', 'sample_images']
 
-# %% ../nbs/09_ar.ipynb #09-752d8321
+# %% ../nbs/09_ar.ipynb #09-f4422664
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import ARConfig, EMA, Player, Preset, Pretrained, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
+from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .tokenizer import FlexTok
 from .transformer import SwiGLU
@@ -64,7 +64,7 @@ class ARBlock(nn.Module):
         x = x + self.attention(self.norm1(x), cache, position)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/09_ar.ipynb #09-9e49a785
+# %% ../nbs/09_ar.ipynb #09-3223514d
 class GPT(nn.Module):
     "Class-conditional GPT over ids. Class number `classes` means: no class."
     def __init__(self, config: ARConfig):
@@ -95,12 +95,13 @@ class GPT(nn.Module):
     def loss(self,
              ids: Tensor,      # ids (b k)
              labels: Tensor,   # classes (b,)
+             hidden: Tensor | None = None,  # boolean (b,): samples that are not told their class; drawn if not given
             ) -> tuple[Tensor, dict]:  # mean cross-entropy in nats per token; numbers to log
         "Next-token loss; the class is hidden in a share of the samples."
-        hidden = torch.rand(len(ids), device=ids.device) < self.config.class_dropout
+        if hidden is None: hidden = torch.rand(len(ids), device=ids.device) < self.config.class_dropout
         logits = self(ids, torch.where(hidden, self.config.classes, labels)).float()
         each = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
-        return each.mean(), {"first": each[:, 0].mean(), "last": each[:, -1].mean()}
+        return each.mean(), {"first": each[:, 0].mean(), "last": each[:, -1].mean(), "accuracy": lambda: (logits.argmax(-1) == ids).float().mean()}
 
 # %% ../nbs/09_ar.ipynb #09-3436ae1b
 class CachedGPT(GPT):
@@ -285,7 +286,7 @@ def load_ar(folder: str | Path,
     if tok is not None: check_tokenizer(model, tok)
     return model, facts
 
-# %% ../nbs/09_ar.ipynb #09-7ea66d55
+# %% ../nbs/09_ar.ipynb #09-afcc35d0
 @torch.no_grad()
 def tokenize_all(tok: FlexTok,
                  images: Tensor,     # images (b 3 h w), uint8
@@ -294,7 +295,28 @@ def tokenize_all(tok: FlexTok,
     "The whole set as ids."
     return torch.cat([tok.tokenize(from_uint8(part)).cpu() for part in images.split(batch)])
 
-def train_ar(data: ImageSet,      # training images with classes in label column 0
+@dataclass
+class Tokens:
+    "Ids and classes of images, in memory. Room 11b keeps them on the disk, behind the same methods."
+    all: Tensor                # ids (N k)
+    labels: Tensor             # classes (N,)
+    classes: tuple[str, ...]   # class names
+    def __len__(self) -> int: return len(self.all)
+    def ids(self, rows: Tensor) -> Tensor: return self.all[rows]
+
+def token_batches(data: Tokens,        # or what room 11b keeps on the disk
+                  batch: int,          # lists a batch
+                  class_dropout: float = 0.,  # share of samples that are not told their class
+                  seed: int = 0,
+                  device="cpu",        # where the batch goes
+                 ) -> Feed:            # of ids (b k), classes (b,), and which are hidden (b,)
+    "Shuffled lists of ids without end."
+    def make(rows, places, step):
+        hidden = (torch.rand(batch, generator=named_generator(seed, "hidden", step)) < class_dropout)[places]
+        return data.ids(rows).to(device), data.labels[rows].to(device), hidden.to(device)
+    return Feed(len(data), batch, make, seed)
+
+def train_ar(data: ImageSet | Tokens,  # training images with classes in label column 0, or their ids
              tok: FlexTok,        # trained tokenizer
              preset: Preset,      # sizes and steps
              seed: int = 0,
@@ -302,18 +324,16 @@ def train_ar(data: ImageSet,      # training images with classes in label column
              precision: torch.dtype | None = None,
              use_compiler: bool = False,  # torch.compile the blocks
              progress: bool = True,
+             engine: Engine | None = None,  # the machine, see room 00; by default this one device
             ) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
     "Tokenise the training images once, then learn to write their ids."
-    config, classes = preset.train_ar, len(data.classes)
-    ids, labels = tokenize_all(tok, data.images).to(device), data.labels[:, 0].to(device)
+    config, tokens = preset.train_ar, data if hasattr(data, "ids") else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes)
+    if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes): raise ValueError(f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and {len(tokens.classes)} class names: every label needs its class")
     torch.manual_seed(seed)
-    model = ARModel(replace(preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=classes)).to(device)
-    ema = EMA(model, config.ema)
-    generator = torch.Generator().manual_seed(seed)
-    def stream():
-        while True: chosen = torch.randint(len(ids), (config.batch,), generator=generator).to(device); yield ids[chosen], labels[chosen]
+    model = ARModel(replace(preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes))).to(device)
+    ema, stream = EMA(model, config.ema), token_batches(tokens, config.batch, model.config.class_dropout, seed, device)
     with compiled(model.blocks, use_compiler):
-        log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config)], stream(), config.steps, ema, precision, device, "AR", progress=progress)
+        log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config, modules=[model])], stream, config.steps, ema, precision, device, "AR", progress=progress, engine=engine)
     ema.apply()
     model.tokenizer = tokenizer_hash(tok)
     return model.eval(), log

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['AR_SIZES', 'PRESETS', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig', 'ARConfig', 'StageConfig', 'VAELossConfig',
            'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
-           'from_uint8', 'grid', 'show', 'noise_like', 'atomic', 'write_text', 'weights_hash', 'save_model',
-           'load_model', 'hub_folder', 'Pretrained', 'EMA', 'make_optimizers', 'schedule', 'Player', 'take_step', 'fit',
-           'plot_log', 'compiler_works', 'compiled']
+           'from_uint8', 'grid', 'show', 'named_generator', 'noise_like', 'atomic', 'write_text', 'weights_hash',
+           'save_model', 'load_model', 'hub_folder', 'Pretrained', 'EMA', 'make_optimizers', 'schedule', 'Feed',
+           'Player', 'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
-# %% ../nbs/00_core.ipynb #00-c52ed3b8
+# %% ../nbs/00_core.ipynb #00-9f9ad195
 import contextlib, hashlib, json, math, os, random, re, tempfile, time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +254,13 @@ def show(images: Tensor,       # images (b c h w) in [-1, 1]
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
     plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(title, fontsize=10); plt.tight_layout(pad=.2); plt.show()
 
-# %% ../nbs/00_core.ipynb #00-0e8bef6f
+# %% ../nbs/00_core.ipynb #00-0216657b
+def named_generator(*names  # anything that prints: strings, numbers
+                   ) -> torch.Generator:  # on the CPU
+    "A random generator for this purpose and no other: seeded by a hash of the names."
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
 def noise_like(shape: tuple[int, ...],   # shape of one sample, for example (c, h, w)
                seed: int,                # names the set of noises
                indices,                  # iterable of ints: which samples
@@ -262,10 +268,7 @@ def noise_like(shape: tuple[int, ...],   # shape of one sample, for example (c, 
                stream: str = "latents",  # what it is for: streams of different names are independent
               ) -> Tensor:               # standard normal noise (len(indices), *shape), float32
     "One independent noise per (stream, seed, index): neither the batch size nor the device changes a picture."
-    def one(index):
-        digest = hashlib.sha256(f"{stream}/{seed}/{int(index)}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), device="cpu")
-    return torch.stack([one(i) for i in indices]).to(device)
+    return torch.stack([torch.randn(shape, generator=named_generator(stream, seed, int(i)), device="cpu") for i in indices]).to(device)
 
 # %% ../nbs/00_core.ipynb #00-6203acdf
 @contextlib.contextmanager
@@ -364,7 +367,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
         if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{self.terms}**\n"
         return card
 
-# %% ../nbs/00_core.ipynb #00-269cb9d1
+# %% ../nbs/00_core.ipynb #00-fca26f32
 class EMA:
     "Exponential moving average of parameters, with warm-up: decay_n = min(decay, (1 + n) / (10 + n))."
     def __init__(self, parameters, decay: float = .999):  # parameters: an iterable of them, or a module
@@ -396,7 +399,8 @@ def make_optimizers(named_parameters,  # pairs (name, parameter)
     rest = [p for _, p in named if id(p) not in chosen]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(.9, .95))
+    fused = all(p.device.type in ("cuda", "cpu") for p in rest)  # one kernel for all weights
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(.9, .95), fused=fused)
     return [adamw] + ([torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak learning rate, 0 .. 1
@@ -405,7 +409,55 @@ def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak
     if step < warmup: return (step + 1) / warmup
     return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/00_core.ipynb #00-d25490bc
+# %% ../nbs/00_core.ipynb #00-5ed3d9c6
+class Feed:
+    "Batches without end. What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share."
+    def __init__(self,
+                 length: int,      # items that there are
+                 batch: int,       # items a step, over all processes
+                 make: Callable[[Tensor, Tensor, int], object],  # (items (m,), their places in the batch (m,), step) -> what the loss takes
+                 seed: int = 0):   # names the order
+        if length < 1: raise ValueError("there is nothing to make batches of: 0 items")
+        self.length, self.batch, self.make, self.seed, self.step, self._epochs = length, batch, make, seed, 0, {}
+
+    def _epoch(self, number: int) -> Tensor:  # (length,): the order of one epoch
+        if number not in self._epochs:
+            if len(self._epochs) > 3: self._epochs.clear()
+            self._epochs[number] = torch.randperm(self.length, generator=named_generator(self.seed, "order", number), device="cpu")
+        return self._epochs[number]
+
+    def rows(self, step: int) -> Tensor:    # (batch,) int64
+        "The items of a step. Epochs follow each other without a gap, each in its own order."
+        at = torch.arange(step * self.batch, (step + 1) * self.batch, device="cpu")
+        epochs = at // self.length
+        return torch.cat([self._epoch(e)[at[epochs == e] % self.length] for e in epochs.unique().tolist()])
+
+    def places(self, step: int) -> Tensor:  # (batch,) int64: a permutation of 0 .. batch - 1
+        "In which order the places of the batch are dealt to processes and micro-batches."
+        return torch.arange(self.batch, device="cpu")
+
+    def dealt(self, step: int,
+              rank: int = 0, world: int = 1,  # this process, of so many
+              micro: int = 1,                 # micro-batches a process
+             ) -> list[Tensor]:               # the places that it gets, one tensor (m,) a micro-batch
+        "This process's share. Over all processes and micro-batches every place is dealt once."
+        if self.batch < world * micro: raise ValueError(f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each")
+        return [chunk[rank::world] for chunk in self.places(step).tensor_split(micro)]
+
+    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
+        "The micro-batches of this process, and what each one's mean weighs (1 a process, on average)."
+        rows = self.rows(step)
+        return [(self.make(rows[p], p, step), len(p) * world / self.batch) for p in self.dealt(step, rank, world, micro)]
+
+    def state_dict(self) -> dict: return {}             # what must be remembered besides the step: nothing here
+    def load_state_dict(self, state: dict) -> None: pass
+    def __iter__(self): return self
+    def __next__(self):
+        (batch, _), = self.parts(self.step)
+        self.step += 1
+        return batch
+
+# %% ../nbs/00_core.ipynb #00-69a3ef23
 @dataclass
 class Player:
     "One loss and the parameters that it moves."
@@ -413,37 +465,75 @@ class Player:
     loss: Callable[[object, float], tuple[Tensor, dict]]  # (batch, progress) -> (scalar, numbers to log)
     parameters: list                             # pairs (name, parameter)
     config: StageConfig                          # learning rate, optimiser, clipping
+    buffers: list = field(default_factory=list)  # pairs (name, buffer): what the loss changes without a gradient
+    start: float = 0.                            # share of the run before which it waits
+    after: Callable[[Callable], None] | None = None  # called once after each step, with a function that sums a tensor over all processes
+    measure: Callable[[], dict] | None = None    # more numbers to log, asked for only when somebody looks
+    modules: list = field(default_factory=list)  # what the loss runs through: only room 11 looks at it, to spread it over several GPUs
 
-def take_step(player: Player,          # whose turn it is
-              optimizers: list[torch.optim.Optimizer],  # from `make_optimizers`
-              batch,                   # whatever the loss takes
-              step: int,               # 0 .. steps - 1
-              steps: int,              # length of the run
-              look: bool = True,       # read the numbers (which makes a GPU wait)
-              precision: torch.dtype | None = None,  # autocast to this dtype
-              device="cpu",            # for autocast only
-              label: str = "",         # name of the run, for the error
-              scaler: torch.amp.GradScaler | None = None,  # float16 needs one: it keeps small gradients from vanishing
-             ) -> dict:                # what is worth logging; empty unless `look`
-    "Loss, gradient, step. Raises FloatingPointError if the loss is not finite."
-    for opt in optimizers:
-        for group in opt.param_groups: group["lr"] = player.config.lr * schedule(step, steps, player.config.warmup)
-        opt.zero_grad(set_to_none=True)
-    with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision is not None):
-        loss, numbers = player.loss(batch, step / steps)
-    if (look or loss.device.type == "cpu") and not math.isfinite(value := float(loss.detach())):
-        raise FloatingPointError(f"{label or player.name}: the loss of {player.name} is {value} at step {step}; try a lower learning rate or float32")
-    scaler = scaler or torch.amp.GradScaler(loss.device.type, enabled=False)  # switched off it passes everything through
-    scaler.scale(loss).backward()
-    for opt in optimizers: scaler.unscale_(opt)
-    norm = nn.utils.clip_grad_norm_([w for _, w in player.parameters if w.requires_grad], player.config.clip)
-    for opt in optimizers: scaler.step(opt)
-    scaler.update()
-    if not look: return {}
-    numbers = {f"{player.name}_grad": norm} | numbers
-    return {player.name: value, **{k: number for k, v in numbers.items() if math.isfinite(number := float(torch.as_tensor(v).detach()))}}
+# %% ../nbs/00_core.ipynb #00-044cefe3
+class Engine:
+    "What `fit` asks of a machine: here one device and one process. Room 11 has one for long runs and many processes."
+    speaks = True  # this process shows the progress bar
+    def __init__(self, device="cpu",
+                 precision: torch.dtype | None = None):  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+        self.device, self.precision = torch.device(device), precision
 
-# %% ../nbs/00_core.ipynb #00-5c39b9de
+    @contextlib.contextmanager
+    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:  # first step; log so far
+        "Around the whole run."
+        self.players, self.batches, self.steps, self.ema, self.label = players, batches, steps, ema, label
+        self.optimizers = {p.name: make_optimizers(p.parameters, p.config) for p in players}
+        self.scalers = {p.name: torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16) for p in players}  # float16 needs one: small gradients vanish in it
+        yield 0, []
+
+    def parts(self, step: int) -> Iterator[tuple[object, float]]:  # micro-batches with their weights
+        "What this process sees in this step."
+        yield next(self.batches), 1.
+
+    def ready(self, player: Player, step: int) -> None:
+        "This step's learning rate, and no gradient left over."
+        for opt in self.optimizers[player.name]:
+            for group in opt.param_groups: group["lr"] = player.config.lr * schedule(step, self.steps, player.config.warmup)
+            opt.zero_grad(set_to_none=True)
+
+    def gradient(self, player: Player, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:  # loss; numbers
+        "Add the gradient of one part (`last`: of the last one)."
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
+            loss, numbers = player.loss(batch, progress)
+        self.scalers[player.name].scale(loss * weight if weight != 1 else loss).backward()
+        return loss.detach(), numbers
+
+    def move(self, player: Player) -> Tensor:  # norm of the gradient before clipping
+        "Clip and step."
+        scaler, optimizers = self.scalers[player.name], self.optimizers[player.name]
+        for opt in optimizers: scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_([w for _, w in player.parameters if w.requires_grad], player.config.clip)
+        for opt in optimizers: scaler.step(opt)
+        scaler.update()
+        return norm
+
+    def total(self, x: Tensor) -> Tensor: return x  # summed over all processes
+    def note(self, row: dict) -> dict: return row   # what else is worth logging
+    def end(self, step: int, log: list[dict]) -> None: pass  # called after each step: checkpoints
+
+# %% ../nbs/00_core.ipynb #00-7cbf82de
+class _Tally:
+    "Weighted means of what the losses report, over parts and processes."
+    def __init__(self): self.sums = {}
+    def add(self, numbers: dict, weight: float) -> None:
+        for name, value in numbers.items():
+            value = value() if callable(value) else value
+            total, count = value if isinstance(value, tuple) else (value * weight, weight)
+            pair = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().to(getattr(total, "device", "cpu")) for v in (total, count)])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+    def means(self, total: Callable[[Tensor], Tensor]) -> dict:  # name -> number
+        if not self.sums: return {}
+        device = next((v.device for v in self.sums.values() if v.device.type != "cpu"), torch.device("cpu"))  # one sum, one wait
+        found = total(torch.stack([v.to(device) for v in self.sums.values()])).cpu()
+        return {name: float(s / n) if n else math.nan for name, (s, n) in zip(self.sums, found)}
+
+# %% ../nbs/00_core.ipynb #00-63bc9fda
 def fit(players: list[Player],          # who is trained, in the order in which they step
         batches: Iterator,              # yields batches; whatever the losses take
         steps: int,                     # how many
@@ -453,20 +543,33 @@ def fit(players: list[Player],          # who is trained, in the order in which 
         label: str = "",                # text at the progress bar
         every: int = 10,                # log every so many steps (reading a loss makes a GPU wait)
         progress: bool = True,          # show a bar
+        engine: Engine | None = None,   # the machine; by default one device and one process, with the precision above
        ) -> list[dict]:                 # the log: a dictionary every `every` steps
     "The one training loop. Raises FloatingPointError if a loss is not finite."
-    optimizers = [make_optimizers(p.parameters, p.config) for p in players]
-    scalers = [torch.amp.GradScaler(torch.device(device).type, enabled=precision == torch.float16) for _ in players]
-    log, began = [], time.perf_counter()
-    bar = tqdm(range(steps), desc=label, disable=not progress, mininterval=1., leave=True)
-    for step in bar:
-        batch, look, row = next(batches), step % every == 0 or step == steps - 1, {"step": step}
-        for player, opts, scaler in zip(players, optimizers, scalers):
-            row |= take_step(player, opts, batch, step, steps, look, precision, device, label, scaler)
-        if ema: ema.update()
-        if look:
-            row["seconds"] = time.perf_counter() - began
-            log.append(row); bar.set_postfix({p.name: f"{row[p.name]:.3f}" for p in players}, refresh=False)
+    engine = engine or Engine(device, precision)
+    with engine.session(players, batches, steps, ema, label) as (first, log):
+        began = time.perf_counter() - (log[-1]["seconds"] if log else 0.)
+        bar = tqdm(range(first, steps), desc=label, disable=not (progress and engine.speaks), mininterval=1., initial=first, total=steps)
+        for step in bar:
+            look, turn, tally = step % every == 0 or step == steps - 1, [p for p in players if step / steps >= p.start], _Tally()
+            for player in turn: engine.ready(player, step)
+            parts = list(engine.parts(step))
+            for i, (batch, weight) in enumerate(parts):
+                for player in turn:
+                    loss, numbers = engine.gradient(player, batch, weight, step / steps, i == len(parts) - 1)
+                    if look or loss.device.type == "cpu": tally.add({player.name: loss} | (numbers if look else {}), weight)
+            row = tally.means(engine.total if look else lambda x: x)
+            for player in turn:
+                if not math.isfinite(row.get(player.name, 0.)): raise FloatingPointError(f"{label or player.name}: the loss of {player.name} is {row[player.name]} at step {step}; try a lower learning rate or float32")
+            norms = {f"{player.name}_grad": engine.move(player) for player in turn}
+            for player in turn: player.after and player.after(engine.total)
+            if ema: ema.update()
+            if look:
+                for player in turn: norms |= player.measure() if player.measure else {}
+                row = {k: v for k, v in (row | {k: float(v) for k, v in norms.items()}).items() if math.isfinite(v)}
+                log.append(engine.note({"step": step, **row, "seconds": time.perf_counter() - began}))
+                bar.set_postfix({p.name: f"{row[p.name]:.3f}" for p in turn}, refresh=False)
+            engine.end(step, log)
     return log
 
 # %% ../nbs/00_core.ipynb #00-22cf8361

@@ -279,11 +279,12 @@ def evaluate_tokenizer(tok: FlexTok,
     sampled = measure_samples(ar, tok, judge, config, seed, batch, progress) if ar is not None else []
     return Report(rows + reconstructed + sampled, card, notes, scores)
 
-# %% ../nbs/10_evaluate.ipynb #10-0d80da8d
+# %% ../nbs/10_evaluate.ipynb #10-f9736c0f
 def plot_report(report: Report):  # the figure
     "Scores of reconstructions (and samples) against token count."
     import matplotlib.pyplot as plt
     keys = [(k, t) for k, t in (("mae", "MAE"), ("psnr", "PSNR (dB)"), *[(column(name), f"Fréchet distance\n{name}") for name in report.card["extractors"]], ("acc_kind", "class accuracy")) if any(k in r for r in report.rows if r["what"] == "tokens")]
+    counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
     fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.5))
     for ax, (key, title) in zip(axes, keys):
         for what, colour in (("tokens", "C0"), ("samples", "C1")):
@@ -292,7 +293,7 @@ def plot_report(report: Report):  # the figure
         for what, style in (("VAE alone", "--"), ("originals", ":"), ("real against real", ":")):
             for r in report.rows:
                 if r["what"] == what and key in r: ax.axhline(r[key], ls=style, lw=.8, color="k", label=f"{what}, n = {r['n']}" if what == "real against real" else what)
-        ax.set_xscale("log", base=2); ax.set_xlabel("tokens"); ax.set_title(title, fontsize=9)
+        ax.set_xscale("log", base=2); ax.set_xticks(counts, counts, fontsize=8); ax.set_xlabel("tokens"); ax.set_title(title, fontsize=9)
         if key.startswith("frechet"): ax.set_yscale("log")
         ax.legend(fontsize=6, frameon=False)
     fig.tight_layout()

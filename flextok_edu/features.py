@@ -6,7 +6,7 @@
 __all__ = ['OTHER_EYES', 'Lite0', 'OtherEyes', 'extractor', 'perceptual_distance', 'AttributeClassifier', 'train_classifier',
            'read_accuracy']
 
-# %% ../nbs/02_features.ipynb #02-36403746
+# %% ../nbs/02_features.ipynb #02-cb06ebb5
 import hashlib, math
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import EMA, Player, StageConfig, fit
+from .core import EMA, Engine, Player, StageConfig, fit
 from .data import HEADS, ImageSet, batches
 
 # %% ../nbs/02_features.ipynb #02-646a69a1
@@ -188,13 +188,14 @@ class AttributeClassifier(nn.Module):
         device = self.heads.weight.device
         return torch.cat([torch.stack([l.argmax(1) for l in self(part.to(device))], 1).cpu() for part in images.split(batch)])
 
-# %% ../nbs/02_features.ipynb #02-3ffa31b0
+# %% ../nbs/02_features.ipynb #02-fa32a573
 def train_classifier(data: ImageSet,            # scenes with all labels
                      config: StageConfig,       # steps, batch, learning rate
                      seed: int = 0,
                      device="cpu",
                      progress: bool = True,
                      every: int = 10,           # log every so many steps
+                     engine: Engine | None = None,  # the machine, see room 00; by default this one device
                     ) -> tuple[AttributeClassifier, list[dict]]:  # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a uniform guess
     "Train the attribute classifier on originals."
     if not data.scenes: raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")
@@ -205,8 +206,8 @@ def train_classifier(data: ImageSet,            # scenes with all labels
         each = model.losses(*batch)
         known = {head: e.detach() / math.log(n) for (head, n), e in zip(model.sizes.items(), each) if n > 1}
         return sum(e * (3. if i == 0 else 1.) for i, e in enumerate(each)), known
-    log = fit([Player("classifier", loss, list(model.named_parameters()), config)], batches(data, config.batch, seed, device),
-              config.steps, ema, device=device, label="classifier", every=every, progress=progress)
+    player = Player("classifier", loss, list(model.named_parameters()), config, list(model.named_buffers()))
+    log = fit([player], batches(data, config.batch, seed, device), config.steps, ema, device=device, label="classifier", every=every, progress=progress, engine=engine)
     ema.apply()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms: m.reset_running_stats(); m.momentum = None  # None: plain average over the batches below

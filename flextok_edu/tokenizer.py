@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together', 'GuidedVelocity', 'LatentTokenizer',
-           'ImageTokenizer', 'FlexTok', 'cache_latents', 'latent_batches', 'fit_tokenizer', 'train_tokenizer',
-           'save_tokenizer', 'load_tokenizer', 'feature_map', 'REPA']
+           'ImageTokenizer', 'Draws', 'FlexTok', 'cache_latents', 'Latents', 'latent_batches', 'TokenizerFeed',
+           'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'feature_map', 'REPA']
 
-# %% ../nbs/08_tokenizer.ipynb #08-5717f4b7
+# %% ../nbs/08_tokenizer.ipynb #08-af505839
 import math, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Player, Preset, Pretrained, StageConfig, TokenizerConfig, compiled, fit, from_uint8, load_model, noise_like, save_model, weights_hash
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
-from .fsq import FSQ, RunningNorm
+from .fsq import FSQ, CodeUse, RunningNorm
 from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
 from .transformer import Block, ModulatedBlock, TimeEmbedding, init_linear, modulate, norm32, patchify, sincos_2d, unpatchify
 from .vae import VAE
@@ -137,7 +139,7 @@ class Decoder(Condition):
         v = unpatchify(v, self.patch, self.side)
         return v if hidden_of is None else (v, hidden)
 
-# %% ../nbs/08_tokenizer.ipynb #08-68e8e613
+# %% ../nbs/08_tokenizer.ipynb #08-bbde5f77
 class TokenizerParts(nn.Module):
     "Encoder, quantiser, decoder and VAE of a tokenizer, and the checks at its doors."
     def __init__(self, config: TokenizerConfig,
@@ -147,6 +149,7 @@ class TokenizerParts(nn.Module):
         self.config = config
         self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
+        self.use: CodeUse | None = None  # counts codes while training, if there is one
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
         self.short_cuts = True         # exact; switch off to see the plain computation
         self.guidance_together: bool | None = None  # exact; both guidance passes as one batch, or one after the other; None: what is faster, see `runs_together`
@@ -327,33 +330,58 @@ class ImageTokenizer(LatentTokenizer):
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         return vae.decode(self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift)).clamp(-1, 1)
 
-# %% ../nbs/08_tokenizer.ipynb #08-e0b0aac2
+# %% ../nbs/08_tokenizer.ipynb #08-88375226
+class Draws(NamedTuple):
+    "The dice of a training step, one throw a sample."
+    budget: Tensor               # tokens kept (b,), int64 in 1 .. k
+    null: Tensor                 # boolean (b,): told nothing at all
+    zeroed: Tensor               # boolean (b,): zero-noise regression
+    t: Tensor                    # times (b,)
+    noise: Tensor | None = None  # (b c h w); drawn by the loss if there is none
+    longest: int | None = None   # no sample keeps more tokens than this; all k are computed if it is not known
+
+    def to(self, device) -> "Draws": return Draws(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+    def of(self, rows: Tensor) -> "Draws": return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
+
 class FlexTok(ImageTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
+
+    def draw(self,
+             b: int,                              # images
+             budget: int | Tensor | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
+             generator: torch.Generator | None = None,  # a CPU generator
+            ) -> Draws:                           # on the CPU, without noise
+        "Throw a training step's dice: budgets, null conditions, times."
+        c = self.config
+        budget = sample_budget(c.dropout_law, b, c.registers, generator) if budget is None else torch.as_tensor(budget, device="cpu").expand(b)
+        null, t = torch.rand(b, generator=generator, device="cpu") < c.null_probability, sample_time(c.time_law, b, generator, mode_scale=c.mode_scale)
+        zeroed = torch.arange(b, device="cpu") < round(c.zero_noise * b)         # zero-noise regression: t = 1, noise 0
+        return Draws(budget, null, zeroed, torch.where(zeroed, 1., t))
 
     def loss(self,
              latents: Tensor,                  # normalised latents (b c h w)
              repa: "REPA | None" = None,       # an early block is to know what frozen eyes see
              features: Tensor | None = None,   # what they see on these images (b d h w), for `repa`
              budget: int | Tensor | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
+             draws: "Draws | None" = None,     # the dice, if they are thrown already
             ) -> tuple[Tensor, dict]:          # scalar; numbers to log
         "The flow loss under nested dropout and null condition."
         c, b, device = self.config, len(latents), latents.device
-        z = self.encoder(latents)                                                    # b k l
-        budget = sample_budget(c.dropout_law, b, c.registers, device=device) if budget is None else torch.as_tensor(budget, device=device).expand(b)
-        if self.norm is not None and self.norm.training: self.norm.update(z, keep_mask(budget, b, c.registers, device))
+        d = (draws or self.draw(b, budget)).to(device)
+        noise = torch.randn_like(latents) if d.noise is None else d.noise
+        noise = noise * ~d.zeroed[:, None, None, None]
+        r = d.longest if d.longest and self.short_cuts else c.registers             # what nobody keeps is not computed
+        z = self.encoder(latents, r)                                                 # b r l
+        keep = keep_mask(d.budget, b, r, device) & ~d.null[:, None]
+        if self.norm is not None and self.norm.training: self.norm.collect(z, keep)
         codes = self.quantize(z)
-        null = torch.rand(b, device=device) < c.null_probability
-        t, noise = sample_time(c.time_law, b, device=device, mode_scale=c.mode_scale), torch.randn_like(latents)
-        zeros = round(c.zero_noise * b)                                              # zero-noise regression
-        zeroed = torch.arange(b, device=device) < zeros
-        t, noise = torch.where(zeroed, 1., t), noise * ~zeroed[:, None, None, None]
-        asked = mix(latents, noise, t), self.decoder.modulations(t), *self.decoder.condition(codes, budget, null)
+        if self.use is not None: self.use.collect(codes, keep)
+        asked = mix(latents, noise, d.t), self.decoder.modulations(d.t), *self.decoder.condition(codes, d.budget, d.null, short=r < c.registers)
         velocity, hidden = (self.decoder(*asked), None) if repa is None else self.decoder(*asked, hidden_of=repa.block)
         loss, numbers = flow_loss(velocity, velocity_target(latents, noise)), {}     # b
-        if zeros:                                                                    # means by sums: indexing by a mask would make a GPU wait
-            full = zeroed & ~null & (budget == c.registers)
-            numbers = {"flow": (loss * ~zeroed).sum() / (b - zeros or 1), "regression_full": (loss * full).sum() / full.sum()}
+        if c.zero_noise:                                                             # means as pairs of sums: indexing by a mask would make a GPU wait
+            full = d.zeroed & ~d.null & (d.budget == c.registers)
+            numbers = {"flow": ((loss * ~d.zeroed).sum(), (~d.zeroed).sum()), "regression_full": ((loss * full).sum(), full.sum())}
         if repa is None: return loss.mean(), numbers
         distance = repa(hidden, features)
         return loss.mean() + repa.weight * distance, numbers | {"repa": distance}
@@ -368,7 +396,7 @@ class FlexTok(ImageTokenizer, Pretrained):
         if self.vae is not None: self.vae._save_pretrained(Path(save_directory) / "vae")
         save_tokenizer(save_directory, self)
 
-# %% ../nbs/08_tokenizer.ipynb #08-7272170d
+# %% ../nbs/08_tokenizer.ipynb #08-7ef00449
 @torch.no_grad()
 def cache_latents(vae: VAE,
                   images: Tensor,      # images (b 3 H W), uint8
@@ -381,27 +409,55 @@ def cache_latents(vae: VAE,
         means.append(vae.normalize(mean).cpu()); stds.append(((.5 * logvar).exp() / vae.latent_std[:, None, None]).cpu())
     return torch.cat(means), torch.cat(stds)
 
-def latent_batches(means: Tensor,   # normalised posterior means (N c h w)
-                   stds: Tensor | None,  # standard deviations; None takes the means
+@dataclass
+class Latents:
+    "Posteriors of images, in memory. Room 11b keeps them on the disk, behind the same two methods."
+    means: Tensor                 # normalised posterior means (N c h w)
+    stds: Tensor | None = None    # standard deviations; None: the means are the latents
+    def __len__(self) -> int: return len(self.means)
+    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor | None]: return self.means[rows], self.stds[rows] if self.stds is not None else None
+
+def latent_batches(data: Latents,   # or what room 11b keeps on the disk
                    batch: int,      # latents a batch
-                   seed: int = 0,   # order
+                   seed: int = 0,   # order, and the posterior samples
                    device="cpu",    # where the batch goes
                    features: Tensor | None = None,  # something else that is known of each image (N …), to go along
-                  ) -> Iterator:    # latents (b c h w); pairs (latents, features) of the same images if there are features
+                   sample: bool = True,  # samples of the posteriors; otherwise their means
+                  ) -> Feed:        # of latents (b c h w); of pairs (latents, features) if there are features
     "Shuffled posterior samples without end."
-    if features is not None and len(features) != len(means): raise ValueError(f"{len(features)} features for {len(means)} images: they must be of the same images, in the same order")
-    generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(pool) < batch: pool = torch.cat([pool, torch.randperm(len(means), generator=generator, device="cpu")])
-        chosen, pool = pool[:batch], pool[batch:]
-        latents = means[chosen]
-        if stds is not None: latents = latents + stds[chosen] * torch.randn(latents.shape, generator=generator, device="cpu")
-        yield latents.to(device) if features is None else (latents.to(device), features[chosen].to(device))
+    if features is not None and len(features) != len(data): raise ValueError(f"{len(features)} features for {len(data)} images: they must be of the same images, in the same order")
+    def make(rows, places, step):
+        latents, stds = data.latents(rows)
+        if sample and stds is not None: latents = latents + stds * noise_like(tuple(latents.shape[1:]), seed, (step * batch + places).tolist(), stream="posterior")
+        return latents.to(device) if features is None else (latents.to(device), features[rows].to(device))
+    return Feed(len(data), batch, make, seed)
 
-# %% ../nbs/08_tokenizer.ipynb #08-00974672
+# %% ../nbs/08_tokenizer.ipynb #08-715025b4
+def _lengths(k: int) -> list[int]: return sorted({max(1, k // f) for f in (32, 8, 4, 2, 1)})  # what a micro-batch may be cut to
+
+class TokenizerFeed(Feed):
+    "Latents, features and dice of stage 1, dealt in the order of their budgets (short cut 4)."
+    def __init__(self, tok: "FlexTok", latents: Feed):  # of `latent_batches`
+        super().__init__(latents.length, latents.batch, None, latents.seed)
+        self.tok, self.latents, self.shape = tok, latents, (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
+
+    def draws(self, step: int) -> Draws: return self.tok.draw(self.batch, generator=named_generator(self.seed, "draws", step))
+    def kept(self, d: Draws) -> Tensor: return d.budget * ~d.null  # tokens that matter (b,)
+    def places(self, step: int) -> Tensor: return self.kept(self.draws(step)).argsort(descending=True, stable=True)
+
+    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
+        rows, draws = self.latents.rows(step), self.draws(step)
+        def part(places):
+            found = self.latents.make(rows[places], places, step)
+            latents, features = found if isinstance(found, tuple) else (found, None)
+            longest = next(n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[places].max())
+            noise = noise_like(self.shape, self.seed, (step * self.batch + places).tolist(), latents.device, "flow")
+            return (latents, features, draws.of(places)._replace(noise=noise, longest=longest)), len(places) * world / self.batch
+        return [part(places) for places in self.dealt(step, rank, world, micro)]
+
+# %% ../nbs/08_tokenizer.ipynb #08-30d86b85
 def fit_tokenizer(tok: FlexTok,        # with its VAE; trained in place
-                  data: ImageSet,      # training images
+                  data: ImageSet | Latents,  # training images, or their latents
                   config: StageConfig, # steps, learning rate, …
                   part: str = "both",  # "both": encoder and decoder; "decoder": the ids stay what they are
                   seed: int = 0,
@@ -411,45 +467,58 @@ def fit_tokenizer(tok: FlexTok,        # with its VAE; trained in place
                   use_compiler: bool = False,  # torch.compile the blocks
                   progress: bool = True,
                   repa: "REPA | None" = None,  # frozen eyes to learn from; its projector is trained along, and not saved
+                  engine: Engine | None = None,  # the machine, see room 00; by default this one device
                  ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
     "Train a tokenizer, or go on with a trained one. Raises ValueError for images, a part or weights that do not fit."
-    c, vae = tok.config, _check_training(tok, data, part)
+    c = tok.config; _check_training(tok, data, part)
     tok = tok.to(device).train()
     if part == "decoder": tok.encoder.requires_grad_(False).eval(); tok.norm is None or tok.norm.eval()
-    images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images
-    means, stds = cache_latents(vae, images)
-    features = repa.to(device).look(images) if repa is not None else None
+    latents, features = _training_latents(tok, data, flip, repa.to(device) if repa is not None else None)
     torch.manual_seed(seed)
     moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
-    ema = EMA([w for _, w in moved], config.ema)
-    stream = latent_batches(means, stds if c.sample_posterior else None, config.batch, seed, device, features)
-    def loss(batch, progress): return tok.loss(batch) if repa is None else tok.loss(batch[0], repa, batch[1])
     extra = list(repa.projector.named_parameters("projector")) if repa is not None else []
+    tok.use = CodeUse(c.levels, c.registers, device=device)
+    def after(total): tok.norm is None or not tok.norm.training or tok.norm.settle(total)
+    player = Player("tokenizer", lambda batch, progress: tok.loss(batch[0], repa, batch[1], draws=batch[2]), moved + extra, config,
+                    [(n, x) for n, x in tok.named_buffers() if not n.startswith("vae.")] + [("use.words", tok.use.words), ("use.digits", tok.use.digits)], after=after, measure=tok.use.numbers, modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])])
+    ema, stream = EMA([w for _, w in moved], config.ema), latent_batches(latents, config.batch, seed, device, features, c.sample_posterior)
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
-            log = fit([Player("tokenizer", loss, moved + extra, config)], stream, config.steps, ema, precision, device, "tokenizer", progress=progress)
-    finally: tok.encoder.requires_grad_(True)
+            log = fit([player], TokenizerFeed(tok, stream), config.steps, ema, precision, device, "tokenizer", progress=progress, engine=engine)
+    finally: tok.encoder.requires_grad_(True); tok.use = None
     ema.apply()
-    if tok.norm is not None and part == "both": _measure_norm(tok, stream if repa is None else (latents for latents, _ in stream))
+    if tok.norm is not None and part == "both": _measure_norm(tok, stream)
     return tok.eval(), log
 
-# %% ../nbs/08_tokenizer.ipynb #08-f62ddebb
-def _check_training(tok: FlexTok, data: ImageSet, part: str) -> VAE:  # the VAE
-    c, vae, side = tok.config, tok._need_vae("training"), data.images.shape[-1]
+# %% ../nbs/08_tokenizer.ipynb #08-ffa4910b
+def _check_training(tok: FlexTok, data: ImageSet | Latents, part: str) -> None:
+    c = tok.config
     if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
-    if side != c.latent_size * vae.config.factor: raise ValueError(f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * vae.config.factor}")
+    if hasattr(data, "latents"):
+        if (shape := data.latents(torch.zeros(1, dtype=torch.int64))[0].shape[1:]) != (c.latent_channels, c.latent_size, c.latent_size): raise ValueError(f"the latents are {tuple(shape)}, but this tokenizer takes {(c.latent_channels, c.latent_size, c.latent_size)}")
+    elif (side := data.images.shape[-1]) != c.latent_size * tok._need_vae("training").config.factor: raise ValueError(f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * tok.vae.config.factor}")
     if tok.decoder.mask_token.dtype != torch.float32: raise ValueError(f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass precision= for speed")
-    return vae
+
+def _training_latents(tok: FlexTok, data: ImageSet | Latents, flip: bool, repa: "REPA | None") -> tuple[Latents, Tensor | None]:  # latents; features for REPA
+    "What stage 1 learns from."
+    if hasattr(data, "latents"):
+        if repa is not None: raise ValueError("REPA looks at images, and here are only latents: train on images, or without it")
+        return data, None
+    images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images
+    means, stds = cache_latents(tok.vae, images)
+    return Latents(means, stds), repa.look(images) if repa is not None else None
 
 @torch.no_grad()
-def _measure_norm(tok: FlexTok, stream: Iterator) -> None:
+def _measure_norm(tok: FlexTok, stream: Feed) -> None:
     "The norm's statistics belong to the weights of the last steps: measure those of the averaged weights."
     tok.norm.updates.zero_()
-    for _ in range(20):
-        z = tok.encoder(next(stream))
-        tok.norm.update(z, keep_mask(sample_budget(tok.config.dropout_law, len(z), tok.config.registers, device=z.device), *z.shape[:2], z.device))
+    for i in range(20):
+        (found, _), = stream.parts(i)
+        z = tok.encoder(found[0] if isinstance(found, tuple) else found)
+        budget = sample_budget(tok.config.dropout_law, len(z), tok.config.registers, named_generator(stream.seed, "norm", i), z.device)
+        tok.norm.update(z, keep_mask(budget, *z.shape[:2], z.device))
 
-def train_tokenizer(data: ImageSet,    # training images
+def train_tokenizer(data: ImageSet | Latents,  # training images, or their latents
                     vae: VAE,          # trained stage 0
                     preset: Preset,    # sizes and steps
                     seed: int = 0,
@@ -459,10 +528,11 @@ def train_tokenizer(data: ImageSet,    # training images
                     use_compiler: bool = False,  # torch.compile the blocks
                     progress: bool = True,
                     repa: "REPA | None" = None,  # frozen eyes to learn from
+                    engine: Engine | None = None,  # the machine, see room 00
                    ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
     "Train a new tokenizer on cached latents."
     torch.manual_seed(seed)
-    return fit_tokenizer(FlexTok(preset.tokenizer, vae), data, preset.train_tokenizer, "both", seed, device, flip, precision, use_compiler, progress, repa)
+    return fit_tokenizer(FlexTok(preset.tokenizer, vae), data, preset.train_tokenizer, "both", seed, device, flip, precision, use_compiler, progress, repa, engine)
 
 # %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ResBlock', 'SpatialAttention', 'Down', 'Up', 'VAEEncoder', 'VAEDecoder', 'VAEParts', 'VAE', 'kl_to_standard_normal',
-           'PatchDiscriminator', 'AutoencoderLoss', 'VAELoss', 'train_vae']
+           'PatchDiscriminator', 'AutoencoderLoss', 'VAELoss', 'PosteriorFeed', 'train_vae']
 
-# %% ../nbs/03_vae.ipynb #03-c61dcd5b
+# %% ../nbs/03_vae.ipynb #03-3cbd8a1f
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Player, Preset, Pretrained, StageConfig, VAEConfig, VAELossConfig, fit, from_uint8, load_model, save_model
-from .data import ImageSet, batches
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, VAEConfig, VAELossConfig, fit, from_uint8, load_model, noise_like, save_model
+from .data import ImageSet
 from .features import Lite0, perceptual_distance
 
 # %% ../nbs/03_vae.ipynb #03-59970e3c
@@ -187,7 +187,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # images (b 3 H W) -> scores (b 1 h w)
         return self.body(images.contiguous(memory_format=torch.channels_last))
 
-# %% ../nbs/03_vae.ipynb #03-9046d0d1
+# %% ../nbs/03_vae.ipynb #03-e1322301
 class AutoencoderLoss(nn.Module):
     "The autoencoder's turn: its terms, weighted."
     def __init__(self, vae: VAE, weights: VAELossConfig,
@@ -204,11 +204,12 @@ class AutoencoderLoss(nn.Module):
     def autoencoder(self,
                     images: Tensor,    # images (b 3 H W) in [-1, 1]
                     progress: float,   # share of the training that is over, 0 .. 1
+                    noise: Tensor | None = None,  # of the posterior's sample (b c h w); drawn if not given
                    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "Pixels + perceptual + KL + adversarial, each with its weight."
         w = self.weights
         mean, logvar = self.vae.posterior(images)
-        latents = mean + (.5 * logvar).exp() * torch.randn_like(mean)
+        latents = mean + (.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
         output = self.vae.decoder(latents)
         pixel, kl = self.pixel(output, images), kl_to_standard_normal(mean, logvar)
         numbers = {"l1": pixel if self.pixel is F.l1_loss else F.l1_loss(output.detach(), images), "kl": kl}
@@ -228,15 +229,14 @@ class AutoencoderLoss(nn.Module):
         self.fake = output.detach()
         return loss, numbers
 
-# %% ../nbs/03_vae.ipynb #03-423f1589
+# %% ../nbs/03_vae.ipynb #03-130e0108
 class VAELoss(AutoencoderLoss):
     "All losses of stage 0. `players` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
     def discriminator(self,
                       images: Tensor,  # the same images (b 3 H W) in [-1, 1]
                       progress: float, # 0 .. 1
                      ) -> tuple[Tensor, dict]:  # scalar; numbers to log
-        "Hinge loss on real images and on this step's reconstructions. Before its start it waits."
-        if progress < self.weights.adversarial_start: return 0 * self.critic.body[-1].bias.sum(), {}
+        "Hinge loss on real images and on this step's reconstructions."
         real, fake = self.critic(images).float(), self.critic(self.fake).float()
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2, {"score_real": real.mean(), "score_fake": fake.mean()}
 
@@ -247,16 +247,31 @@ class VAELoss(AutoencoderLoss):
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."
         return self.distance / self.logvar.exp() + self.logvar, {"logvar": self.logvar.detach()}
 
-    def players(self, config: StageConfig) -> list[Player]:  # for `fit`
+    def players(self, config: StageConfig) -> list[Player]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."
         own = lambda lr: StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.)
-        players = [Player("vae", lambda b, s: self.autoencoder(b[0], s), list(self.vae.named_parameters()), config)]
-        if self.critic: players.append(Player("critic", lambda b, s: self.discriminator(b[0], s), list(self.critic.named_parameters()), own(min(config.lr, 5e-4))))
+        players = [Player("vae", lambda b, s: self.autoencoder(b[0], s, *b[2:]), list(self.vae.named_parameters()), config, modules=[self.vae])]
+        if self.critic: players.append(Player("critic", lambda b, s: self.discriminator(b[0], s), list(self.critic.named_parameters()), own(min(config.lr, 5e-4)), start=self.weights.adversarial_start, modules=[self.critic]))
         if self.logvar is not None: players.append(Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(.1)))
         return players
 
-# %% ../nbs/03_vae.ipynb #03-17896ff9
-def train_vae(data: ImageSet,             # training images
+# %% ../nbs/03_vae.ipynb #03-decdca30
+class PosteriorFeed(Feed):
+    "Images, and the noise of their posterior samples, which so belongs to a step and a place, not to the process that draws it."
+    def __init__(self, images: Feed,  # of images and labels
+                 config: VAEConfig):
+        super().__init__(getattr(images, "length", 1), images.batch, None, images.seed)
+        self.images, self.config = images, config
+        self.state_dict, self.load_state_dict = images.state_dict, images.load_state_dict
+
+    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
+        def noise(images, places):
+            sides = [side // self.config.factor for side in images.shape[2:]]
+            return noise_like((self.config.latent_channels, *sides), self.seed, (step * self.batch + places).tolist(), images.device, "posterior")
+        parts = self.images.parts(step, rank, world, micro)
+        return [((*batch, noise(batch[0], places)), weight) for (batch, weight), places in zip(parts, self.dealt(step, rank, world, micro), strict=True)]
+
+def train_vae(data: ImageSet,             # training images (or a source of room 01b)
               preset: Preset,             # sizes, loss weights, steps
               eyes: Lite0 | None = None,  # for the perceptual loss
               seed: int = 0,
@@ -264,6 +279,7 @@ def train_vae(data: ImageSet,             # training images
               flip: bool = False,         # mirror images at random
               precision: torch.dtype | None = None,
               progress: bool = True,
+              engine: Engine | None = None,  # the machine, see room 00; by default this one device
              ) -> tuple[VAE, list[dict]]: # averaged weights with measured latents, eval mode; training log
     "Train a VAE from scratch and measure its latents."
     config = preset.train_vae
@@ -271,7 +287,8 @@ def train_vae(data: ImageSet,             # training images
     vae = VAE(preset.vae).to(device)
     losses = VAELoss(vae, preset.vae_loss, eyes).to(device)
     ema = EMA(vae, config.ema)
-    log = fit(losses.players(config), batches(data, config.batch, seed, device, flip), config.steps, ema, precision, device, "VAE", progress=progress)
+    feed = PosteriorFeed(data.feed(config.batch, seed, device, flip), preset.vae)
+    log = fit(losses.players(config), feed, config.steps, ema, precision, device, "VAE", progress=progress, engine=engine)
     ema.apply(); vae.eval()
-    vae.measure_latents(data.images[:5000])
+    vae.measure_latents(data.head(5000))
     return vae, log

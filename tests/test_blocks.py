@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from planting import planted
 
 import flextok_edu.fsq as fsq
 import flextok_edu.registers as registers
@@ -453,13 +454,4 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(c for c, _ in PLANTED), ids=lambda f: f.__name__)
-def test_the_code_passes(check):
-    check()
-
-
-@pytest.mark.parametrize("check,bug", PLANTED, ids=lambda f: f.__name__)
-def test_the_bug_is_caught(check, bug, monkeypatch):
-    bug(monkeypatch)
-    with pytest.raises(AssertionError):
-        check()
+test_the_code_passes, test_the_bug_is_caught = planted(PLANTED)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from planting import randomize
 
 import flextok_edu.flow as flow
 import flextok_edu.tokenizer as tokenizer
@@ -17,14 +18,6 @@ from flextok_edu.vae import VAE
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4, attention=False)
 TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 4), norm_before_fsq=True, zero_noise=.5)
-
-
-def randomize(module, scale=.2):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for w in module.parameters():
-            w.copy_(torch.randn(w.shape, generator=generator) * scale)
-    return module
 
 
 @pytest.fixture
@@ -273,7 +266,7 @@ def check_features_go_with_their_images():
     repa, seen = REPA(tok.config, Eyes()), []
     images = torch.cat([data.images, data.images.flip(-1)])
     means, features = tokenizer.cache_latents(tok.vae, images)[0], repa.look(images)
-    def loss(self, latents, repa=None, features=None):
+    def loss(self, latents, repa=None, features=None, draws=None):
         seen.append((latents, features))
         return self.encoder.registers.sum() + sum(w.sum() for w in repa.projector.parameters()), {}
     with pytest.MonkeyPatch.context() as m:
@@ -291,7 +284,7 @@ def test_features_go_with_their_images():
 def test_features_of_other_images_are_caught(bug, monkeypatch):
     if bug == "shuffled apart":
         real = tokenizer.latent_batches
-        monkeypatch.setattr(tokenizer, "latent_batches", lambda means, stds, batch, seed=0, device="cpu", features=None: real(means, stds, batch, seed, device, features.roll(1, 0)))
+        monkeypatch.setattr(tokenizer, "latent_batches", lambda latents, batch, seed=0, device="cpu", features=None, sample=True: real(latents, batch, seed, device, features.roll(1, 0), sample))
     else:
         look, calls = REPA.look, []
         def other(self, images, batch=250):  # the first call is the check's own
@@ -373,4 +366,4 @@ def test_repa_refuses_what_does_not_fit(tok):
     with pytest.raises(ValueError, match=r"\(b, d, 4, 4\)"):
         tok.loss(torch.randn(2, 4, 8, 8), repa, torch.randn(2, 3, 5, 5))
     with pytest.raises(ValueError, match="same images"):
-        next(latent_batches(torch.randn(4, 4, 8, 8), None, 2, features=torch.randn(3, 3, 4, 4)))
+        next(latent_batches(tokenizer.Latents(torch.randn(4, 4, 8, 8)), 2, features=torch.randn(3, 3, 4, 4)))

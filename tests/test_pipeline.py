@@ -1,7 +1,9 @@
 """The main job: on folders, interrupted, repeated, damaged."""
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import flextok_edu.pipeline as pipeline
-from flextok_edu.core import StageConfig
+from flextok_edu.core import StageConfig, preset
 from flextok_edu.data import ToyScenes, draw
 from flextok_edu.pipeline import RunConfig, pick_precision, run
 
@@ -54,7 +56,7 @@ def test_a_retrained_stage_is_evaluated_again(tmp_path, monkeypatch, capsys):
     first = run(config)
     shutil.rmtree(tmp_path / "run" / "ar")
     real = pipeline.train_ar
-    monkeypatch.setattr(pipeline, "train_ar", lambda train, tok, p, seed, *a: real(train, tok, p, seed + 1, *a))
+    monkeypatch.setattr(pipeline, "train_ar", lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k))
     second = run(config)
     assert second.card["weights"]["ar"] != first.card["weights"]["ar"] and second.card["weights"]["vae"] == first.card["weights"]["vae"]
 
@@ -73,6 +75,69 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch, capsys):
     cut = run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert "vae: finished before" in capsys.readouterr().out
     assert cut.card["weights"] == whole.card["weights"] and cut.rows == whole.rows
+
+
+@pytest.mark.parametrize("name, at", (("vae", 2), ("classifier", 1), ("tokenizer", 2), ("ar", 1)))
+def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, at, whole=[]):
+    """A signal while a stage trains; the same run goes on there, and ends with the same weights."""
+    if not whole:
+        whole.append(run(RunConfig(out=str(tmp_path / "whole"), **FAST)))
+    real = pipeline.LongRun.parts
+    def parts(self, step):
+        if self.store.folder.parent.name == name and step == at and self.flops:  # not in the rehearsal that counts arithmetic
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step)
+    with monkeypatch.context() as m:
+        m.setattr(pipeline.LongRun, "parts", parts)
+        with pytest.raises(pipeline.Stopped) as stop:
+            run(RunConfig(out=str(tmp_path / "cut"), **FAST))
+    assert stop.value.number == signal.SIGTERM and len(list((tmp_path / "cut" / name / "checkpoints").iterdir())) == 1 and not (tmp_path / "cut" / name / "config.json").exists()
+    capsys.readouterr()
+    cut = run(RunConfig(out=str(tmp_path / "cut"), **FAST))
+    assert f"goes on after step {at + 1} of 3" in capsys.readouterr().out and not list((tmp_path / "cut").rglob("checkpoints"))
+    assert cut.card["weights"] == whole[0].card["weights"] and cut.rows == whole[0].rows
+
+
+def test_expected_curves(tmp_path, monkeypatch, capsys):
+    """The range of two runs; drawn under a third of the same job, and under no other."""
+    base = preset("micro")
+    base = replace(base, train_images=60, evaluate=replace(base.evaluate, images=12, samples=12), **{f"train_{n}": replace(getattr(base, f"train_{n}"), steps=25, batch=4) for n in pipeline.STAGES})
+    monkeypatch.setattr(pipeline, "probe", lambda *a: {"vae": 1., "classifier": 1., "tokenizer": 1., "ar": 1., "evaluate": 0.})
+    monkeypatch.setattr(pipeline, "evaluate_all", lambda job, models: models.logs)
+    logs = [run(RunConfig(out=str(tmp_path / f"{seed}"), device="cpu", compile="off", seed=seed), base) for seed in (0, 1)]
+    monkeypatch.setattr(pipeline, "files", lambda name: tmp_path)
+    decided = pipeline.from_dict(pipeline.Preset, json.loads((tmp_path / "0" / "run.json").read_text())["preset"])
+    assert pipeline.expected_curves(decided) is None, "no file, no curves"
+    (tmp_path / "expected").mkdir()
+    (tmp_path / "expected" / "micro.json").write_text(json.dumps(pipeline.collect_expected([tmp_path / "0", tmp_path / "1"])))
+    found = pipeline.expected_curves(decided)
+    assert set(found) == set(pipeline.STAGES) and set(found["tokenizer"]) >= {"flow", "tokenizer"}
+    band = found["ar"]["ar"]
+    values = [row["ar"] for log in logs for row in log["ar"]]
+    assert min(band["low"]) == pytest.approx(min(values), rel=1e-3) and max(band["high"]) == pytest.approx(max(values), rel=1e-3)
+    assert all(low <= mean <= high for low, mean, high in zip(band["low"], band["mean"], band["high"])) and 0 < band["at"][0] < band["at"][-1] < 1
+    assert pipeline.expected_curves(decided, "some/folder") is None and pipeline.expected_curves(replace(decided, train_images=61)) is None and pipeline.expected_curves(preset("tiny")) is None
+    drawn = {}
+    for name, expected in (("with", found), ("without", None)):
+        pipeline.picture_losses(logs[0], tmp_path / f"{name}.png", expected)
+        drawn[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert drawn["with"].shape == drawn["without"].shape and (drawn["with"] != drawn["without"]).any()
+    with pytest.raises(ValueError, match="the same run twice"):
+        pipeline.collect_expected([tmp_path / "0", tmp_path / "0"])
+    stored = json.loads((tmp_path / "1" / "run.json").read_text())
+    stored["preset"]["train_ar"]["lr"] = 1.
+    (tmp_path / "1" / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="one job"):
+        pipeline.collect_expected([tmp_path / "0", tmp_path / "1"])
+
+
+def test_a_stopwatch_measures_and_leaves(capsys):
+    from flextok_edu.data import load_data
+    train, _ = load_data("scenes", 32, 20, 2, progress=False)
+    small = replace(preset("micro"), **{f"train_{n}": replace(getattr(preset("micro"), f"train_{n}"), batch=4) for n in pipeline.STAGES})
+    pace = pipeline.Stopwatch("cpu", steps=2).watch(pipeline.throwaway(small, train)["tokenizer"])
+    assert pace.batch == 4 and pace.steps == 2 and 0 < pace.gradient < pace.seconds and pace.flops > 1e8 and 0 < pace.share < 2 and pace.peak > 1e8
+    assert pipeline.Stopwatch("cpu", steps=50, seconds=0.).watch(pipeline.throwaway(small, train)["ar"]).steps == 1, "one step, whatever it costs"
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):

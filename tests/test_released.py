@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from planting import randomize
 
 from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data import load_data
@@ -33,14 +34,6 @@ def write(folder, description, weights):
     save_file({n: w.contiguous() for n, w in weights.items()}, Path(folder) / "model.safetensors")
     (Path(folder) / "config.json").write_text(json.dumps(description))
     return folder
-
-
-def randomize(module, scale=.2):
-    """Large random weights, so that nothing passes by being zero."""
-    with torch.no_grad():
-        for w in module.parameters():
-            w.copy_(torch.randn(w.shape) * scale)
-    return module
 
 
 def disguise(description, weights, seed):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flextok_edu import core, data, features
-from flextok_edu.core import Player, StageConfig, fit, take_step
+from flextok_edu import data, features
+from flextok_edu.core import Engine, Player, StageConfig, fit
 from flextok_edu.data import SETS, check_memory, evenly, find_set, load_data, read_squares
 
 RNG = np.random.default_rng(0)
@@ -284,26 +284,33 @@ def test_the_classifiers_log_starts_at_chance():
 
 # --- the loop --------------------------------------------------------------------------------------------------------------
 
-def test_one_step_is_what_fit_repeats():
+class InParts(Engine):
+    """Every batch in three uneven parts."""
+    def parts(self, step):
+        whole = next(self.batches)
+        return [(rows, len(rows) / len(whole)) for rows in whole.split([7, 4, 5])]
+
+
+def test_parts_of_a_batch_are_the_batch():
     x = torch.linspace(-1, 1, 16)[:, None]
 
-    def run(loop):
+    def run(engine):
         torch.manual_seed(0)
-        line = nn.Linear(1, 1)
-        player = Player("line", lambda b, progress: ((line(b) - 2 * b).square().mean(), {"at": torch.tensor(progress)}), list(line.named_parameters()), StageConfig(lr=.1, warmup=2))
-        return loop(player), line
+        line, seen = nn.Linear(1, 1), []
 
-    def stepwise(player):
-        optimizers, rows = core.make_optimizers(player.parameters, player.config), []
-        for i in range(6):
-            rows.append(take_step(player, optimizers, x, i, 6, look=i in (0, 2, 4, 5)))
-            assert optimizers[0].param_groups[0]["lr"] == .1 * core.schedule(i, 6, 2)
-        return rows
+        def loss(b, progress):
+            seen.append(len(b))
+            error = (line(b) - 2 * b).square()
+            return error.mean(), {"at": torch.tensor(progress), "largest": (error.sum(), len(b)), "lazy": lambda: seen[-1]}
+        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=.1, warmup=2))
+        return fit([player], iter([x] * 6), 6, every=2, progress=False, engine=engine), line, seen
 
-    rows, a = run(stepwise)
-    log, b = run(lambda p: fit([p], iter([x] * 6), 6, every=2, progress=False))
-    assert torch.equal(a.weight, b.weight) and [r for r in rows if r] == [{k: v for k, v in row.items() if k not in ("step", "seconds")} for row in log]
-    assert [row["step"] for row in log] == [0, 2, 4, 5] and rows[1] == {} and rows[2]["at"] == pytest.approx(2 / 6)
+    (log, a, whole), (log_parts, b, parts) = run(Engine()), run(InParts())
+    assert whole == [16] * 6 and parts == [7, 4, 5] * 6
+    assert torch.allclose(a.weight, b.weight, atol=1e-6) and [row["step"] for row in log] == [0, 2, 4, 5] and log[1]["at"] == pytest.approx(2 / 6)
+    for row, other in zip(log, log_parts):
+        assert row["line"] == pytest.approx(other["line"], rel=1e-5) == pytest.approx(row["largest"], rel=1e-5) == pytest.approx(other["largest"], rel=1e-5)
+        assert other["lazy"] == pytest.approx((7 * 7 + 4 * 4 + 5 * 5) / 16)
 
 
 def test_nan_stops_before_the_weights_move():

@@ -1,0 +1,321 @@
+"""The commands: end to end at micro, stopped and started again, and given nonsense."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flextok_edu.commands as commands
+from flextok_edu.ar import ARModel
+from flextok_edu.commands import UsageError, override, parse_settings, read_settings
+from flextok_edu.core import preset, weights_hash
+from flextok_edu.data import ToyScenes, draw
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.vae import VAE
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ["--train-images", "40", "--device", "cpu"]
+TINY = DATA + ["--compile", "off", "--set", "evaluate.images=12", "evaluate.samples=12", "train_vae.batch=8", "train_tokenizer.batch=8", "train_ar.batch=8", "vae.channels=16,16", "vae.groups=4",
+               "tokenizer.encoder.width=64", "tokenizer.decoder.width=64", "tokenizer.decoder.depth=2", "ar.width=64", "ar.depth=1"]
+
+
+def call(name, *argv):
+    """A command in this process; its exit status."""
+    try:
+        getattr(commands, f"{name}_main")([str(a) for a in argv])
+    except SystemExit as leave:
+        return leave.code
+    return 0
+
+
+def refused(capsys, status, text, name, *argv):
+    """It ends with this status and one line that says why."""
+    capsys.readouterr()
+    assert call(name, *argv) == status
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith(f"flextok_{name}: ") and text in said[0], said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A VAE, a tokenizer and an AR model after a few steps."""
+    root = tmp_path_factory.mktemp("runs")
+    assert call("train", "vae", "--out", root / "vae", "--steps", 4, *TINY) == 0
+    assert call("train", "tokenizer", "--vae", root / "vae", "--out", root / "tok", "--steps", 4, *TINY) == 0
+    assert call("train", "ar", "--tokenizer", root / "tok", "--out", root / "ar", "--steps", 3, *TINY) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with two classes, mixed sizes, and a broken file."""
+    root, data = tmp_path_factory.mktemp("pictures"), ToyScenes("train", 64, 1, seed=1, length=24)
+    for i in range(24):
+        (root / ("day", "night")[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.array(draw(data.scene(i), 40 + 3 * i))).save(root / ("day", "night")[i % 2] / f"{i}.png")
+    return root
+
+
+def weights(folder):
+    return json.loads((Path(folder) / "config.json").read_text())["weights"]
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+def test_every_number_of_every_preset_can_be_set():
+    p = preset("micro")
+    for name in commands.setting_names(p):
+        value = asdict(p)
+        for part in name.split("."):
+            value = value[part]
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert override(p, {name: text}) == p, name
+    assert override(p, json.loads(json.dumps(asdict(p)))) == p, "what json gives back is the same preset"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("train_tokenizer.learning_rate=1", "there is no setting 'train_tokenizer.learning_rate'"), ("tokeniser.registers=8", "did you mean tokenizer.registers"), ("registers=8", "did you mean tokenizer.registers"),
+    ("train_vae.stepz=8", "did you mean train_vae.steps"), ("tokenizer.registers=many", "must be int"), ("train_vae.steps=1.5", "must be int"), ("train_vae.lr=nan", "must be float"), ("vae.attention=1", "must be bool"),
+    ("vae=3", "is a group"), ("image_size.x=3", "there is no setting"), ("tokenizer.levels=8,x", "must be int"), ("train_vae.steps", "name=value"), ("=3", "name=value")])
+def test_settings_that_are_none(text, expected):
+    with pytest.raises(UsageError, match=expected):
+        override(preset("micro"), parse_settings((text,)))
+
+
+def test_a_config_of_ones_own(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"options": {"seed": 3}, "preset": {"name": "micro", "train_vae": {"lr": 1, "steps": 2}}}))
+    found = read_settings(file)
+    assert found.options["seed"] == 3 and found.preset.train_vae.lr == 1. and type(found.preset.train_vae.lr) is float and found.preset.train_vae.batch == preset("micro").train_vae.batch
+    options, base = commands.command_line(commands.TrainOptions, "flextok_train", ["vae", "--config", str(file), "--seed", "4"])
+    assert options.seed == 4 and base == found.preset, "the command line goes before the file"
+    for text, expected in (('{"option": {}}', "did you mean options"), ('{"options": {"sede": 1}}', "did you mean seed"), ('{"options": {"seed": "x"}}', "must be int"), ('{"preset": {"train_vae": {"lrr": 1}}}', "did you mean train_vae.lr"),
+                           ("{", "no json"), ("[]", "must hold an object"), ('{"command": "flextok_cache latents"}', "is of flextok_cache latents")):
+        file.write_text(text)
+        refused(capsys, 2, expected, "train", "vae", "--config", file)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+def test_models_open_as_a_user_opens_them(trained):
+    vae, tok = VAE.from_pretrained(trained / "vae"), FlexTok.from_pretrained(trained / "tok")
+    assert weights_hash(tok.vae) == weights_hash(vae) == weights(trained / "vae")
+    ARModel.from_pretrained(trained / "ar", tokenizer=tok)
+    assert not list(trained.rglob("checkpoints")) and not list(trained.rglob(".*")), "nothing is left over"
+
+
+@pytest.mark.parametrize("stage", ("vae", "tok", "ar"))
+def test_a_run_from_its_own_json_gives_the_same_weights(trained, tmp_path, stage, capsys):
+    assert call("train", "--config", trained / stage / "run.json", "--out", tmp_path / "again") == 0
+    assert weights(tmp_path / "again") == weights(trained / stage)
+    assert call("train", "--config", tmp_path / "again" / "run.json", "--out", tmp_path / "again") == 0 and "finished before" in capsys.readouterr().out
+
+
+def test_another_run_in_the_same_folder(trained, tmp_path, capsys):
+    argv = ["vae", "--out", tmp_path / "vae", *TINY]
+    assert call("train", *argv, "--steps", 2) == 0
+    first = weights(tmp_path / "vae")
+    refused(capsys, 1, "preset.train_vae.steps: 2 then, 3 now", "train", *argv, "--steps", 3)
+    refused(capsys, 1, "seed: 0 then, 1 now", "train", *argv, "--steps", 2, "--seed", 1)
+    assert call("train", *argv, "--steps", 3, "--fresh") == 0
+    assert weights(tmp_path / "vae.old-1") == first and weights(tmp_path / "vae") != first, "put aside, not deleted"
+
+
+PROGRAM = "import sys; from flextok_edu.commands import train_main; train_main(sys.argv[1:])"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_killed_and_started_again(trained, tmp_path, capsys):
+    """SIGTERM at a random moment of the training; the same command again; the weights of a run that nobody disturbed."""
+    argv = ["tokenizer", "--vae", trained / "vae", "--steps", 40, *TINY]
+    assert call("train", *argv, "--out", tmp_path / "calm") == 0
+    child = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, argv), "--out", str(tmp_path / "hard")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "40 steps of 8" in child.stdout.readline()
+    time.sleep(float(np.random.uniform(.4, 1.2)))
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    if child.returncode:  # else it was faster than we
+        assert child.returncode == 143 and "the same command goes on from there" in err and "Traceback" not in err, err
+        assert list((tmp_path / "hard" / "checkpoints").iterdir()) and not (tmp_path / "hard" / "config.json").exists()
+        capsys.readouterr()
+        assert call("train", *argv, "--out", tmp_path / "hard") == 0
+        assert "goes on after step" in capsys.readouterr().out
+    assert weights(tmp_path / "hard") == weights(tmp_path / "calm")
+    assert [{k: r[k] for k in ("step", "tokenizer")} for r in json.loads((tmp_path / "hard" / "log.json").read_text())] == [{k: r[k] for k in ("step", "tokenizer")} for r in json.loads((tmp_path / "calm" / "log.json").read_text())]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
+    """In the third step, from inside: the signal arrives while the loop runs."""
+    real, count = commands.Told.parts, []
+    def parts(self, step):
+        count.append(step)
+        if len(count) == 4:
+            os.kill(os.getpid(), number)
+        return real(self, step)
+    monkeypatch.setattr(commands.Told, "parts", parts)
+    argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
+    refused(capsys, status, "the same command goes on", "train", *argv)
+    monkeypatch.undo()
+    assert call("train", *argv) == 0 and "goes on after step" in capsys.readouterr().out
+    before = signal.getsignal(signal.SIGTERM)
+    assert before in (signal.SIG_DFL, None) or before.__module__ != "flextok_edu.commands", "the handler is put back"
+
+
+def test_micro_batches_and_recomputing_make_the_same_step(trained, tmp_path):
+    assert call("train", "tokenizer", "--vae", trained / "vae", "--out", tmp_path / "tok", "--steps", 4, "--micro", 2, "--recompute", *TINY) == 0
+    a, b = (FlexTok.from_pretrained(f).own_state() for f in (trained / "tok", tmp_path / "tok"))
+    assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < 1e-2
+
+
+def test_two_processes(trained, tmp_path):
+    """Under torchrun: one of them speaks and writes."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "program.py"), *map(str, ["ar", "--tokenizer", trained / "tok", "--out", tmp_path / "ar", "--steps", 3, *TINY])],
+                            capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("3 steps of 8") == 1 and result.stdout.count("saved in") == 1
+    a, b = (ARModel.from_pretrained(f).state_dict() for f in (trained / "ar", tmp_path / "ar"))
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-3
+
+
+def test_training_from_caches(trained, tmp_path, capsys):
+    assert call("cache", "latents", "--vae", trained / "vae", "--out", tmp_path / "latents", "--float32", *DATA) == 0
+    assert call("train", "tokenizer", "--vae", trained / "vae", "--cache", tmp_path / "latents", "--out", tmp_path / "tok", "--steps", 4, *TINY) == 0
+    assert weights(tmp_path / "tok") == weights(trained / "tok"), "float32 latents of the same images in the same order"
+    assert call("cache", "tokens", "--tokenizer", trained / "tok", "--out", tmp_path / "tokens", *DATA) == 0
+    assert call("cache", "tokens", "--tokenizer", trained / "tok", "--latents", tmp_path / "latents", "--out", tmp_path / "tokens2") == 0
+    assert call("train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "tokens", "--out", tmp_path / "ar", "--steps", 3, *TINY) == 0
+    assert weights(tmp_path / "ar") == weights(trained / "ar")
+    refused(capsys, 1, "holds no cache", "train", "tokenizer", "--vae", trained / "vae", "--cache", tmp_path / "nothing", "--out", tmp_path / "x", *TINY)
+    refused(capsys, 1, "not the one that you mean", "train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "latents", "--out", tmp_path / "x", *TINY)
+
+
+def test_training_from_a_folder_and_from_the_disk(trained, pictures, tmp_path, capsys):
+    assert call("train", "vae", "--data", pictures, "--out", tmp_path / "vae", "--steps", 2, *TINY[2:]) == 0
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for f in sorted(pictures.rglob("*.png")):
+            tar.add(f, f"{f.stem}.png")
+    for name, data in (("disk", ["--data", pictures, "--from-disk"]), ("tar", ["--data", tmp_path / "x.tar"])):
+        assert call("train", "vae", *data, "--out", tmp_path / f"{name}_vae", "--steps", 2, *TINY[2:]) == 0
+    assert call("train", "tokenizer", *data, "--vae", tmp_path / "tar_vae", "--out", tmp_path / "tok", "--steps", 2, *TINY[2:]) == 0
+    assert (tmp_path / "tok.latents" / "cache.json").exists()
+    assert call("train", "ar", "--data", pictures, "--from-disk", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "ar", "--steps", 2, *TINY[2:]) == 0
+    assert json.loads((tmp_path / "ar" / "config.json").read_text())["classes"] == ["day", "night"]
+
+
+# --- nonsense --------------------------------------------------------------------------------------------------------
+
+def test_nonsense_is_one_line(trained, pictures, tmp_path, capsys):
+    out = ["--out", tmp_path / "x"]
+    refused(capsys, 2, "--vae is missing", "train", "tokenizer", *out, *TINY)
+    refused(capsys, 1, "there is no VAE in it; there is no such folder", "train", "tokenizer", "--vae", "no/such", *out, *TINY)
+    refused(capsys, 1, "there is no VAE in it", "train", "tokenizer", "--vae", trained / "ar", *out, *TINY)
+    refused(capsys, 1, "the tokenizer of preset micro takes 4 x 4 x 4", "train", "tokenizer", "--vae", trained / "vae", *out, *TINY, "tokenizer.latent_size=4")
+    refused(capsys, 1, "mikro", "train", "vae", "--preset", "mikro", *out)
+    refused(capsys, 1, "no/such", "train", "vae", "--data", "no/such", *out, "--device", "cpu")
+    refused(capsys, 1, "precision", "train", "vae", "--precision", "half", *out, *TINY)
+    refused(capsys, 2, "there is no setting 'vae.nothing'", "train", "vae", "--set", "vae.nothing=3", *out)
+    refused(capsys, 2, "at least 1", "train", "vae", "--steps", 0, *out, *TINY)
+    refused(capsys, 1, "there is no class 'boot': did you mean boat", "generate", "boot", "--ar", trained / "ar", "--device", "cpu")
+    refused(capsys, 1, "a budget must be an integer in 1 .. 16", "generate", "boat", "--ar", trained / "ar", "--budgets", 17, "--device", "cpu")
+    refused(capsys, 1, "there is no AR model in it", "generate", "boat", "--ar", trained / "vae", "--tokenizer", trained / "tok", "--device", "cpu")
+    assert not (tmp_path / "x").exists(), "nothing was begun"
+    for argv in (["train", "--nonsense"], ["train"], ["cache", "latents"], ["generate"], ["estimate", "micro", "--steps", "x"]):
+        assert call(*argv) == 2, argv
+    capsys.readouterr()
+
+
+def test_an_ar_model_of_another_tokenizer(trained, tmp_path, capsys):
+    assert call("train", "tokenizer", "--vae", trained / "vae", "--out", tmp_path / "tok", "--steps", 4, "--seed", 1, *TINY) == 0
+    refused(capsys, 1, "writes ids of tokenizer", "generate", "boat", "--ar", trained / "ar", "--tokenizer", tmp_path / "tok", "--device", "cpu")
+
+
+@pytest.mark.parametrize("name", ("train", "cache", "tokenize", "detokenize", "generate", "eval", "estimate", "run"))
+def test_help(name, capsys):
+    assert call(name, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"usage: flextok_{name}" in text and "MISSING" not in text and all(len(line) < 140 for line in text.splitlines())
+
+
+# --- pictures and ids ------------------------------------------------------------------------------------------------
+
+def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
+    tok = ["--tokenizer", trained / "tok", "--device", "cpu"]
+    (tmp_path / "broken.jpg").write_text("no picture")
+    assert call("tokenize", pictures / "day", *tok, "--out", tmp_path / "all.jsonl") == 0
+    head, *rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and all(len(r["ids"]) == 16 for r in rows) and head["registers"] == 16
+    some = [pictures / "day" / "0.png", tmp_path / "broken.jpg", pictures / "day" / "2.png"]
+    refused(capsys, 1, "1 of 3 pictures could not be read", "tokenize", *some, *tok, "--out", tmp_path / "some.jsonl", "--budgets", 4, 8, 2)
+    _, *few = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    by = {r["image"]: r["ids"] for r in rows}
+    assert [(r["image"], len(r["ids"])) for r in few] == [(str(some[0]), 4), (str(some[2]), 2)] and few[0]["ids"] == by[str(some[0])][:4] and few[1]["ids"] == by[str(some[2])][:2]
+    assert call("detokenize", tmp_path / "some.jsonl", *tok, "--steps", 2, "--budgets", 1, 16, "--out", tmp_path / "back") == 0
+    assert sorted(f.name for f in (tmp_path / "back").iterdir()) == ["0000_0_001.png", "0000_0_016.png", "0001_2_001.png", "0001_2_016.png", "sheet.png"]
+    assert Image.open(tmp_path / "back" / "0000_0_001.png").size == (32, 32)
+    refused(capsys, 1, "could be read", "tokenize", tmp_path / "broken.jpg", *tok, "--out", tmp_path / "none.jsonl")
+    refused(capsys, 1, "is not there", "tokenize", tmp_path / "nothing.jpg", *tok)
+    refused(capsys, 2, "2 budgets for 3 pictures", "tokenize", *some, *tok, "--budgets", 1, 2)
+    (tmp_path / "other.jsonl").write_text((tmp_path / "all.jsonl").read_text().replace(head["tokenizer"], "0" * 16))
+    refused(capsys, 1, "are of tokenizer 0000000000000000", "detokenize", tmp_path / "other.jsonl", *tok)
+    (tmp_path / "other.jsonl").write_text("no json")
+    refused(capsys, 1, "is no file of ids", "detokenize", tmp_path / "other.jsonl", *tok)
+    (tmp_path / "other.jsonl").write_text(json.dumps(head) + '\n{"image": "x", "ids": [99999]}\n')
+    refused(capsys, 1, "999", "detokenize", tmp_path / "other.jsonl", *tok, "--out", tmp_path / "never")
+
+
+def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):
+    argv = ["--ar", trained / "ar", "--device", "cpu", "--steps", 2, "--budgets", 2, 16]
+    assert call("generate", "boat", "3", *argv, "--seeds", 5, 7, "--out", tmp_path / "a") == 0
+    assert call("generate", "boat", *argv, "--seeds", 7, "--out", tmp_path / "b") == 0
+    assert len(list((tmp_path / "a").iterdir())) == 9
+    for k in ("002", "016"):
+        a, b = (np.asarray(Image.open(tmp_path / f / f"boat_seed7_{k}.png"), dtype=int) for f in "ab")
+        assert np.abs(a - b).max() <= 1, "a batch of another size may round otherwise"
+
+
+def test_measuring(trained, tmp_path, capsys):
+    assert call("eval", trained / "tok", "--ar", trained / "ar", "--out", tmp_path / "table", "--device", "cpu") == 0
+    rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
+    assert [r["tokens"] for r in rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16] and {r["n"] for r in rows} == {12}, "counts of the run that made the tokenizer"
+    assert call("eval", "--config", tmp_path / "table" / "run.json", "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "table.json").read_text())["rows"]
+    assert [{k: v for k, v in r.items() if k != "card"} for r in again] == [{k: v for k, v in r.items() if k != "card"} for r in rows]
+
+
+def test_estimate(capsys):
+    assert call("estimate", "micro", "--steps", 2, "--seconds", 4, "--device", "cpu", "--set", "train_ar.steps=1000") == 0
+    said = capsys.readouterr().out
+    for word in ("vae ", "classifier ", "tokenizer ", "ar ", "in all", "cache of latents: 1.04 kB an image", "all 20,000: 0.02 GB", "1,000 x 128"):
+        assert word in said, said
+
+
+def test_estimate_scales_what_was_measured():
+    pace = commands.Pace(batch=4, steps=3, seconds=2., gradient=1.5, peak=10 * 10**9, flops=0, share=.5)
+    e = commands.Estimate("vae", pace, batch=16, steps=900, memory=1e9)
+    assert e.seconds == .5 + 4 * 1.5 and e.hours == pytest.approx(commands.SUSTAINED * 900 * 6.5 / 3600)
+    assert "measured with 4 a step and scaled" in commands.estimate_line(e)
+
+
+# --- the whole course ------------------------------------------------------------------------------------------------
+
+def test_a_whole_run_from_its_own_json(tmp_path, capsys):
+    argv = ["--device", "cpu", "--train-images", 60, "--images", 12, "--compile", "off", "--set", *TINY[TINY.index("--set") + 1:], "train_classifier.batch=8"]
+    assert call("run", "--out", tmp_path / "a", "--steps", 3, *argv) == 0
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["preset"]["vae"]["channels"] == [16, 16]
+    refused(capsys, 1, "ar.depth: 1 then, 2 now", "run", "--out", tmp_path / "a", "--steps", 3, *argv, "ar.depth=2")
+    assert call("run", "--config", tmp_path / "a" / "run.json", "--out", tmp_path / "b", "--device", "cpu", "--compile", "off") == 0
+    for stage in ("vae", "classifier", "tokenizer", "ar"):
+        assert weights(tmp_path / "a" / stage) == weights(tmp_path / "b" / stage), stage
+    assert call("generate", "all", "--ar", tmp_path / "a", "--steps", 1, "--device", "cpu", "--out", tmp_path / "new") == 0, "the folder of a run holds all models"
+    refused(capsys, 1, "must be a positive number", "run", "--minutes", -3)

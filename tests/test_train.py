@@ -1,0 +1,426 @@
+"""Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import long_run
+from flextok_edu import core, train
+from flextok_edu.core import EMA, Engine, Feed, Player, StageConfig, fit
+from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, recomputed
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = str(ROOT / "tests" / "long_run.py")
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def start(*args, world=1, **more):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else [sys.executable]
+    return subprocess.run([*launch, PROGRAM, *args], env=ENV, capture_output=True, text=True, timeout=200, **more)
+
+
+def answer(result):
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def close(a, b, keys, tolerance=1e-5):
+    """Every loss of every logged step."""
+    assert len(a) == len(b) and len(a) > 1
+    for x, y in zip(a, b):
+        for key in keys:
+            if key in x or key in y:
+                assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["step"], key)
+
+
+KEYS = {"vae": ("vae", "critic", "scale", "l1", "kl", "score_real"), "tokenizer": ("tokenizer", "flow"), "ar": ("ar", "first", "last", "accuracy")}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each stage in one process and one batch."""
+    def run(name, optimizer="adamw", cache={}):
+        if (name, optimizer) not in cache:
+            cache[name, optimizer] = long_run.stage(name, optimizer=optimizer, engine=Every())
+        return cache[name, optimizer]
+    return run
+
+
+class Every(Engine):
+    """Room 00's engine."""
+
+
+# --- parts and processes -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("micro", (2, 3))
+def test_accumulation_changes_nothing(name, micro, alone):
+    model, log = alone(name)
+    other, log_parts = long_run.stage(name, engine=Shares("cpu", micro=micro))
+    close(log, log_parts, KEYS[name])
+    for (n, a), b in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(a, b, atol=2e-4), n
+    if name == "tokenizer":
+        assert torch.allclose(model.norm.mean, other.norm.mean, atol=1e-4) and torch.allclose(model.norm.std, other.norm.std, atol=1e-4)
+
+
+@pytest.mark.parametrize("name,options", [("vae", {}), ("tokenizer", {}), ("tokenizer", {"micro": 2, "sharded": True}), ("ar", {"sharded": True, "recompute": True}), ("tokenizer", {"sharded": True, "optimizer": "muon"})],
+                         ids=lambda x: x if isinstance(x, str) else "-".join(x) or "ddp")
+def test_two_processes_are_one(name, options, alone):
+    """The same global batch on two processes: the losses of one process to 1e-5 over 20 steps; DDP and FSDP."""
+    _, log = alone(name, options.get("optimizer", "adamw"))
+    two = answer(start(name, "-", *(f"{k}={json.dumps(v)}" for k, v in options.items()), world=2))
+    assert two["world"] == 2
+    close(log, two["log"], KEYS[name])
+
+
+def check_shares_weigh_what_they_hold():
+    """Uneven shares: 7 rows in 2 parts on 2 processes; the gradient of the mean over all."""
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    feed = Feed(7, 7, lambda rows, places, step: x[rows])
+    w = torch.ones(3, requires_grad=True)
+    (whole,) = torch.autograd.grad((x @ w).square().mean(), w)
+    parts = [part for rank in (0, 1) for part in feed.parts(0, rank, 2, 2)]
+    total = sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2  # DDP: mean over processes
+    assert torch.allclose(total, whole, atol=1e-6) and sorted(len(rows) for rows, _ in parts) == [1, 2, 2, 2]
+
+def test_shares_weigh_what_they_hold():
+    check_shares_weigh_what_they_hold()
+
+def test_equal_weights_for_unequal_shares_are_caught(monkeypatch):
+    real = Feed.parts
+    monkeypatch.setattr(Feed, "parts", lambda self, step, rank=0, world=1, micro=1: [(b, 1 / micro) for b, _ in real(self, step, rank, world, micro)])
+    with pytest.raises(AssertionError):
+        check_shares_weigh_what_they_hold()
+
+
+def test_what_cannot_be_shared_is_refused():
+    line = nn.Linear(1, 1)
+    player = Player("line", lambda b, _: (line(b).sum(), {}), list(line.named_parameters()), StageConfig())
+    with pytest.raises(TypeError, match="need a Feed"):
+        fit([player], iter([torch.ones(2, 1)] * 3), 3, progress=False, engine=Shares("cpu", micro=2))
+    with pytest.raises(ValueError, match="batch of 2 cannot be dealt to 1 processes with 3"):
+        fit([player], Feed(9, 2, lambda *_: torch.ones(2, 1)), 3, progress=False, engine=Shares("cpu", micro=3))
+    with pytest.raises(ValueError, match="0 items"):
+        Feed(0, 2, None)
+
+
+def test_recomputing_changes_nothing():
+    logs, held = [], []
+    for recompute in (False, True):
+        log = long_run.stage("ar", 6, engine=Shares("cpu", recompute=recompute))[1]
+        logs.append([r["ar"] for r in log])
+    assert logs[0] == logs[1]
+    block = nn.Sequential(*[nn.Linear(16, 16) for _ in range(8)])
+    for recompute in (False, True):
+        saved = []
+        with recomputed([block], recompute), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            block(torch.randn(4, 16, requires_grad=True)).sum().backward()
+        held.append(sum(saved))
+    assert held[1] < held[0] / 3 and "forward" not in vars(block)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_bfloat16_trains(name):
+    log = long_run.stage(name, 40, precision=torch.bfloat16, engine=Shares("cpu", torch.bfloat16))[1]
+    first, last = log[0], log[-1]
+    key = {"vae": "l1", "tokenizer": "tokenizer", "ar": "ar"}[name]
+    assert last[key] < first[key]
+
+
+# --- killed ------------------------------------------------------------------------------------------------------------
+
+def kill_later(target, when):
+    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has begun. Returns its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            target()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + when
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", ("tokenizer", "vae"))
+def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
+    """SIGKILL at random moments, also while a checkpoint is written; the weights at the end are those of an uninterrupted run, bit for bit."""
+    torch.set_num_threads(1)
+    plan = dict(steps=120, batch=8, optimizer="muon" if name == "tokenizer" else "adamw")
+    wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
+
+    def go():
+        model, _ = long_run.stage(name, engine=LongRun(tmp_path / "run", "cpu", steps=2), **plan)
+        (tmp_path / "hash").write_text(long_run.own_hash(model))
+    dice, statuses, torn, seen = random.Random(0), [], 0, 0
+    folder = tmp_path / "run" / "checkpoints"
+    while statuses.count(-9) < 20:
+        seen = max([seen, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
+        statuses.append(kill_later(go, .15 + .35 * dice.random() if len(statuses) < 200 else 60))
+        assert statuses[-1] in (-9, 0), statuses
+        torn += bool(list(folder.glob(".step-*")))
+        for file in folder.glob("step-*.safetensors"):  # whatever has its real name is whole
+            assert Checkpoints(folder).newest() is not None and file.stat().st_size > 1000
+        if statuses[-1] == 0:  # finished early: once more from the start
+            assert (tmp_path / "hash").read_text() == wanted
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "hash").unlink()
+    assert kill_later(go, 100) == 0
+    assert (tmp_path / "hash").read_text() == wanted
+    print(f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes")
+
+
+def resumes(tmp_path, forget=()):
+    """10 of 20 steps, then a new process's worth of objects for the rest."""
+    with pytest.raises(Stopped):
+        long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
+    model, log = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
+    return long_run.own_hash(model), [{k: row[k] for k in ("step", "tokenizer", "flow", "tokenizer_grad", "words", "entropy_1", "entropy_8") if k in row} for row in log]
+
+
+class StopAt(LongRun):
+    """Somebody presses Ctrl-C in step `when`."""
+    def __init__(self, when, folder, **options):
+        super().__init__(folder, "cpu", **options)
+        self.when = when
+    def end(self, step, log):
+        if step + 1 == self.when:
+            os.kill(os.getpid(), signal.SIGINT)
+        super().end(step, log)
+
+
+def check_resume(tmp_path):
+    torch.set_num_threads(1)
+    model, log = long_run.stage("tokenizer", 20)
+    weights, rows = resumes(tmp_path)
+    assert weights == long_run.own_hash(model)
+    assert rows == [{k: row[k] for k in r} for r, row in zip(rows, log, strict=True)] and "words" in rows[-1]
+
+
+def test_stopped_and_resumed(tmp_path, capsys):
+    check_resume(tmp_path)
+    assert "goes on after step 10 of 20" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler is put back"
+
+
+def forget_the_moments(m): m.setattr(train, "set_optimizer_state", lambda *a: None)
+def forget_the_step(m): m.setattr(Feed, "parts", lambda self, step, rank=0, world=1, micro=1, real=Feed.parts: real(self, step % 10, rank, world, micro))
+def forget_the_average(m):
+    real = LongRun._restore
+    def restore(self, state, facts): ema, self.ema = self.ema, None; real(self, state, facts); self.ema = ema
+    m.setattr(LongRun, "_restore", restore)
+def forget_the_buffers(m):
+    real = LongRun._restore
+    def restore(self, state, facts): [p.buffers.clear() for p in self.players]; real(self, state, facts)
+    m.setattr(LongRun, "_restore", restore)
+
+@pytest.mark.parametrize("bug", (forget_the_moments, forget_the_step, forget_the_average, forget_the_buffers))
+def test_forgetting_is_caught(bug, tmp_path, monkeypatch):
+    wanted = long_run.own_hash(long_run.stage("tokenizer", 20)[0])
+    bug(monkeypatch)
+    assert resumes(tmp_path)[0] != wanted
+
+
+def check_channels_last(tmp_path):
+    """Weights in another order in memory: the moments come back in that order."""
+    def go(engine):
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        x = torch.randn(9, 3, 6, 6)
+        player = Player("net", lambda b, _: ((net(b) - b.mean()).square().mean(), {}), list(net.named_parameters()), StageConfig(lr=.01, warmup=2))
+        fit([player], Feed(9, 3, lambda rows, places, step: x[rows]), 12, progress=False, engine=engine)
+        return net
+    whole = go(Engine())
+    with pytest.raises(Stopped):
+        go(StopAt(5, tmp_path))
+    again = go(LongRun(tmp_path, "cpu"))
+    assert whole.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(whole.weight, again.weight)
+
+def test_channels_last(tmp_path):
+    check_channels_last(tmp_path)
+
+def test_moments_in_another_order_are_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_like", lambda x, other: x.to(other.device))
+    with pytest.raises(AssertionError):
+        check_channels_last(tmp_path)
+
+
+def check_dice_are_resumed(tmp_path):
+    """A loss that throws dice of its own, in Python, NumPy and PyTorch, throws the same after a pause."""
+    def go(engine, thrown):
+        core.seed_everything(0)
+        line = nn.Linear(1, 1)
+
+        def loss(x, progress):
+            thrown.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+            return (line(x) * thrown[-1][2]).square().mean(), {}
+        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=.01))
+        fit([player], Feed(9, 3, lambda rows, places, step: rows[:, None].float()), 12, progress=False, engine=engine)
+    whole, pieces = [], []
+    go(Engine(), whole)
+    with pytest.raises(Stopped):
+        go(StopAt(5, tmp_path), pieces)
+    go(LongRun(tmp_path, "cpu"), pieces)
+    assert [d for d in pieces[1:6] + pieces[7:]] == whole, "(the first throw of each sitting is the rehearsal's)"
+
+def test_dice_are_resumed(tmp_path):
+    check_dice_are_resumed(tmp_path)
+
+def test_a_probe_that_throws_dice_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "matmul_rate", lambda *a: 1e9 + float(torch.rand(())))
+    with pytest.raises(AssertionError):
+        check_dice_are_resumed(tmp_path)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_signals_save_and_exit(number, tmp_path):
+    """A real process, a real signal."""
+    child = subprocess.Popen([sys.executable, PROGRAM, "ar", str(tmp_path), "steps=4000", "save=20"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("checkpoints/step-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(.05)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=100)
+    assert child.returncode != 0 and "stopped after step" in err and "goes on from there" in err
+    step = int(err.rsplit("stopped after step ", 1)[1].split(" of")[0])
+    assert (tmp_path / "checkpoints" / f"step-{step:09}.safetensors").exists()
+
+
+# --- what is on the disk -------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """A real full disk where we may mount one; else a limit on the size of files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        store = Checkpoints(disk, keep=3)
+        store.write(1, {"w": torch.ones(200_000)}, {"step": 1})
+        with pytest.raises(OSError, match="step 2 .* could not be written .* Earlier checkpoints are untouched"):
+            store.write(2, {"w": torch.ones(200_000)}, {"step": 2})
+        assert [f.name for f in disk.iterdir()] == ["step-000000001.safetensors"] and store.newest()[1] == {"step": 1}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "run").write_text("a file, not a folder")
+    with pytest.raises(OSError, match="could not be written"):
+        long_run.stage("ar", 4, engine=LongRun(tmp_path / "run", "cpu", steps=2))
+    assert (tmp_path / "run").read_text() == "a file, not a folder"
+
+
+def test_another_run_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        long_run.stage("tokenizer", 20, engine=StopAt(4, tmp_path, recipe={"preset": "micro", "lr": 1e-3}))
+    before = {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
+    with pytest.raises(ValueError, match="lr: 0.001 then, 0.002 now"):
+        long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}))
+    with pytest.raises(ValueError, match="of another model"):
+        long_run.stage("ar", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 1e-3}))
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
+    long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}, ignore=("lr",)))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    store = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.write(step, {"w": torch.full((5,), float(step))}, {"step": step})
+    assert [f.name for f in store.files()] == ["step-000000002.safetensors", "step-000000003.safetensors"]
+    data = store.files()[-1].read_bytes()
+    for bad in (b"", data[:20], data[:-3], b"\xff" * len(data)):
+        store.files()[-1].write_bytes(bad)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert store.newest()[1] == {"step": 2}
+    assert Checkpoints(tmp_path / "none").newest() is None
+
+
+def nan_run(tmp_path, when):
+    torch.manual_seed(0)
+    line, x = nn.Linear(2, 1), torch.randn(50, 2)
+    def make(rows, places, step): return x[rows] * (float("nan") if step == when else 1), torch.tensor([step])
+    player = Player("line", lambda b, _: ((line(b[0]) - 1).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
+    return line, lambda: fit([player], Feed(50, 4, make), 20, EMA(line), progress=False, engine=LongRun(tmp_path, "cpu", steps=3))
+
+
+def test_nan_leaves_its_batch(tmp_path):
+    from safetensors.torch import load_file
+    line, go = nan_run(tmp_path, 7)
+    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite"):
+        go()
+    batch = load_file(tmp_path / "failed_batch.safetensors")
+    assert batch["part.0.0"].isnan().all() and batch["part.0.1"].item() == 7 and torch.isfinite(line.weight).all()
+    assert Checkpoints(tmp_path / "checkpoints").newest()[1]["step"] == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """A weight that the loss does not look at goes wrong after the first checkpoint: the second is refused, the first stays."""
+    line = nn.Linear(2, 1)
+
+    class Broken(LongRun):
+        def move(self, player):
+            norm = super().move(player)
+            if self.store.files():
+                line.weight.data.fill_(float("inf"))
+            return norm
+    player = Player("line", lambda b, _: ((line.bias - b).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
+    with pytest.raises(FloatingPointError, match="weight/line/weight is not finite after 6 steps"):
+        fit([player], Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)), 20, progress=False, engine=Broken(tmp_path, "cpu", steps=3))
+    tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
+    assert facts["step"] == 3 and all(torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight"))
+
+
+# --- dashboard -----------------------------------------------------------------------------------------------------------
+
+def test_the_dashboard(tmp_path):
+    _, log = long_run.stage("tokenizer", 30, engine=LongRun(tmp_path, "cpu"))
+    row = log[-1]
+    assert {"tokenizer", "tokenizer_grad", "lr", "images_per_second", "share_of_matmul", "memory", "words", "entropy_1", "entropy_8", "flow", "seconds"} <= set(row)
+    assert 0 < row["share_of_matmul"] < 1.5 and row["memory"] > 1e7 and row["images_per_second"] > 1 and 0 < row["words"] <= 1 and 0 <= row["entropy_1"] <= 1
+    assert "share_of_matmul" not in log[0], "the first step is counted, not timed"
+    _, log = long_run.stage("ar", 12, engine=LongRun(tmp_path / "ar", "cpu"))
+    assert 0 <= log[-1]["accuracy"] <= 1
+
+
+def test_trackers(tmp_path):
+    with pytest.raises(ValueError, match="tensorboard, wandb or none"):
+        LongRun(tmp_path, "cpu", track="paper")
+    from accelerate.utils import is_wandb_available
+    if not is_wandb_available():
+        with pytest.raises(ImportError, match="pip install wandb"):
+            LongRun(tmp_path, "cpu", track="wandb")
+    assert not list(tmp_path.iterdir())
+    pytest.importorskip("tensorboard")
+    long_run.stage("ar", 12, engine=LongRun(tmp_path, "cpu", track="tensorboard", recipe={"preset": "micro"}))
+    assert list(tmp_path.rglob("events.out*"))
+
+
+def test_a_healthy_run_hears_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        long_run.stage("vae", 60, engine=LongRun(tmp_path, "cpu"))
