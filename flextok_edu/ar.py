@@ -316,6 +316,7 @@ def token_batches(data: Tokens,        # or what room 11b keeps on the disk
         return data.ids(rows).to(device), data.labels[rows].to(device), hidden.to(device)
     return Feed(len(data), batch, make, seed)
 
+# %% ../nbs/09_ar.ipynb #09-90f2614f
 def train_ar(data: ImageSet | Tokens,  # training images with classes in label column 0, or their ids
              tok: FlexTok,        # trained tokenizer
              preset: Preset,      # sizes and steps

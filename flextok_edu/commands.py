@@ -145,6 +145,7 @@ def command_line(cls: type,          # dataclass of the options
     if found.preset and options.preset != found.preset.name: raise UsageError(f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): give one of them")
     return options, found.preset
 
+# %% ../nbs/15b_commands.ipynb #15b-b39fd0d2
 class Terminated(KeyboardInterrupt):
     "SIGTERM, while nobody could save anything."
     number = signal.SIGTERM
@@ -208,6 +209,7 @@ class DataOptions(Common):
     train_images: int | None = None
     "Draw so many scenes for training instead of the preset's number; of anything else, use at most so many images."
 
+# %% ../nbs/15b_commands.ipynb #15b-32536cdd
 def watched() -> bool:  # whether a person looks on: progress bars are for them, and litter the log of a queue
     "Whether stderr is a terminal."
     return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
@@ -311,6 +313,7 @@ class TrainOptions(DataOptions):
     track: str = "none"
     "tensorboard, wandb or none: where numbers are also sent."
 
+# %% ../nbs/15b_commands.ipynb #15b-70e8bd6b
 class Told(LongRun):
     "A long run that says in its log, once a minute, how far it is: for queues, where nobody sees a progress bar."
     said = 0.
@@ -358,6 +361,7 @@ def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a c
     encode_to(folder, recipe)
     return (LatentCache if o.stage == "tokenizer" else TokenCache)(folder, made_of), {"source_hash": data.hash}
 
+# %% ../nbs/15b_commands.ipynb #15b-294c924f
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     "Train one stage, or go on with it. Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit."
     p, out, name = preset_of(o, base), Path(o.out or f"runs/{o.stage}").expanduser(), f"train_{o.stage}"
@@ -388,6 +392,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         if engine.world > 1: engine.accelerator.wait_for_everyone()
     return out
 
+# %% ../nbs/15b_commands.ipynb #15b-9684b091
 def _trained(o: TrainOptions, p: Preset, data, made_of, engine: LongRun, precision: torch.dtype | None):
     "The trainer of the stage."
     flip, device, bar = not getattr(data, "scenes", True), engine.device, watched()
@@ -437,6 +442,7 @@ class CacheOptions(DataOptions):
     verify: bool = False
     "Read what is there already, and make damaged files anew."
 
+# %% ../nbs/15b_commands.ipynb #15b-3da71480
 def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     "Build what is missing of a cache."
     device = pick_device(o.device); p = preset_of(o, base, o.vae, o.tokenizer)
@@ -484,6 +490,7 @@ def read_ids(path: str | Path, tok: FlexTok) -> tuple[list[str], list[Tensor]]: 
     if not found: raise ValueError(f"{path} holds no ids")
     return [name for name, _ in found], [ids for _, ids in found]
 
+# %% ../nbs/15b_commands.ipynb #15b-1792ea00
 def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:  # exit status: 1 if some pictures could not be read
     "Read, tokenise, write."
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
@@ -535,6 +542,7 @@ def _write_pictures(out: str, names: list[str], rows: list[Tensor], budgets: lis
     put("sheet.png", grid(torch.stack(rows, 1).flatten(0, 1), len(budgets), max(1, 64 // rows[0].shape[-1])))
     print(f"{len(names) * len(budgets)} pictures in {folder}, all of them on {folder / 'sheet.png'}", flush=True)
 
+# %% ../nbs/15b_commands.ipynb #15b-5fbaebad
 @dataclass(frozen=True, kw_only=True)
 class DetokenizeOptions(DecodeOptions):
     "Ids back to pictures: NUMBER_NAME_TOKENS.png for each, and sheet.png with all."
@@ -582,6 +590,7 @@ class GenerateOptions(DecodeOptions):
     out: str = "generated"
     "Folder for the pictures."
 
+# %% ../nbs/15b_commands.ipynb #15b-a7278892
 def _its_tokenizer(ar: str) -> str:  # a folder
     place = Path(ar).expanduser()
     for file in (place / "run.json", place.parent / "run.json"):
@@ -678,6 +687,7 @@ class Estimate:
     @property
     def hours(self) -> float: return SUSTAINED * self.steps * self.seconds / 3600
 
+# %% ../nbs/15b_commands.ipynb #15b-9966a18a
 def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
     "A training step with fake tensors (room 16): nothing is allocated. (The VAE without critic and perceptual network.)"
     c = p.tokenizer
@@ -708,6 +718,7 @@ def estimate(p: Preset, few: ImageSet, device="cpu", precision: torch.dtype | No
         found.append(Estimate(name, one, config.batch, config.steps, fixed + config.batch * each)); say(estimate_line(found[-1]))
     return found
 
+# %% ../nbs/15b_commands.ipynb #15b-26c5c4c6
 def _hours(hours: float) -> str: return f"{hours:,.2f} h" if hours < 1000 else f"{hours / 24:,.0f} days" if hours < 24_000 else f"{hours / 8766:,.0f} years"
 
 def estimate_line(e: Estimate) -> str:

@@ -6,8 +6,8 @@
 __all__ = ['AR_SIZES', 'PRESETS', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig', 'ARConfig', 'StageConfig', 'VAELossConfig',
            'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
            'from_uint8', 'grid', 'show', 'named_generator', 'noise_like', 'atomic', 'write_text', 'weights_hash',
-           'save_model', 'load_model', 'hub_folder', 'Pretrained', 'EMA', 'make_optimizers', 'schedule', 'Feed',
-           'Player', 'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
+           'save_model', 'load_model', 'hub_folder', 'Pretrained', 'EMA', 'schedule', 'orthogonalise', 'Muon',
+           'make_optimizers', 'Feed', 'Player', 'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
 import contextlib, hashlib, json, math, os, random, re, tempfile, time
@@ -387,6 +387,60 @@ class EMA:
         "Write the average into the parameters. (The unaveraged weights are lost: do this when training is over.)"
         for p, a in zip(self.parameters, self.average, strict=True): p.copy_(a)
 
+def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak learning rate, 0 .. 1
+    "Linear warm-up, then a cosine down to a hundredth."
+    warmup = min(warmup, max(1, steps // 5))
+    if step < warmup: return (step + 1) / warmup
+    return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+# %% ../nbs/00_core.ipynb #00-51b8e2a7
+def orthogonalise(x: Tensor,       # matrices (m r c)
+                  a: float = 3.4445, b: float = -4.775, c: float = 2.0315,  # of the polynomial a s + b s^3 + c s^5
+                  steps: int = 5,  # times that it is applied
+                 ) -> Tensor:      # (m r c): the same singular vectors, singular values between about .7 and 1.2
+    "Matrices made nearly orthogonal by a Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x                                          # the smaller side first: smaller products
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)         # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+# %% ../nbs/00_core.ipynb #00-3f7c81b9
+def _with_bfloat16(device: torch.device) -> bool: return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+class Muon(torch.optim.Muon):
+    "PyTorch's Muon; matrices of one shape are made orthogonal together, in float32 where bfloat16 is emulated."
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for group in self.param_groups:
+            shapes: dict[tuple, list] = {}
+            for w in group["params"]:
+                if w.grad is not None: shapes.setdefault((tuple(w.shape), w.device), []).append(w)
+            for weights in shapes.values(): self._move(group, weights)
+        return loss
+
+    def _move(self, group: dict, weights: list[nn.Parameter]) -> None:  # weights of one shape
+        for w in weights:
+            if "momentum_buffer" not in self.state[w]: self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        averages = [self.state[w]["momentum_buffer"] for w in weights]
+        for average, w in zip(averages, weights): average.lerp_(w.grad, 1 - group["momentum"])
+        updates = [w.grad.lerp(average, group["momentum"]) if group["nesterov"] else average for average, w in zip(averages, weights)]
+        whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates])  # (m r c); slices of several processes (room 11) are gathered
+        level = orthogonalise(whole.bfloat16() if _with_bfloat16(whole.device) else whole.float(), *group["ns_coefficients"], group["ns_steps"])
+        r, c = weights[0].shape
+        size = {"match_rms_adamw": .2 * math.sqrt(max(r, c)), "spectral_unclamped": math.sqrt(r / c)}.get(group["adjust_lr_fn"], math.sqrt(max(1, r / c)))
+        for w, u in zip(weights, level):
+            if hasattr(w, "full_tensor"):
+                from torch.distributed.tensor import distribute_tensor
+                u = distribute_tensor(u.to(w.dtype), w.device_mesh, w.placements)
+            w.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * size)
+
+# %% ../nbs/00_core.ipynb #00-b6e31d58
 def make_optimizers(named_parameters,  # pairs (name, parameter)
                     config: StageConfig,
                    ) -> list[torch.optim.Optimizer]:  # one or two optimisers
@@ -401,13 +455,7 @@ def make_optimizers(named_parameters,  # pairs (name, parameter)
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}]
     fused = all(p.device.type in ("cuda", "cpu") for p in rest)  # one kernel for all weights
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(.9, .95), fused=fused)
-    return [adamw] + ([torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
-
-def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak learning rate, 0 .. 1
-    "Linear warm-up, then a cosine down to a hundredth."
-    warmup = min(warmup, max(1, steps // 5))
-    if step < warmup: return (step + 1) / warmup
-    return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return [adamw] + ([Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 # %% ../nbs/00_core.ipynb #00-5ed3d9c6
 class Feed:

@@ -270,6 +270,7 @@ def variant(tok: FlexTok, name: str):
         with torch.autocast(tok.device.type, torch.bfloat16, enabled=half), compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling): yield tok
     finally: tok.short_cuts, tok.guidance_together = before
 
+# %% ../nbs/16_cost.ipynb #16-2efae697
 @dataclass(frozen=True)
 class BenchConfig:
     "Time encoding, guided decoding or training steps with random weights, latents to latents, in several variants taken in turns."

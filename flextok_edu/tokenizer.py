@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together', 'GuidedVelocity', 'LatentTokenizer',
-           'ImageTokenizer', 'Draws', 'FlexTok', 'cache_latents', 'Latents', 'latent_batches', 'TokenizerFeed',
-           'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'feature_map', 'REPA']
+           'ImageTokenizer', 'Draws', 'LearningTokenizer', 'FlexTok', 'cache_latents', 'Latents', 'latent_batches',
+           'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'feature_map',
+           'REPA']
 
 # %% ../nbs/08_tokenizer.ipynb #08-af505839
 import math, warnings
@@ -343,8 +344,9 @@ class Draws(NamedTuple):
     def to(self, device) -> "Draws": return Draws(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
     def of(self, rows: Tensor) -> "Draws": return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
 
-class FlexTok(ImageTokenizer, Pretrained):
-    "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
+# %% ../nbs/08_tokenizer.ipynb #08-22bb6fff
+class LearningTokenizer(ImageTokenizer):
+    "Images to ids and back, and how that is learnt."
 
     def draw(self,
              b: int,                              # images
@@ -386,6 +388,9 @@ class FlexTok(ImageTokenizer, Pretrained):
         distance = repa(hidden, features)
         return loss.mean() + repa.weight * distance, numbers | {"repa": distance}
 
+# %% ../nbs/08_tokenizer.ipynb #08-c93e7f42
+class FlexTok(LearningTokenizer, Pretrained):
+    "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
         "A folder written by `save_pretrained`; its VAE lies in `vae/`."

@@ -163,6 +163,13 @@ class _Turn(nn.Module):
 def _blocks(modules) -> list[nn.Module]:  # the transformer blocks in them
     return [b for m in modules for name, part in m.named_modules() if name.split(".")[-1] == "blocks" for b in part]
 
+@contextlib.contextmanager
+def _quiet(turn: nn.Module, last: bool):
+    "No exchange of gradients before the last part."
+    if hasattr(turn, "set_requires_gradient_sync"): turn.set_requires_gradient_sync(last)
+    with turn.no_sync() if not last and hasattr(turn, "no_sync") else contextlib.nullcontext(): yield
+
+# %% ../nbs/11_train.ipynb #11-48ea6c05
 class _Spread:
     "A player's modules, each process holding a slice; `gather` undoes it."
     def __init__(self, player: Player, ema: EMA | None, device: torch.device, world: int):
@@ -230,16 +237,10 @@ class Shares(Engine):
         self.current = self.batches.parts(step, self.rank, self.world, self.micro) if isinstance(self.batches, Feed) else [(next(self.batches), 1.)]
         return self.current
 
-    @contextlib.contextmanager
-    def _quiet(self, turn: nn.Module, last: bool):
-        "No exchange of gradients before the last part."
-        if hasattr(turn, "set_requires_gradient_sync"): turn.set_requires_gradient_sync(last)
-        with turn.no_sync() if not last and hasattr(turn, "no_sync") else contextlib.nullcontext(): yield
-
     def gradient(self, player: Player, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:
         "As in room 00, through the wrapper."
         turn = self.turns[player.name]
-        with self._quiet(turn, last):
+        with _quiet(turn, last):
             with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None): loss, numbers = turn(batch, progress)
             self.scalers[player.name].scale(loss * weight if weight != 1 else loss).backward()
         return loss.detach(), numbers
@@ -258,41 +259,9 @@ def recomputed(blocks: list[nn.Module], enabled: bool = True):
     finally:
         for block in blocks: del block.forward
 
-# %% ../nbs/11_train.ipynb #11-27d37043
-class Stopped(KeyboardInterrupt):
-    "The run was asked to stop, and has saved."
-
-def _tensors(batch, name: str = "part") -> dict[str, Tensor]:  # every tensor in nested tuples and dictionaries, by its path
-    if isinstance(batch, Tensor): return {name: batch}
-    if isinstance(batch, dict): items = batch.items()
-    elif isinstance(batch, (tuple, list)): items = zip(getattr(batch, "_fields", range(len(batch))), batch)
-    else: return {}
-    return {k: v for key, value in items for k, v in _tensors(value, f"{name}.{key}").items()}
-
-class LongRun(Shares):
-    "Checkpoints, exact resume, signals, dashboard and watch around `fit`."
-    def __init__(self, folder: str | Path,             # where checkpoints and the log go
-                 device="auto", precision: torch.dtype | None = None, micro: int = 1, sharded: bool = False, recompute: bool = False,  # as in `Shares`
-                 recipe: dict | None = None,           # what the run is: a checkpoint of another recipe is refused
-                 minutes: float = 10.,                 # between checkpoints
-                 steps: int | None = None,             # or a number of steps
-                 keep: int = 2,                        # checkpoints
-                 track: str = "none",                  # "tensorboard", "wandb", or "none"
-                 ignore: tuple[str, ...] = ()):        # entries of the recipe that may differ
-        super().__init__(device, precision, micro, sharded, recompute)
-        self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
-        self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
-        if track != "none": self._start_tracker(track, folder)
-
-    def _start_tracker(self, track: str, folder: str | Path) -> None:
-        if track not in ("tensorboard", "wandb"): raise ValueError(f"track={track!r}: use tensorboard, wandb or none")
-        from accelerate.utils import is_tensorboard_available, is_wandb_available
-        if not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track](): raise ImportError(f"{track} is not installed: pip install {track}, or track='none'")
-        from accelerate import Accelerator
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=track, project_dir=str(folder))
-        self.accelerator.init_trackers("flextok_edu", {k: v for k, v in self.recipe.items() if isinstance(v, (int, float, str, bool))})
-
-    # --- state -----------------------------------------------------------------------------------------------------------
+# %% ../nbs/11_train.ipynb #11-91d4e7f0
+class _Remembering(Shares):
+    "A run whose state goes into a checkpoint. (Needs `store`, and what `session` of room 00 sets.)"
     def _names(self) -> dict[int, str]: return {id(w): f"{p.name}/{name}" for p in self.players for name, w in p.parameters}
 
     def _state(self) -> dict[str, Tensor]:
@@ -310,6 +279,19 @@ class LongRun(Shares):
         from torch.distributed import broadcast_object_list
         box = [own if self.rank == rank else None]; broadcast_object_list(box, src=rank); return box[0]
 
+    def save(self, step: int, log: list[dict]) -> None:  # step: steps done
+        "A checkpoint, now. Raises FloatingPointError rather than save weights that are not finite."
+        state = self._state()
+        if bad := next((n for n, x in state.items() if n.startswith(("weight/", "ema/")) and not torch.isfinite(x).all()), None):
+            raise FloatingPointError(f"{bad} is not finite after {step} steps; not saved. The last good checkpoint is in {self.store.folder}: resume from it with a lower learning rate or in float32")
+        facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
+        if self.rank == 0: self.store.write(step, state, facts)
+        self.saved = time.monotonic()
+        if self.world > 1: self.accelerator.wait_for_everyone()
+
+# %% ../nbs/11_train.ipynb #11-e37f06b8
+class _Restoring(_Remembering):
+    "And out of it again. (Needs `recipe` and `ignore`.)"
     @torch.no_grad()
     def _restore(self, state: dict[str, Tensor], facts: dict) -> None:
         "The inverse. Raises ValueError for another recipe, or weights of another shape."
@@ -329,55 +311,16 @@ class LongRun(Shares):
             self.ema.average = [_like(state[f"ema/{names[id(w)]}"], w).clone() for w in self.ema.parameters]; self.ema.updates = facts["ema_updates"]
         if f"random/{self.rank}/torch" in state: set_random_state({n.split("/")[2]: x for n, x in state.items() if n.startswith(f"random/{self.rank}/")})
 
-    def save(self, step: int, log: list[dict]) -> None:  # step: steps done
-        "A checkpoint, now. Raises FloatingPointError rather than save weights that are not finite."
-        state = self._state()
-        if bad := next((n for n, x in state.items() if n.startswith(("weight/", "ema/")) and not torch.isfinite(x).all()), None):
-            raise FloatingPointError(f"{bad} is not finite after {step} steps; not saved. The last good checkpoint is in {self.store.folder}: resume from it with a lower learning rate or in float32")
-        facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
-        if self.rank == 0: self.store.write(step, state, facts)
-        self.saved = time.monotonic()
-        if self.world > 1: self.accelerator.wait_for_everyone()
-
-    # --- the run ---------------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
-        "Put back what was saved, listen for signals, and leave evidence if the loss goes wrong."
-        if not isinstance(batches, Feed): raise TypeError(f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}")
-        with super().session(players, batches, steps, ema, label), self._listening():
-            first, log = 0, []
-            if found := self.store.newest():
-                self._restore(*found); first, log = found[1]["step"], found[1]["log"]
-                self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
-                if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}", flush=True)
-            self.rate = matmul_rate(self.device, self.precision or torch.float32)
-            self.flops = self._count(first) if first < steps else 0
-            self.clock, self.seen = time.perf_counter(), first
-            try: yield first, log
-            except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}") from error
-
-    @contextlib.contextmanager
-    def _listening(self):
-        "Ctrl-C and SIGTERM (which queues and clouds send) only leave a note; `end` acts on it."
-        def hear(number, frame):
-            if self.asked == number == signal.SIGINT: raise KeyboardInterrupt  # twice: at once, without saving
-            self.asked = number
-        try: before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError: before = {}  # not in the main thread: nobody can send us signals
-        try: yield
-        finally:
-            for number, handler in before.items(): signal.signal(number, handler)
-
-    def _evidence(self) -> str:
-        "Write the batches of this step beside the checkpoints."
-        from safetensors.torch import save_file
-        path = self.store.folder.parent / "failed_batch.safetensors"
-        tensors = {n: x.detach().cpu().contiguous().clone() for n, x in _tensors([batch for batch, _ in self.current]).items()}
-        try:
-            with atomic(path) as temporary: save_file(tensors, temporary)
-        except Exception as error: return f"(Its batch could not be saved: {error})"
-        bad = [n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
-        return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "") + f". The last good checkpoint is in {self.store.folder}"
+# %% ../nbs/11_train.ipynb #11-b8450d93
+class _Measuring(_Restoring):
+    "Numbers for whoever looks on: the log, the watch, a tracker."
+    def _start_tracker(self, track: str, folder: str | Path) -> None:
+        if track not in ("tensorboard", "wandb"): raise ValueError(f"track={track!r}: use tensorboard, wandb or none")
+        from accelerate.utils import is_tensorboard_available, is_wandb_available
+        if not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track](): raise ImportError(f"{track} is not installed: pip install {track}, or track='none'")
+        from accelerate import Accelerator
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=track, project_dir=str(folder))
+        self.accelerator.init_trackers("flextok_edu", {k: v for k, v in self.recipe.items() if isinstance(v, (int, float, str, bool))})
 
     def _count(self, step: int) -> int:  # FLOPs of this process
         "The arithmetic of a step, by a rehearsal that leaves no trace. (Not in the step itself: a counter takes some operations apart, and that changes the last bit.)"
@@ -402,6 +345,74 @@ class LongRun(Shares):
             for text in self.watch.read(row): warnings.warn(text, stacklevel=2)
             if self.track != "none": self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         return row
+
+# %% ../nbs/11_train.ipynb #11-c40b7e16
+class Stopped(KeyboardInterrupt):
+    "The run was asked to stop, and has saved."
+
+def _tensors(batch, name: str = "part") -> dict[str, Tensor]:  # every tensor in nested tuples and dictionaries, by its path
+    if isinstance(batch, Tensor): return {name: batch}
+    if isinstance(batch, dict): items = batch.items()
+    elif isinstance(batch, (tuple, list)): items = zip(getattr(batch, "_fields", range(len(batch))), batch)
+    else: return {}
+    return {k: v for key, value in items for k, v in _tensors(value, f"{name}.{key}").items()}
+
+class _Listening(_Measuring):
+    "Signals, and evidence."
+    @contextlib.contextmanager
+    def _listening(self):
+        "Ctrl-C and SIGTERM (which queues and clouds send) only leave a note; `end` acts on it."
+        def hear(number, frame):
+            if self.asked == number == signal.SIGINT: raise KeyboardInterrupt  # twice: at once, without saving
+            self.asked = number
+        try: before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError: before = {}  # not in the main thread: nobody can send us signals
+        try: yield
+        finally:
+            for number, handler in before.items(): signal.signal(number, handler)
+
+    def _evidence(self) -> str:
+        "Write the batches of this step beside the checkpoints."
+        from safetensors.torch import save_file
+        path = self.store.folder.parent / "failed_batch.safetensors"
+        tensors = {n: x.detach().cpu().contiguous().clone() for n, x in _tensors([batch for batch, _ in self.current]).items()}
+        try:
+            with atomic(path) as temporary: save_file(tensors, temporary)
+        except Exception as error: return f"(Its batch could not be saved: {error})"
+        bad = [n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+        return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "") + f". The last good checkpoint is in {self.store.folder}"
+
+# %% ../nbs/11_train.ipynb #11-27d37043
+class LongRun(_Listening):
+    "Checkpoints, exact resume, signals, dashboard and watch around `fit`."
+    def __init__(self, folder: str | Path,             # where checkpoints and the log go
+                 device="auto", precision: torch.dtype | None = None, micro: int = 1, sharded: bool = False, recompute: bool = False,  # as in `Shares`
+                 recipe: dict | None = None,           # what the run is: a checkpoint of another recipe is refused
+                 minutes: float = 10.,                 # between checkpoints
+                 steps: int | None = None,             # or a number of steps
+                 keep: int = 2,                        # checkpoints
+                 track: str = "none",                  # "tensorboard", "wandb", or "none"
+                 ignore: tuple[str, ...] = ()):        # entries of the recipe that may differ
+        super().__init__(device, precision, micro, sharded, recompute)
+        self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
+        self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
+        if track != "none": self._start_tracker(track, folder)
+
+    @contextlib.contextmanager
+    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
+        "Put back what was saved, listen for signals, and leave evidence if the loss goes wrong."
+        if not isinstance(batches, Feed): raise TypeError(f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}")
+        with super().session(players, batches, steps, ema, label), self._listening():
+            first, log = 0, []
+            if found := self.store.newest():
+                self._restore(*found); first, log = found[1]["step"], found[1]["log"]
+                self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
+                if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}", flush=True)
+            self.rate = matmul_rate(self.device, self.precision or torch.float32)
+            self.flops = self._count(first) if first < steps else 0
+            self.clock, self.seen = time.perf_counter(), first
+            try: yield first, log
+            except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}") from error
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."
