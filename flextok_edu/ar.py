@@ -212,6 +212,8 @@ def guidance_at(guidance: float | Callable[[int], float] | Sequence[float] | Ten
 # %% ../nbs/09_ar.ipynb #09-4e4b4d84
 class ARModel(CachedGPT, Pretrained):
     "Class-conditional GPT that writes ids. Class number `classes` means: no class."
+    part = "ar"
+
     def __init__(self, config: ARConfig):
         super().__init__(config)
         self.tokenizer: str | None = None  # hash of the tokenizer whose ids it was trained on

@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, save_ar, sample_images, train_ar
 from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import PRESETS, Preset, atomic, compiler_works, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, weights_hash, write_text
+from .core import PRESETS, Preset, atomic, compiler_works, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
 from .data import ImageSet, ToyScenes, _memory, image_files, load_data, read_squares
 from .evaluate import Report, evaluate_tokenizer, versions
@@ -243,7 +243,7 @@ def _holds(folder: Path, key: str) -> bool:  # whether a model with this setting
 
 def _find(folder: str | None, what: str, option: str, key: str, below: str) -> Path:
     if not folder: raise UsageError(f"{option} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote")
-    place = Path(folder).expanduser()
+    place = shipped_models().get(folder) or Path(folder).expanduser()
     found = next((f for f in (place, place / below) if _holds(f, key)), None)
     if found is None: raise FileNotFoundError(f"{option} {folder}: there is no {what} in it" + ("" if place.is_dir() else "; there is no such folder"))
     return found

@@ -6,13 +6,15 @@
 __all__ = ['AR_SIZES', 'PRESETS', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig', 'ARConfig', 'StageConfig', 'VAELossConfig',
            'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
            'from_uint8', 'grid', 'show', 'named_generator', 'noise_like', 'atomic', 'write_text', 'weights_hash',
-           'save_model', 'load_model', 'hub_folder', 'Pretrained', 'EMA', 'schedule', 'orthogonalise', 'Muon',
-           'make_optimizers', 'Feed', 'Player', 'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
+           'save_model', 'load_model', 'shipped_models', 'belongs', 'hub_folder', 'Pretrained', 'EMA', 'schedule',
+           'orthogonalise', 'Muon', 'make_optimizers', 'Feed', 'Player', 'Engine', 'fit', 'plot_log', 'compiler_works',
+           'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
 import contextlib, hashlib, json, math, os, random, re, tempfile, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +333,19 @@ def load_model(folder: str | Path,   # a folder written by `save_model`
     return model.eval(), facts
 
 # %% ../nbs/00_core.ipynb #00-e0647262
+def shipped_models() -> dict[str, Path]:  # name -> folder
+    "The trained models that come with the package."
+    zoo = Path(str(files("flextok_edu"))) / "zoo"
+    return {f.name: f for f in sorted(zoo.iterdir()) if f.is_dir() and not f.name.startswith(".")} if zoo.is_dir() else {}
+
+def belongs(folder: Path,  # of a model that needs another one
+            part: str,     # what the other one is to it: "vae"
+            other: Path,   # its folder
+           ) -> bool:
+    "Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations."
+    own, its = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, other))
+    return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
+
 def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)
                **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
               ) -> Path:           # the folder
@@ -338,7 +353,7 @@ def hub_folder(name: str | Path,   # a folder on this machine, or the name of a 
     from huggingface_hub import snapshot_download
     path = Path(name).expanduser()
     if path.is_dir(): return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)): raise FileNotFoundError(f"{name} is no folder here, and no name of a hub repository (owner/name) either")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)): raise FileNotFoundError(f"{name} is no folder here, no model that comes with the package ({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) either")
     try: return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"], **options))
     except Exception as error:
         raise FileNotFoundError(f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
@@ -347,16 +362,19 @@ def hub_folder(name: str | Path,   # a folder on this machine, or the name of a 
 class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0", pipeline_tag="image-to-image", tags=["flextok"]):
     "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
     terms: str | None = None  # conditions that come with the weights
+    part = ""                 # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # a folder, or the name of a hub repository (owner/name)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
                         *, device="cpu",               # where the model goes; "auto" takes the GPU
                         revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None,  # as everywhere on the hub
                         force_download: bool = False, local_files_only: bool = False,
                         **options,                     # of the model: `vae=` of a FlexTok, `tokenizer=` of an ARModel
                        ):                              # the model, eval mode
         "Read what `save_pretrained` wrote. Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is damaged."
-        folder = hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+        shipped = shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None  # "tiny" is shipped, "./tiny" a folder
+        if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
+        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
         model = cls._load_pretrained(folder, **options)
         if model.terms: print(model.terms)
         return model.to(pick_device(str(device))).eval()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import EMA, Engine, Player, StageConfig, fit
+from .core import EMA, Engine, Player, Pretrained, StageConfig, fit, load_model
 from .data import HEADS, ImageSet, batches
 
 # %% ../nbs/02_features.ipynb #02-646a69a1
@@ -150,9 +150,9 @@ def perceptual_distance(eyes: Lite0,   # a frozen extractor
     return sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(eyes.maps(a), eyes.maps(b)))
 
 # %% ../nbs/02_features.ipynb #02-a65f51dc
-class AttributeClassifier(nn.Module):
+class AttributeClassifier(nn.Module, Pretrained):
     "Reads kind, colour, place and light off a picture of ToyScenes."
-    name = "scenes_classifier"
+    name, part = "scenes_classifier", "classifier"
     dim = 128
 
     def __init__(self, heads: dict[str, int] | None = None):  # heads: name -> number of values; ToyScenes' by default
@@ -187,6 +187,9 @@ class AttributeClassifier(nn.Module):
         "What it sees on each picture."
         device = self.heads.weight.device
         return torch.cat([torch.stack([l.argmax(1) for l in self(part.to(device))], 1).cpu() for part in images.split(batch)])
+
+    @classmethod
+    def _load_pretrained(cls, folder: Path) -> "AttributeClassifier": return load_model(folder, lambda config: cls(), StageConfig)[0]
 
 # %% ../nbs/02_features.ipynb #02-fa32a573
 def train_classifier(data: ImageSet,            # scenes with all labels

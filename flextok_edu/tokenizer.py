@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
 from .fsq import FSQ, CodeUse, RunningNorm
@@ -391,10 +391,12 @@ class LearningTokenizer(ImageTokenizer):
 # %% ../nbs/08_tokenizer.ipynb #08-c93e7f42
 class FlexTok(LearningTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
+    part = "tokenizer"
+
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
-        "A folder written by `save_pretrained`; its VAE lies in `vae/`."
-        if vae is None and (folder / "vae" / "config.json").exists(): vae = VAE.from_pretrained(folder / "vae")
+        "A folder written by `save_pretrained`; its VAE lies in `vae/`, or (of a run, or a shipped model) beside it."
+        if vae is None: vae = next((VAE.from_pretrained(f) for f in (folder / "vae", folder.parent / "vae") if (f / "config.json").exists() and (f.parent == folder or belongs(folder, "vae", f))), None)
         return load_tokenizer(folder, vae)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:

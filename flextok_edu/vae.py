@@ -134,6 +134,8 @@ class VAEParts(nn.Module):
 # %% ../nbs/03_vae.ipynb #03-7c36a97f
 class VAE(VAEParts, Pretrained):
     "KL autoencoder (Rombach et al. 2022, the shape of SDXL's). `encode` and `decode` speak normalised latents."
+    part = "vae"
+
     def encode(self,
                images: Tensor,          # images (b 3 H W) in [-1, 1]
               ) -> Tensor:              # latents (b c h w), normalised: the posterior mean
