@@ -219,7 +219,10 @@ class ARModel(CachedGPT, Pretrained):
         self.tokenizer: str | None = None  # hash of the tokenizer whose ids it was trained on
 
     @classmethod
-    def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel": return load_ar(folder, tokenizer)[0]
+    def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel":
+        "Held against the tokenizer that is given, else (of a shipped model) against the one beside it."
+        if tokenizer is None and (folder.parent / "model.json").exists(): tokenizer = FlexTok.from_pretrained(folder.parent / "tokenizer")
+        return load_ar(folder, tokenizer)[0]
     def _save_pretrained(self, save_directory: Path) -> None: save_ar(save_directory, self)
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ __all__ = ['AR_SIZES', 'PRESETS', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig',
            'EvalConfig', 'Preset', 'preset', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
            'from_uint8', 'grid', 'show', 'named_generator', 'noise_like', 'atomic', 'write_text', 'weights_hash',
            'save_model', 'load_model', 'shipped_models', 'belongs', 'hub_folder', 'Pretrained', 'EMA', 'schedule',
-           'orthogonalise', 'Muon', 'make_optimizers', 'Feed', 'Player', 'Engine', 'fit', 'plot_log', 'compiler_works',
-           'compiled']
+           'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player', 'Engine', 'fit', 'plot_log',
+           'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
 import contextlib, hashlib, json, math, os, random, re, tempfile, time
@@ -359,6 +359,7 @@ def hub_folder(name: str | Path,   # a folder on this machine, or the name of a 
         raise FileNotFoundError(f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
                                 f"Or fetch it elsewhere (hf download {name}) and pass its folder") from error
 
+# %% ../nbs/00_core.ipynb #00-dda97b2a
 class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0", pipeline_tag="image-to-image", tags=["flextok"]):
     "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
     terms: str | None = None  # conditions that come with the weights
@@ -476,8 +477,8 @@ def make_optimizers(named_parameters,  # pairs (name, parameter)
     return [adamw] + ([Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 # %% ../nbs/00_core.ipynb #00-5ed3d9c6
-class Feed:
-    "Batches without end. What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share."
+class Deal:
+    "Which items belong to which step, and which of them to which process: all of it a function of (seed, step)."
     def __init__(self,
                  length: int,      # items that there are
                  batch: int,       # items a step, over all processes
@@ -510,6 +511,9 @@ class Feed:
         if self.batch < world * micro: raise ValueError(f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each")
         return [chunk[rank::world] for chunk in self.places(step).tensor_split(micro)]
 
+# %% ../nbs/00_core.ipynb #00-4e80d76d
+class Feed(Deal):
+    "Batches without end. What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share."
     def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
         "The micro-batches of this process, and what each one's mean weighs (1 a process, on average)."
         rows = self.rows(step)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import EMA, Engine, Player, Pretrained, StageConfig, fit, load_model
+from .core import EMA, Engine, Player, Pretrained, StageConfig, fit, load_model, save_model
 from .data import HEADS, ImageSet, batches
 
 # %% ../nbs/02_features.ipynb #02-646a69a1
@@ -190,6 +190,7 @@ class AttributeClassifier(nn.Module, Pretrained):
 
     @classmethod
     def _load_pretrained(cls, folder: Path) -> "AttributeClassifier": return load_model(folder, lambda config: cls(), StageConfig)[0]
+    def _save_pretrained(self, save_directory: Path) -> None: save_model(save_directory, self, StageConfig())  # how it was trained, it does not remember
 
 # %% ../nbs/02_features.ipynb #02-fa32a573
 def train_classifier(data: ImageSet,            # scenes with all labels

@@ -327,7 +327,7 @@ table{{border-collapse:collapse}}td,th{{padding:.2rem .9rem .2rem 0;text-align:r
 <p class="small">± is one standard error. “tokens” are reconstructions of held-out pictures, with the same noise at every count; “samples” are new pictures of the AR model. The Fréchet distances use {html.escape(", ".join(report.card['extractors']))} and are no FID: compare them only with distances of the same extractor, reference and count.</p>
 <h2>Training</h2>{image("losses.png", pictures["losses.png"])}
 <table><tr><th>stage</th><th>steps</th><th>images / s</th><th>seconds</th><th>parameters (M)</th></tr>{stages}</table>
-<h2>Conditions</h2>{block(json.dumps(report.card, indent=1))}{block(json.dumps(facts["run"], indent=1))}</html>"""
+<h2>Conditions</h2>{block(facts["about"]) if facts.get("about") else ""}{block(json.dumps(report.card, indent=1))}{block(json.dumps(facts["run"], indent=1))}</html>"""
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -470,7 +470,9 @@ def finished_report(job: Job, models: Models) -> Report | None:  # None if there
     print("evaluation: finished before", flush=True)
     return load_report(job.out)
 
-def evaluate_all(job: Job, models: Models) -> Report:
+def evaluate_all(job: Job, models: Models,
+                 about: str = "",  # more for the page: the card of a model that was not trained here
+                ) -> Report:
     "Measure, draw, and write the page."
     began, p, e, seed = time.perf_counter(), job.preset, job.preset.evaluate, job.config.seed
     other = ImageSet(*ToyScenes("val", p.image_size, p.level, seed + 1, len(job.val)).render(), job.train.classes, "", True) if job.train.scenes else job.train  # for the floor of the distances
@@ -483,7 +485,7 @@ def evaluate_all(job: Job, models: Models) -> Report:
     picture_quality(report, job.out / "quality.png")
     stages = models.stages + [{"stage": "evaluation", "steps": 0, "images_per_second": 0, "seconds": time.perf_counter() - began, "parameters": 0}]
     write_text(job.out / "stages.json", json.dumps(stages, indent=1))
-    facts = {"title": f"{Path(job.config.data).name}, preset {p.name}", "stages": stages, "run": job.asked,
+    facts = {"title": f"{Path(job.config.data).name}, preset {p.name}", "stages": stages, "run": job.asked, "about": about,
              "subtitle": f"{job.train.source}; {p.image_size} px, {p.tokenizer.registers} tokens from {p.tokenizer.vocabulary:,} words; seed {seed}; {torch.get_num_threads()} threads on {job.device}"}
     write_report(job.out, report, facts, PICTURES)
     return report

@@ -581,22 +581,9 @@ def _decoded(items: list[Item], size: int, seed: int, step: int, place: int, fli
         return found.flip(-1) if flip and chance[0] < .5 and not isinstance(found, str) else found
     return list((pool.map if pool else map)(one, items, chances))
 
-# %% ../nbs/01b_sources.ipynb #01b-81e10ac7
-class StreamFeed:
-    "Batches of a stream, shuffled within blocks; broken pictures are left out. `state_dict` and `load_state_dict` resume exactly; setting `step` does too, by reading on, or again from the start."
-    def __init__(self, source: StreamSource,
-                 size: int,              # side in pixels
-                 batch: int,             # images a step, over all processes
-                 seed: int = 0,          # names the order within blocks and everything random
-                 workers: int = 0,       # threads that decode
-                 flip: bool = False, crop: str = "centre",  # as in SourceFeed
-                 device="cpu",
-                 block: int = 1024):     # items that are held, encoded, and shuffled among each other
-        if crop not in ("centre", "random"): raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
-        self.source, self.size, self.batch, self.seed, self.flip, self.crop, self.device = source, size, batch, seed, flip, crop, torch.device(device)
-        self.skipped, self._pool, self._blocks = Counter(), ThreadPoolExecutor(workers) if workers else None, _Blocks(source, block, seed)
-        self._step, self._last, self._zero = 0, (-1, None), self._blocks.state
-
+# %% ../nbs/01b_sources.ipynb #01b-5d2e80c4
+class _FrontToBack:
+    "Whole batches, front to back, and the place in the stream: to be saved, put back, or read up to."
     def state_dict(self) -> dict: return {"step": self._step, "blocks": self._blocks.state}
     def load_state_dict(self, state: dict) -> None: self._step, self._last = state["step"], (-1, None); self._blocks.load(state["blocks"])
 
@@ -618,6 +605,22 @@ class StreamFeed:
         self._step += 1
         squares, labels, captions = zip(*found)
         return torch.stack(squares), torch.tensor(labels)[:, None], list(captions)
+
+# %% ../nbs/01b_sources.ipynb #01b-81e10ac7
+class StreamFeed(_FrontToBack):
+    "Batches of a stream, shuffled within blocks; broken pictures are left out. `state_dict` and `load_state_dict` resume exactly; setting `step` does too, by reading on, or again from the start."
+    def __init__(self, source: StreamSource,
+                 size: int,              # side in pixels
+                 batch: int,             # images a step, over all processes
+                 seed: int = 0,          # names the order within blocks and everything random
+                 workers: int = 0,       # threads that decode
+                 flip: bool = False, crop: str = "centre",  # as in SourceFeed
+                 device="cpu",
+                 block: int = 1024):     # items that are held, encoded, and shuffled among each other
+        if crop not in ("centre", "random"): raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
+        self.source, self.size, self.batch, self.seed, self.flip, self.crop, self.device = source, size, batch, seed, flip, crop, torch.device(device)
+        self.skipped, self._pool, self._blocks = Counter(), ThreadPoolExecutor(workers) if workers else None, _Blocks(source, block, seed)
+        self._step, self._last, self._zero = 0, (-1, None), self._blocks.state
 
     def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[tuple[Tensor, Tensor], float]]:
         "The micro-batches of this process with their weights. Every process reads the whole batch and takes its share."

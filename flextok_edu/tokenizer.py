@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together', 'GuidedVelocity', 'LatentTokenizer',
-           'ImageTokenizer', 'Draws', 'LearningTokenizer', 'FlexTok', 'cache_latents', 'Latents', 'latent_batches',
-           'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'feature_map',
-           'REPA']
+           'ImageTokenizer', 'Draws', 'DiceThrower', 'LearningTokenizer', 'FlexTok', 'cache_latents', 'Latents',
+           'latent_batches', 'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer',
+           'feature_map', 'REPA']
 
 # %% ../nbs/08_tokenizer.ipynb #08-af505839
 import math, warnings
@@ -345,8 +345,8 @@ class Draws(NamedTuple):
     def of(self, rows: Tensor) -> "Draws": return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
 
 # %% ../nbs/08_tokenizer.ipynb #08-22bb6fff
-class LearningTokenizer(ImageTokenizer):
-    "Images to ids and back, and how that is learnt."
+class DiceThrower(ImageTokenizer):
+    "Images to ids and back, and the dice of a training step."
 
     def draw(self,
              b: int,                              # images
@@ -359,6 +359,10 @@ class LearningTokenizer(ImageTokenizer):
         null, t = torch.rand(b, generator=generator, device="cpu") < c.null_probability, sample_time(c.time_law, b, generator, mode_scale=c.mode_scale)
         zeroed = torch.arange(b, device="cpu") < round(c.zero_noise * b)         # zero-noise regression: t = 1, noise 0
         return Draws(budget, null, zeroed, torch.where(zeroed, 1., t))
+
+# %% ../nbs/08_tokenizer.ipynb #08-65651c23
+class LearningTokenizer(DiceThrower):
+    "Images to ids and back, and how that is learnt."
 
     def loss(self,
              latents: Tensor,                  # normalised latents (b c h w)

@@ -22,7 +22,7 @@ def snapshot() -> dict[str, bytes]:
             if f.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in f.parts}
 
 
-def call(*command: str, limit: int = 1500, **env: str) -> None:
+def call(*command: str, limit: int = 2700, **env: str) -> None:
     """Run a command in the project's root; stop everything if it fails."""
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, timeout=limit)
     if result.returncode:
@@ -71,7 +71,7 @@ def main() -> None:
         step()
         print(f"    ok, {time.time() - start:.0f} s", flush=True)
     print("--- tests ...", flush=True)
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", "tests"], cwd=ROOT, timeout=1500,
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", "tests"], cwd=ROOT, timeout=2700,
                             env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})  # tiny models: one thread is as fast, and suffers less beside others
     print(f"--- all checks: {time.time() - began:.0f} s" if result.returncode == 0 else "--- tests FAILED", file=sys.stderr, flush=True)
     sys.exit(result.returncode)
