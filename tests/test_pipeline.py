@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,3 +206,16 @@ def test_named_sets_without_their_files(tmp_path):
     """A clear sentence before anything starts."""
     with pytest.raises(FileNotFoundError, match="(?i)cifar.*download"):
         run(RunConfig(data="cifar10", data_root=str(tmp_path), out=str(tmp_path / "run"), device="cpu", steps=2))
+
+
+def test_the_shipped_curves_are_of_the_preset():
+    """Measured with five seeds, of exactly what `micro` says today: whoever changes the preset must measure them again."""
+    stored = json.loads((Path(pipeline.__file__).parent / "expected" / "micro.json").read_text())
+    assert len(set(stored["conditions"]["seeds"])) == 5 and pipeline.from_dict(pipeline.Preset, stored["preset"]) == preset("micro")
+    found = pipeline.expected_curves(preset("micro"))
+    assert set(found) == set(pipeline.STAGES)
+    for stage in found.values():
+        for band in stage.values():
+            assert len(band["at"]) == len(band["mean"]) > 5 and all(a <= b <= c for a, b, c in zip(band["low"], band["mean"], band["high"]))
+    assert found["tokenizer"]["regression_full"]["mean"][-1] < .2 * found["tokenizer"]["regression_full"]["mean"][0]
+    assert pipeline.expected_curves(preset("micro"), "folder") is None and pipeline.expected_curves(replace(preset("micro"), level=2)) is None
