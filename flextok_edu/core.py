@@ -342,8 +342,12 @@ def belongs(folder: Path,  # of a model that needs another one
             part: str,     # what the other one is to it: "vae"
             other: Path,   # its folder
            ) -> bool:
-    "Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations."
-    own, its = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, other))
+    "Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations. What cannot be read belongs to nobody (and loading it says why)."
+    def facts(f):
+        try: found = json.loads((f / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError): return {}
+        return found if isinstance(found, dict) else {}
+    own, its = facts(folder), facts(other)
     return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
 
 def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)

@@ -46,11 +46,11 @@ def test_study(notebook, tmp_path):
     cells = read(notebook)
     assert '"raw"' in notebook.read_text(encoding="utf-8")[:200], "nbdev_test must not run it at full size: skip_exec"
     assert any("FLEXTOK_SIZE" in source(c) for c in cells if c["cell_type"] == "code"), "a knob for the size"
-    run(notebook, cells, tmp_path, 300)
+    run(notebook, cells, tmp_path, 900)
 
 
 @pytest.mark.parametrize("notebook", SOLUTIONS, ids=lambda f: f.stem)
 def test_solutions(notebook, tmp_path):
     room = ROOT / "nbs" / notebook.name
     assert room.exists() and "Exercises" in room.read_text(encoding="utf-8")
-    run(notebook, read(notebook), tmp_path, 120)
+    run(notebook, read(notebook), tmp_path, 600)

@@ -1,6 +1,12 @@
 """Shipped models: packed small, found by name, and never mixed up. The model here is a stand-in that was trained for a moment."""
 import json
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +17,28 @@ import flextok_edu.commands as commands
 import flextok_edu.core as core
 import flextok_edu.zoo as zoo
 from flextok_edu.ar import ARModel, check_tokenizer
-from flextok_edu.core import weights_hash
+from flextok_edu.core import EvalConfig, preset, save_model, weights_hash
+from flextok_edu.evaluate import load_report
 from flextok_edu.features import AttributeClassifier
 from flextok_edu.pipeline import RunConfig, run
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def status(main, *argv):
+    try:
+        main(list(argv))
+    except SystemExit as leave:
+        return leave.code
+    return 0
+
+
+def changed(folder, **facts):
+    """Other facts in a config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +80,8 @@ def test_they_know_each_other(shipped, trained):
     with pytest.raises(ValueError, match="trained with VAE"):
         FlexTok.from_pretrained("standin", vae=VAE.from_pretrained(trained / "vae"))
     with pytest.raises(ValueError, match="ids of tokenizer"):
+        ARModel.from_pretrained("standin", tokenizer=FlexTok.from_pretrained(trained / "tokenizer"))
+    with pytest.raises(ValueError, match="ids of tokenizer"):
         check_tokenizer(ar, FlexTok.from_pretrained(trained / "tokenizer"))
 
 
@@ -89,6 +114,22 @@ def test_a_part_that_is_not_there(shipped, monkeypatch, tmp_path):
         ARModel.from_pretrained("half")
 
 
+def test_an_ar_model_beside_a_stranger(packed, tmp_path, monkeypatch):
+    """Without a tokenizer given, a shipped AR model is held against the one beside it."""
+    shutil.copytree(packed, tmp_path / "mixed")
+    monkeypatch.setattr(core, "shipped_models", lambda: {"mixed": tmp_path / "mixed"})
+    assert ARModel.from_pretrained("mixed")
+    changed(tmp_path / "mixed" / "ar", tokenizer="0123456789abcdef")
+    with pytest.raises(ValueError, match="0123456789abcdef"):
+        ARModel.from_pretrained("mixed")
+
+
+def test_a_classifier_goes_to_a_folder_and_back(shipped, tmp_path):
+    reader = AttributeClassifier.from_pretrained("standin")
+    reader.save_pretrained(tmp_path)
+    assert weights_hash(AttributeClassifier.from_pretrained(tmp_path)) == weights_hash(reader)
+
+
 def test_a_damaged_file(packed, tmp_path, monkeypatch):
     shutil.copytree(packed, tmp_path / "bad")
     monkeypatch.setattr(core, "shipped_models", lambda: {"bad": tmp_path / "bad"})
@@ -96,8 +137,11 @@ def test_a_damaged_file(packed, tmp_path, monkeypatch):
     data = bytearray(weights.read_bytes())
     data[-9] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="not the ones that config.json describes"):
+    with pytest.raises(ValueError, match="bad/vae.*not the ones that config.json describes"):
         FlexTok.from_pretrained("bad")
+    weights.write_bytes(bytes(data)[:1000])
+    with pytest.raises(ValueError, match="bad/vae/model.safetensors is damaged"):
+        VAE.from_pretrained("bad")
 
 
 @pytest.mark.parametrize("change, error", (({"limit": 1.}, "more than 1"), ({"same": 1.01}, "stay the same"), ({"name": "standin"}, "there already")), ids=("large", "changed", "taken"))
@@ -109,49 +153,130 @@ def test_refused(packed, trained, change, error):
     assert sorted(packed.parent.iterdir()) == before
 
 
-def test_strangers_are_not_packed(trained, packed, tmp_path):
-    """A tokenizer beside another VAE, an AR model beside another tokenizer, no VAE at all."""
+def test_strangers_are_not_packed(trained, tmp_path):
+    """A tokenizer beside another VAE, an AR model beside another tokenizer, parts that are none, nothing."""
     shutil.copytree(trained, tmp_path / "run")
-    run(RunConfig(out=str(tmp_path / "second"), device="cpu", compile="off", steps=2, images=12, train_images=60, seed=1))
-    shutil.rmtree(tmp_path / "run" / "ar")
-    shutil.copytree(tmp_path / "second" / "ar", tmp_path / "run" / "ar")
-    with pytest.raises(ValueError, match="writes ids of tokenizer"):
-        zoo.pack(tmp_path / "run", "a", tmp_path / "zoo", same=0.)
-    shutil.rmtree(tmp_path / "run" / "vae")
-    shutil.copytree(tmp_path / "second" / "vae", tmp_path / "run" / "vae")
+    go = tmp_path / "run"
+    changed(go / "ar", tokenizer="0123456789abcdef")
+    with pytest.raises(ValueError, match="writes ids of tokenizer 0123456789abcdef"):
+        zoo.pack(go, "a", tmp_path / "zoo", same=0.)
+    vae = VAE.from_pretrained(trained / "vae")
+    with torch.no_grad():
+        next(vae.parameters()).mul_(1.01)
+    save_model(go / "vae", vae, vae.config)
     with pytest.raises(ValueError, match="do not belong together"):
-        zoo.pack(tmp_path / "run", "a", tmp_path / "zoo", same=0.)
-    shutil.rmtree(tmp_path / "run" / "vae")
+        zoo.pack(go, "a", tmp_path / "zoo", same=0.)
+    with pytest.raises(ValueError, match="no part 'encoder'"):
+        zoo.pack({"vae": trained / "vae", "encoder": trained / "tokenizer"}, "a", tmp_path / "zoo")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        zoo.pack({"vae": tmp_path / "nowhere"}, "a", tmp_path / "zoo")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        zoo.pack({"vae": trained / "vae", "ar": trained / "ar"}, "a", tmp_path / "zoo")
+    shutil.rmtree(go / "vae")
     with pytest.raises(ValueError, match="no finished VAE"):
-        zoo.pack(tmp_path / "run", "a", tmp_path / "zoo", same=0.)
+        zoo.pack(go, "a", tmp_path / "zoo", same=0.)
+    assert not (tmp_path / "zoo").exists() or not list((tmp_path / "zoo").iterdir())
+
+
+@pytest.mark.parametrize("dtype, error", ((torch.float8_e4m3fn, "of the ids stay the same"), (None, "the pictures change")), ids=("coarse", "wrong"))
+def test_what_rounding_does_is_looked_at(trained, tmp_path, monkeypatch, dtype, error):
+    """A rounding that is too coarse, and one that forgets the VAE's output: hashes fit, pictures do not."""
+    def bad(model, state=None):
+        out = {n: x.clone() for n, x in (model.state_dict() if state is None else state).items()}
+        if dtype:
+            return {n: x.to(dtype).float() if x.is_floating_point() else x for n, x in out.items()}
+        if isinstance(model, VAE):
+            out["decoder.conv_out.bias"].fill_(.5)
+        return out
+    monkeypatch.setattr(zoo, "halved", bad)
+    with pytest.raises(ValueError, match=error):
+        zoo.pack({p: trained / p for p in ("vae", "tokenizer")}, "a", tmp_path, images=torch.rand(8, 3, 32, 32) * 2 - 1, same=.9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_read_back(trained, tmp_path, monkeypatch):
+    """A file that is not what was meant to be written does not become a model."""
+    def spoiled(folder, model, config, **facts):
+        save_model(folder, model, config, **facts)
+        if Path(folder).name == "tokenizer":
+            changed(Path(folder), vae="0123456789abcdef")
+    monkeypatch.setattr(zoo, "save_model", spoiled)
+    with pytest.raises(ValueError, match="was trained with VAE 0123456789abcdef"):
+        zoo.pack({p: trained / p for p in ("vae", "tokenizer")}, "a", tmp_path, same=0.)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_nothing(trained, tmp_path, monkeypatch):
+    def fail(*given):
+        raise OSError("disk full")
+    monkeypatch.setattr(zoo, "model_card", fail)
+    with pytest.raises(OSError, match="disk full"):
+        zoo.pack({"vae": trained / "vae"}, "a", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_is_known_before(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "_write_parts", lambda *given: pytest.fail("it was written"))
+    with pytest.raises(ValueError, match="more than 1: train"):
+        zoo.pack(trained, "a", tmp_path / "zoo", limit=1.)
+
+
+@pytest.mark.parametrize("name", ("", ".a", "a/b", "../a", "-a"))
+def test_names_that_are_none(trained, tmp_path, name):
+    with pytest.raises(ValueError, match="name of a shipped model|is there already"):
+        zoo.pack(trained, name, tmp_path)
+
+
+def test_from_separate_trainings(trained, tmp_path, monkeypatch):
+    """What `flextok_train` leaves, each part in its own folder with its own run.json; and how it is best decoded, said afterwards."""
+    for argv in (["vae", "--set", "train_vae.lr=0.0007", "vae_loss.perceptual=0", "vae_loss.adversarial=0"], ["tokenizer", "--vae", "{}/vae"], ["ar", "--tokenizer", "{}/tokenizer"]):
+        argv = [a.format(tmp_path) for a in argv]
+        commands.train_main([*argv, "--steps", "2", "--train-images", "40", "--device", "cpu", "--seed", "5", "--compile", "off", "--out", str(tmp_path / argv[0])])
+    parts = {p: tmp_path / p for p in ("vae", "tokenizer", "ar")} | {"classifier": trained / "classifier"}
+    packed = zoo.pack(parts, "apart", tmp_path / "zoo", same=0., evaluate=EvalConfig(images=10, samples=6, steps=3, guidance=1.5))
+    facts = json.loads((packed / "model.json").read_text())
+    assert facts["made"]["vae"]["seed"] == facts["made"]["ar"]["seed"] == 5 and facts["made"]["tokenizer"]["command"] == "flextok_train tokenizer" and facts["made"]["tokenizer"]["images"]
+    assert facts["preset"]["train_vae"]["lr"] == .0007 and facts["preset"]["train_tokenizer"]["steps"] == 2 and facts["preset"]["train_ar"]["steps"] == 2 and facts["preset"]["evaluate"]["steps"] == 3
+    for module in (core, commands, zoo):
+        monkeypatch.setattr(module, "shipped_models", lambda: {"apart": packed})
+    assert status(zoo.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu") == 0
+    page, card = (tmp_path / "demo" / "report.html").read_text(), load_report(tmp_path / "demo").card
+    assert card["steps"] == 3 and card["guidance"] == 1.5 and card["images"] == 10 and card["train_hash"] == facts["made"]["tokenizer"]["images"] and "seed 5" in card["trained_on"]
+    assert page.count("data:image/png") == 4 and "# apart" in page and "Intended use" in page
+    assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
 
 
 def test_the_card(packed):
     card = (packed / "README.md").read_text()
     own = json.loads((packed / "tokenizer" / "config.json").read_text())
-    assert "license: apache-2.0" in card and own["loaded"] in card and "equal ids" in card and "tokens" in card
+    assert "license: apache-2.0" in card and own["loaded"] in card and "equal ids" in card and "tokens" in card and "before rounding" in card and "torch 2" in card and "| 3 x 64 |" in card
+    assert "Apache-2.0" in card and "Limits" in card and "Intended use" in card
     logs = {part: json.loads((packed / part / "log.json").read_text()) for part in zoo.PARTS}
     assert all(rows and len(rows) <= 301 for rows in logs.values())
     assert len(zoo._thin([{"step": i, "loss": 1 / 3} for i in range(1000)])) <= 301 and zoo._thin([{"step": i} for i in range(1000)])[-1]["step"] == 999
+    assert [row["step"] for row in zoo._thin([{"step": i} for i in range(5)])] == [0, 1, 2, 3, 4] and zoo._thin([]) == []
 
 
-@pytest.mark.parametrize("text, found", (("1,4,16,all", [1, 4, 16, 16]), ("2", [2]), ("all", [16]), ("1 2", [1, 2])))
+def test_a_table_of_other_weights(trained, packed, tmp_path):
+    """A table is packed if it was measured on these weights, before or after rounding; another would be a lie."""
+    parts, report = {p: trained / p for p in ("vae", "tokenizer")}, load_report(trained)
+    tok = FlexTok.from_pretrained(packed / "tokenizer", vae=VAE.from_pretrained(packed / "vae"))
+    now = replace(report, card=report.card | {"weights": {"tokenizer": weights_hash(tok)}})
+    folder = zoo.pack(parts, "now", tmp_path, same=0., report=now)
+    assert "of these weights" in (folder / "README.md").read_text() and load_report(folder).rows == report.rows and not list(folder.glob("*scores*"))
+    with pytest.raises(ValueError, match="measured on tokenizer 0123456789abcdef"):
+        zoo.pack(parts, "then", tmp_path, same=0., report=replace(report, card=report.card | {"weights": {"tokenizer": "0123456789abcdef"}}))
+
+
+@pytest.mark.parametrize("text, found", (("1,4,16,all", [1, 4, 16]), ("all,1", [16, 1]), ("2", [2]), ("all", [16]), ("1 2", [1, 2])))
 def test_budgets(text, found):
     assert zoo.parse_budgets(text, 16) == found
 
 
-@pytest.mark.parametrize("text", ("", "0", "17", "-1", "most", "1.5"))
+@pytest.mark.parametrize("text", ("", ",", "0", "17", "-1", "most", "1.5", "²"))
 def test_no_budgets(text):
     with pytest.raises(commands.UsageError):
         zoo.parse_budgets(text, 16)
-
-
-def status(main, *argv):
-    try:
-        main(list(argv))
-    except SystemExit as leave:
-        return leave.code
-    return 0
 
 
 def test_reconstruct(shipped, tmp_path, capsys):
@@ -169,14 +294,78 @@ def test_reconstruct(shipped, tmp_path, capsys):
     assert status(zoo.reconstruct_main, files[2], *rest) == 1 and "cannot be read" in capsys.readouterr().err
     assert status(zoo.reconstruct_main, "nowhere.jpg", *rest) == 1 and "nowhere.jpg" in capsys.readouterr().err
     assert status(zoo.reconstruct_main, files[0], "--model", "standin", "--budgets", "99") == 2
+    kept = (tmp_path / "tall.png").read_bytes()
+    for wrong in (["--out", files[1]], ["--out", "strip.jpg"], ["--steps", "0"], ["--guidance", "nan"]):
+        assert status(zoo.reconstruct_main, files[1], "--model", "standin", *wrong) == 2, wrong
+    assert (tmp_path / "tall.png").read_bytes() == kept
+    assert status(zoo.reconstruct_main, files[0], "--model", "standin", "--set", "tokenizer.registers=4") == 2, "an option that would do nothing"
 
 
-def test_demo(shipped, tmp_path, capsys):
-    assert status(zoo.demo_main, "--model", "standin", "--out", str(tmp_path / "demo"), "--images", "12", "--device", "cpu") == 0
-    page, table = (tmp_path / "demo" / "report.html").read_text(), json.loads((tmp_path / "demo" / "table.json").read_text())
-    stored = json.loads((shipped / "model.json").read_text())
-    assert "data:image/png" in page and table["card"]["train_hash"] == stored["trained_on"]["train"] and table["card"]["images"] == 12
-    assert table["card"]["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("standin"))
-    assert status(zoo.demo_main, "--model", "nothing", "--out", str(tmp_path / "d")) == 2 and "standin" in capsys.readouterr().err
+def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
+    """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the model's own settings."""
+    rows = []
+    monkeypatch.setattr(zoo, "_rows", lambda *given: rows.append(given))
+    x = torch.randint(0, 255, (3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    zoo.reconstruct(zoo.ReconstructOptions(images=(str(tmp_path / "a.png"),), model="standin", budgets="1,all", out=str(tmp_path / "s.png"), device="cpu", seed=4))
+    (pictures,), names, _, title, tops, _ = rows[0]
+    tok, usual = FlexTok.from_pretrained("standin"), preset("micro").evaluate
+    original = x[None] / 127.5 - 1
+    with torch.no_grad():
+        wanted = [original, tok.vae.decode(tok.vae.encode(original)), *(tok.detokenize(tok.tokenize(original)[:, :k], usual.steps, usual.guidance, 4) for k in (1, 16))]
+    torch.testing.assert_close(pictures, torch.cat(wanted), atol=1e-5, rtol=0)
+    assert tops == ["original", "VAE alone", "1 token", "16 tokens"] and names == ["a"] and f"{usual.steps} steps" in title
+
+
+def test_no_demo(shipped, tmp_path, capsys, monkeypatch):
+    """Refused before anything is measured: a model that is none, no time, another run's folder, a part or the preset missing."""
+    out = ("--out", str(tmp_path / "demo"), "--device", "cpu")
+    assert status(zoo.demo_main, "--model", "nothing", *out) == 2 and "standin" in capsys.readouterr().err
+    for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--images", "0"], ["--images", "1"]):
+        assert status(zoo.demo_main, *wrong, *out) == 2, wrong
+    (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "run.json").write_text("{}")
-    assert status(zoo.demo_main, "--model", "standin", "--out", str(tmp_path / "demo"), "--images", "12") == 1
+    assert status(zoo.demo_main, *out) == 1 and "training run" in capsys.readouterr().err
+    (tmp_path / "demo" / "run.json").unlink()
+    shutil.copytree(shipped, tmp_path / "other")
+    monkeypatch.setattr(zoo, "shipped_models", lambda: {"other": tmp_path / "other"})
+    (tmp_path / "other" / "model.json").write_text(json.dumps({"preset": None, "made": {}}))
+    assert status(zoo.demo_main, *out) == 1 and "does not know the preset" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "other" / "classifier")
+    assert status(zoo.demo_main, *out) == 1 and "no classifier" in capsys.readouterr().err
+    assert not list((tmp_path / "demo").iterdir())
+    monkeypatch.setattr(zoo, "shipped_models", dict)
+    assert status(zoo.demo_main, *out) == 2 and "no model comes with" in capsys.readouterr().err
+
+
+def test_as_many_as_fit(shipped, monkeypatch):
+    """Twice the time, about twice the pictures; never fewer than the least."""
+    tok, now = FlexTok.from_pretrained("standin"), [0.]
+    monkeypatch.setattr(zoo.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tok, "detokenize", lambda ids, *rest: now.__setitem__(0, now[0] + .01 * len(ids)) or ids)
+    few = torch.zeros(8, 3, 32, 32)
+    a, b = (zoo.images_that_fit(tok, few, 6, 1., seconds) for seconds in (60, 120))
+    assert abs(b - 2 * a) <= 10 and a * .01 * 5 * 1.5 < 60 < a * .01 * 5 * 4, "five token counts; half as many samples"
+    assert zoo.images_that_fit(tok, few, 6, 1., -5.) == 64
+
+
+def test_from_a_wheel(packed, tmp_path):
+    """Wheel and source archive carry the shipped files; installed from the wheel, a model is found by name in a clean process that has no network."""
+    clone, unpacked = tmp_path / "clone", tmp_path / "unpacked"
+    shutil.copytree(ROOT / "flextok_edu", clone / "flextok_edu", ignore=shutil.ignore_patterns("zoo", "__pycache__"))
+    for name in ("setup.py", "settings.ini", "README.md", "MANIFEST.in", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, clone)
+    shutil.copytree(packed, clone / "flextok_edu" / "zoo" / "standin")
+    result = subprocess.run([sys.executable, "setup.py", "-q", "sdist", "--formats=zip", "bdist_wheel"], cwd=clone, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    files = {f"flextok_edu/zoo/standin/{f.relative_to(packed).as_posix()}" for f in packed.rglob("*") if f.is_file()}
+    (wheel,), (source,) = (clone / "dist").glob("*.whl"), (clone / "dist").glob("*.zip")
+    assert len(files) > 10 and files <= set(zipfile.ZipFile(wheel).namelist())
+    assert files <= {n.split("/", 1)[1] for n in zipfile.ZipFile(source).namelist()}
+    entry = next(zipfile.ZipFile(wheel).read(n).decode() for n in zipfile.ZipFile(wheel).namelist() if n.endswith("entry_points.txt"))
+    assert "flextok_reconstruct = flextok_edu.zoo:reconstruct_main" in entry and "flextok_demo = flextok_edu.zoo:demo_main" in entry
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    ask = f"import sys; sys.path.insert(0, {str(unpacked)!r})\nimport flextok_edu; assert flextok_edu.__file__.startswith({str(unpacked)!r})\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.core import weights_hash\nfrom flextok_edu.tokenizer import FlexTok\nARModel.from_pretrained('standin'); print(weights_hash(FlexTok.from_pretrained('standin')))"
+    result = subprocess.run([sys.executable, "-I", "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    tok = FlexTok.from_pretrained(packed / "tokenizer")
+    assert result.stdout.strip() == weights_hash(tok), result.stderr[-2000:]
