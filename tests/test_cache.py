@@ -211,7 +211,7 @@ print(anon() - before)
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-2000:]
     assert float(result.stdout) < 32
 
@@ -316,7 +316,7 @@ def test_a_strangers_shard_is_refused_and_kept(tmp_path):
 def test_equal_shards_are_equal_files(tmp_path):
     """safetensors writes several metadata keys in random order; a process of its own has another order."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; from pathlib import Path; from flextok_edu.cache import write_shard\nwrite_shard(Path(sys.argv[1]), {{'b': torch.arange(3), 'a': torch.ones(2)}}, {{'z': 1, 'y': 2, 'x': 3}})"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=300)
     write_shard(tmp_path / "two", {"a": torch.ones(2), "b": torch.arange(3)}, {"x": 3, "y": 2, "z": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert torch.equal(load_file(tmp_path / "two")["b"], torch.arange(3)), "any safetensors reader can open it"

@@ -96,7 +96,7 @@ def test_info(name):
 
 
 def test_info_command():
-    run = lambda *names: subprocess.run([sys.executable, "-c", "from flextok_edu.cost import info_main; info_main()", *names], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    run = lambda *names: subprocess.run([sys.executable, "-c", "from flextok_edu.cost import info_main; info_main()", *names], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert "usage: flextok_info PRESET" in run().stdout and "usage" in run("--help").stdout
     assert run("tiny").stdout.startswith("tiny: 64 px")
     wrong = run("huge")

@@ -31,7 +31,7 @@ def in_process(code: str, hub: Hub | None, tmp_path: Path) -> subprocess.Complet
     """huggingface_hub reads its address when it is imported: so in a process of its own."""
     env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
            "HF_ENDPOINT": hub.address if hub else "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, env=env, cwd=tmp_path)
 
 
 def test_a_folder_holds_everything(tmp_path):

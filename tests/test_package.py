@@ -74,11 +74,11 @@ def test_without_a_compiler(tmp_path):
 
 
 def test_command_line_help():
-    result = subprocess.run([sys.executable, "-m", "flextok_edu.pipeline", "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-m", "flextok_edu.pipeline", "--help"], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert result.returncode == 0
     for option in ("--data", "--preset", "--out", "--device", "--minutes", "--seed"):
         assert option in result.stdout
-    refused = subprocess.run([sys.executable, "-m", "flextok_edu.pipeline", "--preset", "mikro"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    refused = subprocess.run([sys.executable, "-m", "flextok_edu.pipeline", "--preset", "mikro"], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert refused.returncode == 1 and "choose one of micro" in refused.stderr and "Traceback" not in refused.stderr
 
 
