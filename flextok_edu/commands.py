@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, save_ar, sample_images, train_ar
 from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import PRESETS, Preset, atomic, compiler_works, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
+from .core import PRESETS, Preset, atomic, compiler_works, from_dict, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
 from .data import ImageSet, ToyScenes, _memory, image_files, load_data, read_squares
 from .evaluate import Report, evaluate_tokenizer, versions
@@ -264,13 +264,19 @@ def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # t
     model, facts = load_ar(_find(folder, "AR model", "--ar", "class_dropout", "ar"), tok)
     return model.to(tok.device), facts.get("classes") or list(map(str, range(model.config.classes)))
 
+def _made_with(folder: str) -> Preset | None:  # of a folder of a run, or of a shipped model
+    shipped, place = shipped_models().get(folder), Path(folder).expanduser()
+    if shipped:
+        facts = json.loads((shipped / "model.json").read_text(encoding="utf-8")) if (shipped / "model.json").is_file() else {}
+        return from_dict(Preset, facts["preset"]) if facts.get("preset") else None
+    file = next((f for f in (place / "run.json", place.parent / "run.json") if f.is_file()), None)
+    return read_settings(file).preset if file else None
+
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
-    "The preset of --config; else --preset; else that of the run which made one of these folders; else micro. Then --set."
+    "The preset of --config; else --preset; else that with which one of these folders (or shipped models) was made; else micro. Then --set."
     if base is None and o.preset: base = preset(o.preset)
     for folder in folders:
-        if base is None and folder:
-            file = next((f for f in (Path(folder).expanduser() / "run.json", Path(folder).expanduser().parent / "run.json") if f.is_file()), None)
-            base = read_settings(file).preset if file else None
+        if base is None and folder: base = _made_with(folder)
     p = override(base or preset("micro"), parse_settings(o.set))
     return replace(p, train_images=o.train_images) if getattr(o, "train_images", None) else p
 
@@ -285,7 +291,7 @@ class TrainOptions(DataOptions):
     preset: str = "micro"
     "Sizes and steps: micro, tiny, small, d12_d12, d18_d18, d18_d28."
     vae: str | None = None
-    "tokenizer: folder of the trained VAE."
+    "tokenizer: folder of the trained VAE. vae: of a trained one, whose decoder alone goes on learning (its latents stay what they are)."
     tokenizer: str | None = None
     "ar: folder of the trained tokenizer."
     cache: str | None = None
@@ -370,7 +376,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     if config.steps < 1 or config.batch < 1: raise UsageError(f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}")
     if o.compile not in ("auto", "on", "off"): raise UsageError(f"--compile {o.compile}: use auto, on or off")
     if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0: raise UsageError(f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0")
-    made_of = open_vae(o.vae, device) if o.stage == "tokenizer" else open_tokenizer(o.tokenizer, device) if o.stage == "ar" else None
+    made_of = open_vae(o.vae, device) if o.stage == "tokenizer" or o.stage == "vae" and o.vae else open_tokenizer(o.tokenizer, device) if o.stage == "ar" else None
     if o.stage == "tokenizer": _fits(made_of, p)
     if o.stage == "ar": p = replace(p, image_size=size_of(made_of))
     engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
@@ -397,7 +403,7 @@ def _trained(o: TrainOptions, p: Preset, data, made_of, engine: LongRun, precisi
     "The trainer of the stage."
     flip, device, bar = not getattr(data, "scenes", True), engine.device, watched()
     compile = o.stage != "vae" and (o.compile == "on" or o.compile == "auto" and getattr(p, f"train_{o.stage}").steps >= 500) and device.type != "mps" and compiler_works(device)
-    if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine)
+    if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine, made_of)
     if o.stage == "tokenizer": return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
     return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine)
 
@@ -591,7 +597,8 @@ class GenerateOptions(DecodeOptions):
     "Folder for the pictures."
 
 # %% ../nbs/15b_commands.ipynb #15b-a7278892
-def _its_tokenizer(ar: str) -> str:  # a folder
+def _its_tokenizer(ar: str) -> str:  # a folder, or a shipped model
+    if ar in shipped_models(): return ar
     place = Path(ar).expanduser()
     for file in (place / "run.json", place.parent / "run.json"):
         if not file.is_file(): continue

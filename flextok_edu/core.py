@@ -98,7 +98,7 @@ class StageConfig:
     steps: int = 1000              # optimiser steps
     batch: int = 64                # images a step
     lr: float = 1e-3               # peak learning rate
-    optimizer: str = "adamw"       # "adamw" | "muon" (2-D weights of the blocks by Muon, the rest by AdamW)
+    optimizer: str = "adamw"       # "adamw" | "muon" (hidden matrices and filters by Muon, the rest by AdamW)
     warmup: int = 50               # steps of linear warm-up; cosine decay follows
     weight_decay: float = 0.01     # decoupled weight decay
     clip: float = 1.0              # largest gradient norm
@@ -163,16 +163,17 @@ PRESETS = {p.name: p for p in (
         train_tokenizer=StageConfig(steps=1000, batch=64, lr=3e-3, optimizer="muon", ema=.995),
         train_ar=StageConfig(steps=180, batch=128, lr=2e-3, weight_decay=.05, ema=.99),
         evaluate=EvalConfig(samples=500, steps=6, guidance=1.)),
-    Preset("tiny", 64, level=2, train_images=50_000,
-        vae=VAEConfig(latent_channels=4, channels=(48, 96, 96), layers=1, stem=2, groups=8),
-        tokenizer=TokenizerConfig(4, 8, 32, (8, 5, 5, 5), TrunkConfig(192, 4, 1), TrunkConfig(192, 6, 1), dropout_law="half_full",
+    Preset("tiny", 64, level=2, train_images=80_000,
+        vae=VAEConfig(latent_channels=4, channels=(48, 96), layers=1, stem=4, groups=8),
+        tokenizer=TokenizerConfig(4, 8, 32, (8, 5, 5, 5), TrunkConfig(128, 3), TrunkConfig(128, 5), dropout_law="half_full",
                                   zero_noise=.5, norm_before_fsq=True),
-        ar=ARConfig(vocabulary=1000, length=32, classes=12, width=256, depth=4),
-        train_vae=StageConfig(steps=20_000, batch=16, lr=2e-3, ema=.999),
+        ar=ARConfig(vocabulary=1000, length=32, classes=12, width=192, depth=4),
+        vae_loss=VAELossConfig(perceptual=0., adversarial=0.),
+        train_vae=StageConfig(steps=3600, batch=32, lr=3e-3, optimizer="muon", ema=.998),
         train_classifier=StageConfig(steps=4000, batch=32, lr=2e-3, ema=.995),
-        train_tokenizer=StageConfig(steps=40_000, batch=64, lr=3e-3, optimizer="muon", ema=.999),
-        train_ar=StageConfig(steps=5000, batch=128, lr=2e-3, weight_decay=.05, ema=.999),
-        evaluate=EvalConfig(images=5000, samples=2000)),
+        train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=.998),
+        train_ar=StageConfig(steps=700, batch=128, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.99),
+        evaluate=EvalConfig(images=5000, samples=1000)),
     Preset("small", 128, level=3, train_images=100_000,
         vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
         tokenizer=TokenizerConfig(8, 16, 128, encoder=TrunkConfig(512, 8, 1), decoder=TrunkConfig(512, 8, 1)),
@@ -434,7 +435,13 @@ def orthogonalise(x: Tensor,       # matrices (m r c)
 def _with_bfloat16(device: torch.device) -> bool: return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 class Muon(torch.optim.Muon):
-    "PyTorch's Muon; matrices of one shape are made orthogonal together, in float32 where bfloat16 is emulated."
+    "PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is emulated; filters (out in h w) count as matrices (out, in h w)."
+    def __init__(self, params, **options):
+        super().__init__([{"params": []}], **options)  # its own check knows nothing of filters
+        params = list(params)
+        if flat := [p.shape for p in params if p.ndim < 2]: raise ValueError(f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW")
+        self.param_groups[0]["params"] = params
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None
@@ -453,11 +460,12 @@ class Muon(torch.optim.Muon):
         averages = [self.state[w]["momentum_buffer"] for w in weights]
         for average, w in zip(averages, weights): average.lerp_(w.grad, 1 - group["momentum"])
         updates = [w.grad.lerp(average, group["momentum"]) if group["nesterov"] else average for average, w in zip(averages, weights)]
-        whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates])  # (m r c); slices of several processes (room 11) are gathered
+        whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]).flatten(2)  # (m r c); slices of several processes (room 11) are gathered
         level = orthogonalise(whole.bfloat16() if _with_bfloat16(whole.device) else whole.float(), *group["ns_coefficients"], group["ns_steps"])
-        r, c = weights[0].shape
+        r, c = whole.shape[1:]
         size = {"match_rms_adamw": .2 * math.sqrt(max(r, c)), "spectral_unclamped": math.sqrt(r / c)}.get(group["adjust_lr_fn"], math.sqrt(max(1, r / c)))
         for w, u in zip(weights, level):
+            u = u.view(w.shape)
             if hasattr(w, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
                 u = distribute_tensor(u.to(w.dtype), w.device_mesh, w.placements)
@@ -467,10 +475,11 @@ class Muon(torch.optim.Muon):
 def make_optimizers(named_parameters,  # pairs (name, parameter)
                     config: StageConfig,
                    ) -> list[torch.optim.Optimizer]:  # one or two optimisers
-    "AdamW for everything, or Muon for the 2-D weights of the blocks and AdamW for the rest (Muon suits hidden matrices only)."
+    "AdamW for everything, or Muon for the matrices and filters of hidden layers and AdamW for the rest (Muon suits hidden weights only)."
     named = [(n, p) for n, p in named_parameters if p.requires_grad]
-    # a leading dot makes "blocks.0…" and "encoder.blocks.0…" look alike
-    matrices = [p for n, p in named if p.ndim == 2 and ".blocks." in "." + n] if config.optimizer == "muon" else []
+    # hidden: the transformers' blocks, the autoencoder's levels and middle; a leading dot makes "blocks.0…" and "encoder.blocks.0…" look alike
+    hidden = lambda name: any(part in "." + name for part in (".blocks.", ".levels.", ".middle."))
+    matrices = [p for n, p in named if p.ndim >= 2 and hidden(n)] if config.optimizer == "muon" else []
     if config.optimizer not in ("adamw", "muon"): raise ValueError(f"optimizer {config.optimizer!r}: use 'adamw' or 'muon'")
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together', 'GuidedVelocity', 'LatentTokenizer',
-           'ImageTokenizer', 'Draws', 'DiceThrower', 'LearningTokenizer', 'FlexTok', 'cache_latents', 'Latents',
-           'latent_batches', 'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer',
-           'feature_map', 'REPA']
+           'ImageTokenizer', 'Draws', 'DiceThrower', 'LearningTokenizer', 'FlexTok', 'with_decoder', 'cache_latents',
+           'Latents', 'latent_batches', 'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer',
+           'load_tokenizer', 'feature_map', 'REPA']
 
 # %% ../nbs/08_tokenizer.ipynb #08-af505839
 import math, warnings
@@ -406,6 +406,17 @@ class FlexTok(LearningTokenizer, Pretrained):
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.vae is not None: self.vae._save_pretrained(Path(save_directory) / "vae")
         save_tokenizer(save_directory, self)
+
+# %% ../nbs/08_tokenizer.ipynb #08-6be81f21
+def with_decoder(tok: FlexTok,  # changed in place
+                 vae: VAE,      # the VAE that it has, but for its decoder
+                ) -> FlexTok:   # the same ids, other pictures
+    "Exchange the VAE for one that makes the same latents. Raises ValueError if its encoder or their scale differ: the ids would mean something else."
+    mine, its = ({n: w for n, w in v.state_dict().items() if not n.startswith("decoder.")} for v in (tok._need_vae("with_decoder"), vae))
+    other = [n for n in {**mine, **its} if n not in mine or n not in its or not torch.equal(mine[n], its[n].to(mine[n]))]
+    if other: raise ValueError(f"this VAE makes other latents: {other[0]} differs" + (f", and {len(other) - 1} more" if len(other) > 1 else ""))
+    tok.vae = vae.to(tok.device).requires_grad_(False).eval()
+    return tok
 
 # %% ../nbs/08_tokenizer.ipynb #08-7ef00449
 @torch.no_grad()

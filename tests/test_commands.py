@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import flextok_edu.commands as commands
@@ -18,7 +19,7 @@ from flextok_edu.ar import ARModel
 from flextok_edu.commands import UsageError, override, parse_settings, read_settings
 from flextok_edu.core import preset, weights_hash
 from flextok_edu.data import ToyScenes, draw
-from flextok_edu.tokenizer import FlexTok
+from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +176,26 @@ def test_micro_batches_and_recomputing_make_the_same_step(trained, tmp_path):
     assert call("train", "tokenizer", "--vae", trained / "vae", "--out", tmp_path / "tok", "--steps", 4, "--micro", 2, "--recompute", *TINY) == 0
     a, b = (FlexTok.from_pretrained(f).own_state() for f in (trained / "tok", tmp_path / "tok"))
     assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < 1e-2
+
+
+def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
+    """`flextok_train vae --vae`: encoder and scale as before, so a tokenizer takes the VAE by `with_decoder`; another VAE it refuses."""
+    assert call("train", "vae", "--vae", trained / "vae", "--out", tmp_path / "vae", "--steps", 3, *TINY) == 0
+    old, new = (VAE.from_pretrained(f) for f in (trained / "vae", tmp_path / "vae"))
+    changed = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
+    assert changed and all(n.startswith("decoder.") for n in changed)
+    tok, images = FlexTok.from_pretrained(trained / "tok"), torch.rand(2, 3, 32, 32) * 2 - 1
+    ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), 2)
+    with pytest.raises(ValueError, match="its tokens would mean nothing"):
+        FlexTok.from_pretrained(trained / "tok", vae=new)
+    assert torch.equal(with_decoder(tok, new).tokenize(images), ids) and not torch.equal(tok.detokenize(ids, 2), picture)
+    tok.save_pretrained(tmp_path / "tok")
+    assert torch.equal(FlexTok.from_pretrained(tmp_path / "tok", vae=new).tokenize(images), ids)
+    shifted = VAE.from_pretrained(tmp_path / "vae")
+    shifted.latent_std *= 2
+    with pytest.raises(ValueError, match="makes other latents: latent_std"):
+        with_decoder(tok, shifted)
+    refused(capsys, 1, "the VAE to go on with", "train", "vae", "--vae", trained / "vae", "--out", tmp_path / "other", "--steps", 3, *TINY, "vae.layers=2")
 
 
 def test_two_processes(trained, tmp_path):

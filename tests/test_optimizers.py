@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flextok_edu.core as core
-from flextok_edu.core import Muon, StageConfig, make_optimizers, orthogonalise
+from flextok_edu.core import Muon, StageConfig, make_optimizers, orthogonalise, preset
+from flextok_edu.vae import VAE
 
 SHAPES = ((8, 4), (4, 8), (6, 6), (6, 6))
 
@@ -79,6 +80,43 @@ def test_no_emulated_bfloat16():
         with Dtypes() as watch:
             moved(kind, 1)
         assert (torch.bfloat16 in watch.seen) == expected
+
+
+def check_filters(kind):
+    """A convolution's weight moves as the matrix with one row an output channel, whatever its layout in memory."""
+    generator = torch.Generator().manual_seed(0)
+    filters = nn.Parameter(torch.randn(6, 2, 3, 3, generator=generator).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(filters.detach().flatten(1).clone())
+    first, second = (kind([w], lr=.1, weight_decay=.1, adjust_lr_fn="match_rms_adamw") for w in (filters, matrix))
+    for _ in range(3):
+        filters.grad = torch.randn(filters.shape, generator=generator)
+        matrix.grad = filters.grad.flatten(1)
+        first.step(), second.step()
+    assert torch.allclose(filters.flatten(1), matrix, atol=1e-6) and (filters - matrix.view(filters.shape)).abs().max() < 1e-6
+
+
+def test_filters_are_matrices():
+    check_filters(Muon)
+    with pytest.raises(ValueError, match="leave those to AdamW"):
+        Muon([nn.Parameter(torch.ones(3))], lr=.1)
+
+
+def test_filters_the_wrong_way_round_are_found():
+    names = dict(vars(core))
+    exec(inspect.getsource(Muon).replace(".flatten(2)", ".flatten(1, -2)"), names)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_filters(names["Muon"])
+
+
+def test_the_autoencoder_is_dealt():
+    """Filters and matrices of levels and middle to Muon; what touches pixels and latents, gains and biases to AdamW."""
+    model = VAE(preset("tiny").vae)
+    names = {id(w): n for n, w in model.named_parameters()}
+    adamw, muon = make_optimizers(model.named_parameters(), StageConfig(optimizer="muon"))
+    moved = {names[id(w)] for g in muon.param_groups for w in g["params"]}
+    rest = {names[id(w)] for g in adamw.param_groups for w in g["params"]}
+    assert not moved & rest and moved | rest == set(names.values())
+    assert moved == {n for n, w in model.named_parameters() if w.ndim > 1 and (".levels." in n or ".middle." in n)} and "decoder.conv_out.weight" in rest
 
 
 def test_weights_are_dealt_once():

@@ -17,7 +17,7 @@ import flextok_edu.commands as commands
 import flextok_edu.core as core
 import flextok_edu.zoo as zoo
 from flextok_edu.ar import ARModel, check_tokenizer
-from flextok_edu.core import EvalConfig, preset, save_model, weights_hash
+from flextok_edu.core import EvalConfig, Preset, from_dict, preset, save_model, weights_hash
 from flextok_edu.evaluate import load_report
 from flextok_edu.features import AttributeClassifier
 from flextok_edu.pipeline import RunConfig, run
@@ -244,6 +244,18 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
     assert card["steps"] == 3 and card["guidance"] == 1.5 and card["images"] == 10 and card["train_hash"] == facts["made"]["tokenizer"]["images"] and "seed 5" in card["trained_on"]
     assert page.count("data:image/png") == 4 and "# apart" in page and "Intended use" in page
     assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
+
+
+def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, capsys):
+    """Its preset says how it is decoded and measured; the AR model's tokenizer need not be named."""
+    made = json.loads((shipped / "model.json").read_text())["preset"]
+    assert commands.preset_of(commands.EvalOptions(tokenizer="standin", out="x"), None, "standin") == from_dict(Preset, made)
+    assert commands.preset_of(commands.EvalOptions(tokenizer="standin", out="x", preset="tiny"), None, "standin").name == "tiny"
+    assert status(commands.eval_main, "standin", "--ar", "standin", "--classifier", "standin", "--out", str(tmp_path / "table"), "--device", "cpu") == 0
+    card = load_report(tmp_path / "table").card
+    assert card["images"] == made["evaluate"]["images"] == 12 and card["steps"] == made["evaluate"]["steps"]
+    assert status(commands.generate_main, "0", "--ar", "standin", "--budgets", "1", "--steps", "1", "--out", str(tmp_path / "new"), "--device", "cpu") == 0
+    assert (tmp_path / "new" / "sheet.png").exists()
 
 
 def test_the_card(packed):
