@@ -202,7 +202,7 @@ def token_recipe(tok: FlexTok,  # with its VAE
         return Recipe(encode, source.count, source.load, {**token_facts(tok), **source.facts, "of": "images", "dtype": str(dtype)[6:], "mirror": mirror})
     if mirror and not data.facts["mirror"]: raise ValueError(f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures")
     _refuse(data.facts, latent_facts(tok._need_vae("tokenising latents")), f"the latents of {data.folder} are not of this tokenizer's VAE")
-    count, keep = len(data.items), {k: data.facts[k] for k in ("source", "source_hash", "size", "crop", "mirror")}
+    count, keep = len(data.items), {k: data.facts[k] for k in ("source", "source_hash", "size", "crop", "classes", "mirror")}
     def load(start, stop):
         a, b = torch.searchsorted(data.items, torch.tensor([start, stop])).tolist()
         rows = torch.arange(a, b)

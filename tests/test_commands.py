@@ -18,7 +18,7 @@ import flextok_edu.commands as commands
 from flextok_edu.ar import ARModel
 from flextok_edu.commands import UsageError, override, parse_settings, read_settings
 from flextok_edu.core import preset, weights_hash
-from flextok_edu.data import ToyScenes, draw
+from flextok_edu.data import KINDS, ToyScenes, draw
 from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
 
@@ -216,7 +216,9 @@ def test_training_from_caches(trained, tmp_path, capsys):
     assert call("cache", "tokens", "--tokenizer", trained / "tok", "--out", tmp_path / "tokens", *DATA) == 0
     assert call("cache", "tokens", "--tokenizer", trained / "tok", "--latents", tmp_path / "latents", "--out", tmp_path / "tokens2") == 0
     assert call("train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "tokens", "--out", tmp_path / "ar", "--steps", 3, *TINY) == 0
-    assert weights(tmp_path / "ar") == weights(trained / "ar")
+    assert call("train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "tokens2", "--out", tmp_path / "ar2", "--steps", 3, *TINY) == 0
+    assert weights(tmp_path / "ar") == weights(tmp_path / "ar2") == weights(trained / "ar")
+    assert json.loads((tmp_path / "ar2" / "config.json").read_text())["classes"] == list(KINDS)
     refused(capsys, 1, "holds no cache", "train", "tokenizer", "--vae", trained / "vae", "--cache", tmp_path / "nothing", "--out", tmp_path / "x", *TINY)
     refused(capsys, 1, "not the one that you mean", "train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "latents", "--out", tmp_path / "x", *TINY)
 

@@ -208,14 +208,15 @@ def test_named_sets_without_their_files(tmp_path):
         run(RunConfig(data="cifar10", data_root=str(tmp_path), out=str(tmp_path / "run"), device="cpu", steps=2))
 
 
-def test_the_shipped_curves_are_of_the_preset():
-    """Measured with five seeds, of exactly what `micro` says today: whoever changes the preset must measure them again."""
-    stored = json.loads((Path(pipeline.__file__).parent / "expected" / "micro.json").read_text())
-    assert len(set(stored["conditions"]["seeds"])) == 5 and pipeline.from_dict(pipeline.Preset, stored["preset"]) == preset("micro")
-    found = pipeline.expected_curves(preset("micro"))
+@pytest.mark.parametrize("name, seeds", (("micro", 5), ("tiny", 1)))
+def test_the_shipped_curves_are_of_the_preset(name, seeds):
+    """Measured with so many seeds, of exactly what the preset says today: whoever changes it must measure them again."""
+    stored = json.loads((Path(pipeline.__file__).parent / "expected" / f"{name}.json").read_text())
+    assert len(set(stored["conditions"]["seeds"])) == seeds and pipeline.from_dict(pipeline.Preset, stored["preset"]) == preset(name)
+    found = pipeline.expected_curves(preset(name))
     assert set(found) == set(pipeline.STAGES)
     for stage in found.values():
         for band in stage.values():
             assert len(band["at"]) == len(band["mean"]) > 5 and all(a <= b <= c for a, b, c in zip(band["low"], band["mean"], band["high"]))
     assert found["tokenizer"]["regression_full"]["mean"][-1] < .2 * found["tokenizer"]["regression_full"]["mean"][0]
-    assert pipeline.expected_curves(preset("micro"), "folder") is None and pipeline.expected_curves(replace(preset("micro"), level=2)) is None
+    assert pipeline.expected_curves(preset(name), "folder") is None and pipeline.expected_curves(replace(preset(name), level=3)) is None
