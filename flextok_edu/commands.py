@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['UsageError', 'setting_names', 'nearest', 'typed', 'override', 'parse_settings', 'Settings', 'read_settings',
            'command_line', 'Terminated', 'command', 'Common', 'DataOptions', 'watched', 'on_disk', 'open_pictures',
-           'encode_to', 'numbered', 'open_vae', 'open_tokenizer', 'open_ar', 'preset_of', 'size_of', 'TrainOptions',
-           'Told', 'train', 'train_main', 'CacheOptions', 'make_cache', 'cache_main', 'TokenizeOptions', 'read_ids',
-           'tokenize', 'tokenize_main', 'DecodeOptions', 'DetokenizeOptions', 'detokenize', 'detokenize_main',
-           'GenerateOptions', 'generate', 'generate_main', 'EvalOptions', 'measure', 'eval_main', 'EstimateOptions',
-           'Estimate', 'counted_memory', 'estimate', 'estimate_line', 'estimate_all', 'estimate_main', 'RunOptions',
-           'run_main']
+           'encode_to', 'numbered', 'open_vae', 'open_tokenizer', 'open_ar', 'made_with', 'habits', 'preset_of',
+           'size_of', 'TrainOptions', 'Told', 'train', 'train_main', 'CacheOptions', 'make_cache', 'cache_main',
+           'TokenizeOptions', 'read_ids', 'tokenize', 'tokenize_main', 'DecodeOptions', 'DetokenizeOptions',
+           'detokenize', 'detokenize_main', 'GenerateOptions', 'generate', 'generate_main', 'EvalOptions', 'measure',
+           'eval_main', 'EstimateOptions', 'Estimate', 'counted_memory', 'estimate', 'estimate_line', 'estimate_all',
+           'estimate_main', 'RunOptions', 'run_main']
 
 # %% ../nbs/15b_commands.ipynb #15b-0d3244e8
 import contextlib, difflib, json, math, os, re, shutil, signal, sys, time, typing, warnings
@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, save_ar, sample_images, train_ar
 from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import PRESETS, Preset, atomic, compiler_works, from_dict, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
+from .core import PRESETS, EvalConfig, Preset, atomic, compiler_works, from_dict, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
 from .data import ImageSet, ToyScenes, _memory, image_files, load_data, read_squares
 from .evaluate import Report, evaluate_tokenizer, versions
@@ -264,19 +264,25 @@ def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # t
     model, facts = load_ar(_find(folder, "AR model", "--ar", "class_dropout", "ar"), tok)
     return model.to(tok.device), facts.get("classes") or list(map(str, range(model.config.classes)))
 
-def _made_with(folder: str) -> Preset | None:  # of a folder of a run, or of a shipped model
-    shipped, place = shipped_models().get(folder), Path(folder).expanduser()
+def made_with(model: str) -> Preset | None:  # model: a folder of a run, or the name of a shipped model
+    "The preset with which a model was made; None if nobody noted it."
+    shipped, place = shipped_models().get(model), Path(model).expanduser()
     if shipped:
         facts = json.loads((shipped / "model.json").read_text(encoding="utf-8")) if (shipped / "model.json").is_file() else {}
         return from_dict(Preset, facts["preset"]) if facts.get("preset") else None
-    file = next((f for f in (place / "run.json", place.parent / "run.json") if f.is_file()), None)
+    file = next((f for f in (place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json") if f.is_file()), None)
     return read_settings(file).preset if file else None
+
+def habits(model: str) -> EvalConfig:  # model: as above
+    "How a model is best decoded: steps and guidance with which it was measured."
+    p = made_with(model)
+    return p.evaluate if p else EvalConfig(guidance=1.)
 
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
     "The preset of --config; else --preset; else that with which one of these folders (or shipped models) was made; else micro. Then --set."
     if base is None and o.preset: base = preset(o.preset)
     for folder in folders:
-        if base is None and folder: base = _made_with(folder)
+        if base is None and folder: base = made_with(folder)
     p = override(base or preset("micro"), parse_settings(o.set))
     return replace(p, train_images=o.train_images) if getattr(o, "train_images", None) else p
 
@@ -476,7 +482,7 @@ class TokenizeOptions(Common):
     images: Positional[tuple[str, ...]]
     "Files, or folders of them. Each is cut to a square in the middle and resized."
     tokenizer: str
-    "Folder of the tokenizer."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny."
     out: str = "ids.jsonl"
     "The file that is written."
     budgets: tuple[int, ...] = ()
@@ -530,10 +536,15 @@ class DecodeOptions(Common):
     "How ids become pictures."
     budgets: tuple[int, ...] = ()
     "Use the first so many tokens; several numbers give several pictures of each. By default all."
-    steps: int = 25
-    "Steps of the flow decoder."
-    guidance: float = 1.0
-    "Guidance of the flow decoder."
+    steps: int | None = None
+    "Steps of the flow decoder. By default what the model was measured with."
+    guidance: float | None = None
+    "Guidance of the flow decoder. The same."
+
+    def decoding(self, model: str) -> tuple[int, float]:  # steps, guidance
+        "As asked for, or as this model is used to."
+        usual = habits(model)
+        return usual.steps if self.steps is None else self.steps, usual.guidance if self.guidance is None else self.guidance
 
 def _safe(name: str) -> str: return re.sub(r"[^-.\w]+", "_", name)  # for a file name
 
@@ -555,7 +566,7 @@ class DetokenizeOptions(DecodeOptions):
     ids: Positional[str]
     "A file that flextok_tokenize wrote."
     tokenizer: str
-    "Folder of the tokenizer."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny."
     out: str = "pictures"
     "Folder for the pictures."
 
@@ -565,8 +576,8 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     names, ids = read_ids(o.ids, tok)
     budgets = list(o.budgets) or [tok.config.registers]
     for k in budgets: tok._check_budget(k)
-    names = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)]
-    rows = [torch.cat([tok.detokenize([row[:k] for row in ids[i:i + 64]], o.steps, o.guidance, o.seed, first_index=i).cpu() for i in range(0, len(ids), 64)]) for k in budgets]
+    names, how = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)], o.decoding(o.tokenizer)
+    rows = [torch.cat([tok.detokenize([row[:k] for row in ids[i:i + 64]], *how, o.seed, first_index=i).cpu() for i in range(0, len(ids), 64)]) for k in budgets]
     _write_pictures(o.out, names, rows, budgets)
 
 def detokenize_main(argv: list[str] | None = None) -> None:
@@ -580,15 +591,15 @@ class GenerateOptions(DecodeOptions):
     classes: Positional[tuple[str, ...]]
     "Names or numbers of classes, or all."
     ar: str
-    "Folder of the AR model (or of a whole flextok_run)."
+    "Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package: tiny."
     tokenizer: str | None = None
-    "Folder of its tokenizer; by default the one that the AR model's run was begun with."
+    "Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with it."
     seeds: tuple[int, ...] = (0,)
     "One picture of each class for each seed."
-    ar_guidance: float = 1.0
-    "Guidance of the AR model."
-    temperature: float = 1.0
-    "Of the AR model; 0 takes the likeliest tokens."
+    ar_guidance: float | None = None
+    "Guidance of the AR model. By default what it was measured with."
+    temperature: float | None = None
+    "Of the AR model; 0 takes the likeliest tokens. The same."
     top_k: int | None = None
     "Choose among so many likeliest tokens."
     top_p: float | None = None
@@ -609,7 +620,7 @@ def _its_tokenizer(ar: str) -> str:  # a folder, or a shipped model
 
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     "Write ids, decode, write pictures."
-    tok = open_tokenizer(o.tokenizer or _its_tokenizer(o.ar), pick_device(o.device)); ar, names = open_ar(o.ar, tok)
+    whose = o.tokenizer or _its_tokenizer(o.ar); tok = open_tokenizer(whose, pick_device(o.device)); ar, names = open_ar(o.ar, tok)
     def number(c):
         if c in names: return names.index(c)
         if c.isdecimal() and int(c) < len(names): return int(c)
@@ -619,7 +630,9 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     budgets = list(o.budgets) or [tok.config.registers]
     for k in budgets: tok._check_budget(k)
     labels, seeds = torch.tensor([c for c in wanted for _ in o.seeds]), list(o.seeds) * len(wanted)
-    rows = [sample_images(ar, tok, labels, k, o.steps, o.guidance, o.ar_guidance, o.temperature, top_k=o.top_k, top_p=o.top_p, seeds=seeds).cpu() for k in budgets]
+    steps, guidance = o.decoding(whose); usual = habits(o.ar)
+    g, temperature = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance, usual.temperature if o.temperature is None else o.temperature
+    rows = [sample_images(ar, tok, labels, k, steps, guidance, g, temperature, top_k=o.top_k, top_p=o.top_p, seeds=seeds).cpu() for k in budgets]
     _write_pictures(o.out, [f"{_safe(names[c])}_seed{s}" for c, s in zip(labels.tolist(), seeds)], rows, budgets)
 
 def generate_main(argv: list[str] | None = None) -> None:
@@ -631,7 +644,7 @@ def generate_main(argv: list[str] | None = None) -> None:
 class EvalOptions(DataOptions):
     "The table of quality against token count, on held-out pictures; with --ar also of new ones."
     tokenizer: Positional[str]
-    "Folder of the tokenizer (or of a whole flextok_run)."
+    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny."
     out: str
     "Folder for table.json, table.csv and quality.png."
     ar: str | None = None
@@ -639,7 +652,7 @@ class EvalOptions(DataOptions):
     classifier: str | None = None
     "Folder of the classifier that reads scenes (flextok_run trains one)."
     preset: str = ""
-    "For the counts, steps and guidance of the measurement. By default that of the run which made the tokenizer."
+    "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
 
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."

@@ -438,9 +438,9 @@ class Muon(torch.optim.Muon):
     "PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is emulated; filters (out in h w) count as matrices (out, in h w)."
     def __init__(self, params, **options):
         super().__init__([{"params": []}], **options)  # its own check knows nothing of filters
-        params = list(params)
-        if flat := [p.shape for p in params if p.ndim < 2]: raise ValueError(f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW")
-        self.param_groups[0]["params"] = params
+        params = list(params); self.param_groups.clear()
+        for group in params if params and isinstance(params[0], dict) else [{"params": params}]: self.add_param_group(group)
+        if flat := [p.shape for group in self.param_groups for p in group["params"] if p.ndim < 2]: raise ValueError(f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):

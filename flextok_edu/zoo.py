@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, position_losses, tokenizer_hash
-from .commands import UsageError, command, open_tokenizer, size_of
+from .commands import UsageError, command, habits, open_tokenizer, size_of
 from .core import EvalConfig, Preset, StageConfig, VAEConfig, from_dict, from_uint8, load_model, pick_device, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .data import KINDS, ImageSet, ToyScenes, read_squares
 from .evaluate import Report, load_report, token_counts, versions
@@ -181,6 +181,10 @@ def _row(folder: Path, part: str, made: dict) -> str:  # of the card's table
     return (f"| {part} | {s['parameters'] / 1e6:.2f} M | {known(m.get('data'))} | {known(m.get('seed'))} | {known(s.get('steps'), ',')} x {known(s.get('batch'))} | {s.get('training_seconds', s.get('seconds', 0)) / 3600:.2f} "
             f"| {(folder / part / 'model.safetensors').stat().st_size / 1e6:.2f} MB | `{own['loaded']}` |")
 
+def _decoding(p: dict) -> str:  # p: the preset, as json
+    e = p.get("evaluate")
+    return f"Decode with `steps={e['steps']}, guidance={e['guidance']:g}`, and write new lists with `ar_guidance={e['ar_guidance']:g}`: the functions' own defaults are other ones, the commands take these. " if e else ""
+
 def _measured(folder: Path) -> str:  # the results, with the weights that they are of
     if not (folder / "table.json").exists(): return "Nothing was measured yet."
     report, tok = load_report(folder), _read({p: folder / p for p in ("vae", "tokenizer")})[1]
@@ -212,7 +216,7 @@ tags: [flextok, image-tokenizer]
 
 ## Intended use
 
-For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`, `flextok_demo --model {name}`. Nothing that matters to anybody should be decided by it.
+For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`, `flextok_demo --model {name}`. {_decoding(p)}Nothing that matters to anybody should be decided by it.
 
 ## How it was trained
 
@@ -254,12 +258,6 @@ def _model(name: str | None) -> str:  # the one that was asked for, or the first
     if not shipped_models(): raise UsageError("--model is missing, and no model comes with this package: give the folder of a run")
     return "tiny" if "tiny" in shipped_models() else next(iter(shipped_models()))
 
-def _habits(name: str) -> EvalConfig:  # of the run that made it: how it is best decoded
-    place = shipped_models().get(name) or Path(name).expanduser()
-    for file in (place / "model.json", place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json"):
-        if file.is_file() and (p := json.loads(file.read_text(encoding="utf-8")).get("preset")): return from_dict(Preset, p).evaluate
-    return EvalConfig(guidance=1.)
-
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
     "What both commands take."
@@ -299,7 +297,7 @@ def _photos(o: ReconstructOptions) -> list[Path]:
 def reconstruct(o: ReconstructOptions, base: Preset | None = None) -> int:  # exit status: 1 if some pictures could not be read
     "Read, tokenise, decode, draw."
     paths, name = _photos(o), _model(o.model)
-    tok = open_tokenizer(name, pick_device(o.device)); budgets, size, usual = parse_budgets(o.budgets, tok.config.registers), size_of(tok), _habits(name)
+    tok = open_tokenizer(name, pick_device(o.device)); budgets, size, usual = parse_budgets(o.budgets, tok.config.registers), size_of(tok), habits(name)
     steps, guidance = usual.steps if o.steps is None else o.steps, usual.guidance if o.guidance is None else o.guidance
     squares, good = read_squares(paths, size, False)
     broken = [str(f) for i, f in enumerate(paths) if i not in good]

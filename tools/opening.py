@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from flextok_edu.commands import open_tokenizer, size_of
+from flextok_edu.commands import habits, open_tokenizer, size_of
 from flextok_edu.core import from_uint8
 from flextok_edu.data import ToyScenes, read_squares
 from flextok_edu.evaluate import token_counts
 from flextok_edu.pipeline import _rows
-from flextok_edu.zoo import _habits
 
 SCENES = (5, 12, 17, 19)  # of the held-out ones; chosen by hand, for different kinds and grounds, before any was decoded
 
@@ -26,7 +25,7 @@ def main() -> None:
     if len(photos) < 2:
         sys.exit(__doc__)
     torch.set_grad_enabled(False)
-    tok, usual = open_tokenizer("tiny"), _habits("tiny")
+    tok, usual = open_tokenizer("tiny"), habits("tiny")
     drawn = ToyScenes("val", size_of(tok), 2, length=64)
     squares, good = read_squares(photos, size_of(tok), False)
     if len(good) < 2:
