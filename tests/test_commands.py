@@ -1,6 +1,8 @@
 """The commands: end to end at micro, stopped and started again, and given nonsense."""
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 import flextok_edu.commands as commands
-from flextok_edu.ar import ARModel
+from flextok_edu.ar import ARModel, check_tokenizer
 from flextok_edu.commands import UsageError, override, parse_settings, read_settings
 from flextok_edu.core import preset, weights_hash
 from flextok_edu.data import KINDS, ToyScenes, draw
@@ -196,6 +198,25 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
     with pytest.raises(ValueError, match="makes other latents: latent_std"):
         with_decoder(tok, shifted)
     refused(capsys, 1, "the VAE to go on with", "train", "vae", "--vae", trained / "vae", "--out", tmp_path / "other", "--steps", 3, *TINY, "vae.layers=2")
+
+
+def test_put_together_as_tiny_was(trained, tmp_path):
+    """tools/ship_tiny.py: tokenizer and AR model know the VAE with the better decoder; ids, logs and facts are kept."""
+    found = importlib.util.spec_from_file_location("ship_tiny", ROOT / "tools" / "ship_tiny.py")
+    tool = importlib.util.module_from_spec(found)
+    found.loader.exec_module(tool)
+    for name, source in (("vae", "vae"), ("tokenizer", "tok"), ("ar", "ar"), ("classifier", "ar")):
+        shutil.copytree(trained / source, tmp_path / "runs" / name)
+    assert call("train", "vae", "--vae", trained / "vae", "--out", tmp_path / "runs" / "vae2", "--steps", 3, *TINY) == 0
+    tool.assemble(tmp_path / "runs", tmp_path / "all")
+    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(trained / "tok")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(VAE.from_pretrained(tmp_path / "runs" / "vae2")) != weights_hash(old.vae)
+    check_tokenizer(ARModel.from_pretrained(tmp_path / "all" / "ar"), tok)
+    steps = [row["step"] for row in json.loads((tmp_path / "all" / "vae" / "log.json").read_text())]
+    stage = json.loads((tmp_path / "all" / "vae" / "config.json").read_text())["stage"]
+    assert steps == sorted(set(steps)) and steps[-1] == 6 and (stage["steps"], stage["of_which_decoder_alone"]) == (7, 3)
+    assert all((tmp_path / "all" / part / name).is_file() for part in ("vae", "tokenizer", "ar") for name in ("log.json", "run.json"))
 
 
 def test_two_processes(trained, tmp_path):

@@ -101,6 +101,15 @@ def test_filters_are_matrices():
         Muon([nn.Parameter(torch.ones(3))], lr=.1)
 
 
+def test_groups_as_pytorchs():
+    """Parameter groups with settings of their own, and no weight twice."""
+    a, b = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 2, 3, 3))
+    optimizer = Muon([{"params": [a]}, {"params": [b], "lr": .5}], lr=.1)
+    assert [g["lr"] for g in optimizer.param_groups] == [.1, .5] and optimizer.param_groups[1]["momentum"] == .95
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Muon([{"params": [a]}, {"params": [a]}])
+
+
 def test_filters_the_wrong_way_round_are_found():
     names = dict(vars(core))
     exec(inspect.getsource(Muon).replace(".flatten(2)", ".flatten(1, -2)"), names)

@@ -246,7 +246,7 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
     assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
 
 
-def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, capsys):
+def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatch):
     """Its preset says how it is decoded and measured; the AR model's tokenizer need not be named."""
     made = json.loads((shipped / "model.json").read_text())["preset"]
     assert commands.preset_of(commands.EvalOptions(tokenizer="standin", out="x"), None, "standin") == from_dict(Preset, made)
@@ -254,8 +254,14 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, capsys):
     assert status(commands.eval_main, "standin", "--ar", "standin", "--classifier", "standin", "--out", str(tmp_path / "table"), "--device", "cpu") == 0
     card = load_report(tmp_path / "table").card
     assert card["images"] == made["evaluate"]["images"] == 12 and card["steps"] == made["evaluate"]["steps"]
-    assert status(commands.generate_main, "0", "--ar", "standin", "--budgets", "1", "--steps", "1", "--out", str(tmp_path / "new"), "--device", "cpu") == 0
-    assert (tmp_path / "new" / "sheet.png").exists()
+    facts = json.loads((shipped / "model.json").read_text())
+    own = from_dict(EvalConfig, {**made["evaluate"], "steps": 3, "guidance": 1.5, "ar_guidance": 2.5, "temperature": .5})
+    monkeypatch.setattr(commands, "made_with", lambda model: replace(from_dict(Preset, facts["preset"]), evaluate=own))
+    asked = []
+    monkeypatch.setattr(commands, "sample_images", lambda ar, tok, labels, k, *how, **rest: asked.append(how) or torch.zeros(len(labels), 3, 32, 32))
+    for more in ([], ["--steps", "1", "--ar-guidance", "1"], ["--guidance", "1", "--temperature", "0"]):
+        assert status(commands.generate_main, "0", "--ar", "standin", "--budgets", "1", "--out", str(tmp_path / "new"), "--device", "cpu", *more) == 0
+    assert asked == [(3, 1.5, 2.5, .5), (1, 1.5, 1., .5), (3, 1., 2.5, 0.)] and (tmp_path / "new" / "sheet.png").exists()
 
 
 def test_the_card(packed):
