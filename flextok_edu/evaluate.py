@@ -29,13 +29,15 @@ from .tokenizer import FlexTok
 # %% ../nbs/10_evaluate.ipynb #10-8d81ad99
 def image_scores(output: Tensor,    # images (b 3 h w) in [-1, 1]
                  original: Tensor,  # images (b 3 h w) in [-1, 1]
+                 batch: int = 125,  # images at a time: SSIM needs some forty times their memory
                 ) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
     "Scores of each image. Raises ValueError for unequal shapes."
     if output.shape != original.shape: raise ValueError(f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop")
-    a, b = (output.float().clamp(-1, 1) + 1) / 2, (original.float() + 1) / 2
-    return {"mae": (a - b).abs().flatten(1).mean(1),
-            "psnr": peak_signal_noise_ratio(a, b, data_range=1., reduction="none", dim=(1, 2, 3)),
-            "ssim": structural_similarity_index_measure(a, b, data_range=1., reduction="none")}
+    def scores(output, original):
+        a, b = (output.float().clamp(-1, 1) + 1) / 2, (original.float() + 1) / 2
+        return (a - b).abs().flatten(1).mean(1), peak_signal_noise_ratio(a, b, data_range=1., reduction="none", dim=(1, 2, 3)), structural_similarity_index_measure(a, b, data_range=1., reduction="none").reshape(-1)
+    found = [scores(*part) for part in zip(output.split(batch), original.split(batch))]
+    return {name: torch.cat(each) for name, each in zip(("mae", "psnr", "ssim"), zip(*found))}
 
 def mean_and_error(values: Tensor  # one value per image (b,)
                   ) -> tuple[float, float]:  # mean and its standard error

@@ -422,3 +422,16 @@ def test_the_file_is_as_it_was(pair, tmp_path):
     assert [r["what"] for r in stored["rows"]] == ["originals", "real against real", "VAE alone", "tokens", "tokens", "tokens"]
     assert list(stored["rows"][-1])[:3] == ["what", "tokens", "n"] and "frechet_pixels_gain_se" in stored["rows"][-1]
     assert Report(pair[0].rows, pair[0].card, pair[0].notes) == pair[0]
+
+
+@pytest.mark.parametrize("n, batch", ((7, 3), (5, 2), (1, 125)))
+def test_scores_in_parts(n, batch):
+    """Picture by picture the same as all at once, also where one is left over; unequal shapes are refused."""
+    x, y = torch.rand(2, n, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole, parts = evaluate.image_scores(x, y, 1000), evaluate.image_scores(x, y, batch)
+    alone = [evaluate.image_scores(x[i:i + 1], y[i:i + 1]) for i in range(n)]
+    for key in ("mae", "psnr", "ssim"):
+        assert parts[key].shape == (n,) and torch.allclose(parts[key], whole[key], atol=1e-6)
+        assert torch.allclose(torch.cat([a[key] for a in alone]), whole[key], atol=1e-5) and (n == 1 or whole[key].std() > 0)
+    with pytest.raises(ValueError, match="same size"):
+        evaluate.image_scores(x, y[..., :16])
