@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextok_edu.ar import ARModel, check_tokenizer, sample_images
+from flextok_edu.ar import ARModel, check_tokenizer, sample_images, tokenizer_hash
 from flextok_edu.core import Preset, from_dict, from_uint8, preset, shipped_models
 from flextok_edu.data import ToyScenes
 from flextok_edu.evaluate import load_report, token_counts
@@ -69,7 +69,7 @@ def test_new_pictures_are_of_their_class(parts, usual):
 
 
 def test_the_table_is_of_these_weights(parts, usual):
-    """Measured before rounding, on 5,000 scenes; strictly better at every doubling, as the README says."""
+    """Measured by flextok_eval on exactly these weights, 5,000 scenes; strictly better at every doubling, as the README says."""
     report = load_report(PLACE)
     rows = [r for r in report.rows if r["what"] == "tokens"]
     assert [r["tokens"] for r in rows] == [1, 2, 4, 8, 16, 32] and {r["n"] for r in rows} == {5000}
@@ -77,6 +77,7 @@ def test_the_table_is_of_these_weights(parts, usual):
     for key, sign in (("mae", -1), ("psnr", 1), (distance, -1)):
         values = [sign * r[key] for r in rows]
         assert all(a < b for a, b in zip(values, values[1:])), (key, values)
+    assert report.card["weights"]["tokenizer"] == tokenizer_hash(parts[0])
     assert (report.card["steps"], report.card["guidance"]) == (usual.steps, usual.guidance)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{rows[-1]['mae']:.4f}" in readme and f"{rows[0]['mae']:.4f}" in readme
