@@ -33,7 +33,7 @@ from .evaluate import Report, evaluate_tokenizer, versions
 from .features import AttributeClassifier, extractor
 from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, pick_precision, picture_quality, run, throwaway
 from .sources import OnDisk, as_image_set, decode, hold_out, open_source
-from .tokenizer import FlexTok, save_tokenizer, train_tokenizer
+from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
 from .train import LongRun, Stopped
 from .vae import VAE, train_vae
 
@@ -297,9 +297,11 @@ class TrainOptions(DataOptions):
     preset: str = "micro"
     "Sizes and steps: micro, tiny, small, d12_d12, d18_d18, d18_d28."
     vae: str | None = None
-    "tokenizer: folder of the trained VAE. vae: of a trained one, whose decoder alone goes on learning (its latents stay what they are)."
+    "tokenizer: folder of the trained VAE. vae: of a trained one to go on with."
     tokenizer: str | None = None
-    "ar: folder of the trained tokenizer."
+    "ar: folder of the trained tokenizer. tokenizer: of a trained one to go on with, on its own VAE or on the one of --vae."
+    part: str = "decoder"
+    "Of a model to go on with: the decoder alone (its latents and ids keep their meaning), or both, encoder and decoder."
     cache: str | None = None
     "Learn from a cache of flextok_cache instead of images: of latents (tokenizer) or tokens (ar)."
     out: str | None = None
@@ -359,6 +361,23 @@ def _fits(vae: VAE, p: Preset) -> None:
     if (v.latent_channels, v.factor * c.latent_size) != (c.latent_channels, p.image_size):
         raise ValueError(f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}")
 
+def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | None:
+    "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
+    if o.part not in ("both", "decoder"): raise UsageError(f"--part {o.part}: use decoder or both")
+    if o.stage == "vae" and o.vae: return open_vae(o.vae, device)
+    if o.stage != "tokenizer" or not o.tokenizer: return None
+    tok = open_tokenizer(o.tokenizer, device)
+    if tok.config != p.tokenizer: raise ValueError(f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}")
+    if o.vae:
+        vae = open_vae(o.vae, device)
+        if o.part == "decoder": return with_decoder(tok, vae)
+        _fits(vae, p); tok.vae = vae.requires_grad_(False)
+    return tok
+
+def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a trained model has in its recipe besides
+    if isinstance(old, FlexTok): return {"part": o.part, "begun_from": weights_hash(old.own_state())}
+    return {"part": o.part} if old is not None and o.part == "both" else {}
+
 def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a cache; what names it
     "What the stage learns from."
     if o.cache:
@@ -382,14 +401,15 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     if config.steps < 1 or config.batch < 1: raise UsageError(f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}")
     if o.compile not in ("auto", "on", "off"): raise UsageError(f"--compile {o.compile}: use auto, on or off")
     if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0: raise UsageError(f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0")
-    made_of = open_vae(o.vae, device) if o.stage == "tokenizer" or o.stage == "vae" and o.vae else open_tokenizer(o.tokenizer, device) if o.stage == "ar" else None
+    old = _to_go_on_with(o, p, device)
+    made_of = open_tokenizer(o.tokenizer, device) if o.stage == "ar" else old if o.stage == "vae" else old.vae if old is not None else open_vae(o.vae, device)
     if o.stage == "tokenizer": _fits(made_of, p)
     if o.stage == "ar": p = replace(p, image_size=size_of(made_of))
     engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
     first = engine.rank == 0
     with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
         data, named = _material(o, p, made_of, out)
-        recipe = json.loads(json.dumps({"stage": o.stage, "seed": o.seed, "precision": str(precision), "preset": asdict(p), "learns_from": named, "after": weights_hash(made_of) if made_of is not None else None}))
+        recipe = json.loads(json.dumps({"stage": o.stage, "seed": o.seed, "precision": str(precision), "preset": asdict(p), "learns_from": named, "after": weights_hash(made_of) if made_of is not None else None} | _begun_from(o, old)))
         if o.fresh and first and out.exists(): print(f"{out} is now {_put_aside(out)}", flush=True)
         if engine.world > 1: engine.accelerator.wait_for_everyone()
         finished, engine.recipe = _begin(out, recipe, first), recipe
@@ -398,18 +418,19 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         if first: write_text(out / "run.json", json.dumps({"command": f"flextok_train {o.stage}", "options": {k: v for k, v in asdict(o).items() if k not in ("config", "set", "steps", "fresh", "out")}, "preset": asdict(p), "recipe": recipe, "versions": versions()}, indent=1))
         if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
         print(f"{o.stage}: {config.steps} steps of {config.batch} from {len(data):,} {getattr(data, 'source', None) or data.facts['source']}; {out}", flush=True)
-        try: model, log = _trained(o, p, data, made_of, engine, precision)
+        try: model, log = _trained(o, p, data, made_of, old, engine, precision)
         except Stopped as stop: stop.number = engine.asked; raise
         if first: _save(o.stage, out, model, log, config, data); shutil.rmtree(out / "checkpoints", ignore_errors=True)
         if engine.world > 1: engine.accelerator.wait_for_everyone()
     return out
 
 # %% ../nbs/15b_commands.ipynb #15b-9684b091
-def _trained(o: TrainOptions, p: Preset, data, made_of, engine: LongRun, precision: torch.dtype | None):
+def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, precision: torch.dtype | None):
     "The trainer of the stage."
     flip, device, bar = not getattr(data, "scenes", True), engine.device, watched()
     compile = o.stage != "vae" and (o.compile == "on" or o.compile == "auto" and getattr(p, f"train_{o.stage}").steps >= 500) and device.type != "mps" and compiler_works(device)
-    if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine, made_of)
+    if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine, old, o.part)
+    if o.stage == "tokenizer" and old is not None: return fit_tokenizer(old, data, p.train_tokenizer, o.part, o.seed, device, flip, precision, compile, bar, engine=engine)
     if o.stage == "tokenizer": return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
     return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine)
 

@@ -282,18 +282,20 @@ def train_vae(data: ImageSet,             # training images (or a source of room
               precision: torch.dtype | None = None,
               progress: bool = True,
               engine: Engine | None = None,  # the machine, see room 00; by default this one device
-              vae: VAE | None = None,     # a trained one, changed in place: only its decoder goes on learning, so that latents (and a tokenizer's ids) keep their meaning
+              vae: VAE | None = None,     # a trained one to go on with, changed in place
+              part: str = "decoder",      # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
              ) -> tuple[VAE, list[dict]]: # averaged weights with measured latents, eval mode; training log
-    "Train a VAE from scratch and measure its latents; or go on with the decoder of one. Raises ValueError for a VAE of another shape than the preset's."
-    config, old = preset.train_vae, vae
+    "Train a VAE from scratch and measure its latents; or go on with a trained one, on other pictures for example. Raises ValueError for a VAE of another shape than the preset's, and for a part that is none."
+    config, old, frozen = preset.train_vae, vae, vae is not None and part == "decoder"
+    if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
     if old is not None and old.config != preset.vae: raise ValueError(f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}")
     torch.manual_seed(seed)
     vae = (VAE(preset.vae) if old is None else old).to(device)
-    vae.requires_grad_(True).encoder.requires_grad_(old is None)
+    vae.requires_grad_(True).encoder.requires_grad_(not frozen)
     losses = VAELoss(vae, preset.vae_loss, eyes).to(device)
     ema = EMA(vae, config.ema)
     feed = PosteriorFeed(data.feed(config.batch, seed, device, flip), preset.vae)
     log = fit(losses.players(config), feed, config.steps, ema, precision, device, "VAE", progress=progress, engine=engine)
     ema.apply(); vae.requires_grad_(True).eval()
-    if old is None: vae.measure_latents(data.head(5000))
+    if not frozen: vae.measure_latents(data.head(5000))
     return vae, log

@@ -58,7 +58,7 @@ def _open(folder: Path, part: str) -> tuple[nn.Module, dict]:  # a model in floa
 _DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "ar": ("ar", "train_ar"), "classifier": ("train_classifier",)}  # which part of the preset is whose; the rest is the tokenizer's
 
 def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # preset; part -> command, data, seed, images, versions
-    "What is known of the training. Unknown things are None."
+    "What is known of the training. Unknown things are None; `part` and `begun_from` are there if it went on with a trained model."
     files = {p: next((g for g in (f / "run.json", f.parent / "run.json") if g.is_file()), None) for p, f in folders.items()}
     told = {p: json.loads(g.read_text(encoding="utf-8")) if g else {} for p, g in files.items()}
     p = next((told[k]["preset"] for k in ("tokenizer", "vae") if told.get(k, {}).get("preset")), None)
@@ -67,7 +67,7 @@ def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # 
     def facts(t):
         asked = t.get("asked") or t.get("options") or {}
         images = (t.get("data") or {}).get("train") or ((t.get("recipe") or {}).get("learns_from") or {}).get("source_hash")
-        return {"command": t.get("command"), "data": asked.get("data"), "seed": asked.get("seed"), "images": images, "versions": t.get("versions")}
+        return {"command": t.get("command"), "data": asked.get("data"), "seed": asked.get("seed"), "images": images, "versions": t.get("versions"), **{k: v for k, v in (t.get("recipe") or {}).items() if k in ("part", "begun_from")}}
     return {"preset": p, "made": {k: facts(t) for k, t in told.items()}, "packed_with": versions()}
 
 # %% ../nbs/17_zoo.ipynb #17-79329c28
@@ -216,7 +216,7 @@ tags: [flextok, image-tokenizer]
 
 ## Intended use
 
-For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`, `flextok_demo --model {name}`. {_decoding(p)}Nothing that matters to anybody should be decided by it.
+For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f', `flextok_demo --model {name}`' if all((folder / part).is_dir() for part in PARTS) else ''}. {_decoding(p)}Nothing that matters to anybody should be decided by it.
 
 ## How it was trained
 

@@ -200,6 +200,36 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
     refused(capsys, 1, "the VAE to go on with", "train", "vae", "--vae", trained / "vae", "--out", tmp_path / "other", "--steps", 3, *TINY, "vae.layers=2")
 
 
+def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path, capsys):
+    """`--part both` for the VAE, then `--tokenizer` beside `--vae`: begun from the old weights, ids of the new latents, and written down so."""
+    argv = ["--data", pictures, "--steps", 3, *TINY[2:]]
+    assert call("train", "vae", "--vae", trained / "vae", "--part", "both", "--out", tmp_path / "vae", *argv) == 0
+    old, new = (VAE.from_pretrained(f) for f in (trained / "vae", tmp_path / "vae"))
+    moved = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
+    assert {"latent_mean", "latent_std", "encoder.conv_in.weight", "decoder.latents_in.weight"} <= moved
+    start = max(float((w - old.state_dict()[n]).abs().max()) for n, w in new.state_dict().items() if n.endswith("conv_in.weight"))
+    assert start < .1, "three steps away from the old one, not a new one"
+
+    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv) == 0
+    tok = FlexTok.from_pretrained(tmp_path / "both")
+    assert weights_hash(tok.vae) == weights_hash(new)
+    recipe = json.loads((tmp_path / "both" / "run.json").read_text())["recipe"]
+    assert recipe["part"] == "both" and recipe["begun_from"] == weights_hash(FlexTok.from_pretrained(trained / "tok").own_state())
+    capsys.readouterr()
+    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv) == 0
+    assert "finished before" in capsys.readouterr().out
+
+    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "decoder", *argv) == 0
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    before, after = FlexTok.from_pretrained(trained / "tok"), FlexTok.from_pretrained(tmp_path / "decoder")
+    assert torch.equal(before.tokenize(images), after.tokenize(images)), "the decoder alone: ids stay"
+    assert not torch.equal(before.detokenize(before.tokenize(images), 2), after.detokenize(after.tokenize(images), 2))
+    refused(capsys, 1, "makes other latents", "train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--out", tmp_path / "x", *argv)
+    refused(capsys, 2, "--part encoder", "train", "tokenizer", "--tokenizer", trained / "tok", "--part", "encoder", "--out", tmp_path / "x", *argv)
+    refused(capsys, 1, "the tokenizer to go on with", "train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv, "tokenizer.decoder.depth=1")
+    refused(capsys, 1, "holds another run (begun_from", "train", "tokenizer", "--tokenizer", tmp_path / "decoder", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv)
+
+
 def test_put_together_as_tiny_was(trained, tmp_path):
     """tools/ship_tiny.py: tokenizer and AR model know the VAE with the better decoder; ids, logs and facts are kept."""
     found = importlib.util.spec_from_file_location("ship_tiny", ROOT / "tools" / "ship_tiny.py")
