@@ -1,6 +1,6 @@
 """What each addition to the paper's recipe is worth at `tiny`: one tokenizer a variant, same scenes, same order, same noise, same number of images.
 
-    python tools/ablate_tiny.py nbs/experiments/tiny_ablations.json            all variants, one after the other (10 minutes each on one core at 80 GFLOP/s)
+    python tools/ablate_tiny.py nbs/experiments/tiny_ablations.json            all variants, one after the other (a quarter of an hour each on one core at 80 GFLOP/s)
     python tools/ablate_tiny.py OUT.json "no norm before FSQ" --steps 100      one of them, shorter
 
 A finished variant is in the file as soon as it is done, and is not trained again.
@@ -26,8 +26,8 @@ VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its t
     "as in the preset": ({}, {}),
     "no zero-noise regression": ({"zero_noise": 0.}, {}),
     "no norm before FSQ": ({"norm_before_fsq": False}, {}),
-    "powers of two, not half full": ({"dropout_law": "powers_of_two"}, {}),
     "AdamW, 2e-3": ({}, {"optimizer": "adamw", "lr": 2e-3}),
+    "powers of two, not half full": ({"dropout_law": "powers_of_two"}, {}),
     "the paper's: none of them": ({"zero_noise": 0., "norm_before_fsq": False, "dropout_law": "powers_of_two"}, {"optimizer": "adamw", "lr": 2e-3}),
 }
 COUNTS = (1, 4, 8, 32)
@@ -50,7 +50,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("out", type=Path)
     options.add_argument("variants", nargs="*", default=list(VARIANTS), help=", ".join(VARIANTS))
-    options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--steps", type=int, default=1000)
     options.add_argument("--batch", type=int, default=64)
     options.add_argument("--scenes", type=int, default=20_000)
     o = options.parse_args()
