@@ -181,9 +181,10 @@ def _row(folder: Path, part: str, made: dict) -> str:  # of the card's table
     return (f"| {part} | {s['parameters'] / 1e6:.2f} M | {known(m.get('data'))} | {known(m.get('seed'))} | {known(s.get('steps'), ',')} x {known(s.get('batch'))} | {s.get('training_seconds', s.get('seconds', 0)) / 3600:.2f} "
             f"| {(folder / part / 'model.safetensors').stat().st_size / 1e6:.2f} MB | `{own['loaded']}` |")
 
-def _decoding(p: dict) -> str:  # p: the preset, as json
-    e = p.get("evaluate")
-    return f"Decode with `steps={e['steps']}, guidance={e['guidance']:g}`, and write new lists with `ar_guidance={e['ar_guidance']:g}`: the functions' own defaults are other ones, the commands take these. " if e else ""
+def _decoding(p: dict, writes: bool) -> str:  # p: the preset, as json; whether there is an AR model
+    if not (e := p.get("evaluate")): return ""
+    lists = f", and write new lists with `ar_guidance={e['ar_guidance']:g}`" if writes else ""
+    return f"Decode with `steps={e['steps']}, guidance={e['guidance']:g}`{lists}: the functions' own defaults are other ones, the commands take these. "
 
 def _measured(folder: Path) -> str:  # the results, with the weights that they are of
     if not (folder / "table.json").exists(): return "Nothing was measured yet."
@@ -216,7 +217,7 @@ tags: [flextok, image-tokenizer]
 
 ## Intended use
 
-For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f', `flextok_demo --model {name}`' if all((folder / part).is_dir() for part in PARTS) else ''}. {_decoding(p)}Nothing that matters to anybody should be decided by it.
+For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f', `flextok_demo --model {name}`' if all((folder / part).is_dir() for part in PARTS) else ''}. {_decoding(p, (folder / 'ar').is_dir())}Nothing that matters to anybody should be decided by it.
 
 ## How it was trained
 
