@@ -503,7 +503,7 @@ class TokenizeOptions(Common):
     images: Positional[tuple[str, ...]]
     "Files, or folders of them. Each is cut to a square in the middle and resized."
     tokenizer: str
-    "Folder of the tokenizer, or the name of a model that comes with the package: tiny."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, clipart."
     out: str = "ids.jsonl"
     "The file that is written."
     budgets: tuple[int, ...] = ()
@@ -587,7 +587,7 @@ class DetokenizeOptions(DecodeOptions):
     ids: Positional[str]
     "A file that flextok_tokenize wrote."
     tokenizer: str
-    "Folder of the tokenizer, or the name of a model that comes with the package: tiny."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, clipart."
     out: str = "pictures"
     "Folder for the pictures."
 
@@ -665,7 +665,7 @@ def generate_main(argv: list[str] | None = None) -> None:
 class EvalOptions(DataOptions):
     "The table of quality against token count, on held-out pictures; with --ar also of new ones."
     tokenizer: Positional[str]
-    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny."
+    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny, clipart."
     out: str
     "Folder for table.json, table.csv and quality.png."
     ar: str | None = None
