@@ -364,10 +364,12 @@ def _fits(vae: VAE, p: Preset) -> None:
 def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | None:
     "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
     if o.part not in ("both", "decoder"): raise UsageError(f"--part {o.part}: use decoder or both")
-    if o.stage == "vae" and o.vae: return open_vae(o.vae, device)
-    if o.stage != "tokenizer" or not o.tokenizer: return None
+    if not {"vae": o.vae, "tokenizer": o.tokenizer}.get(o.stage):
+        if o.part == "both": raise UsageError("--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model cannot)")
+        return None
+    if o.stage == "vae": return open_vae(o.vae, device)
     tok = open_tokenizer(o.tokenizer, device)
-    if tok.config != p.tokenizer: raise ValueError(f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}")
+    if tok.config != p.tokenizer: raise ValueError(f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose the --preset that it was made with")
     if o.vae:
         vae = open_vae(o.vae, device)
         if o.part == "decoder": return with_decoder(tok, vae)

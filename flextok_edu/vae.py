@@ -288,7 +288,7 @@ def train_vae(data: ImageSet,             # training images (or a source of room
     "Train a VAE from scratch and measure its latents; or go on with a trained one, on other pictures for example. Raises ValueError for a VAE of another shape than the preset's, and for a part that is none."
     config, old, frozen = preset.train_vae, vae, vae is not None and part == "decoder"
     if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
-    if old is not None and old.config != preset.vae: raise ValueError(f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}")
+    if old is not None and old.config != preset.vae: raise ValueError(f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}: choose the preset that it was made with")
     torch.manual_seed(seed)
     vae = (VAE(preset.vae) if old is None else old).to(device)
     vae.requires_grad_(True).encoder.requires_grad_(not frozen)

@@ -150,11 +150,12 @@ def pack(run: str | Path | dict,  # folder of a `flextok_run`, or one with folde
          images: Tensor | None = None,  # pictures to see that on (b 3 h w) in [-1, 1]; 64 scenes by default
          report: Report | str | Path | None = None,  # results of the run's or of the packed weights, or their table.json; by default the run's, if it has one
          evaluate: EvalConfig | None = None,  # how it is best decoded; by default as in the run's preset
+         again: bool = False,   # take the place of the one of this name, as soon as nothing is to be refused any more
         ) -> Path:              # zoo / name
     "Make a shipped model of a trained one. Raises ValueError if parts do not belong together, if it would be too large, if rounding changes too much, or if the name is taken."
     goal, folders = Path(zoo) / name, _folders(run)
     if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"{name!r} cannot be the name of a shipped model: use one word of letters, digits, - and _")
-    if goal.exists(): raise ValueError(f"{goal} is there already: remove it first, or choose another name")
+    if goal.exists() and not again: raise ValueError(f"{goal} is there already: remove it first, choose another name, or say again=True")
     _fits(name, sum((f / "model.safetensors").stat().st_size for f in folders.values()) / 2e6, limit)
     hidden = goal.with_name(f".{name}.new"); shutil.rmtree(hidden, ignore_errors=True)
     try:
@@ -169,7 +170,9 @@ def pack(run: str | Path | dict,  # folder of a `flextok_run`, or one with folde
         if report is not None: _table(report, {tokenizer_hash(m[1]) for m in (before, after) if m[1] is not None}).save(hidden)
         write_text(hidden / "README.md", model_card(hidden, name, text, limits))
         size = sum(f.stat().st_size for f in hidden.rglob("*") if f.is_file()) / 1e6; _fits(name, size, limit)
-        hidden.rename(goal)
+        old = goal.with_name(f".{name}.old"); shutil.rmtree(old, ignore_errors=True)
+        if goal.exists(): goal.rename(old)
+        hidden.rename(goal); shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(hidden, ignore_errors=True)
     print(f"{goal}: {size:.2f} MB, {', '.join(folders)}; " + ", ".join(f"{k} {v:.4g}" for k, v in n.items()))
     return goal

@@ -144,6 +144,19 @@ def test_a_damaged_file(packed, tmp_path, monkeypatch):
         VAE.from_pretrained("bad")
 
 
+def test_again(trained, tmp_path):
+    """With again=True a new one takes the place of the old, and one that is refused leaves it where it was; nothing else is left behind."""
+    parts = {p: trained / p for p in ("vae", "tokenizer")}
+    place = zoo.pack(parts, "a", tmp_path, "first", same=0.)
+    with pytest.raises(ValueError, match="more than 0.1"):
+        zoo.pack(parts, "a", tmp_path, "second", same=0., limit=.1, again=True)
+    assert "first" in (place / "README.md").read_text()
+    zoo.pack(parts, "a", tmp_path, "third", same=0., again=True)
+    card = (place / "README.md").read_text()
+    assert "third" in card and "first" not in card and [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert "flextok_demo" not in card and "ar_guidance" not in card, "it has no AR model"
+
+
 @pytest.mark.parametrize("change, error", (({"limit": 1.}, "more than 1"), ({"same": 1.01}, "stay the same"), ({"name": "standin"}, "there already")), ids=("large", "changed", "taken"))
 def test_refused(packed, trained, change, error):
     """And nothing is left behind."""

@@ -1,6 +1,6 @@
 """What each addition to the paper's recipe is worth at `tiny`: one tokenizer a variant, same scenes, same order, same noise, same number of images.
 
-    python tools/ablate_tiny.py nbs/experiments/tiny_ablations.json            all variants, one after the other (a quarter of an hour each on one core at 80 GFLOP/s)
+    python tools/ablate_tiny.py OUT.json                                       all variants, one after the other (a quarter of an hour each on one core at 80 GFLOP/s)
     python tools/ablate_tiny.py OUT.json "no norm before FSQ" --steps 100      one of them, shorter
 
 A finished variant is in the file as soon as it is done, and is not trained again.
@@ -28,7 +28,6 @@ VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its t
     "no norm before FSQ": ({"norm_before_fsq": False}, {}),
     "AdamW, 2e-3": ({}, {"optimizer": "adamw", "lr": 2e-3}),
     "powers of two, not half full": ({"dropout_law": "powers_of_two"}, {}),
-    "the paper's: none of them": ({"zero_noise": 0., "norm_before_fsq": False, "dropout_law": "powers_of_two"}, {"optimizer": "adamw", "lr": 2e-3}),
 }
 COUNTS = (1, 4, 8, 32)
 

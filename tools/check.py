@@ -72,7 +72,7 @@ def main() -> None:
         print(f"    ok, {time.time() - start:.0f} s", flush=True)
     print("--- tests ...", flush=True)
     # A test takes three minutes at most on two slow cores. One that hangs is named, with the stack of every thread, and gets one more try
-    # (once, a whole run in a clean room hung and said nothing); a test that fails gets none.
+    # (once, a whole run in a clean room did not end in 45 minutes, and said nothing of why); a test that fails gets none.
     patience = ["--timeout", "700", "-o", "timeout_func_only=true", "--reruns", "1", "--only-rerun", "from pytest-timeout"]
     result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", *patience, "tests"], cwd=ROOT, timeout=4200,
                             env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})  # tiny models: one thread is as fast, and suffers less beside others

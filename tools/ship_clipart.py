@@ -17,31 +17,25 @@ from pathlib import Path
 from flextok_edu.core import from_uint8, preset, write_text
 from flextok_edu.data import load_data
 from flextok_edu.zoo import pack
+from ship_tiny import one_after_the_other, read
 
 TEXT = """FlexTok at 64 px for clip art: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any number of them, from the first, gives a picture back. VAE and tokenizer began with the weights of `tiny` and went on, encoder and decoder, with 5,095 pictures of the Open Clip Art Library (Debian's `openclipart-png`, public domain), mirrored too, on two CPU cores. No AR model, no classifier: five thousand pictures in 22 folders are too few for the one, and nothing reads their attributes for the other.
 
 What a stranger would recognise: from one or two tokens no object, only ground, palette and covering (and a pale ring, of which training had hundreds); from 8 a T-shirt; from 16 a smiley, a cup, a box; from 32 that the smiley is sad. Whatever is thinner than two or three pixels is lost, lettering and outlines first."""
 LIMITS = """It knows clip art, nearly two thirds of it computer icons, rings, flags and signs. Photographs come back as stains. `nbs/experiments/real_images` shows what comes back, count by count. One seed, one split; near twins of held-out pictures are among the training pictures."""
-
-
 GUIDANCE = 1.  # chosen on training pictures
-
-
-def read(file: Path):
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def assemble(first: Path, second: Path, to: Path) -> None:
     """The weights of the second training; log and facts of both."""
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(second, to)
-    facts, (a, b) = read(second / "config.json"), (read(f / "config.json")["stage"] for f in (first, second))
-    steps, seconds = a["steps"] + b["steps"], a["seconds"] + b["seconds"]
-    facts["stage"] = {**a, "steps": steps, "seconds": seconds, "images_per_second": steps * a["batch"] / seconds, "of_which_second_training": b["steps"]}
-    write_text(to / "config.json", json.dumps(facts, indent=1))
-    write_text(to / "log.json", json.dumps(read(first / "log.json") + [{**row, "step": row["step"] + a["steps"], "seconds": row["seconds"] + a["seconds"]} for row in read(second / "log.json")]))
+    stage, log = one_after_the_other(first, second)
+    more = read(second / "config.json")["stage"]["steps"]
+    write_text(to / "config.json", json.dumps(read(second / "config.json") | {"stage": stage | {"of_which_second_training": more}}, indent=1))
+    write_text(to / "log.json", json.dumps(log))
     lr = read(second / "run.json")["preset"]["train_tokenizer"]["lr"]
-    write_text(to / "run.json", json.dumps({**read(first / "run.json"), "command": f"flextok_train tokenizer --tokenizer tiny --part both; then the same from its result ({b['steps']} steps, lr {lr})"}, indent=1))
+    write_text(to / "run.json", json.dumps({**read(first / "run.json"), "command": f"flextok_train tokenizer --tokenizer tiny --part both; then the same from its result ({more} steps, lr {lr})"}, indent=1))
 
 
 def main() -> None:
@@ -51,16 +45,7 @@ def main() -> None:
     zoo, usual = Path(__file__).resolve().parent.parent / "flextok_edu" / "zoo", preset("tiny").evaluate
     _, held = load_data(pictures, 64, 0, 5000)
     assemble(runs / "tokenizer", runs / "tokenizer2", runs / "assembled")
-    before = zoo / "clipart"
-    put_aside = before.rename(runs / "clipart.before") if before.exists() else None  # back again if the new one is refused
-    try:
-        pack({"vae": runs / "vae", "tokenizer": runs / "assembled"}, "clipart", zoo, TEXT, LIMITS, images=from_uint8(held.images[:64]), report=table, evaluate=replace(usual, guidance=GUIDANCE))
-    except BaseException:
-        if put_aside:
-            put_aside.rename(before)
-        raise
-    if put_aside:
-        shutil.rmtree(put_aside)
+    pack({"vae": runs / "vae", "tokenizer": runs / "assembled"}, "clipart", zoo, TEXT, LIMITS, images=from_uint8(held.images[:64]), report=table, evaluate=replace(usual, guidance=GUIDANCE), again=True)
 
 
 if __name__ == "__main__":

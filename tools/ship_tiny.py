@@ -33,6 +33,14 @@ def read(file: Path):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def one_after_the_other(first: Path, second: Path) -> tuple[dict, list[dict]]:
+    """What a training and the one that went on with its result have to say together: the facts of the stage, the log."""
+    a, b = (read(f / "config.json")["stage"] for f in (first, second))
+    steps, seconds = a["steps"] + b["steps"], a["seconds"] + b["seconds"]
+    later = [{**row, "step": row["step"] + a["steps"], "seconds": row["seconds"] + a["seconds"]} for row in read(second / "log.json")]
+    return {**a, "steps": steps, "seconds": seconds, "images_per_second": steps * a["batch"] / seconds}, read(first / "log.json") + later
+
+
 def facts_of(found: dict) -> dict:
     """What config.json says besides what is written anew."""
     return {k: v for k, v in found.items() if k not in ("config", "weights", "vae", "tokenizer", "terms")}
@@ -52,13 +60,11 @@ def classify(folder: Path, p: Preset) -> None:
 def assemble(runs: Path, to: Path) -> None:
     """The parts, all of them knowing the VAE with the better decoder; logs and facts of both of its trainings."""
     (old, first), (new, second) = (load_model(runs / n, VAE, VAEConfig) for n in ("vae", "vae2"))
-    a, b = first["stage"], second["stage"]
-    steps, seconds = a["steps"] + b["steps"], a["seconds"] + b["seconds"]
-    log = read(runs / "vae" / "log.json") + [{**row, "step": row["step"] + a["steps"], "seconds": row["seconds"] + a["seconds"]} for row in read(runs / "vae2" / "log.json")]
+    stage, log = one_after_the_other(runs / "vae", runs / "vae2")
     lr = read(runs / "vae2" / "run.json")["preset"]["train_vae"]["lr"]
-    save_model(to / "vae", new, new.config, **facts_of(second) | {"stage": {**a, "steps": steps, "seconds": seconds, "images_per_second": steps * a["batch"] / seconds, "of_which_decoder_alone": b["steps"]}})
+    save_model(to / "vae", new, new.config, **facts_of(second) | {"stage": stage | {"of_which_decoder_alone": second["stage"]["steps"]}})
     write_text(to / "vae" / "log.json", json.dumps(log))
-    write_text(to / "vae" / "run.json", json.dumps({**read(runs / "vae" / "run.json"), "command": f"flextok_train vae; then flextok_train vae --vae (the decoder alone, {b['steps']} steps, lr {lr})"}, indent=1))
+    write_text(to / "vae" / "run.json", json.dumps({**read(runs / "vae" / "run.json"), "command": f"flextok_train vae; then flextok_train vae --vae (the decoder alone, {second['stage']['steps']} steps, lr {lr})"}, indent=1))
     tok, found = load_tokenizer(runs / "tokenizer", old)
     ar, written = load_ar(runs / "ar", tok)
     save_tokenizer(to / "tokenizer", with_decoder(tok, new), **facts_of(found))
@@ -78,16 +84,7 @@ def main() -> None:
     if not (runs / "classifier" / "config.json").exists():
         classify(runs / "classifier", preset("tiny"))
     assemble(runs, parts)
-    before = zoo / "tiny"
-    put_aside = before.rename(runs / "tiny.before") if before.exists() else None  # back again if the new one is refused
-    try:
-        pack({p: parts / p for p in ("vae", "tokenizer", "ar", "classifier")}, "tiny", zoo, TEXT, LIMITS, report=table, evaluate=preset("tiny").evaluate)
-    except BaseException:
-        if put_aside:
-            put_aside.rename(before)
-        raise
-    if put_aside:
-        shutil.rmtree(put_aside)
+    pack({p: parts / p for p in ("vae", "tokenizer", "ar", "classifier")}, "tiny", zoo, TEXT, LIMITS, report=table, evaluate=preset("tiny").evaluate, again=True)
 
 
 if __name__ == "__main__":
