@@ -436,6 +436,7 @@ def _with_bfloat16(device: torch.device) -> bool: return device.type == "cuda" a
 
 class Muon(torch.optim.Muon):
     "PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is emulated; filters (out in h w) count as matrices (out, in h w)."
+    divided = staticmethod(lambda work, matrices: work(matrices))  # who does which matrices: here one process does all of them; room 11 deals them out
     def __init__(self, params, **options):
         super().__init__([{"params": []}], **options)  # its own check knows nothing of filters
         params = list(params); self.param_groups.clear()
@@ -461,7 +462,7 @@ class Muon(torch.optim.Muon):
         for average, w in zip(averages, weights): average.lerp_(w.grad, 1 - group["momentum"])
         updates = [w.grad.lerp(average, group["momentum"]) if group["nesterov"] else average for average, w in zip(averages, weights)]
         whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]).flatten(2)  # (m r c); slices of several processes (room 11) are gathered
-        level = orthogonalise(whole.bfloat16() if _with_bfloat16(whole.device) else whole.float(), *group["ns_coefficients"], group["ns_steps"])
+        level = self.divided(lambda x: orthogonalise(x, *group["ns_coefficients"], group["ns_steps"]), whole.bfloat16() if _with_bfloat16(whole.device) else whole.float())
         r, c = whole.shape[1:]
         size = {"match_rms_adamw": .2 * math.sqrt(max(r, c)), "spectral_unclamped": math.sqrt(r / c)}.get(group["adjust_lr_fn"], math.sqrt(max(1, r / c)))
         for w, u in zip(weights, level):

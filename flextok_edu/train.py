@@ -7,15 +7,16 @@ __all__ = ['Checkpoints', 'optimizer_state', 'set_optimizer_state', 'random_stat
            'peak_memory', 'Watch', 'Shares', 'recomputed', 'Stopped', 'LongRun']
 
 # %% ../nbs/11_train.ipynb #11-c3fbf229
-import contextlib, json, math, os, shutil, signal, statistics, time, warnings
+import contextlib, inspect, json, math, os, shutil, signal, statistics, time, warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import EMA, Engine, Feed, Player, atomic, pick_device
+from .core import EMA, Engine, Feed, Muon, Player, atomic, pick_device
 
 # %% ../nbs/11_train.ipynb #11-a7d1aca2
 class Checkpoints:
@@ -204,6 +205,23 @@ class _Spread:
                     if w is not None: m._parameters[name] = nn.Parameter(_whole(w.detach()), w.requires_grad)
         self._follow(change)
 
+# %% ../nbs/11_train.ipynb #11-c7a41d38
+def _divided(rank: int, world: int, work: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:  # (m r c), the same in all processes
+    "`work(matrices)`, which does each for itself: a part of them here, the rest in the other processes."
+    if len(matrices) < world: return work(matrices)
+    from torch.distributed import all_gather_into_tensor
+    n = math.ceil(len(matrices) / world)  # the last processes may get fewer, or none
+    part, mine = matrices.new_zeros(n, *matrices.shape[1:]), matrices[rank * n:(rank + 1) * n]
+    if len(mine): part[:len(mine)] = work(mine)
+    whole = matrices.new_empty(world * n, *matrices.shape[1:]); all_gather_into_tensor(whole, part)
+    return whole[:len(matrices)]
+
+def _alike(turn: nn.Module, device: torch.device) -> nn.Module:  # averages gradients over the processes
+    "PyTorch's DDP, which leaves buffers alone."
+    from torch.nn.parallel import DistributedDataParallel
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"  # the older name warns since PyTorch 2.14
+    return DistributedDataParallel(turn, [device.index] if device.type == "cuda" else None, **{buffers: False})
+
 # %% ../nbs/11_train.ipynb #11-4c06d82a
 class Shares(Engine):
     "Several processes, and several micro-batches in each, that together make the step that one process would make."
@@ -226,10 +244,10 @@ class Shares(Engine):
         self.turns = {p.name: _Turn(p) for p in players} | {s.player.name: s.turn for s in spread}
         whole = [name for name in self.turns if name not in {s.player.name for s in spread}]
         if self.world > 1:
-            from torch.nn.parallel import DistributedDataParallel
-            where = [self.device.index] if self.device.type == "cuda" else None
-            for name in whole: self.turns[name] = DistributedDataParallel(self.turns[name], where, broadcast_buffers=False)
-        with recomputed(_blocks([m for p in players for m in p.modules]), self.recompute), super().session(players, batches, steps, ema, label) as state: yield state
+            for name in whole: self.turns[name] = _alike(self.turns[name], self.device)
+        with recomputed(_blocks([m for p in players for m in p.modules]), self.recompute), super().session(players, batches, steps, ema, label) as state:
+            for opt in (o for name in whole if self.world > 1 for o in self.optimizers[name] if isinstance(o, Muon)): opt.divided = partial(_divided, self.rank, self.world)
+            yield state
         for s in spread: s.gather()
 
     def parts(self, step: int) -> list[tuple[object, float]]:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -51,7 +52,8 @@ def main(name, folder, *options):
     engine = Shares("cpu", **options) if folder == "-" else LongRun(folder, "cpu", recipe={"stage": name} | plan, **options)
     model, log = stage(name, engine=engine, **plan)
     if engine.rank == 0:
-        print(json.dumps({"world": engine.world, "log": log, "hash": own_hash(model)}), flush=True)
+        dealt = any(isinstance(getattr(o, "divided", None), partial) for opts in engine.optimizers.values() for o in opts)  # does Muon share its work?
+        print(json.dumps({"world": engine.world, "dealt": dealt, "log": log, "hash": own_hash(model)}), flush=True)
 
 
 if __name__ == "__main__":

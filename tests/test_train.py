@@ -1,5 +1,6 @@
 """Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
 import json
+import math
 import os
 import random
 import shutil
@@ -76,14 +77,41 @@ def test_accumulation_changes_nothing(name, micro, alone):
         assert torch.allclose(model.norm.mean, other.norm.mean, atol=1e-4) and torch.allclose(model.norm.std, other.norm.std, atol=1e-4)
 
 
-@pytest.mark.parametrize("name,options", [("vae", {}), ("vae", {"optimizer": "muon"}), ("vae", {"sharded": True, "optimizer": "muon"}), ("tokenizer", {}), ("tokenizer", {"micro": 2, "sharded": True}), ("ar", {"sharded": True, "recompute": True}), ("tokenizer", {"sharded": True, "optimizer": "muon"})],
+@pytest.mark.parametrize("name,options", [("vae", {}), ("vae", {"optimizer": "muon"}), ("vae", {"sharded": True, "optimizer": "muon"}), ("tokenizer", {}), ("tokenizer", {"optimizer": "muon"}), ("tokenizer", {"micro": 2, "sharded": True}), ("ar", {"sharded": True, "recompute": True}), ("tokenizer", {"sharded": True, "optimizer": "muon"})],
                          ids=lambda x: x if isinstance(x, str) else "-".join(x) or "ddp")
 def test_two_processes_are_one(name, options, alone):
     """The same global batch on two processes: the losses of one process to 1e-5 over 20 steps; DDP and FSDP."""
     _, log = alone(name, options.get("optimizer", "adamw"))
     two = answer(start(name, "-", *(f"{k}={json.dumps(v)}" for k, v in options.items()), world=2))
-    assert two["world"] == 2
+    assert two["world"] == 2 and two["dealt"] == (options.get("optimizer") == "muon" and not options.get("sharded"))
     close(log, two["log"], KEYS[name])
+
+
+def check_divided(monkeypatch, work):
+    """Five matrices over two, three, four and six processes, one after the other: each does its part, all get the same whole."""
+    x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    for world in (2, 3, 4, 6):
+        parts, done = {}, []
+        def collect(whole, part):
+            parts[len(parts)] = part.clone()
+        monkeypatch.setattr("torch.distributed.all_gather_into_tensor", collect)
+        for rank in range(world):
+            train._divided(rank, world, lambda m: done.append(len(m)) or work(m), x)
+        if world > len(x):
+            assert done == [5] * world and not parts  # too few to share: everybody does all
+            continue
+        assert sum(done) == 5 and max(done) == math.ceil(5 / world)
+        monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda whole, part: whole.copy_(torch.cat([parts[i] for i in range(world)])))
+        for rank in range(world):
+            assert torch.equal(train._divided(rank, world, work, x), work(x)), (rank, world)
+
+def test_muon_is_dealt_out(monkeypatch):
+    check_divided(monkeypatch, lambda m: 2 * m)
+
+def test_everybody_doing_everything_is_caught(monkeypatch):
+    monkeypatch.setattr(train, "_divided", lambda rank, world, work, x: work(x))
+    with pytest.raises(AssertionError):
+        check_divided(monkeypatch, lambda m: 2 * m)
 
 
 def check_shares_weigh_what_they_hold():
