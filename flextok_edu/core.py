@@ -173,7 +173,7 @@ PRESETS = {p.name: p for p in (
         train_classifier=StageConfig(steps=4000, batch=32, lr=2e-3, ema=.995),
         train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=.998),
         train_ar=StageConfig(steps=500, batch=128, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.99),
-        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=3., ar_guidance=2.)),
+        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
     Preset("small", 128, level=3, train_images=100_000,
         vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
         tokenizer=TokenizerConfig(8, 16, 128, encoder=TrunkConfig(512, 8, 1), decoder=TrunkConfig(512, 8, 1)),

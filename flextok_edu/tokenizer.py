@@ -500,16 +500,17 @@ def fit_tokenizer(tok: FlexTok,        # with its VAE; trained in place
     moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
     extra = list(repa.projector.named_parameters("projector")) if repa is not None else []
     tok.use = CodeUse(c.levels, c.registers, device=device)
-    def after(total): tok.norm is None or not tok.norm.training or tok.norm.settle(total)
+    statistics = EMA([tok.norm.mean, tok.norm.std] if tok.norm is not None and part == "both" else [], config.ema)
+    def after(total):
+        if statistics.parameters: tok.norm.settle(total); statistics.updates = ema.updates; statistics.update()
     player = Player("tokenizer", lambda batch, progress: tok.loss(batch[0], repa, batch[1], draws=batch[2]), moved + extra, config,
-                    [(n, x) for n, x in tok.named_buffers() if not n.startswith("vae.")] + [("use.words", tok.use.words), ("use.digits", tok.use.digits)], after=after, measure=tok.use.numbers, modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])])
+                    [(n, x) for n, x in tok.named_buffers() if not n.startswith("vae.")] + [("use.words", tok.use.words), ("use.digits", tok.use.digits)] + [(f"norm.average.{i}", x) for i, x in enumerate(statistics.average)], after=after, measure=tok.use.numbers, modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])])
     ema, stream = EMA([w for _, w in moved], config.ema), latent_batches(latents, config.batch, seed, device, features, c.sample_posterior)
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
             log = fit([player], TokenizerFeed(tok, stream), config.steps, ema, precision, device, "tokenizer", progress=progress, engine=engine)
     finally: tok.encoder.requires_grad_(True); tok.use = None
-    ema.apply()
-    if tok.norm is not None and part == "both": _measure_norm(tok, stream)
+    ema.apply(); statistics.apply()
     return tok.eval(), log
 
 # %% ../nbs/08_tokenizer.ipynb #08-ffa4910b
@@ -529,16 +530,6 @@ def _training_latents(tok: FlexTok, data: ImageSet | Latents, flip: bool, repa: 
     images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images
     means, stds = cache_latents(tok.vae, images)
     return Latents(means, stds), repa.look(images) if repa is not None else None
-
-@torch.no_grad()
-def _measure_norm(tok: FlexTok, stream: Feed) -> None:
-    "The norm's statistics belong to the weights of the last steps: measure those of the averaged weights."
-    tok.norm.updates.zero_()
-    for i in range(20):
-        (found, _), = stream.parts(i)
-        z = tok.encoder(found[0] if isinstance(found, tuple) else found)
-        budget = sample_budget(tok.config.dropout_law, len(z), tok.config.registers, named_generator(stream.seed, "norm", i), z.device)
-        tok.norm.update(z, keep_mask(budget, *z.shape[:2], z.device))
 
 def train_tokenizer(data: ImageSet | Latents,  # training images, or their latents
                     vae: VAE,          # trained stage 0

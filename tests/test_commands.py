@@ -254,21 +254,30 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
 
 
 def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
-    """tools/ship_tiny.py: tokenizer and AR model know the VAE with the better decoder; ids, logs and facts are kept."""
+    """tools/ship_tiny.py: tokenizer and AR model know the VAE with the last decoder; ids are kept, logs and facts of all trainings."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool = importlib.import_module("ship_tiny")
-    for name, source in (("vae", "vae"), ("tokenizer", "tok"), ("ar", "ar"), ("classifier", "ar")):
-        shutil.copytree(trained / source, tmp_path / "runs" / name)
-    assert call("train", "vae", "--vae", trained / "vae", "--out", tmp_path / "runs" / "vae2", "--steps", 3, *TINY) == 0
-    tool.assemble(tmp_path / "runs", tmp_path / "all")
-    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(trained / "tok")
+    tool, runs = importlib.import_module("ship_tiny"), tmp_path / "runs"
+    for name, source in (("vae", "vae"), ("tokenizer", "tok"), ("classifier", "ar")):
+        shutil.copytree(trained / source, runs / name)
+    for name, *argv in (("vae2", "vae", "--vae", runs / "vae", "--steps", 3), ("vae3", "vae", "--vae", runs / "vae2", "--part", "both", "--steps", 2), ("vae4", "vae", "--vae", runs / "vae3", "--steps", 1),
+                        ("tokenizer2", "tokenizer", "--tokenizer", runs / "tokenizer", "--vae", runs / "vae3", "--part", "both", "--steps", 2), ("ar", "ar", "--tokenizer", runs / "tokenizer2", "--steps", 2),
+                        ("tokenizer3", "tokenizer", "--tokenizer", runs / "tokenizer2", "--steps", 3)):
+        assert call("train", *argv, "--out", runs / name, *TINY) == 0
+    tool.assemble(runs, tmp_path / "all")
+    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(runs / "tokenizer2")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(VAE.from_pretrained(tmp_path / "runs" / "vae2")) != weights_hash(old.vae)
+    assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(VAE.from_pretrained(runs / "vae4")) != weights_hash(old.vae)
     check_tokenizer(ARModel.from_pretrained(tmp_path / "all" / "ar"), tok)
-    steps = [row["step"] for row in json.loads((tmp_path / "all" / "vae" / "log.json").read_text())]
-    stage = json.loads((tmp_path / "all" / "vae" / "config.json").read_text())["stage"]
-    assert steps == sorted(set(steps)) and steps[-1] == 6 and (stage["steps"], stage["of_which_decoder_alone"]) == (7, 3)
+    read = lambda part, name: json.loads((tmp_path / "all" / part / name).read_text())
+    for part, last, count, alone in (("vae", 9, 10, 4), ("tokenizer", 8, 9, 3)):
+        steps, stage = [row["step"] for row in read(part, "log.json")], read(part, "config.json")["stage"]
+        assert steps == sorted(set(steps)) and steps[-1] == last and (stage["steps"], stage["of_which_decoder_alone"]) == (count, alone)
+        assert "part both (2 steps" in read(part, "run.json")["command"]
     assert all((tmp_path / "all" / part / name).is_file() for part in ("vae", "tokenizer", "ar") for name in ("log.json", "run.json"))
+    shutil.rmtree(runs / "tokenizer3")
+    assert call("train", "tokenizer", "--tokenizer", runs / "tokenizer2", "--part", "both", "--out", runs / "tokenizer3", "--steps", 1, *TINY) == 0
+    with pytest.raises(ValueError, match="other ids"):
+        tool.assemble(runs, tmp_path / "mixed")
 
 
 def test_two_processes(trained, tmp_path):

@@ -259,6 +259,41 @@ def test_reading_the_registers_is_caught(tok, monkeypatch):
         check_repa_reads_the_patches(tok)
 
 
+def check_statistics_are_averaged_like_the_weights(decay):
+    """What comes out of the training reads codes as the training wrote them: the norm's statistics are the same average of the past as the weights, not a fresh measurement."""
+    torch.manual_seed(0)
+    tok, seen = FlexTok(TOK_SMALL, VAE(VAE_SMALL)), []
+    average, settle = (tok.norm.mean.clone(), tok.norm.std.clone()), type(tok.norm).settle
+    def noted(self, *args):
+        settle(self, *args)
+        seen.append((self.mean.clone(), self.std.clone()))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(type(tok.norm), "settle", noted)
+        fit_tokenizer(tok, dataset(), StageConfig(steps=12, batch=8, lr=3e-2, warmup=1, ema=decay), progress=False)
+    for n, now in enumerate(seen[:12], 1):
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        average = tuple(torch.lerp(a, b, weight) for a, b in zip(average, now))
+    assert torch.allclose(tok.norm.mean, average[0], rtol=1e-5, atol=1e-6) and torch.allclose(tok.norm.std, average[1], rtol=1e-5)
+
+@pytest.mark.parametrize("decay", (0., .5))
+def test_statistics_are_averaged_like_the_weights(decay):
+    check_statistics_are_averaged_like_the_weights(decay)
+
+@pytest.mark.parametrize("decay", (0., .5))
+def test_statistics_measured_anew_are_caught(decay, monkeypatch):
+    """The bug that `tiny` had: exact statistics of the finished weights, which nobody trained with."""
+    fit = fit_tokenizer
+    def anew(tok, data, *args, **named):
+        tok, log = fit(tok, data, *args, **named)
+        tok.norm.updates.zero_()
+        with torch.no_grad():
+            tok.norm.update(tok.encoder(tokenizer.cache_latents(tok.vae, data.images)[0]))
+        return tok, log
+    monkeypatch.setitem(globals(), "fit_tokenizer", anew)
+    with pytest.raises(AssertionError):
+        check_statistics_are_averaged_like_the_weights(decay)
+
+
 def check_features_go_with_their_images():
     """Through the whole of fit_tokenizer, mirrored images included: each latent comes with what the eyes see on its own image."""
     torch.manual_seed(0)
