@@ -379,6 +379,7 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     p = replace(p, evaluate=replace(e, images=n, samples=min(e.samples, max(2, n // 2))))
     print(f"{name}: {n} held-out scenes, {p.evaluate.samples} new ones", flush=True)
     logs, stages = {part: said(part, "log.json") for part in PARTS if (place / part / "log.json").exists()}, [said(part, "config.json")["stage"] for part in PARTS]
+    p = replace(p, **{f"train_{s['stage']}": replace(getattr(p, f"train_{s['stage']}"), steps=s["steps"]) for s in stages if s["steps"]})  # all trainings of a part: no usual curves for those
     source = f"ToyScenes {{}}, level {p.level}, seed {o.seed}, {p.image_size} px"
     train = TrainedOn(torch.empty(0, 3, p.image_size, p.image_size, dtype=torch.uint8), torch.empty(0, 4, dtype=torch.int64), KINDS, f"{facts['made']['tokenizer'].get('data')}, seed {facts['made']['tokenizer'].get('seed')} (the shipped model {name})", True, facts["made"]["tokenizer"].get("images") or "")
     job = Job(RunConfig(preset=p.name, out=str(o.out), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, ImageSet(*scenes.render(0, n), KINDS, source.format("val"), True), began)
