@@ -331,12 +331,15 @@ def train_ar(data: ImageSet | Tokens,  # training images with classes in label c
              use_compiler: bool = False,  # torch.compile the blocks
              progress: bool = True,
              engine: Engine | None = None,  # the machine, see room 00; by default this one device
+             ar: ARModel | None = None,     # a trained one to go on with, changed in place; the ids may be of another tokenizer than it learnt
             ) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
-    "Tokenise the training images once, then learn to write their ids."
+    "Tokenise the training images once, then learn to write their ids: from scratch, or from what another model knows. Raises ValueError for labels without a class, and for a model to go on with of another shape."
     config, tokens = preset.train_ar, data if hasattr(data, "ids") else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes)
     if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes): raise ValueError(f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and {len(tokens.classes)} class names: every label needs its class")
+    shape = replace(preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes))
+    if ar is not None and ar.config != shape: raise ValueError(f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and these {len(tokens.classes)} classes has {shape}: choose the preset, the tokenizer and the classes that it was made with")
     torch.manual_seed(seed)
-    model = ARModel(replace(preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes))).to(device)
+    model = (ARModel(shape) if ar is None else ar.train()).to(device)
     ema, stream = EMA(model, config.ema), token_batches(tokens, config.batch, model.config.class_dropout, seed, device)
     with compiled(model.blocks, use_compiler):
         log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config, modules=[model])], stream, config.steps, ema, precision, device, "AR", progress=progress, engine=engine)

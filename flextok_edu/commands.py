@@ -300,6 +300,8 @@ class TrainOptions(DataOptions):
     "tokenizer: folder of the trained VAE. vae: of a trained one to go on with."
     tokenizer: str | None = None
     "ar: folder of the trained tokenizer. tokenizer: of a trained one to go on with, on its own VAE or on the one of --vae."
+    ar: str | None = None
+    "ar: of a trained one to go on with, on the ids of another tokenizer too."
     part: str = "decoder"
     "Of a model to go on with: the decoder alone (its latents and ids keep their meaning), or both, encoder and decoder."
     cache: str | None = None
@@ -361,12 +363,15 @@ def _fits(vae: VAE, p: Preset) -> None:
     if (v.latent_channels, v.factor * c.latent_size) != (c.latent_channels, p.image_size):
         raise ValueError(f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}")
 
-def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | None:
+def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
     "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
     if o.part not in ("both", "decoder"): raise UsageError(f"--part {o.part}: use decoder or both")
-    if not {"vae": o.vae, "tokenizer": o.tokenizer}.get(o.stage):
-        if o.part == "both": raise UsageError("--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model cannot)")
+    if not {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]:
+        if o.part == "both": raise UsageError("--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model has no parts)")
         return None
+    if o.stage == "ar":
+        if o.part == "both": raise UsageError("--part both: an AR model has no parts, all of it goes on")
+        return load_ar(_find(o.ar, "AR model", "--ar", "class_dropout", "ar"))[0]
     if o.stage == "vae": return open_vae(o.vae, device)
     tok = open_tokenizer(o.tokenizer, device)
     if tok.config != p.tokenizer: raise ValueError(f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose the --preset that it was made with")
@@ -377,6 +382,7 @@ def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | None:
     return tok
 
 def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a trained model has in its recipe besides
+    if isinstance(old, ARModel): return {"begun_from": weights_hash(old)}
     if isinstance(old, FlexTok): return {"part": o.part, "begun_from": weights_hash(old.own_state())}
     return {"part": o.part} if old is not None and o.part == "both" else {}
 
@@ -434,7 +440,7 @@ def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, pr
     if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine, old, o.part)
     if o.stage == "tokenizer" and old is not None: return fit_tokenizer(old, data, p.train_tokenizer, o.part, o.seed, device, flip, precision, compile, bar, engine=engine)
     if o.stage == "tokenizer": return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
-    return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine)
+    return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine, old)
 
 def _save(stage: str, out: Path, model, log: list[dict], config, data) -> None:
     "Model, facts and log."

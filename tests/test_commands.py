@@ -239,17 +239,37 @@ def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path
     refused(capsys, 1, "holds another run (begun_from", "train", "tokenizer", "--tokenizer", tmp_path / "decoder", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv)
 
 
+def test_an_ar_model_goes_on(trained, tmp_path, capsys):
+    """On its own ids, or on those of another tokenizer; begun from the trained weights, which stay what they are."""
+    argv = ["--steps", 2, *TINY]
+    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--part", "both", "--out", tmp_path / "other", *argv) == 0
+    for name, tok in (("same", trained / "tok"), ("moved", tmp_path / "other")):
+        was = weights(trained / "ar")
+        assert call("train", "ar", "--ar", trained / "ar", "--tokenizer", tok, "--out", tmp_path / name, *argv) == 0
+        facts = json.loads((tmp_path / name / "run.json").read_text())["recipe"]
+        assert facts["begun_from"] == was == weights(trained / "ar") and facts["after"] == weights_hash(FlexTok.from_pretrained(tok))
+        check_tokenizer(ARModel.from_pretrained(tmp_path / name), FlexTok.from_pretrained(tok))
+        assert call("train", "ar", "--tokenizer", tok, "--out", tmp_path / f"{name}_anew", *argv) == 0
+        first = lambda folder: json.loads((folder / "log.json").read_text())[0]["ar"]
+        assert first(tmp_path / name) < first(tmp_path / f"{name}_anew"), "what it knew helps from the first step"
+    refused(capsys, 2, "has no parts", "train", "ar", "--ar", trained / "ar", "--part", "both", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv)
+    refused(capsys, 1, "the AR model to go on with", "train", "ar", "--ar", trained / "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv, "ar.depth=2")
+    refused(capsys, 1, "holds another run (begun_from", "train", "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "same", *argv)
+
+
 def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
-    """tools/ship_clipart.py: the second training's weights, log and facts of both, begun from what the first began from."""
+    """tools/ship_clipart.py: the last training's weights, log and facts of all, begun from what the first began from."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool = importlib.import_module("ship_clipart")
     argv = ["--part", "both", "--steps", 2, *TINY]
     assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "a", *argv) == 0
-    assert call("train", "tokenizer", "--tokenizer", tmp_path / "a", "--out", tmp_path / "b", *argv) == 0
-    tool.assemble(tmp_path / "a", tmp_path / "b", tmp_path / "both")
-    assert weights(tmp_path / "both") == weights(tmp_path / "b") != weights(tmp_path / "a")
-    read = lambda name: json.loads((tmp_path / "both" / name).read_text())
-    assert [r["step"] for r in read("log.json")] == [0, 1, 2, 3] and (read("config.json")["stage"]["steps"], read("config.json")["stage"]["of_which_second_training"]) == (4, 2)
+    for last, name in ("ab", "bc"):
+        assert call("train", "tokenizer", "--tokenizer", tmp_path / last, "--out", tmp_path / name, *argv) == 0
+    tool.assemble([tmp_path / name for name in "abc"], tmp_path / "all")
+    assert weights(tmp_path / "all") == weights(tmp_path / "c") != weights(tmp_path / "b")
+    read = lambda name: json.loads((tmp_path / "all" / name).read_text())
+    assert [r["step"] for r in read("log.json")] == [*range(6)] and (read("config.json")["stage"]["steps"], read("config.json")["stage"]["of_which_later_trainings"]) == (6, 4)
+    assert read("run.json")["command"].count("2 steps, lr") == 2
     assert read("run.json")["recipe"]["begun_from"] == weights(trained / "tok")
 
 

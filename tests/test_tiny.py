@@ -128,7 +128,7 @@ def test_clipart_is_whole():
     assert {made[part]["part"] for part in ("vae", "tokenizer")} == {"both"} and made["tokenizer"]["begun_from"] == EARLIER
     stage = json.loads((CLIPART / "tokenizer" / "config.json").read_text())["stage"]
     assert (p.vae, p.tokenizer) == (preset("tiny").vae, preset("tiny").tokenizer) and p.vae_loss.perceptual == .1
-    assert p.train_tokenizer.steps + stage["of_which_second_training"] == stage["steps"] and p.train_tokenizer.batch == stage["batch"]
+    assert p.train_tokenizer.steps + stage["of_which_later_trainings"] == stage["steps"] and p.train_tokenizer.batch == stage["batch"]
     assert "openclipart-png" in card and "flextok_demo" not in card, "the demo's page needs an AR model and a classifier"
     for part in ("vae", "tokenizer"):
         assert len(json.loads((CLIPART / part / "log.json").read_text())) > 20

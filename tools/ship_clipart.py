@@ -1,10 +1,10 @@
 """How flextok_edu/zoo/clipart was put together from its trainings (nbs/experiments/real_images.ipynb has the commands that make them).
 
-    python tools/ship_clipart.py RUNS PICTURES            RUNS holds vae, tokenizer, tokenizer2: what flextok_train left; PICTURES is the folder they learnt from
+    python tools/ship_clipart.py RUNS PICTURES            RUNS holds vae, tokenizer, tokenizer2, tokenizer3: what flextok_train left; PICTURES is the folder they learnt from
     flextok_eval clipart --data PICTURES --out TABLE
     python tools/ship_clipart.py RUNS PICTURES TABLE      once more, with the table of results
 
-`tokenizer2` is `tokenizer` after a second training, with a learning rate of its own.
+`tokenizer2` is `tokenizer` after a second training, with a learning rate of its own, `tokenizer3` is `tokenizer2` after a third.
 """
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ LIMITS = """It knows clip art, nearly two thirds of it computer icons, rings, fl
 GUIDANCE = 1.  # chosen on training pictures
 
 
-def assemble(first: Path, second: Path, to: Path) -> None:
-    """The weights of the second training; log and facts of both."""
+def assemble(trainings: list[Path], to: Path) -> None:
+    """The weights of the last training; log and facts of all."""
+    *_, last = trainings
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(second, to)
-    stage, log = one_after_the_other(first, second)
-    more = read(second / "config.json")["stage"]["steps"]
-    write_text(to / "config.json", json.dumps(read(second / "config.json") | {"stage": stage | {"of_which_second_training": more}}, indent=1))
+    shutil.copytree(last, to)
+    stage, log = one_after_the_other(*trainings)
+    later = [(read(run / "config.json")["stage"]["steps"], read(run / "run.json")["preset"]["train_tokenizer"]["lr"]) for run in trainings[1:]]
+    write_text(to / "config.json", json.dumps(read(last / "config.json") | {"stage": stage | {"of_which_later_trainings": sum(steps for steps, _ in later)}}, indent=1))
     write_text(to / "log.json", json.dumps(log))
-    lr = read(second / "run.json")["preset"]["train_tokenizer"]["lr"]
-    write_text(to / "run.json", json.dumps({**read(first / "run.json"), "command": f"flextok_train tokenizer --tokenizer tiny --part both; then the same from its result ({more} steps, lr {lr})"}, indent=1))
+    command = "; then ".join(["flextok_train tokenizer --tokenizer tiny --part both", *(f"the same from its result ({steps} steps, lr {lr:g})" for steps, lr in later)])
+    write_text(to / "run.json", json.dumps({**read(trainings[0] / "run.json"), "command": command}, indent=1))
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     runs, pictures, table = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None
     zoo, usual = Path(__file__).resolve().parent.parent / "flextok_edu" / "zoo", preset("tiny").evaluate
     _, held = load_data(pictures, 64, 0, 5000)
-    assemble(runs / "tokenizer", runs / "tokenizer2", runs / "assembled")
+    assemble([runs / name for name in ("tokenizer", "tokenizer2", "tokenizer3")], runs / "assembled")
     pack({"vae": runs / "vae", "tokenizer": runs / "assembled"}, "clipart", zoo, TEXT, LIMITS, images=from_uint8(held.images[:64]), report=table, evaluate=replace(usual, guidance=GUIDANCE), again=True)
 
 
