@@ -267,6 +267,8 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
         assert call("train", "tokenizer", "--tokenizer", tmp_path / last, "--out", tmp_path / name, *argv) == 0
     tool.assemble([tmp_path / name for name in "abc"], tmp_path / "all")
     assert weights(tmp_path / "all") == weights(tmp_path / "c") != weights(tmp_path / "b")
+    held = lambda name: weights_hash(FlexTok.from_pretrained(tmp_path / name))  # of the file, whatever config.json says
+    assert held("all") == held("c") != held("b")
     read = lambda name: json.loads((tmp_path / "all" / name).read_text())
     assert [r["step"] for r in read("log.json")] == [*range(6)] and (read("config.json")["stage"]["steps"], read("config.json")["stage"]["of_which_later_trainings"]) == (6, 4)
     assert read("run.json")["command"].count("2 steps, lr") == 2
