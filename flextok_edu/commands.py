@@ -366,6 +366,7 @@ def _fits(vae: VAE, p: Preset) -> None:
 def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
     "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
     if o.part not in ("both", "decoder"): raise UsageError(f"--part {o.part}: use decoder or both")
+    if o.ar and o.stage != "ar": raise UsageError(f"--ar: a {o.stage} learns nothing from an AR model")
     if not {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]:
         if o.part == "both": raise UsageError("--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model has no parts)")
         return None

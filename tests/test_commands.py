@@ -252,6 +252,7 @@ def test_an_ar_model_goes_on(trained, tmp_path, capsys):
         assert call("train", "ar", "--tokenizer", tok, "--out", tmp_path / f"{name}_anew", *argv) == 0
         first = lambda folder: json.loads((folder / "log.json").read_text())[0]["ar"]
         assert first(tmp_path / name) < first(tmp_path / f"{name}_anew"), "what it knew helps from the first step"
+    refused(capsys, 2, "learns nothing from an AR model", "train", "vae", "--ar", trained / "ar", "--out", tmp_path / "x", *argv)
     refused(capsys, 2, "has no parts", "train", "ar", "--ar", trained / "ar", "--part", "both", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv)
     refused(capsys, 1, "the AR model to go on with", "train", "ar", "--ar", trained / "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv, "ar.depth=2")
     refused(capsys, 1, "holds another run (begun_from", "train", "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "same", *argv)
