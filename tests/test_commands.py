@@ -284,22 +284,23 @@ def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
         shutil.copytree(trained / source, runs / name)
     for name, *argv in (("vae2", "vae", "--vae", runs / "vae", "--steps", 3), ("vae3", "vae", "--vae", runs / "vae2", "--part", "both", "--steps", 2), ("vae4", "vae", "--vae", runs / "vae3", "--steps", 1),
                         ("tokenizer2", "tokenizer", "--tokenizer", runs / "tokenizer", "--vae", runs / "vae3", "--part", "both", "--steps", 2), ("ar", "ar", "--tokenizer", runs / "tokenizer2", "--steps", 2),
-                        ("tokenizer3", "tokenizer", "--tokenizer", runs / "tokenizer2", "--steps", 3)):
+                        ("tokenizer3", "tokenizer", "--tokenizer", runs / "tokenizer2", "--steps", 3), ("tokenizer4", "tokenizer", "--tokenizer", runs / "tokenizer3", "--part", "both", "--steps", 2),
+                        ("ar2", "ar", "--ar", runs / "ar", "--tokenizer", runs / "tokenizer4", "--steps", 1)):
         assert call("train", *argv, "--out", runs / name, *TINY) == 0
     tool.assemble(runs, tmp_path / "all")
-    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(runs / "tokenizer2")
+    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(runs / "tokenizer4")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(VAE.from_pretrained(runs / "vae4")) != weights_hash(old.vae)
     check_tokenizer(ARModel.from_pretrained(tmp_path / "all" / "ar"), tok)
     read = lambda part, name: json.loads((tmp_path / "all" / part / name).read_text())
-    for part, last, count, alone in (("vae", 9, 10, 4), ("tokenizer", 8, 9, 3)):
+    for part, last, count, alone in (("vae", 9, 10, 4), ("tokenizer", 10, 11, 3), ("ar", 2, 3, None)):
         steps, stage = [row["step"] for row in read(part, "log.json")], read(part, "config.json")["stage"]
-        assert steps == sorted(set(steps)) and steps[-1] == last and (stage["steps"], stage["of_which_decoder_alone"]) == (count, alone)
-        assert "part both (2 steps" in read(part, "run.json")["command"]
+        assert steps == sorted(set(steps)) and steps[-1] == last and (stage["steps"], stage.get("of_which_decoder_alone")) == (count, alone)
+        assert ("--ar (1 steps" if part == "ar" else "part both (2 steps") in read(part, "run.json")["command"]
     assert all((tmp_path / "all" / part / name).is_file() for part in ("vae", "tokenizer", "ar") for name in ("log.json", "run.json"))
-    shutil.rmtree(runs / "tokenizer3")
-    assert call("train", "tokenizer", "--tokenizer", runs / "tokenizer2", "--part", "both", "--out", runs / "tokenizer3", "--steps", 1, *TINY) == 0
-    with pytest.raises(ValueError, match="other ids"):
+    shutil.rmtree(runs / "ar2")
+    assert call("train", "ar", "--ar", runs / "ar", "--tokenizer", runs / "tokenizer3", "--out", runs / "ar2", "--steps", 1, *TINY) == 0
+    with pytest.raises(ValueError, match="writes ids of tokenizer"):
         tool.assemble(runs, tmp_path / "mixed")
 
 
