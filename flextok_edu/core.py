@@ -212,9 +212,10 @@ def pick_device(name: str = "auto") -> torch.device:  # the device
     "`auto` takes CUDA, then MPS, then the CPU. Raises ValueError if the named one is not there."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
-    kind = torch.device(name).type
+    kind = name.split(":")[0]
     if not there.get(kind, False): raise ValueError(f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
-    return torch.device(name)
+    try: return torch.device(name)
+    except RuntimeError as error: raise ValueError(f"device {name!r} is none: 'cuda', 'cuda:0', 'mps', 'cpu' or 'auto'") from error
 
 def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
@@ -330,7 +331,8 @@ def load_model(folder: str | Path,   # a folder written by `save_model`
     if weights_hash(state) != facts["weights"]:
         raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {weights_hash(state)}, expected {facts['weights']})")
     if bad := [name for name, w in state.items() if not torch.isfinite(w).all()]: raise ValueError(f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use")
-    model.load_state_dict(state)
+    try: model.load_state_dict(state)
+    except RuntimeError as error: raise ValueError(f"{folder}: the weights do not fit the model that config.json describes: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), facts
 
 # %% ../nbs/00_core.ipynb #00-e0647262
@@ -667,7 +669,7 @@ def plot_log(log: list[dict],          # what `fit` returned
     ax = ax or plt.subplots(figsize=(5, 2.4))[1]
     if keys is None: keys = [k for k in dict.fromkeys(k for row in log for k in row) if k not in ("step", "seconds") and not k.endswith("_grad")]
     signed = any(r.get(k, 0) < 0 for r in log for k in keys)
-    for key in keys:  # a player that still waits logs exact zeros: left out on a logarithmic axis
+    for key in keys:  # a player that still waits logs nothing; exact zeros have no place on a logarithmic axis
         rows = [r for r in log if key in r and (signed or r[key] > 0)]
         ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=key, lw=1)
     if not signed: ax.set_yscale("log")

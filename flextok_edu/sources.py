@@ -676,16 +676,19 @@ def as_image_set(source: Source,
 
 # %% ../nbs/01b_sources.ipynb #01b-5b11cc37
 class OnDisk:
-    "A source in the place of an `ImageSet`: what `train_vae` needs, read while it trains."
+    "A source in the place of an `ImageSet`: what `train_vae` needs, read while it trains. (A stream has neither length nor hash, and says so.)"
     def __init__(self, source: Source | StreamSource,
                  size: int,             # side in pixels
-                 workers: int = 0,      # processes that decode
+                 workers: int = 0,      # processes (of a stream: threads) that decode
                  crop: str = "centre"): # "centre" | "random"
         self.pictures, self.size, self.workers, self.crop, self.classes, self.source, self.scenes = source, size, workers, crop, source.classes, source.name, False
 
     @property
-    def hash(self) -> str: return self.pictures.hash
-    def __len__(self) -> int: return len(self.pictures)
+    def hash(self) -> str: return self._known().hash
+    def __len__(self) -> int: return len(self._known())
+    def _known(self) -> Source:
+        if not isinstance(self.pictures, Source): raise TypeError(f"{self.source} is a stream: nobody knows its length or its hash before its end")
+        return self.pictures
     def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> "SourceFeed | StreamFeed":
         "Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) without end."
         kind = SourceFeed if isinstance(self.pictures, Source) else StreamFeed

@@ -107,9 +107,11 @@ def test_noise_is_the_same_on_every_device():
 
 def test_pick_device_refuses_what_is_not_there():
     assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="not available here"):
-            pick_device("cuda")
+    for name in ("gpu", "cudaa", "") + (() if torch.cuda.is_available() else ("cuda", "cuda:0")):
+        with pytest.raises(ValueError, match=f"{name!r} is not available here.*cpu"):
+            pick_device(name)
+    with pytest.raises(ValueError, match="'cpu:x' is none"):
+        pick_device("cpu:x")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

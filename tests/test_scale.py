@@ -628,6 +628,9 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     kinds = {"folder": lambda: OnDisk(source, 16)}
     if importlib.util.find_spec("datasets"):
         kinds["stream"] = lambda: OnDisk(open_source(hub_dataset(9).to_iterable_dataset()), 16)
+        for ask in (len, lambda data: data.hash):
+            with pytest.raises(TypeError, match="is a stream: nobody knows its length or its hash"):
+                ask(kinds["stream"]())
     for name, data in kinds.items():
         whole, model = losses(data())
         with pytest.raises(Stopped):

@@ -261,6 +261,17 @@ def test_channels(channels, tmp_path):
         assert torch.equal(again.eval().encode(images), z)
 
 
+def test_weights_of_another_size_are_refused(tmp_path):
+    """config.json was edited: the weights are those it names, and do not fit the model that it describes."""
+    model = vae.VAE(SMALL)
+    core.save_model(tmp_path, model, model.config)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["config"]["latent_channels"] = 2 * SMALL.latent_channels
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="do not fit the model that config.json describes.*size mismatch"):
+        core.load_model(tmp_path, vae.VAE, VAEConfig)
+
+
 def test_options_are_off_by_default():
     """Without options nothing is added: two players, no scale, and the loss is the plain weighted sum."""
     torch.manual_seed(0)
