@@ -208,12 +208,12 @@ def from_dict(cls: type, values: dict):  # an instance of `cls`
     return cls(**{key: build(known[key], value) for key, value in values.items()})
 
 # %% ../nbs/00_core.ipynb #00-bd57ef80
-def pick_device(name: str = "auto") -> torch.device:  # the device
+def pick_device(name: str | torch.device = "auto") -> torch.device:  # the device
     "`auto` takes CUDA, then MPS, then the CPU. Raises ValueError if the named one is not there."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
-    kind = name.split(":")[0]
-    if not there.get(kind, False): raise ValueError(f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
+    if str(name) == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
+    kind = str(name).split(":")[0]
+    if not there.get(kind, False): raise ValueError(f"device {str(name)!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
     try: return torch.device(name)
     except RuntimeError as error: raise ValueError(f"device {name!r} is none: 'cuda', 'cuda:0', 'mps', 'cpu' or 'auto'") from error
 

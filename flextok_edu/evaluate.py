@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from .ar import ARModel, check_tokenizer
@@ -32,6 +30,7 @@ def image_scores(output: Tensor,    # images (b 3 h w) in [-1, 1]
                  batch: int = 125,  # images at a time: SSIM needs some forty times their memory
                 ) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
     "Scores of each image. Raises ValueError for unequal shapes."
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # here: it takes longer to import than PyTorch
     if output.shape != original.shape: raise ValueError(f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop")
     def scores(output, original):
         a, b = (output.float().clamp(-1, 1) + 1) / 2, (original.float() + 1) / 2
@@ -55,6 +54,7 @@ def frechet(a: Tensor,       # features (n d)
            ) -> float:       # squared Fréchet distance of two Gaussians
     "Fréchet distance between two sets of features, in float64 by torchmetrics. Raises ValueError for sets that are too small."
     if min(len(a), len(b)) < 2: raise ValueError(f"a Fréchet distance needs at least 2 images on each side, not {len(a)} and {len(b)}")
+    from torchmetrics.image.fid import FrechetInceptionDistance
     metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).set_dtype(torch.float64)
     metric.update(a.cpu().double(), real=True); metric.update(b.cpu().double(), real=False)
     return float(metric.compute())

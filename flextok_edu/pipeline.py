@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ar import ARModel, Tokens, load_ar, sample_images, save_ar, train_ar
-from .core import (Preset, StageConfig, VAEConfig, atomic, compiler_works, from_dict, from_uint8, load_model, pick_device,
-                              plot_log, preset, save_model, seed_everything, to_uint8, weights_hash, write_text)
+from .core import (Preset, StageConfig, VAEConfig, atomic, compiler_works, from_dict, from_uint8, grid, load_model, pick_device,
+                              plot_log, preset, save_model, seed_everything, weights_hash, write_text)
 from .data import ImageSet, SETS, ToyScenes, load_data
 from .evaluate import Report, evaluate_tokenizer, load_report, plot_report, token_counts
 from .features import AttributeClassifier, extractor, train_classifier
@@ -213,17 +213,14 @@ def _rows(rows: list[Tensor], names: list[str], path: Path, title: str, tops: li
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     b, side = len(rows[0]), rows[0].shape[-1]
-    inch = max(side * (scale or max(1, round(72 / side))), 48) / 100
-    fig = Figure(figsize=(1.15 + b * inch * 1.04, .45 + len(rows) * inch * 1.04), dpi=100); FigureCanvasAgg(fig)
-    axes = fig.subplots(len(rows), b, squeeze=False, gridspec_kw={"wspace": .04, "hspace": .04})
-    for i, (row, name) in enumerate(zip(rows, names)):
-        for j, image in enumerate(to_uint8(row.cpu())):
-            ax = axes[i][j]; ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest"); ax.set(xticks=[], yticks=[])
-            for spine in ax.spines.values(): spine.set_visible(False)
-            if j == 0: ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, labelpad=4)
-            if i == 0 and tops: ax.set_title(tops[j], fontsize=7, pad=2)
-    fig.subplots_adjust(left=1.1 / fig.get_figwidth(), right=.995, bottom=.01, top=1 - .42 / fig.get_figheight())
-    fig.suptitle(title, fontsize=9, y=.99)
+    scale = max(scale or round(72 / side), -(-48 // side)); cell, gap, left, top = side * scale, 3, 112, 42
+    sheet = grid(torch.cat(rows), b, scale, gap)  # one picture of them all: an axis for each would take a hundred times as long
+    width, height = max(left + sheet.shape[1] + 5, 7 * len(title)), top + sheet.shape[0] + 5
+    fig = Figure(figsize=(width / 100, height / 100), dpi=100); FigureCanvasAgg(fig); fig.figimage(sheet, left, 5)
+    write = lambda text, x, y, size, **how: fig.text(x / width, 1 - y / height, text, fontsize=size, **how)  # pixels from the upper left corner
+    write(title, width / 2, 6, 9, ha="center", va="top")
+    for i, name in enumerate(names): write(name, left - 6, top + i * (cell + gap) + cell / 2, 8, ha="right", va="center")
+    for j, name in enumerate(tops or []): write(name, left + j * (cell + gap) + cell / 2, top - 3, 7, ha="center", va="bottom")
     with atomic(path) as temporary: fig.savefig(temporary, format="png")
 
 @torch.no_grad()

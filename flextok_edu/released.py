@@ -342,13 +342,12 @@ def _find(source: str | Path,        # a folder, a file, or the name of a hub re
     if path.exists(): return next((path / name for name in names if (path / name).is_file()), None)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".safetensors": raise FileNotFoundError(f"{source} is not there, and is no name of a hub repository (owner/name) either")
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     for name in names:
-        try: return Path(huggingface_hub.hf_hub_download(str(source), name))
+        try: folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[name]))  # of one file: without a network it gives up at once, where hf_hub_download asks for half a minute
         except Exception as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError): continue
             raise FileNotFoundError(f"{name} of {source} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
                                     f"Or fetch the repository elsewhere (hf download {source}) and pass its folder") from error
+        if (folder / name).is_file(): return folder / name
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
     "A safetensors file. Raises ValueError for anything else, without looking further into it."

@@ -106,7 +106,7 @@ def test_noise_is_the_same_on_every_device():
 
 
 def test_pick_device_refuses_what_is_not_there():
-    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert pick_device("cpu").type == pick_device(torch.device("cpu")).type == "cpu" and pick_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("gpu", "cudaa", "") + (() if torch.cuda.is_available() else ("cuda", "cuda:0")):
         with pytest.raises(ValueError, match=f"{name!r} is not available here.*cpu"):
             pick_device(name)

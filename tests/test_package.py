@@ -73,6 +73,13 @@ def test_without_a_compiler(tmp_path):
     assert lines[-1] == "False False" and sum("running eagerly" in line for line in lines) == 1, lines
 
 
+def test_commands_start_without_what_they_may_not_need():
+    """A command's --help should not take as long as importing all of torchmetrics (more than PyTorch itself), torchvision and matplotlib."""
+    code = "import sys\n" + "".join(f"import flextok_edu.{m}\n" for m in MODULES) + "print([m for m in ('torchmetrics', 'torchvision', 'torch._dynamo', 'matplotlib.pyplot', 'scipy', 'accelerate', 'datasets') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert result.returncode == 0 and result.stdout.strip() == "[]", (result.stdout, result.stderr[-1000:])
+
+
 def test_command_line_help():
     result = subprocess.run([sys.executable, "-m", "flextok_edu.pipeline", "--help"], capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert result.returncode == 0

@@ -341,15 +341,15 @@ def test_bad_files(tmp_path, monkeypatch):
 def test_hub(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
-    def from_hub(repo, name):
-        asked.append((repo, name))
-        return str(FIXTURES / "released_tiny" / name)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_hub)
+    def from_hub(repo, allow_patterns):
+        asked.append((repo, *allow_patterns))
+        return str(FIXTURES / "released_tiny")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", from_hub)
     assert load_flextok("someone/flextok-tiny").config.registers == 64
     assert set(asked) == {("someone/flextok-tiny", "config.json"), ("someone/flextok-tiny", "model.safetensors")}
-    def offline(repo, name):
+    def offline(repo, allow_patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     for load in (load_flextok, load_vae):
         with pytest.raises(FileNotFoundError, match="someone/flextok-tiny could not be downloaded.*online"):
             load("someone/flextok-tiny")
