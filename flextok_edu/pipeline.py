@@ -214,7 +214,7 @@ def _rows(rows: list[Tensor], names: list[str], path: Path, title: str, tops: li
     from matplotlib.figure import Figure
     b, side = len(rows[0]), rows[0].shape[-1]
     scale = max(scale or round(72 / side), -(-48 // side)); cell, gap, left, top = side * scale, 3, 112, 42
-    sheet = grid(torch.cat(rows), b, scale, gap)  # one picture of them all: an axis for each would take a hundred times as long
+    sheet = grid(torch.cat(rows), b, scale, gap)  # one picture of them all: an axis for each takes eight times as long
     width, height = max(left + sheet.shape[1] + 5, 7 * len(title)), top + sheet.shape[0] + 5
     fig = Figure(figsize=(width / 100, height / 100), dpi=100); FigureCanvasAgg(fig); fig.figimage(sheet, left, 5)
     write = lambda text, x, y, size, **how: fig.text(x / width, 1 - y / height, text, fontsize=size, **how)  # pixels from the upper left corner

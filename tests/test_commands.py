@@ -133,6 +133,16 @@ def test_another_run_in_the_same_folder(trained, tmp_path, capsys):
 
 
 PROGRAM = "import sys; from flextok_edu.commands import train_main; train_main(sys.argv[1:])"
+LOUD = """
+import sys
+import flextok_edu.commands as commands
+real = commands.Told.parts
+def parts(self, step):
+    print("in training", flush=True)
+    return real(self, step)
+commands.Told.parts = parts
+commands.train_main(sys.argv[1:])
+"""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -140,9 +150,9 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
     """SIGTERM at a random moment of the training; the same command again; the weights of a run that nobody disturbed."""
     argv = ["tokenizer", "--vae", trained / "vae", "--steps", 40, *TINY]
     assert call("train", *argv, "--out", tmp_path / "calm") == 0
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, argv), "--out", str(tmp_path / "hard")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert "40 steps of 8" in child.stdout.readline()
-    time.sleep(float(np.random.uniform(.4, 1.2)))
+    child = subprocess.Popen([sys.executable, "-c", LOUD, *map(str, argv), "--out", str(tmp_path / "hard")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "40 steps of 8" in child.stdout.readline() and child.stdout.readline() == "in training\n"
+    time.sleep(float(np.random.uniform(0., .8)))
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=300)
     if child.returncode:  # else it was faster than we

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import flextok_edu.pipeline as pipeline
-from flextok_edu.core import StageConfig, preset
+from flextok_edu.core import StageConfig, preset, to_uint8
 from flextok_edu.data import ToyScenes, draw
 from flextok_edu.pipeline import RunConfig, pick_precision, run
 
@@ -165,6 +165,23 @@ def test_a_stage_of_another_run_is_refused(tmp_path):
     shutil.copytree(tmp_path / "two" / "vae", tmp_path / "one" / "vae")
     with pytest.raises(ValueError, match="trained with VAE"):
         run(one)
+
+
+def test_rows_of_pictures(tmp_path):
+    """Each picture where it belongs, every pixel enlarged alike; room for the names at the left and above."""
+    paint = torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - .8  # rows, columns: no white
+    pipeline._rows(list(paint.expand(-1, -1, -1, 16, 16)), ["a", "b", "c"], tmp_path / "rows.png", "title", ["1", "2", "3", "4"])
+    sheet = np.array(Image.open(tmp_path / "rows.png").convert("RGB")).astype(int)
+    corner = None
+    for i in range(3):
+        for j in range(4):
+            y, x = np.nonzero((np.abs(sheet - to_uint8(paint[i, j]).flatten().numpy()) <= 1).all(-1))
+            assert len(y) >= 64 * 64 and len(y) < 64 * 64 + 40, (i, j, len(y))  # 16 px, enlarged four times; the rim of a letter may have the same colour
+            at = int(np.median(y)), int(np.median(x))
+            corner = corner or at
+            assert abs(at[0] - corner[0] - 67 * i) <= 1 and abs(at[1] - corner[1] - 67 * j) <= 1, (i, j, at)
+    for what, part in {"names": sheet[:, :110], "title": sheet[:20], "tops": sheet[24:41, 112:]}.items():
+        assert (part < 128).any(), f"{what} are not written"
 
 
 def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
