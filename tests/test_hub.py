@@ -126,6 +126,16 @@ def test_released_by_name(tmp_path):
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "fine", result.stderr[-2000:]
 
 
+def test_a_repository_without_the_file(tmp_path):
+    """There, but of another kind: what is missing is named, and nobody is told that the network is."""
+    hub = Hub()
+    hub.repos["owner/other"] = {"README.md": b"# weights as a pickle", "pytorch_model.bin": b"a pickle"}
+    code = "from flextok_edu.released import load_flextok, load_vae\nfor load in (load_flextok, load_vae):\n    try: load('owner/other')\n    except FileNotFoundError as error: print(error)"
+    result = in_process(code, hub, tmp_path)
+    assert result.returncode == 0 and "owner/other holds no model.safetensors" in result.stdout and "owner/other holds no config.json of a VAE" in result.stdout, (result.stdout, result.stderr[-2000:])
+    assert not any("pytorch_model" in request and "resolve" in request for request in hub.asked)
+
+
 @pytest.mark.parametrize("call", ("FlexTok.from_pretrained('owner/none')", "load_flextok('owner/none')", "load_vae('owner/none')"))
 @pytest.mark.parametrize("there", (True, False), ids=("unknown name", "no network"))
 def test_no_such_name_and_no_network(tmp_path, call, there):
