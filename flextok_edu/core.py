@@ -210,10 +210,10 @@ def from_dict(cls: type, values: dict):  # an instance of `cls`
 # %% ../nbs/00_core.ipynb #00-bd57ef80
 def pick_device(name: str | torch.device = "auto") -> torch.device:  # the device
     "`auto` takes CUDA, then MPS, then the CPU. Raises ValueError if the named one is not there."
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if str(name) == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
-    kind = str(name).split(":")[0]
-    if not there.get(kind, False): raise ValueError(f"device {str(name)!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
+    name, there = str(name), {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
+    kind = name.split(":")[0]
+    if not there.get(kind, False): raise ValueError(f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
     try: return torch.device(name)
     except RuntimeError as error: raise ValueError(f"device {name!r} is none: 'cuda', 'cuda:0', 'mps', 'cpu' or 'auto'") from error
 
@@ -354,14 +354,15 @@ def belongs(folder: Path,  # of a model that needs another one
     return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
 
 def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)
-               **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
+               allow_patterns=("*.json", "*.safetensors"),  # which files
+              **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
               ) -> Path:           # the folder
     "Where a model lies on this machine, after a download if need be. Raises FileNotFoundError, with advice, if there is none."
     from huggingface_hub import snapshot_download
     path = Path(name).expanduser()
     if path.is_dir(): return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)): raise FileNotFoundError(f"{name} is no folder here, no model that comes with the package ({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) either")
-    try: return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"], **options))
+    try: return Path(snapshot_download(str(name), allow_patterns=list(allow_patterns), **options))
     except Exception as error:
         raise FileNotFoundError(f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
                                 f"Or fetch it elsewhere (hf download {name}) and pass its folder") from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import TokenizerConfig, TrunkConfig, VAEConfig, atomic, pick_device, write_text
+from .core import TokenizerConfig, TrunkConfig, VAEConfig, atomic, hub_folder, pick_device, write_text
 from .fsq import FSQ
 from .tokenizer import FlexTok
 from .transformer import TimeEmbedding
@@ -334,20 +334,15 @@ def _layout(description: dict,
     return Layout(description, config, _names(enc, dec, (config.encoder.depth, config.decoder.depth)), tables, vae["scaling_factor"] if vae else 1.)
 
 # %% ../nbs/13_released.ipynb #13-028297bc
-def _find(source: str | Path,        # a folder, a file, or the name of a hub repository ("owner/name")
-          names: tuple[str, ...],    # file names, by preference; a later one is tried where an earlier one is absent
-         ) -> Path | None:           # where the file is, on this machine; None if it is not there
+def _find(source: str | Path,  # a folder, a file, or the name of a hub repository ("owner/name")
+          name: str,           # of the file
+         ) -> Path | None:     # where the file is, on this machine; None if it is not there
     "A file of a checkpoint. Raises FileNotFoundError, with advice, if the hub cannot be reached."
     path = Path(source)
-    if path.exists(): return next((path / name for name in names if (path / name).is_file()), None)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".safetensors": raise FileNotFoundError(f"{source} is not there, and is no name of a hub repository (owner/name) either")
-    import huggingface_hub
-    for name in names:
-        try: folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[name]))  # of one file: without a network it gives up at once, where hf_hub_download asks for half a minute
-        except Exception as error:
-            raise FileNotFoundError(f"{name} of {source} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
-                                    f"Or fetch the repository elsewhere (hf download {source}) and pass its folder") from error
-        if (folder / name).is_file(): return folder / name
+    if not path.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".safetensors": raise FileNotFoundError(f"{source} is not there, and is no name of a hub repository (owner/name) either")
+        path = hub_folder(source, allow_patterns=[name])  # of this one file
+    return path / name if (path / name).is_file() else None
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
     "A safetensors file. Raises ValueError for anything else, without looking further into it."
@@ -434,7 +429,7 @@ def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diff
     "Read an `AutoencoderKL` (the released c4, c8, c16; SDXL's). Raises ValueError naming an option or tensor that we do not support, FileNotFoundError if there is no VAE."
     source = Path(path_or_repo_id)
     for inside in ("vae/", "") if source.is_dir() and not (source / "diffusion_pytorch_model.safetensors").exists() else ("", "vae/"):
-        if place := _find(path_or_repo_id, (inside + "config.json",)): break
+        if place := _find(path_or_repo_id, inside + "config.json"): break
     else: raise FileNotFoundError(f"{path_or_repo_id} holds no config.json of a VAE")
     given = _read_json(place.read_text(encoding="utf-8"), place)
     if not isinstance(given, dict) or "block_out_channels" not in given: raise ValueError(f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A FlexTok? Use load_flextok.)")
@@ -448,7 +443,7 @@ def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diff
     _equal("the number of image channels", o["in_channels"], o["out_channels"])
     for name in ("down_block_types", "up_block_types"):
         if o[name] and len(o[name]) != len(o["block_out_channels"]): raise ValueError(f"{place}: option {name!r} has {len(o[name])} entries for {len(o['block_out_channels'])} levels")
-    file = _find(path_or_repo_id, (inside + "diffusion_pytorch_model.safetensors",))
+    file = _find(path_or_repo_id, inside + "diffusion_pytorch_model.safetensors")
     if file is None: raise FileNotFoundError(f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not read)")
     config = VAEConfig(o["in_channels"], o["latent_channels"], tuple(o["block_out_channels"]), o["layers_per_block"], 1, o["norm_num_groups"], o["mid_block_add_attention"])
     absent = {n for n in ("quant_conv", "post_quant_conv") if not o["use_" + n]}
@@ -490,9 +485,9 @@ def load_flextok(path_or_repo_id: str | Path,       # a folder, a .safetensors w
                 ) -> FlexTok:                       # our FlexTok, eval mode; `tok.released` remembers the layout
     "Read a released FlexTok. Raises ValueError naming what does not fit, FileNotFoundError if there is nothing to read."
     path = Path(path_or_repo_id)
-    file = path if path.is_file() else _find(path_or_repo_id, ("model.safetensors",))
+    file = path if path.is_file() else _find(path_or_repo_id, "model.safetensors")
     if file is None: raise FileNotFoundError(f"{path} holds no model.safetensors (a .bin, .pt or .ckpt is a pickle, and is not read)")
-    described = None if path.is_file() else _find(path_or_repo_id, ("config.json",))
+    described = None if path.is_file() else _find(path_or_repo_id, "config.json")
     tensors, metadata = _read_tensors(file)
     layout = _read(_read_json(described.read_text(encoding="utf-8"), described) if described else _from_metadata(metadata, file), latent_size)
     try:
