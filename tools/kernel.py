@@ -3,6 +3,7 @@
     python tools/kernel.py             all rooms and all solutions
     python tools/kernel.py 04 05       the rooms whose name begins so, with their solutions
     python tools/kernel.py FILE.ipynb  one notebook
+    python tools/kernel.py --save 04   the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
 
 `nbdev_test` needs no kernel, and differs from one: it skips cells with `#| eval: false`, has no event loop and no messages for widgets,
 and draws without the inline backend. Printed for each notebook: code cells, seconds, and whatever a reader would stumble over: errors,
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nbformat
 from jupyter_client.manager import start_new_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,13 +51,29 @@ def kinds(outputs: list[dict]) -> list[str]:
     return sorted(k for i, k in enumerate(found) if k not in ("stdout", "stderr") or k not in found[:i])
 
 
-def run(notebook: Path, limit: float = 300.) -> Result:
-    """All code cells in a new kernel, in the notebook's folder, up to the first error. `limit`: seconds that one cell may take."""
+def stored(outputs: list[dict]) -> list[dict]:
+    """Outputs as a notebook keeps them: one piece for neighbouring texts, no stderr, and no widgets (their state is not kept, so that a reader would see nothing of them)."""
+    kept = []
+    for o in outputs:
+        if o["output_type"] == "stream" and o["name"] == "stdout" and kept and kept[-1]["output_type"] == "stream":
+            kept[-1]["text"] += o["text"]
+        elif o["output_type"] == "stream":
+            kept += [{"output_type": "stream", "name": "stdout", "text": o["text"]}] if o["name"] == "stdout" else []
+        elif o["output_type"] in ("display_data", "execute_result") and not any(k.startswith("application/vnd.jupyter.widget") for k in o["data"]):
+            kept.append({"output_type": o["output_type"], "data": o["data"], "metadata": o["metadata"]} | ({"execution_count": None} if o["output_type"] == "execute_result" else {}))
+    return kept
+
+
+def run(notebook: Path, limit: float = 300., save: bool = False) -> Result:
+    """All code cells in a new kernel, in the notebook's folder, up to the first error. `limit`: seconds that one cell may take; `save`: keep what they put out, if all ran."""
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND")} | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    result = Result()
+    whole = json.loads(notebook.read_text(encoding="utf-8"))
+    cells = [c for c in whole["cells"] if c["cell_type"] == "code"]
+    result, found = Result(), []
     manager, client = start_new_kernel(startup_timeout=120, cwd=str(notebook.parent), env=env, extra_arguments=["--HistoryManager.enabled=False", "--log-level=40"])
     try:
+        if save:  # figures sharp enough for today's screens
+            client.execute_interactive("%config InlineBackend.figure_format = 'retina'", timeout=limit, output_hook=lambda message: None)
         for i, cell in enumerate(cells):
             outputs, began = [], time.perf_counter()
 
@@ -77,17 +95,24 @@ def run(notebook: Path, limit: float = 300.) -> Result:
                     result.failed = f"cell {i}: {o['ename']}: {o['evalue']}"
             if result.failed:
                 break
-            stored, now = kinds(cell["outputs"]), [k for k in kinds(outputs) if k != "stderr"]
-            if stored != now:
-                result.other.append(f"cell {i}: {', '.join(stored) or 'nothing'} -> {', '.join(now) or 'nothing'}")
+            before, now = kinds(cell["outputs"]), [k for k in kinds(outputs) if k != "stderr"]
+            if before != now:
+                result.other.append(f"cell {i}: {', '.join(before) or 'nothing'} -> {', '.join(now) or 'nothing'}")
+            found.append(stored(outputs))
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+    if save and not result.failed:
+        for cell, outputs in zip(cells, found):
+            cell["outputs"] = outputs
+        temporary = notebook.with_name(f".{notebook.name}.new")
+        nbformat.write(nbformat.from_dict(whole), temporary)
+        temporary.replace(notebook)
     return result
 
 
 def main() -> None:
-    names = sys.argv[1:]
+    names = [n for n in sys.argv[1:] if n != "--save"]
     files = [Path(n).resolve() for n in names if n.endswith(".ipynb")]
     names = [n for n in names if not n.endswith(".ipynb")]
     if names or not files:
@@ -97,7 +122,7 @@ def main() -> None:
         sys.exit(f"no notebook's name begins with {' or '.join(names)}")
     bad = 0
     for f in files:
-        result = run(f)
+        result = run(f, save="--save" in sys.argv)
         bad += bool(result.failed)
         print(f"{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f!s:32} {result.cells:3} cells {result.seconds:6.1f} s  {result.failed or 'ok'}", flush=True)
         for line in [f"stderr, {s[:400]}" for s in result.stderr] + [f"outputs, {s}" for s in result.other]:
