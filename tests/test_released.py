@@ -282,6 +282,67 @@ def test_refused(tmp_path, what):
         load_flextok(write(tmp_path, description, weights))
 
 
+BELIEVED = {  # sizes and numbers that a description may ask for, and that no file of two megabytes can mean
+    "blocks": lambda d, w: dec(d, "dec_transformer").update(depth=1000),
+    "registers": lambda d, w: [enc(d, "enc_register_module").update(n_min=65536, n_max=65536), dec(d, "dec_registers_posemb_module").update(max_sizes=[65536])],
+    "a width": lambda d, w: [p.update(dim=65536) for p in d["encoder"]["module_dict"].values() if "dim" in p],
+    "features of the clock": lambda d, w: dec(d, "dec_time_embedder").update(frequency_embedding_size=65536),
+    "channels of the VAE": lambda d, w: d["vae"].update(latent_channels=65536),
+    "times that overflow": lambda d, w: dec(d, "dec_time_embedder").update(max_timestep=5e-324),
+    "a scale that overflows": lambda d, w: d["vae"].update(scaling_factor=5e-324),
+    "an mlp ratio": lambda d, w: enc(d, "enc_transformer").update(mlp_ratio=1e300),
+    "a name of a megabyte": lambda d, w: d["encoder"]["module_dict"].update({"x" * 10 ** 6: {"_target_": "y" * 10 ** 6}}),
+    "ten thousand modules": lambda d, w: d["encoder"]["module_dict"].update({str(i): copy.deepcopy(enc(d, "enc_to_latents")) for i in range(10_000)}),
+    "levels beyond counting": lambda d, w: d["regularizer"].update(levels=[65536] * 6)}
+
+
+@pytest.mark.parametrize("what", BELIEVED)
+def test_sizes_are_not_believed(tmp_path, monkeypatch, what):
+    """Refused in a short sentence, before a tensor is read."""
+    description, weights = fixture()
+    BELIEVED[what](description, weights)
+    write(tmp_path, description, weights)
+    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    with pytest.raises(ValueError) as error:
+        load_flextok(tmp_path)
+    assert len(str(error.value)) < 4000
+
+
+@pytest.mark.parametrize("kind", ("learnable_sum", "learnable_prod"))
+@pytest.mark.parametrize("scaling, size, latent_size", (("absolute", 8192, None), ("interpolate", 8192, 16), ("interpolate", 8, 16384), ("absolute", 2048, 16)))
+def test_expanded_tables_have_a_limit(tmp_path, monkeypatch, kind, scaling, size, latent_size):
+    """A few megabytes of factors are tables of gigabytes."""
+    description, weights = fixture()
+    for part, at in ((enc(description, "enc_posemb_module"), "encoder.module_dict.enc_posemb_module"), (dec(description, "dec_patches_posemb_module"), "decoder.module_dict.dec_patches_posemb_module")):
+        part.update(posemb_type=kind, posemb_scaling=scaling, max_sizes=[size, size])
+        weights[at + ".posembs"] = torch.zeros(2, 1, part["dim"], size)
+    write(tmp_path, description, weights)
+    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    with pytest.raises(ValueError, match="would become a position table of .* GB.*it is not made"):
+        load_flextok(tmp_path, latent_size=latent_size)
+
+
+def test_git_lfs_pointers(tmp_path):
+    """What a clone without git-lfs holds is recognised at every door."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 132\n"
+    folder = write(tmp_path / "a", *fixture())
+    (folder / "model.safetensors").write_text(pointer)
+    (tmp_path / "one.safetensors").write_text(pointer)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "config.json").write_text(json.dumps(dict(block_out_channels=[16], layers_per_block=1, latent_channels=4, norm_num_groups=4)))
+    (tmp_path / "v" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    for load, place in ((load_flextok, folder), (load_flextok, tmp_path / "one.safetensors"), (load_vae, tmp_path / "v"), (FlexTok.from_pretrained, tmp_path / "ours"), (VAE.from_pretrained, tmp_path / "ours" / "vae")):
+        if "ours" in str(place):
+            FlexTok(OWN, VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4))).save_pretrained(tmp_path / "ours")
+            (place / "model.safetensors").write_text(pointer)
+        with pytest.raises(ValueError, match="is a git-lfs pointer, not the file: git lfs pull"):
+            load(place)
+    (folder / "config.json").write_text(pointer)
+    (folder / "model.safetensors").write_bytes((FIXTURES / "released_tiny" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="config.json is a git-lfs pointer"):
+        load_flextok(folder)
+
+
 def test_order_of_the_listing(tmp_path):
     """Any order of all modules means the same; but all else in order and the dropout before the position table is another model."""
     latents, first = torch.randn(1, 16, 16, 16), None
