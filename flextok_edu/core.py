@@ -594,7 +594,7 @@ def _opened(path: Path):  # an open safetensors file
         _no_pointer(path, start)
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise ValueError(f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file") from None
-        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file: {' '.join(str(error).split())[:200]}. Restore it, or make it again") from error
+        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file: {plain(' '.join(str(error).split())[:200])}. Restore it, or make it again") from error
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
            "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -664,8 +664,12 @@ def on_meta(build: Callable,   # configuration -> model
         raise ValueError(f"{where}: sizes that this model cannot have: {' '.join(str(error).split())[:200]}") from error
 
 # %% ../nbs/00_core.ipynb #00-762fc88f
-_FACTS = {"config": dict, "weights": str, **{f"{key}?": (str, None) for key in ("vae", "loaded", "terms", "tokenizer", "tokenizer_identity")},
-          "classes?": ([str], None), "stage?": (dict, None)}
+def _hash(value) -> bool:
+    "a hash: 16 hexadecimal digits"
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
+          "terms?": (str, None), "classes?": ([str], None), "stage?": (dict, None)}
 
 def _check_fit(build: Callable, config, file: Path) -> None:
     "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."
@@ -693,7 +697,7 @@ def load_model(folder: str | Path,   # a folder written by `save_model`
     _check_fit(build, config, file)
     state, model = read_tensors(file)[0], build(config)
     if (found := weights_hash(state)) != facts["weights"]:
-        raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights'][:64]})")
+        raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights']})")
     if bad := [name for name, w in state.items() if not torch.isfinite(w).all()]:
         raise ValueError(f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use")
     model.load_state_dict(state)
@@ -749,7 +753,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
         if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
         folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
         model = cls._load_pretrained(folder, **options)
-        if model.terms: print(model.terms)
+        if model.terms: print(plain(model.terms[:1000]))
         return model.to(pick_device(str(device))).eval()
 
     def generate_model_card(self, *args, **kwargs):

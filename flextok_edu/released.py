@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import (LIMITS, Range, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits, conform, fit_header, hub_folder,
-                              on_meta, one_of, parse_json, pick_device, read_json, read_tensors, tensor_header, wanted, write_text)
+                              on_meta, one_of, parse_json, pick_device, plain, read_json, read_tensors, tensor_header, wanted, write_text)
 from .fsq import FSQ
 from .tokenizer import FlexTok
 from .transformer import TimeEmbedding
@@ -267,7 +267,7 @@ def _names(enc: dict, dec: dict,        # where the tensors of each role are: pr
 
 def _equal(what: str, *values) -> None:
     "Raises ValueError if values that our classes hold once differ between the modules of a description."
-    if any(v != values[0] for v in values): raise ValueError(f"{what} differs between the modules: {' and '.join(dict.fromkeys(map(str, values)))}; our FlexTok has one for all")
+    if any(v != values[0] for v in values): raise ValueError(f"{what} differs between the modules: {' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all")
 
 def _latent_size(tables: list[tuple[int, dict]],  # of both sides: side of a patch, and the table for patches
                  asked: int | None,               # what the caller asks for
