@@ -668,7 +668,7 @@ def _hash(value) -> bool:
     "a hash: 16 hexadecimal digits"
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
-_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
+_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "vae_identity", "loaded", "tokenizer", "tokenizer_identity")},
           "terms?": (str, None), "classes?": ([str], None), "stage?": (dict, None)}
 
 def _check_fit(build: Callable, config, file: Path) -> None:
