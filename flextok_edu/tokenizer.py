@@ -380,8 +380,8 @@ class ImageTokenizer(LatentTokenizer):
         if generator is not None and seed: raise ValueError(f"seed={seed} and generator= both name the noise: give one of them")
         steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
-        return vae.decode(self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift,
-                                              generator=generator, verbose=verbose)).clamp(-1, 1)
+        latents = self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift, generator=generator, verbose=verbose)
+        return vae.decode(latents.to(vae.latent_std.dtype)).clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
 class Draws(NamedTuple):

@@ -703,3 +703,100 @@ def test_their_names_are_understood():
     for steps in (0, 2.5, True):
         with pytest.raises(ValueError, match="steps"):
             tok.detokenize(ids, timesteps=steps)
+
+
+@pytest.fixture
+def dressed():
+    """The fixture with a small VAE: 32 px."""
+    return load_flextok(FIXTURES / "released_tiny", vae=small_vae(load_flextok(FIXTURES / "released_tiny").released.scaling))
+
+
+def test_their_lists(dressed):
+    """`[t[:, :16] for t in tok.tokenize(x)]` of the released API."""
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    ids, tokens = dressed.tokenize(x), dressed.tokenize(x, as_list=True)
+    assert [t.shape for t in tokens] == [(1, 64)] * 3 and torch.equal(torch.cat([t[:, :16] for t in tokens]), ids[:, :16])
+    assert [t.shape for t in dressed.tokenize(x, [1, 2, 3], as_list=True)] == [(1, 1), (1, 2), (1, 3)] and dressed.tokenize(x, 5, as_list=True)[2].shape == (1, 5)
+    assert torch.equal(dressed.detokenize([t[:, :16] for t in tokens], steps=2), dressed.detokenize(ids[:, :16], steps=2))
+
+
+def test_their_generators(dressed):
+    ids, made = torch.zeros(2, 4, dtype=torch.int64), lambda seed: torch.Generator().manual_seed(seed)
+    one = dressed.detokenize(ids, 2, generator=made(1))
+    assert torch.equal(one, dressed.detokenize(ids, 2, generator=made(1))) and not torch.equal(one, dressed.detokenize(ids, 2, generator=made(2)))
+    g = made(1)
+    assert torch.equal(one, dressed.detokenize(ids, 2, noise=torch.stack([torch.randn(16, 16, 16, generator=g) for _ in range(2)])))
+    each = dressed.detokenize(ids, 2, generator=[made(5), made(5)])
+    assert torch.allclose(each[0], each[1], atol=1e-5)
+    for wrong, says in ((dict(seed=1, generator=made(1)), "seed=1 and generator="), (dict(noise=torch.zeros(2, 16, 16, 16), generator=made(1)), "not both"), (dict(generator=[made(1)]), "1 generators for 2 images")):
+        with pytest.raises(ValueError, match=says):
+            dressed.detokenize(ids, 2, **wrong)
+
+
+def test_their_bar_and_sizes(dressed, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    silent = dressed.detokenize(ids, 3)
+    assert "decoding" not in capsys.readouterr().err
+    for sizes in (32, (32, 32), [32, 32], [(32, 32), (32, 32)], torch.tensor([[32, 32]] * 2)):
+        assert torch.equal(dressed.detokenize(ids, 3, vae_image_sizes=sizes), silent)
+    for sizes in (256, (256, 32), [(32, 32), (64, 64)]):
+        with pytest.raises(ValueError, match="makes pictures of 32 px, not of (256|64)"):
+            dressed.detokenize(ids, 3, vae_image_sizes=sizes)
+    assert torch.equal(dressed.detokenize(ids, 3, verbose=True), silent)
+    assert torch.allclose(dressed.detokenize(ids, 3, verbose=True, solver="heun"), dressed.detokenize(ids, 3, solver="heun"))
+
+
+@pytest.mark.parametrize("shape, says", (((2, 3, 256, 256), r"images are \(2, 3, 256, 256\), and this model takes \(b, 3, 32, 32\): make them 32 px first: fit_square\(picture, 32\)"), ((3, 32, 32), r"images\[None\]"),
+                                         ((2, 32, 32, 3), r"permute\(0, 3, 1, 2\)"), ((2, 1, 32, 32), "takes"), ((2, 3, 32, 64), "32 px first"), ((32,), "takes")))
+def test_images_of_another_shape(dressed, shape, says):
+    with pytest.raises(ValueError, match=says):
+        dressed.tokenize(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_images_of_another_precision(dressed, dtype):
+    x = (torch.rand(2, 3, 32, 32) * 2 - 1).to(dtype)
+    assert torch.equal(dressed.tokenize(x), dressed.tokenize(x.float()))
+    half = load_flextok(FIXTURES / "released_tiny", dtype=torch.bfloat16, vae=dressed.vae.to(torch.bfloat16))
+    assert half.detokenize(half.tokenize(x)[:, :3], 2).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="uint8 .from_uint8 converts bytes"):
+        dressed.tokenize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("ids", (torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float16), [[1.9, 2.]], torch.zeros(2, 4, dtype=torch.bool), [[True]]), ids=str)
+def test_ids_that_are_no_integers(dressed, ids):
+    for call in (dressed.detokenize, dressed.decode_latents):
+        with pytest.raises(TypeError, match="ids must be integers, not torch.*tokenize. gives int64"):
+            call(ids)
+
+
+def test_small_integers_are_ids(dressed):
+    ids = torch.tensor([[1, 2, 3]])
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16):
+        assert torch.equal(dressed.detokenize(ids.to(dtype), 2), dressed.detokenize(ids, 2))
+
+
+def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
+    from flextok_edu import tokenizer
+    monkeypatch.setattr(tokenizer, "_said", set())
+    x = torch.rand(2, 3, 32, 32)
+    for quiet in (x * 2 - 1, torch.ones(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.cat([x, -x])):
+        dressed.tokenize(quiet)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"nothing in these images is negative.*images \* 2 - 1") as said:
+        dressed.tokenize(x)
+    assert said[0].filename == __file__, "the warning points at the caller"
+    recwarn.clear()
+    dressed.tokenize(x)
+    assert not recwarn.list, "once"
+
+
+def test_nan_reaches_the_loss(dressed):
+    """A training that goes wrong is stopped by what looks at losses, with its evidence; nothing before may fall over NaN or infinity."""
+    for norm in (False, True):
+        tok = FlexTok(replace(OWN, norm_before_fsq=norm)).train()
+        for bad in (float("nan"), float("inf")):
+            loss, numbers = tok.loss(torch.full((4, 4, 8, 8), bad))
+            assert not torch.isfinite(loss)
+            loss.backward()
