@@ -722,7 +722,7 @@ def belongs(folder: Path,  # of a model that needs another one
     return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
 
 def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)
-               allow_patterns=("*.json", "*.safetensors"),  # which files
+               allow_patterns=("config.json", "model.safetensors"),  # which files; nothing else is fetched
               **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
               ) -> Path:           # the folder
     "Where a model lies on this machine, after a download if need be. Raises FileNotFoundError, with advice, if there is none."
@@ -740,6 +740,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
     "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
     terms: str | None = None  # conditions that come with the weights
     part = ""                 # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
+    needs = ("config.json", "model.safetensors")  # files of a repository that are fetched
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
@@ -751,7 +752,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
         "Read what `save_pretrained` wrote. Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is damaged."
         shipped = shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None  # "tiny" is shipped, "./tiny" a folder
         if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
-        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, cls.needs, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
         model = cls._load_pretrained(folder, **options)
         if model.terms: print(plain(model.terms[:1000]))
         return model.to(pick_device(str(device))).eval()

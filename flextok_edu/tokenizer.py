@@ -448,6 +448,7 @@ class LearningTokenizer(DiceThrower):
 class FlexTok(LearningTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
     part = "tokenizer"
+    needs = ("config.json", "model.safetensors", "vae/config.json", "vae/model.safetensors")
 
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
