@@ -7,10 +7,10 @@ __all__ = ['AR_SIZES', 'PRESETS', 'LIMITS', 'IDENTITY', 'VAEConfig', 'TrunkConfi
            'VAELossConfig', 'EvalConfig', 'Preset', 'preset', 'parse_json', 'read_json', 'Range', 'one_of', 'wanted',
            'conform', 'check_limits', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
            'from_uint8', 'grid', 'show', 'plain', 'drawable', 'named_generator', 'noise_like', 'atomic', 'write_text',
-           'weights_hash', 'save_model', 'canonical', 'identity', 'tensor_header', 'read_tensors', 'fit_header',
-           'on_meta', 'load_model', 'shipped_models', 'belongs', 'hub_folder', 'Pretrained', 'EMA', 'schedule',
-           'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player', 'Engine', 'fit', 'plot_log',
-           'compiler_works', 'compiled']
+           'weights_hash', 'save_model', 'canonical', 'meaning', 'identity_of', 'identity', 'tensor_header',
+           'read_tensors', 'fit_header', 'on_meta', 'load_model', 'shipped_models', 'belongs', 'hub_folder',
+           'Pretrained', 'EMA', 'schedule', 'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player',
+           'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
 import contextlib, errno, functools, hashlib, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
@@ -573,14 +573,24 @@ def canonical(config) -> dict:  # {name: {setting: value}}, ready for json; empt
             for key, v in found.items() if v != settings[key][1]}
     return {name: said}
 
+def meaning(model: nn.Module  # a model with a `config`; a tokenizer may have a `vae`
+           ) -> dict:          # {"tokenizer": {setting: value}, "vae": …}, ready for json
+    "What the weights mean: the `canonical` configuration, also of the VAE inside. Rounding weights to another precision does not change it."
+    vae = getattr(model, "vae", None)
+    return canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
+
+def identity_of(weights: str,   # a weights hash
+                means: dict,    # a `meaning`
+               ) -> str:        # 16 hexadecimal digits
+    "The identity of a model of which only these two are known."
+    text = json.dumps({"weights": weights, **means}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 def identity(model: nn.Module,            # a model with a `config`; a tokenizer may have a `vae`
              weights: str | None = None,  # its `weights_hash`, if that is known
             ) -> str:                     # 16 hexadecimal digits
-    "A short name for exactly these weights with exactly this meaning: `weights_hash`, and the `canonical` configuration (also of its VAE)."
-    vae = getattr(model, "vae", None)
-    means = canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
-    text = json.dumps({"weights": weights or weights_hash(model), **means}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    "A short name for exactly these weights with exactly this meaning."
+    return identity_of(weights or weights_hash(model), meaning(model))
 
 # %% ../nbs/00_core.ipynb #00-d4db214a
 @contextlib.contextmanager
@@ -668,8 +678,9 @@ def _hash(value) -> bool:
     "a hash: 16 hexadecimal digits"
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
-_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "vae_identity", "loaded", "tokenizer", "tokenizer_identity")},
-          "terms?": (str, None), "classes?": ([str], None), "stage?": (dict, None)}
+_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
+          "terms?": (str, None), "classes?": ([str], None),
+          **{f"{key}?": (dict, None) for key in ("stage", "vae_means", "tokenizer_means")}}
 
 def _check_fit(build: Callable, config, file: Path) -> None:
     "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."

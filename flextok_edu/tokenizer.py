@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, identity, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, load_model, meaning, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
 from .fsq import FSQ, CodeUse, RunningNorm
@@ -602,9 +602,9 @@ def train_tokenizer(data: ImageSet | Latents,  # training images, or their laten
 
 # %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
-    "Weights and configuration, without the VAE but with its hash and its identity."
-    weights = weights_hash(tok.vae) if tok.vae is not None else None
-    save_model(folder, tok.own_state(), tok.config, vae=weights, vae_identity=identity(tok.vae, weights) if weights else None, terms=tok.terms, **facts)
+    "Weights and configuration, without the VAE but with its hash and what its weights mean."
+    vae = dict(vae=weights_hash(tok.vae), vae_means=meaning(tok.vae)) if tok.vae is not None else dict(vae=None)
+    save_model(folder, tok.own_state(), tok.config, **vae, terms=tok.terms, **facts)
 
 def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
@@ -612,8 +612,8 @@ def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok,
     if vae is not None:
         weights = weights_hash(vae)
         if facts.get("vae") not in (None, weights): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing")
-        if facts.get("vae_identity") not in (None, identity(vae, weights)):
-            raise ValueError(f"{folder} was trained with VAE {facts['vae_identity']}, not with {identity(vae, weights)}: the weights are the same, but not the configuration, and its tokens would mean nothing")
+        if facts.get("vae_means") not in (None, meaning(vae)):
+            raise ValueError(f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its configuration: its tokens would mean nothing")
         tok.vae = vae.requires_grad_(False).eval()
     tok.terms = facts.get("terms")
     return tok, facts
