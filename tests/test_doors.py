@@ -411,3 +411,11 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="model.safetensors could not be written: .*No space left"):
         save_model(tmp_path / "m", nn.Linear(2, 2), AR_SMALL)
     assert not list((tmp_path / "m").iterdir())
+
+
+def test_constraints_agree():
+    """What constraints.txt asks for is what was tested with everything else."""
+    pins = {name: dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")) for name in ("constraints.txt", "constraints-all.txt")}
+    few, all_of_them = ({k.lower().replace("_", "-"): v for k, v in pins[name].items()} for name in pins)
+    missing = {k for k in few if k not in all_of_them and k not in ("torch", "torchvision")}
+    assert not missing and all(all_of_them.get(k, v) == v for k, v in few.items()) and len(all_of_them) > 100
