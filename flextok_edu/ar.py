@@ -207,7 +207,7 @@ def guidance_at(guidance: float | Callable[[int], float] | Sequence[float] | Ten
         g = [float(x) for x in g] if isinstance(g, (list, tuple)) else float(g)
         if isinstance(g, float): g = [g] * length
         elif len(g) < length: raise ValueError(f"guidance needs one number for each of {length} positions, not {len(g)}")
-    if not all(math.isfinite(x) for x in g): raise ValueError(f"guidance must be finite, not {g[:8]}")
+    if not all(abs(x) <= 1000 for x in g): raise ValueError(f"guidance must be finite, and at most 1000, not {g[:8]}")
     return g[:length]
 
 # %% ../nbs/09_ar.ipynb #09-4e4b4d84

@@ -13,7 +13,7 @@ __all__ = ['AR_SIZES', 'PRESETS', 'LIMITS', 'IDENTITY', 'VAEConfig', 'TrunkConfi
            'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
-import contextlib, errno, functools, hashlib, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
+import contextlib, errno, functools, hashlib, html, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
@@ -439,13 +439,13 @@ def grid(images: Tensor,        # images (b c h w) in [-1, 1]
 def show(images: Tensor,       # images (b c h w) in [-1, 1]
          columns: int = 8,     # pictures a row
          scale: int = 2,       # enlarge every pixel this many times
-         title: str = "",      # written above
+         title: str = "",      # written above, as it is: `$` is no mathematics
         ) -> None:
     "Show a batch of images in a notebook."
     import matplotlib.pyplot as plt
     picture = grid(images, columns, scale)
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
-    plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(title, fontsize=10); plt.tight_layout(pad=.2); plt.show()
+    plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(_lines(title), fontsize=10, parse_math=False); plt.tight_layout(pad=.2); plt.show()
 
 # %% ../nbs/00_core.ipynb #00-48677cd3
 def plain(text) -> str:  # a name or message from somewhere else
@@ -473,6 +473,8 @@ def drawable(text) -> str:  # a name from somewhere else
         n = ord(c)
         return c if n in known else f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
     return "".join(map(shown, plain(text)))
+
+def _lines(title: str) -> str: return "\n".join(map(drawable, title.split("\n")))  # of several lines
 
 # %% ../nbs/00_core.ipynb #00-0216657b
 def named_generator(*names  # anything that prints: strings, numbers
@@ -771,7 +773,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
     def generate_model_card(self, *args, **kwargs):
         "The mixin's card, with the terms."
         card = super().generate_model_card(*args, **kwargs)
-        if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{self.terms}**\n"
+        if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{html.escape(plain(self.terms[:1000]), quote=False)}**\n"
         return card
 
 # %% ../nbs/00_core.ipynb #00-fca26f32
@@ -1052,9 +1054,10 @@ def plot_log(log: list[dict],          # what `fit` returned
     signed = any(r.get(k, 0) < 0 for r in log for k in keys)
     for key in keys:  # a player that still waits logs nothing; exact zeros have no place on a logarithmic axis
         rows = [r for r in log if key in r and (signed or r[key] > 0)]
-        ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=key, lw=1)
+        ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=drawable(key), lw=1)
     if not signed: ax.set_yscale("log")
-    ax.set_xlabel("step"); ax.set_title(title, fontsize=10); ax.legend(fontsize=7, frameon=False)
+    ax.set_xlabel("step"); ax.set_title(_lines(title), fontsize=10, parse_math=False)
+    for text in ax.legend(fontsize=7, frameon=False).get_texts(): text.set_parse_math(False)
     return ax
 
 # %% ../nbs/00_core.ipynb #00-fe3d23e4

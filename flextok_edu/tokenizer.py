@@ -298,6 +298,7 @@ class LatentTokenizer(TokenizerParts):
         noise = _start(self, len(ids), noise, seed, first_index, generator)
         budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
+        if max(map(abs, g)) > 1000: raise ValueError(f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 (at most 1000)")
         velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
         if not verbose: return SOLVERS[solver](velocity, noise, steps, shift)
         with tqdm(total=2 * steps - 1 if solver == "heun" else steps, desc="decoding") as bar:
@@ -381,7 +382,9 @@ class ImageTokenizer(LatentTokenizer):
         steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         latents = self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift, generator=generator, verbose=verbose)
-        return vae.decode(latents.to(vae.latent_std.dtype)).clamp(-1, 1)
+        images = vae.decode(latents.to(vae.latent_std.dtype))
+        if not torch.isfinite(images).all(): raise ValueError("decoding gave NaN or infinity instead of pictures: a lower guidance, or float32 weights?")
+        return images.clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
 class Draws(NamedTuple):

@@ -378,6 +378,20 @@ def test_drawable_names_can_be_drawn(tmp_path):
     plt.close(figure)
 
 
+def test_titles_are_no_mathematics():
+    import matplotlib.pyplot as plt
+    core.plot_log([{"step": 0, "loss": 1.}, {"step": 1, "loss": .5}], title="$5_to_$10 \x1b").figure.canvas.draw()
+    core.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
+    plt.close("all")
+
+
+def test_terms_of_a_stranger_are_text():
+    model = VAE(VAE_SMALL)
+    model.terms = "<script>alert(1)</script>\x1b[2J"
+    card = str(model.generate_model_card())
+    assert "<script>" not in card and "&lt;script&gt;" in card and "\x1b" not in card
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 @pytest.mark.parametrize("mask", (0o022, 0o077, 0o002))
 def test_atomic_honours_the_umask_and_keeps_modes(tmp_path, mask):
