@@ -1,4 +1,6 @@
 """Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+import contextlib
+import errno
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import long_run
 from flextok_edu import core, train
 from flextok_edu.core import EMA, Engine, Feed, Player, StageConfig, fit
 from flextok_edu.tokenizer import TokenizerFeed
-from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, recomputed
+from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, claimed, recomputed
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "tests" / "long_run.py")
@@ -337,6 +339,145 @@ def test_signals_save_and_exit(number, tmp_path):
     assert child.returncode != 0 and "stopped after step" in err and "goes on from there" in err
     step = int(err.rsplit("stopped after step ", 1)[1].split(" of")[0])
     assert (tmp_path / "checkpoints" / f"step-{step:09}.safetensors").exists()
+
+
+# --- one folder, one training ----------------------------------------------------------------------------------------------
+
+class Holder:
+    """Another process that claims a folder, and keeps it until it is spoken to. (A program of its own does the same in the notebook.)"""
+    def __init__(self, folder):
+        (read, self.say), (self.hear, write) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(self.say)
+            try:
+                with claimed(folder):
+                    os.write(write, b"claimed")
+                    os.read(read, 1)
+            except ValueError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(read)
+        os.close(write)
+        self.said = os.read(self.hear, 1000).decode()
+
+    def end(self, kill=False):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL) if kill else os.close(self.say)
+            os.waitpid(self.pid, 0)
+        self.pid = 0
+
+
+@pytest.fixture
+def hold():
+    """Holders of folders, gone at the end."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    holders = []
+    yield lambda folder: holders.append(Holder(folder)) or holders[-1]
+    for holder in holders:
+        holder.end(kill=True)
+
+
+def test_a_second_process_is_refused_and_told_by_whom(hold, tmp_path):
+    folder = tmp_path / "not there yet"
+    first = hold(folder)
+    assert first.said == "claimed"
+    with pytest.raises(ValueError, match=rf"process {first.pid} on \S+ trains there \(since 20.*choose another folder"):
+        with claimed(folder):
+            pass
+    assert f"process {first.pid}" in hold(folder).said, "a third is refused as well: asking released nothing"
+    with pytest.raises(ValueError, match=f"process {first.pid}"):
+        long_run.stage("ar", 4, engine=LongRun(folder, "cpu"))
+    assert [p.name for p in folder.iterdir()] == [".claim"], "nothing was written"
+    first.end()
+    assert not folder.exists(), "a folder that was only claimed is not left behind"
+
+
+def test_death_releases_a_claim(hold, tmp_path):
+    (tmp_path / "run").mkdir()
+    hold(tmp_path / "run").end(kill=True)
+    assert (tmp_path / "run" / ".claim").exists()
+    with claimed(tmp_path / "run", "evaluates"):
+        with pytest.raises(ValueError, match="this very process evaluates there"):
+            with claimed(tmp_path / "x" / ".." / "run"):
+                pass
+        with claimed(tmp_path / "run" / "vae"):
+            assert (tmp_path / "run" / "vae" / ".claim").exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_whatever_stands_in_a_claim(hold, tmp_path):
+    """The text is for the message; no text, a foreign one, or a bad one changes nothing about who has the folder."""
+    hold(tmp_path)
+    for text in (b"", b"\xff", b"[" * 100_000, b'{"pid": "x"}', b"[1]", b'{"pid": 1e999, "host": 1}'):
+        (tmp_path / ".claim").write_bytes(text)
+        with pytest.raises(ValueError, match="another process trains there"):
+            with claimed(tmp_path):
+                pass
+
+
+def test_a_training_works_under_the_claim_of_its_command(tmp_path):
+    with claimed(tmp_path):
+        with pytest.raises(Stopped):
+            long_run.stage("ar", 8, engine=StopAt(4, tmp_path))
+        long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+
+        class Second(LongRun):
+            def end(self, step, log):
+                long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+        with pytest.raises(ValueError, match="this very process trains there"):
+            long_run.stage("ar", 9, engine=Second(tmp_path, "cpu", recipe={"another": 1}, ignore=("another",)))
+        assert (tmp_path / ".claim").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_putting_a_folder_aside_keeps_the_claim(hold, tmp_path):
+    folder = tmp_path / "run"
+    with claimed(folder) as claim:
+        assert claim.put_aside() is None, "there is nothing in it"
+        (folder / "run.json").write_text("{}")
+        (folder / "vae").mkdir()
+        (folder / "vae" / ".claim").write_text("of a process that was killed")
+        assert claim.put_aside() == tmp_path / "run.old-1"
+        assert [p.name for p in folder.iterdir()] == [".claim"] and not list((tmp_path / "run.old-1").rglob(".claim"))
+        (folder / "run.json").write_text("{}")
+        child = hold(folder / "vae")
+        with pytest.raises(ValueError, match=f"vae is taken: process {child.pid}"):
+            claim.put_aside()
+        child.end(kill=True)
+        assert (folder / "run.json").exists() and claim.put_aside() == tmp_path / "run.old-2"
+    with claimed(tmp_path / "run.old-2"):
+        pass
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(train, "lock_byte", none)
+    with pytest.warns(UserWarning, match="without locks"):
+        with claimed(tmp_path):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("before", (signal.SIG_DFL, signal.SIG_IGN))
+def test_a_closed_terminal(before, tmp_path):
+    """SIGHUP saves and stops; under nohup, which has it ignored, it does nothing."""
+    class HungUp(LongRun):
+        def end(self, step, log):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+            super().end(step, log)
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with pytest.raises(Stopped) if before == signal.SIG_DFL else contextlib.nullcontext():
+            long_run.stage("ar", 8, engine=HungUp(tmp_path, "cpu"))
+        assert [f.stem for f in Checkpoints(tmp_path / "checkpoints").files()] == ["step-000000004" if before == signal.SIG_DFL else "step-000000008"]
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, kept)
 
 
 # --- what is on the disk -------------------------------------------------------------------------------------------------
