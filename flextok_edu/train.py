@@ -18,13 +18,50 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import EMA, Engine, Feed, Muon, Player, atomic, pick_device
+from .core import EMA, Engine, Feed, Muon, Player, atomic, pick_device, weights_hash
+
+# %% ../nbs/11_train.ipynb #11-e6a1b0d4
+def _content(tensors: dict[str, Tensor], facts: str) -> str:  # 16 hexadecimal digits
+    "A hash over tensors and json of a checkpoint."
+    text = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)
+    return weights_hash({**tensors, "\0facts": text})
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the first
+    "What makes a state useless: NaN or infinity in weights, averages and moments, NaN in buffers (infinity may be meant there: a mask)."
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            continue
+        if name.startswith(("weight/", "ema/", "optimizer/")) and not torch.isfinite(x).all():
+            return name
+        if name.startswith("buffer/") and torch.isnan(x).any():
+            return name
+    return None
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (they have since version 0.4)
+    "Raises ValueError for a file that is damaged or of no use, and says why."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            known, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        text = known["facts"]
+        facts = json.loads(text)
+        if not isinstance(facts, dict):
+            raise ValueError(f"its facts are a {type(facts).__name__}")
+    except KeyError as error:
+        raise ValueError(f"is no checkpoint ({error} is missing)") from error
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"is damaged ({str(error) or type(error).__name__})") from error
+    if "content" in known and (found := _content(tensors, text)) != known["content"]:
+        raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
+    if bad := _not_finite(tensors):
+        raise ValueError(f"is of no use ({bad} is not finite)")
+    return tensors, facts, "content" in known
 
 # %% ../nbs/11_train.ipynb #11-a7d1aca2
 class Checkpoints:
     "A folder of checkpoints, each one file, the newest few kept. What is there is complete."
     def __init__(self, folder: str | Path, keep: int = 2):  # how many
-        self.folder, self.keep = Path(folder), max(1, keep)
+        self.folder, self.keep, self.noted = Path(folder), max(1, keep), False
 
     def files(self) -> list[Path]:  # the oldest first
         "All of them."
@@ -38,11 +75,11 @@ class Checkpoints:
         from safetensors.torch import save_file
         path = self.folder / f"step-{step:09}.safetensors"
         whole = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
-        need = sum(x.numel() * x.element_size() for x in whole.values())
+        need, text = sum(x.numel() * x.element_size() for x in whole.values()), json.dumps(facts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stray in self.folder.glob(".step-*"): stray.unlink(missing_ok=True)  # of a run that was killed while it wrote
-            with atomic(path) as temporary: save_file(whole, temporary, metadata={"facts": json.dumps(facts)})
+            with atomic(path) as temporary: save_file(whole, temporary, metadata={"facts": text, "content": _content(whole, text)})
             if hasattr(os, "O_DIRECTORY"):
                 handle = os.open(self.folder, os.O_DIRECTORY)
                 try: os.fsync(handle)
@@ -51,16 +88,24 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent if self.folder.parent.is_dir() else "/").free
             raise OSError(f"the checkpoint of step {step} ({need / 1e6:,.0f} MB) could not be written to {self.folder}, where {free / 1e6:,.0f} MB are free: {error}. "
                           f"Earlier checkpoints are untouched; make room (or choose another folder) and resume") from error
-        for old in self.files()[:-self.keep]: old.unlink(missing_ok=True)
+        files = self.files()
+        now = files.index(path)
+        for old in (*files[:max(0, now + 1 - self.keep)], *files[now + 1:]):  # what lies ahead was passed over when this run went on: it must not crowd out what is sound
+            old.unlink(missing_ok=True)
         return path
 
     def newest(self) -> tuple[dict, dict] | None:  # tensors, facts; None if there is none
-        "Read the newest that can be read. One that is damaged is passed over with a warning."
-        from safetensors import SafetensorError, safe_open
+        "Read the newest that is sound. One that is damaged, or holds NaN, is passed over with a warning that names it."
         for path in reversed(self.files()):
             try:
-                with safe_open(path, "pt") as file: return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
-            except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error: warnings.warn(f"{path} is damaged ({error}) and passed over")
+                tensors, facts, hashed = _read_checkpoint(path)
+            except ValueError as error:
+                warnings.warn(f"{path} {error} and passed over")
+                continue
+            if not hashed and not self.noted:
+                self.noted = True
+                warnings.warn(f"{path} was written before checkpoints had a content hash: read, but not checked")
+            return tensors, facts
         return None
 
 # %% ../nbs/11_train.ipynb #11-2c7d9e40
@@ -425,10 +470,10 @@ class _Remembering(Shares):
         box = [own if self.rank == rank else None]; broadcast_object_list(box, src=rank); return box[0]
 
     def save(self, step: int, log: list[dict]) -> None:  # step: steps done
-        "A checkpoint, now. Raises FloatingPointError rather than save weights that are not finite."
+        "A checkpoint, now. Raises FloatingPointError rather than save weights, averages or moments that are not finite."
         state = self._state()
-        if bad := next((n for n, x in state.items() if n.startswith(("weight/", "ema/")) and not torch.isfinite(x).all()), None):
-            raise FloatingPointError(f"{bad} is not finite after {step} steps; not saved. The last good checkpoint is in {self.store.folder}: resume from it with a lower learning rate or in float32")
+        if bad := _not_finite(state):
+            raise FloatingPointError(f"{self.label or 'training'}: {bad} is not finite after {step} steps; not saved")
         facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
         if self.rank == 0: self.store.write(step, state, facts)
         self.saved = time.monotonic()
@@ -528,7 +573,15 @@ class _Listening(_Measuring):
             with atomic(path) as temporary: save_file(tensors, temporary)
         except Exception as error: return f"(Its batch could not be saved: {error})"
         bad = [n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
-        return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "") + f". The last good checkpoint is in {self.store.folder}"
+        return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "")
+
+    def _way_on(self) -> str:
+        "What to do after numbers that are not finite: said only of a checkpoint that was just read and found sound."
+        found, less = self.store.newest(), float(f"{self.players[0].config.lr / 3:.0e}")
+        if found is None:
+            return f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning rate than {self.players[0].config.lr:g}, or in float32"
+        return (f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
+                "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)")
 
 # %% ../nbs/11_train.ipynb #11-27d37043
 class LongRun(_Listening):
@@ -577,7 +630,7 @@ class LongRun(_Listening):
             self.flops = self._count(first) if first < steps else 0
             self.clock, self.seen = time.perf_counter(), first
             try: yield first, log
-            except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}") from error
+            except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."

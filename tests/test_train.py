@@ -531,6 +531,67 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert Checkpoints(tmp_path / "none").newest() is None
 
 
+def check_a_flipped_bit(tmp_path, whole=None):
+    """Any bit of the newest checkpoint, in its numbers or in its json: the one before is taken, and the warning names the file."""
+    store = Checkpoints(tmp_path, keep=2)
+    facts = {"step": 1, "log": [{"step": 0, "loss": .5}], "recipe": {"lr": .001}}
+    store.write(1, {"weight/w": torch.ones(6), "optimizer/w/exp_avg": torch.ones(6)}, facts)
+    store.write(2, {"weight/w": torch.ones(6) * 2, "optimizer/w/exp_avg": torch.ones(6)}, facts | {"step": 2})
+    newest = store.files()[-1]
+    whole = newest.read_bytes()
+    assert store.newest()[1]["step"] == 2
+    for i in (*range(8, len(whole), 7), len(whole) - 1):
+        for bit in (1, 128):
+            newest.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                tensors, found = store.newest()
+            if (tensors["weight/w"] == 2).all() and found == facts | {"step": 2}:
+                continue  # a name of no meaning in the header
+            assert found == facts and (tensors["weight/w"] == 1).all(), (i, whole[i - 10:i + 10])
+            assert "step-000000002" in str(heard[0].message) and "passed over" in str(heard[0].message)
+
+
+def test_a_flipped_bit_falls_back(tmp_path):
+    check_a_flipped_bit(tmp_path)
+
+
+def test_a_content_that_nobody_looks_at_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_content", lambda *a: "0" * 16)
+    with pytest.raises(AssertionError):
+        check_a_flipped_bit(tmp_path)
+
+
+@pytest.mark.parametrize("name,value", [("weight/a/w", math.nan), ("ema/a/w", math.inf), ("optimizer/a/w/exp_avg_sq", math.nan), ("buffer/a/std", math.nan)])
+def test_a_checkpoint_with_nan_is_not_the_last_good_one(name, value, tmp_path):
+    store = Checkpoints(tmp_path, keep=3)
+    store.write(1, {name: torch.ones(3)}, {"step": 1})
+    store.write(2, {name: torch.tensor([1., value, 1.])}, {"step": 2})
+    with pytest.warns(UserWarning, match=f"step-000000002.*{name} is not finite.*passed over"):
+        assert store.newest()[1]["step"] == 1
+    store.write(2, {"buffer/mask": torch.tensor([-math.inf]), "other": torch.tensor([math.nan]), "n": torch.tensor([1])}, {"step": 2})
+    assert store.newest()[1]["step"] == 2, "a mask may be infinite, and what is not ours may be anything"
+
+
+def test_an_old_checkpoint_is_read_with_a_note(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"weight/w": torch.ones(2)}, tmp_path / "step-000000004.safetensors", metadata={"facts": json.dumps({"step": 4})})
+    store = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match="before checkpoints had a content hash") as heard:
+        assert store.newest()[1] == {"step": 4} == store.newest()[1]
+    assert len(heard) == 1
+
+
+def test_damaged_checkpoints_do_not_crowd_out_the_sound(tmp_path):
+    """Two newer ones are damaged; the run goes on from the third, and what it writes stays."""
+    store = Checkpoints(tmp_path, keep=2)
+    for step in (20, 30):
+        store.write(step, {"w": torch.ones(1)}, {"step": step})
+        store.files()[-1].write_bytes(b"damaged")
+    (tmp_path / "step-000000010.safetensors").write_bytes(Checkpoints(tmp_path / "x").write(10, {"w": torch.ones(1)}, {"step": 10}).read_bytes())
+    store.write(13, {"w": torch.ones(1)}, {"step": 13})
+    assert [f.stem for f in store.files()] == ["step-000000010", "step-000000013"]
+
 def nan_run(tmp_path, when):
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2)
@@ -542,25 +603,43 @@ def nan_run(tmp_path, when):
 def test_nan_leaves_its_batch(tmp_path):
     from safetensors.torch import load_file
     line, go = nan_run(tmp_path, 7)
-    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of step 6, is in .*--go-on lr=0.003 "):
         go()
     batch = load_file(tmp_path / "failed_batch.safetensors")
     assert batch["part.0.0"].isnan().all() and batch["part.0.1"].item() == 7 and torch.isfinite(line.weight).all()
     assert Checkpoints(tmp_path / "checkpoints").newest()[1]["step"] == 6
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """A weight that the loss does not look at goes wrong after the first checkpoint: the second is refused, the first stays."""
+def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
+    _, go = nan_run(tmp_path, 1)
+    with pytest.raises(FloatingPointError, match="There is no good checkpoint in .*begin again with a lower learning rate than 0.01"):
+        go()
+    _, go = nan_run(tmp_path, 7)
+    with pytest.raises(FloatingPointError):
+        go()
+    for file in Checkpoints(tmp_path / "checkpoints").files():
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    _, go = nan_run(tmp_path, 1)
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(FloatingPointError, match="There is no good checkpoint"):
+        go()
+
+
+@pytest.mark.parametrize("name", ("weight/line/weight", "optimizer/line/bias/exp_avg_sq"))
+def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
+    """A weight that the loss does not look at, or a moment, goes wrong after the first checkpoint: the second is refused, the first stays."""
     line = nn.Linear(2, 1)
+    def wrong(optimizer):
+        (line.weight.data if name.startswith("weight") else optimizer.state[line.bias]["exp_avg_sq"]).fill_(math.inf)
 
     class Broken(LongRun):
         def move(self, player):
             norm = super().move(player)
             if self.store.files():
-                line.weight.data.fill_(float("inf"))
+                wrong(self.optimizers["line"][0])
             return norm
     player = Player("line", lambda b, _: ((line.bias - b).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
-    with pytest.raises(FloatingPointError, match="weight/line/weight is not finite after 6 steps"):
+    with pytest.raises(FloatingPointError, match=f"{name} is not finite after 6 steps.*The last good checkpoint, of step 3"):
         fit([player], Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)), 20, progress=False, engine=Broken(tmp_path, "cpu", steps=3))
     tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
     assert facts["step"] == 3 and all(torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight"))
