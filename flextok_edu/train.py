@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Checkpoints', 'lock_byte', 'Claim', 'claimed', 'optimizer_state', 'set_optimizer_state', 'random_state',
-           'set_random_state', 'matmul_rate', 'peak_memory', 'Watch', 'Shares', 'recomputed', 'Stopped', 'LongRun']
+           'set_random_state', 'matmul_rate', 'peak_memory', 'Watch', 'Shares', 'recomputed', 'changes_of', 'Stopped',
+           'LongRun']
 
 # %% ../nbs/11_train.ipynb #11-c3fbf229
-import contextlib, errno, inspect, json, math, os, shutil, signal, socket, statistics, sys, time, warnings
+import contextlib, copy, errno, inspect, json, math, os, shutil, signal, socket, statistics, sys, time, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -474,19 +475,76 @@ class _Remembering(Shares):
         state = self._state()
         if bad := _not_finite(state):
             raise FloatingPointError(f"{self.label or 'training'}: {bad} is not finite after {step} steps; not saved")
-        facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
+        facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "changes": self.changed, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
         if self.rank == 0: self.store.write(step, state, facts)
         self.saved = time.monotonic()
         if self.world > 1: self.accelerator.wait_for_everyone()
 
+# %% ../nbs/11_train.ipynb #11-a40c7be9
+def _changed(recipe: dict, changes: dict) -> dict:  # dotted path -> new value
+    "A recipe with some other values. Raises ValueError for a path that it does not have."
+    recipe = copy.deepcopy(recipe)
+    for path, value in changes.items():
+        *outer, last = path.split(".")
+        place = recipe
+        for key in outer:
+            place = place.get(key) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            raise ValueError(f"the recipe of this run has no {path} that could be changed; it has: {', '.join(recipe)}")
+        place[last] = value
+    return recipe
+
+def _differences(then, now, at: str = "") -> list[tuple]:  # dotted path, value then, value now
+    "Where two recipes differ."
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [d for key in {**then, **now} for d in _differences(then.get(key), now.get(key), f"{at}.{key}" if at else key)]
+    return [] if then == now else [(at, then, now)]
+
+def _said(settings: dict) -> str: return ", ".join(f"{path}={value!r}" for path, value in settings.items())
+
+def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
+    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on."
+    found = Checkpoints(Path(folder) / "checkpoints").newest()
+    return {path: value for change in (found[1].get("changes", []) if found else []) for path, value in change["settings"].items()}
+
+# %% ../nbs/11_train.ipynb #11-c95e0b37
+class _Agreeing(_Remembering):
+    "The recipe of a checkpoint, and ours. (Needs `recipe`, `ignore` and `changes`.)"
+    def _agree(self, facts: dict, players: list[Player]) -> bool:  # whether something is changed here
+        "The checkpoint's recipe against ours. Raises ValueError where they differ, but for what is to be changed."
+        then, now = facts["recipe"], json.loads(json.dumps(self.recipe))
+        self.changed = list(facts.get("changes", []))
+        fresh = {}
+        if self.changes:
+            now = _changed(now, self.changes)
+            fresh = {path: [a, b] for path, a, b in _differences(then, now) if path in self.changes}
+            then = _changed(then, self.changes)
+        differs = [f"{path}: {a!r} then, {b!r} now" for path, a, b in _differences(then, now) if path.split(".")[0] not in self.ignore]
+        if differs:
+            hint = "; ".join(f"since step {c['step']} it goes on with {_said(c['settings'])}" for c in self.changed)
+            raise ValueError(f"{self.store.folder} holds a run with another recipe ({'; '.join(differs[:8])}): "
+                             f"choose another folder, or remove that one{f' ({hint}: ask for that)' if hint else ''}")
+        if fresh:
+            self.changed.append({"step": facts["step"], "settings": {path: b for path, (a, b) in fresh.items()}, "before": {path: a for path, (a, b) in fresh.items()}})
+        self.recipe = now
+        self._built_as_said(players)
+        return bool(fresh)
+
+    def _built_as_said(self, players: list[Player]) -> None:
+        "Raises ValueError if the training was built with what was changed away."
+        last = {path: (value, change["step"], change.get("before", {}).get(path)) for change in self.changed for path, value in change["settings"].items()}
+        for path, (value, step, before) in last.items():
+            built = str(self.precision) if path == "precision" else getattr(players[0].config, path.split(".")[-1], None)
+            if built == before != value:
+                raise ValueError(f"this run goes on with {path}={value!r} since step {step}, and the training was built with {before!r}: "
+                                 "build it with the new value")
+
 # %% ../nbs/11_train.ipynb #11-e37f06b8
-class _Restoring(_Remembering):
-    "And out of it again. (Needs `recipe` and `ignore`.)"
+class _Restoring(_Agreeing):
+    "And out of it again."
     @torch.no_grad()
     def _restore(self, state: dict[str, Tensor], facts: dict) -> None:
-        "The inverse. Raises ValueError for another recipe, or weights of another shape."
-        differs = [f"{k}: {facts['recipe'].get(k)!r} then, {self.recipe.get(k)!r} now" for k in {**facts["recipe"], **self.recipe} if k not in self.ignore and facts["recipe"].get(k) != self.recipe.get(k)]
-        if differs: raise ValueError(f"{self.store.folder} holds a run with another recipe ({'; '.join(differs)}): choose another folder, or remove that one")
+        "Copy everything back. Raises ValueError for weights of another shape."
         names = self._names()
         expected = {f"weight/{n}" for n in names.values()}
         shapes = {f"weight/{names[id(w)]}": tuple(w.shape) for p in self.players for _, w in p.parameters}
@@ -593,9 +651,11 @@ class LongRun(_Listening):
                  steps: int | None = None,             # or a number of steps
                  keep: int = 2,                        # checkpoints
                  track: str = "none",                  # "tensorboard", "wandb", or "none"
-                 ignore: tuple[str, ...] = ()):        # entries of the recipe that may differ
+                 ignore: tuple[str, ...] = (),         # entries of the recipe that may differ
+                 changes: dict | None = None):         # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
         super().__init__(device, precision, micro, sharded, recompute)
         self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
+        self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
         self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
         if track != "none": self._start_tracker(track, folder)
 
@@ -620,17 +680,30 @@ class LongRun(_Listening):
     def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
         "Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes wrong. Raises ValueError if another process trains in the folder."
         if not isinstance(batches, Feed): raise TypeError(f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}")
-        with self._ours(), super().session(players, batches, steps, ema, label), self._listening():
-            first, log = 0, []
-            if found := self.store.newest():
-                self._restore(*found); first, log = found[1]["step"], found[1]["log"]
-                self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
-                if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}", flush=True)
-            self.rate = matmul_rate(self.device, self.precision or torch.float32)
-            self.flops = self._count(first) if first < steps else 0
-            self.clock, self.seen = time.perf_counter(), first
-            try: yield first, log
-            except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
+        with self._ours():
+            found = self.store.newest()
+            fresh = bool(found) and self._agree(found[1], players)
+            if not found and self.changes:
+                raise ValueError(f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}")
+            if not found and self.rank == 0 and self.store.files():
+                warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step")
+            with super().session(players, batches, steps, ema, label), self._listening():
+                yield from self._going(found, fresh, steps, label)
+
+    def _going(self, found: tuple[dict, dict] | None, fresh: bool, steps: int, label: str) -> Iterator[tuple[int, list[dict]]]:
+        "From where the checkpoint was, or from the start."
+        first, log = 0, []
+        if found:
+            self._restore(*found)
+            first, log = found[1]["step"], found[1]["log"]
+            self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
+            if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}" + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""), flush=True)
+            if fresh: self.save(first, log)  # so that it is written down before the first step with it
+        self.rate = matmul_rate(self.device, self.precision or torch.float32)
+        self.flops = self._count(first) if first < steps else 0
+        self.clock, self.seen = time.perf_counter(), first
+        try: yield first, log
+        except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."

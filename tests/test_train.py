@@ -621,7 +621,7 @@ def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     _, go = nan_run(tmp_path, 1)
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(FloatingPointError, match="There is no good checkpoint"):
+    with pytest.warns(UserWarning, match="no checkpoint in .* can be used: the training begins at its first step"), pytest.raises(FloatingPointError, match="There is no good checkpoint"):
         go()
 
 
@@ -643,6 +643,112 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
         fit([player], Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)), 20, progress=False, engine=Broken(tmp_path, "cpu", steps=3))
     tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
     assert facts["step"] == 3 and all(torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight"))
+
+
+def go_on(tmp_path, lr, steps=12, stop=None, **options):
+    """A line, with its learning rate in the recipe: (engine, weights)."""
+    torch.manual_seed(0)
+    line, x = nn.Linear(2, 1), torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    rates = []
+    class Engine_(StopAt):
+        def ready(self, player, step):
+            super().ready(player, step)
+            rates.append(self.optimizers["line"][0].param_groups[0]["lr"])
+    options = {"recipe": {"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": lr, "batch": 4}}}, **options}
+    engine = Engine_(stop, tmp_path, **options)
+    player = Player("line", lambda b, _: ((line(b) - 1).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=lr, warmup=1))
+    with pytest.raises(Stopped) if stop else contextlib.nullcontext():
+        fit([player], Feed(50, 4, lambda rows, places, step: x[rows]), steps, progress=False, engine=engine)
+    return engine, line, rates
+
+
+LR = "preset.train_line.lr"
+
+
+def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
+    """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time everything else is refused."""
+    go_on(tmp_path, .01, stop=4)
+    before = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
+    with pytest.raises(ValueError, match=rf"{LR}: 0.01 then, 0.002 now"):
+        go_on(tmp_path, .002)
+    with pytest.raises(ValueError, match="preset.train_line.batch: 4 then, 5 now"):
+        go_on(tmp_path, .002, changes={LR: .002}, recipe={"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": .002, "batch": 5}}})
+    with pytest.raises(ValueError, match="has no preset.train_line.momentum"):
+        go_on(tmp_path, .002, changes={"preset.train_line.momentum": 1})
+    with pytest.raises(ValueError, match="was built with 0.01: build it with the new value"):
+        go_on(tmp_path, .01, changes={LR: .002})
+    assert train.changes_of(tmp_path) == {}
+
+    class Killed(Exception): pass
+    def kill(*args): raise Killed
+    with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):  # just after it began
+        patch.setattr(LongRun, "_count", kill)
+        go_on(tmp_path, .002, changes={LR: .002})
+    assert train.changes_of(tmp_path) == {LR: .002}, "it is written down before the first step"
+    after, facts, _ = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
+    assert facts["step"] == 4 and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if not n.startswith("random"))
+
+    engine, _, rates = go_on(tmp_path, .002, stop=8)  # needs no changes again
+    assert max(rates[1:]) < .002 and engine.changed == [{"step": 4, "settings": {LR: .002}, "before": {LR: .01}}]
+    with pytest.raises(ValueError, match=rf"{LR}: 0.002 then, 0.01 now.*since step 4 it goes on with {LR}=0.002: ask for that"):
+        go_on(tmp_path, .01)
+    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001}, stop=10)
+    assert "goes on after step 8 of 12, with preset.train_line.lr=0.001" in capsys.readouterr().out
+    assert [(c["step"], c["settings"]) for c in engine.changed] == [(4, {LR: .002}), (8, {LR: .001})]
+    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001})  # the same command once more: nothing new
+    assert len(engine.changed) == 2 and train.changes_of(tmp_path) == {LR: .001}
+
+
+def test_changes_need_something_to_go_on_from(tmp_path):
+    with pytest.raises(ValueError, match=rf"no checkpoint in .* that could go on with {LR}=0.002"):
+        go_on(tmp_path, .002, changes={LR: .002})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_to_what_it_was_changes_nothing(tmp_path):
+    """Exact resume, with and without `changes` that change nothing."""
+    _, whole, _ = go_on(tmp_path / "a", .01)
+    go_on(tmp_path / "b", .01, stop=5)
+    engine, parts, _ = go_on(tmp_path / "b", .01, changes={LR: .01})
+    assert torch.equal(whole.weight, parts.weight) and engine.changed == []
+
+
+def test_another_precision(tmp_path):
+    recipe = lambda precision: {"precision": precision}
+    go_on(tmp_path, .01, stop=4, recipe=recipe("torch.bfloat16"), precision=torch.bfloat16)
+    with pytest.raises(ValueError, match="was built with 'torch.bfloat16'"):
+        go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"}, precision=torch.bfloat16)
+    engine, _, _ = go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"})
+    assert engine.changed[0]["settings"] == {"precision": "None"}
+
+
+def classifier(engine):
+    from flextok_edu.data import load_data
+    from flextok_edu.features import train_classifier
+    data, _ = load_data("scenes", 32, 24, 4, progress=False)
+    return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), engine=engine, progress=False)
+
+
+@pytest.mark.parametrize("stage", ("vae", "classifier", "tokenizer", "ar"))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_every_stage_leaves_evidence(stage, value, tmp_path):
+    """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a checkpoint to go on from."""
+    class Broken(LongRun):
+        def move(self, player):
+            norm = super().move(player)
+            if len(self.store.files()):
+                with torch.no_grad():
+                    for _, w in self.players[0].parameters:
+                        w.fill_(value)
+            return norm
+        def end(self, step, log):
+            if step < 4:
+                super().end(step, log)
+    torch.set_num_threads(1)
+    engine = Broken(tmp_path, "cpu", steps=4)
+    with pytest.raises(FloatingPointError, match=rf"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, of step 4, is in .*--go-on lr="):
+        classifier(engine) if stage == "classifier" else long_run.stage(stage, 12, engine=engine)
+    assert (tmp_path / "failed_batch.safetensors").stat().st_size > 100
 
 
 # --- dashboard -----------------------------------------------------------------------------------------------------------
