@@ -419,7 +419,7 @@ def test_the_file_is_as_it_was(pair, tmp_path):
     """Columns and keys of the files that others read."""
     pair[0].save(tmp_path)
     stored = json.loads((tmp_path / "table.json").read_text())
-    assert set(stored) == {"notes", "card", "rows"} and all(row["card"] == pair[0].card for row in stored["rows"])
+    assert set(stored) == {"format", "notes", "card", "rows"} and stored["format"] == "flextok_edu.table" and all(row["card"] == pair[0].card for row in stored["rows"])
     assert [r["what"] for r in stored["rows"]] == ["originals", "real against real", "VAE alone", "tokens", "tokens", "tokens"]
     assert list(stored["rows"][-1])[:3] == ["what", "tokens", "n"] and "frechet_pixels_gain_se" in stored["rows"][-1]
     assert Report(pair[0].rows, pair[0].card, pair[0].notes) == pair[0]
