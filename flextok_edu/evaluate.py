@@ -7,11 +7,11 @@ __all__ = ['RESAMPLES', 'CROP', 'PERCEPTUAL', 'UNKNOWN', 'READS_ORIGINALS', 'MAR
            'frechet', 'frechet_resamples', 'all_features', 'versions', 'trained_how', 'make_card', 'token_counts',
            'ReaderEyes', 'column', 'save_picture', 'is_ours', 'may_replace', 'Report', 'load_report', 'Seen', 'Judge',
            'reading', 'distances', 'reconstruction_row', 'better', 'score_key', 'gains', 'measure_reconstructions',
-           'measure_samples', 'spread', 'floor_rows', 'evaluate_tokenizer', 'plot_report', 'conditions', 'Comparison',
-           'comparison_keys', 'comparison_text', 'compare', 'compare_main']
+           'measure_samples', 'measured_and_rest', 'floor_rows', 'evaluate_tokenizer', 'split_by_record', 'plot_report',
+           'conditions', 'Comparison', 'comparison_keys', 'comparison_text', 'compare', 'compare_main']
 
 # %% ../nbs/10_evaluate.ipynb #10-8d00a65c
-import csv, io, json, math, platform, re, string, sys
+import csv, hashlib, io, json, math, platform, re, string, sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .ar import ARModel, check_tokenizer
-from .core import EvalConfig, Preset, atomic, from_uint8, weights_hash, write_text
-from .data import ImageSet, evenly
+from .core import EvalConfig, Preset, Range, atomic, conform, drawable, from_uint8, plain, read_json, read_tensors, weights_hash, write_text
+from .data import ImageSet, Learned, picture_keys, read_folder, spread
 from .features import AttributeClassifier
 from .tokenizer import FlexTok
 
@@ -125,8 +125,7 @@ def make_card(data: ImageSet,
              ) -> dict:                 # json-ready
     "The conditions of a measurement, and what is known about the models. What nobody said is unknown."
     models = {name: model for name, model in weights.items() if model is not None}
-    known = getattr(data, "rule", "unknown") != "unknown"
-    crop = "as rendered" if data.scenes else CROP if known else "unknown: pictures that were made elsewhere"
+    crop = "as rendered" if data.scenes else CROP if data.rule != "unknown" else "unknown: pictures that were made elsewhere"
     card = {"data": data.source, "data_hash": data.hash, "image_size": data.images.shape[-1], "crop": crop,
             "images": len(data), "reference": f"the same {len(data)} images", "extractors": [e.name for e in eyes],
             "seed": seed, "steps": config.steps, "guidance": config.guidance}
@@ -231,29 +230,49 @@ class Report:
         digits = {"mae": 4, "mae_gain": 4, "psnr": 2, "ssim": 3, **{column(name): 3 if "scenes" in name else 1 for name in self.card["extractors"]}}
         def cell(row, key):
             value = row.get(key, "")
-            if not isinstance(value, float): return str(value)
+            if not isinstance(value, float): return plain(value)
             error = row.get(f"{key}_se"); d = digits.get(key, 3)
             return f"{value:.{d}f}" + (f" ±{error:.{d}f}" if error is not None and math.isfinite(error) else "")
         table = [[title for _, title in names]] + [[cell(row, key) for key, _ in names] for row in self.rows]
         widths = [max(len(line[i]) for line in table) for i in range(len(names))]
         lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in table]
-        eyes = [f"Fréchet {i + 1}: distance in the features of {name}" for i, name in enumerate(self.card["extractors"])]
-        if "floor" in self.card and any(row["what"] == "real against real" for row in self.rows): eyes.append(f"real against real: {self.card['floor']}")
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *eyes, *[f"note: {note}" for note in self.notes]])
+        eyes = [f"Fréchet {i + 1}: distance in the features of {plain(name)}" for i, name in enumerate(self.card["extractors"])]
+        if "floor" in self.card and any(row["what"] == "real against real" for row in self.rows): eyes.append(f"real against real: {plain(self.card['floor'])}")
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *eyes, *[f"note: {plain(note)}" for note in self.notes]])
 
 # %% ../nbs/10_evaluate.ipynb #10-967e41b5
+def _number(value) -> bool:
+    "a number"
+    return type(value) is float or type(value) is int and abs(value) < 2 ** 63
+
+_CARD = {"extractors": [str], "weights?": dict, "images?": Range(0, 2 ** 40), "steps?": Range(0, 2 ** 40), "guidance?": float, "floor?": str}
+_TABLE = {"rows": [{"what": str, "tokens?": Range(1, 2 ** 24), "n?": Range(0, 2 ** 40)}], "card": _CARD, "notes?": [str]}
+
 def load_report(path: str | Path  # table.json, or the folder of a run
                ) -> Report:       # as it was saved
     "Read a table. Raises FileNotFoundError if there is none, ValueError if it is damaged or its scores belong to another."
-    path = Path(path).expanduser(); path = path / "table.json" if path.is_dir() else path
+    path = Path(path).expanduser()
+    if path.is_dir(): path = path / "table.json"
     if not path.is_file(): raise FileNotFoundError(f"{path} is not there: give the folder of a finished run, or a table.json")
-    try: stored = json.loads(path.read_text(encoding="utf-8")); rows, card = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]], stored["card"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error: raise ValueError(f"{path} is no table of an evaluation ({type(error).__name__}: {error})") from error
-    beside = path.with_name(f"{path.stem}_scores.safetensors"); report = Report(rows, card, stored.get("notes", []), load_file(beside) if beside.exists() else {})
+    stored = conform(read_json(path, "table of an evaluation", 2 ** 24), _TABLE, f"{path} is no table of an evaluation: it")
+    rows = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]]
+    for i, row in enumerate(rows):
+        for key, value in row.items():
+            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{key}")
+    beside = path.with_name(f"{path.stem}_scores.safetensors")
+    scores = _read_scores(beside) if beside.exists() else {}
     for row in rows:
-        values = report.scores.get(score_key(row, "mae"))
-        if values is not None and not math.isclose(float(values.mean()), row["mae"], rel_tol=1e-4): raise ValueError(f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {row['mae']:.5f}")
-    return report
+        values, told = scores.get(score_key(row, "mae")), row.get("mae", math.nan)
+        if values is not None and not math.isclose(float(values.mean()), told, rel_tol=1e-4):
+            raise ValueError(f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {told:.5f}")
+    return Report(rows, stored["card"], stored.get("notes", []), scores)
+
+def _read_scores(file: Path) -> dict[str, Tensor]:  # "what/tokens/key": (n,)
+    "Raises ValueError for what holds none."
+    scores = read_tensors(file)[0]
+    if odd := next((name for name, x in scores.items() if x.ndim != 1 or not x.is_floating_point()), None):
+        raise ValueError(f"{file} holds no scores: {odd!r} is {scores[odd].dtype} of shape {tuple(scores[odd].shape)}, and a list of real numbers is needed")
+    return scores
 
 # %% ../nbs/10_evaluate.ipynb #10-e1046b76
 @dataclass
@@ -394,19 +413,16 @@ def measure_samples(ar: ARModel, tok: FlexTok, judge: Judge, config: EvalConfig,
     return rows
 
 # %% ../nbs/10_evaluate.ipynb #10-36410c2a
-def spread(data: ImageSet,
-           count: int,  # at most so many
-          ) -> tuple[ImageSet, ImageSet]:  # the chosen ones; the others
-    "So many pictures, evenly spread over the set: of a set in the order of classes, about as many of each."
-    if len(data) <= count: return data, _rows_of(data, [])
-    chosen = evenly(list(range(len(data))), count)
-    taken = set(chosen)
-    return _rows_of(data, chosen), _rows_of(data, [i for i in range(len(data)) if i not in taken])
-
-def _rows_of(data: ImageSet, rows: list[int]) -> ImageSet:
-    keys = getattr(data, "keys", None)
-    more = {} if keys is None else {"keys": keys[rows]}
-    return replace(data, images=data.images[rows], labels=data.labels[rows], **more)
+def measured_and_rest(data: ImageSet,
+                      count: int,   # at most so many are measured
+                      others: int,  # at most so many of the rest are needed
+                     ) -> tuple[ImageSet, ImageSet]:
+    "So many pictures, evenly spread over the set: of a set in the order of classes, about as many of each. And as evenly some of the rest."
+    if len(data) <= count: return data, data.select(torch.arange(0))
+    measured = torch.zeros(len(data), dtype=torch.bool)
+    measured[spread(len(data), count)] = True
+    rest = (~measured).nonzero()[:, 0]
+    return data.select(measured), data.select(rest[spread(len(rest), others)])
 
 LEFT_OVER = "held-out pictures that are not measured"
 
@@ -417,7 +433,7 @@ def floor_rows(judge: Judge, other: Tensor,  # real pictures (b 3 h w): uint8, o
     rows = []
     for m in sorted({min(count, len(other)) for count in counts}, reverse=True):
         if m < 2: continue
-        some = other if m == len(other) else other[evenly(list(range(len(other))), m)]
+        some = other if m == len(other) else other[spread(len(other), m)]
         features = [all_features(e, some, device=judge.device) for e in judge.eyes]
         rows.append({"what": "real against real", "n": m, **distances(judge, features)[0]})
     return rows
@@ -437,7 +453,7 @@ def evaluate_tokenizer(tok: FlexTok,
                        facts: dict | None = None,  # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
                       ) -> Report:                 # the table
     "Quality of reconstructions (and samples) against token count. Raises ValueError if there are too few images."
-    data, rest = spread(data, config.images)
+    data, rest = measured_and_rest(data, config.images, max(config.images, config.samples if ar is not None else 0))
     n, notes = len(data), []
     if n < 2: raise ValueError(f"{n} images are too few to measure anything")
     judge = Judge(data.images, data.labels, ([ReaderEyes(reader)] if reader is not None else []) + [eyes], reader, tok.device, batch)
@@ -458,21 +474,49 @@ def evaluate_tokenizer(tok: FlexTok,
         notes.append(f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count")
     return Report(rows + floor + reconstructed + sampled, card, notes, scores)
 
+# %% ../nbs/10_evaluate.ipynb #10-144f7ed3
+def split_by_record(root: str | Path,   # folder of pictures
+                    size: int,          # side in pixels
+                    learned: Learned,   # what a model learned from, with its keys
+                    seed: int = 0,      # order of the pictures
+                    progress: bool = True,
+                   ) -> tuple[ImageSet, ImageSet]:  # what it learned from; everything else
+    "A folder, divided by the record of a model instead of by the rule. Pictures with equal pixels count once, and as learned if one of their files was. Raises ValueError if the record has no keys, or one side would be empty."
+    if learned.keys is None: raise ValueError(f"there is no list of the pictures that were learned ({learned.source}): nothing says which were not")
+    found = read_folder(root, size, progress=progress)
+    keys = picture_keys([Path(root).expanduser() / path for path in found.paths], progress=progress)
+    first, known = {}, set()
+    for i, (image, seen) in enumerate(zip(found.images, torch.isin(keys, learned.keys).tolist())):
+        pixels = hashlib.sha256(image.numpy()).digest()
+        first.setdefault(pixels, i)
+        if seen: known.add(pixels)
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
+    rows, sides = torch.tensor(list(first.values()))[order], torch.tensor([pixels in known for pixels in first])[order]
+    if sides.all() or not sides.any(): raise ValueError(f"of {len(sides)} pictures in {root}, {int(sides.sum())} were learned from: one side would be empty")
+    def side(which, part): return ImageSet(found.images[part], found.labels[part, None], found.classes, f"{Path(root).name} {which}, {len(part)} of {len(sides)} different pictures in {len(keys)} files, divided by the record {learned.hash}; {CROP}", keys=keys[part], rule=learned.rule)
+    return side("train", rows[sides]), side("val", rows[~sides])
+
 # %% ../nbs/10_evaluate.ipynb #10-f9736c0f
 def plot_report(report: Report):  # the figure
     "Scores of reconstructions (and samples) against token count."
     import matplotlib.pyplot as plt
-    keys = [(k, t) for k, t in (("mae", "MAE"), ("psnr", "PSNR (dB)"), *[(column(name), f"Fréchet distance\n{name}") for name in report.card["extractors"]], ("acc_kind", "class accuracy")) if any(k in r for r in report.rows if r["what"] == "tokens")]
+    known = [("mae", "MAE"), ("psnr", "PSNR (dB)"), *[(column(name), f"Fréchet distance\n{drawable(name)}") for name in report.card["extractors"]], ("acc_kind", "class accuracy")]
+    keys = [(key, title) for key, title in known if any(key in r for r in report.rows if r["what"] == "tokens")]
     counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
-    fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.5))
-    for ax, (key, title) in zip(axes, keys):
+    if not keys: raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
+    def error(row, key): return max(0., e) if math.isfinite(e := row.get(f"{key}_se", 0)) else 0.
+    fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.5), squeeze=False)
+    for ax, (key, title) in zip(axes[0], keys):
         for what, colour in (("tokens", "C0"), ("samples", "C1")):
-            rows = [r for r in report.rows if r["what"] == what and key in r]
-            if rows: ax.errorbar([r["tokens"] for r in rows], [r[key] for r in rows], [r.get(f"{key}_se", 0) for r in rows], fmt="o-", ms=3, lw=1, color=colour, label={"tokens": "reconstructions"}.get(what, what))
+            rows = [r for r in report.rows if r["what"] == what and key in r and "tokens" in r]
+            if not rows: continue
+            ax.errorbar([r["tokens"] for r in rows], [r[key] for r in rows], [error(r, key) for r in rows], fmt="o-", ms=3, lw=1,
+                        color=colour, label={"tokens": "reconstructions"}.get(what, what))
         for what, style in (("VAE alone", "--"), ("originals", ":"), ("real against real", ":")):
             for r in report.rows:
-                if r["what"] == what and key in r: ax.axhline(r[key], ls=style, lw=.8, color="k", label=f"{what}, n = {r['n']}" if what == "real against real" else what)
-        ax.set_xscale("log", base=2); ax.set_xticks(counts, counts, fontsize=8); ax.set_xlabel("tokens"); ax.set_title(title, fontsize=9)
+                if r["what"] != what or key not in r: continue
+                ax.axhline(r[key], ls=style, lw=.8, color="k", label=f"{what}, n = {r.get('n', '?')}" if what == "real against real" else what)
+        ax.set_xscale("log", base=2); ax.set_xticks(counts, counts, fontsize=8); ax.set_xlabel("tokens"); ax.set_title(title, fontsize=9, parse_math=False)
         if key.startswith("frechet"): ax.set_yscale("log")
         ax.legend(fontsize=6, frameon=False)
     fig.tight_layout()
@@ -553,14 +597,14 @@ def comparison_keys(c: Comparison) -> dict[tuple[str, str], list]:  # (what, key
 def comparison_text(c: Comparison) -> str:  # the table
     "A comparison for the eye."
     letters, keys, cards = string.ascii_uppercase[:len(c.reports)], comparison_keys(c), [_flat(r.card) for r in c.reports]
-    lines = [f"{letter}  {name}" for letter, name in zip(letters, c.names)] + [""]
+    lines = [f"{letter}  {plain(name)}" for letter, name in zip(letters, c.names)] + [""]
     matter = {name for what, key in keys for name in c.mismatches(key, what)}
     differ = [n for n in dict.fromkeys(n for card in cards for n in card) if any(card.get(n) != cards[0].get(n) for card in cards)]
     for name in differ + sorted(matter - set(differ)):
-        lines.append(f"{'!' if name in matter else '·'} {name:24} " + " | ".join(str(card.get(name, "not stated")) for card in cards))
+        lines.append(f"{'!' if name in matter else '·'} {plain(name):24} " + " | ".join(plain(card.get(name, "not stated")) for card in cards))
     for (what, key), counts in keys.items():
         wrong, digits = c.mismatches(key, what), 2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4
-        lines += ["", f"{key}, {what} ({'more' if better(key) > 0 else 'less'} is better)", "tokens " + "".join(f"{letter:>18}" for letter in letters) + "".join(f"{letter + ' - A':>26}" for letter in letters[1:]) + ("" if wrong and not c.force else "   best")]
+        lines += ["", f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)", "tokens " + "".join(f"{letter:>18}" for letter in letters) + "".join(f"{letter + ' - A':>26}" for letter in letters[1:]) + ("" if wrong and not c.force else "   best")]
         for tokens in counts:
             rows = [c.row(i, what, tokens) for i in range(len(cards))]
             cells = [f"{r[key]:.{digits}f} ±{r.get(key + '_se', math.nan):.{digits}f}" for r in rows]
@@ -580,11 +624,13 @@ def compare(*reports: Report | str | Path,  # two or more: reports, folders of r
 
 def compare_main() -> None:
     "The console command `flextok_compare A B [--force]`. Ends with status 1 if something was not ranked."
+    for stream in (sys.stdout, sys.stderr):  # a terminal without an é gets a ? for it, and not a traceback
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     paths = [a for a in sys.argv[1:] if not a.startswith("-")]; options = [a for a in sys.argv[1:] if a.startswith("-")]
     if not paths or "-h" in options or "--help" in options: print("usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."); return
     if unknown := [o for o in options if o != "--force"]: sys.exit(f"flextok_compare: no option {unknown[0]}; there is --force")
     try: found = compare(*paths, force=bool(options))
-    except (ValueError, OSError) as error: sys.exit(f"flextok_compare: {error}")
+    except (ValueError, OSError) as error: sys.exit(f"flextok_compare: {plain(error)}")
     print(found)
     wrong = dict.fromkeys(name for what, key in comparison_keys(found) for name in found.mismatches(key, what))
     if wrong and not found.force: sys.exit(f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks all the same")

@@ -63,11 +63,13 @@ def test_an_even_spread_is_measured():
     """Forty of four hundred pictures in the order of ten classes: four of each class, not forty of the first."""
     data = in_order(10, 40)
     chosen = evenly(list(range(400)), 40)
-    few, rest = evaluate.spread(data, 40)
+    few, rest = evaluate.measured_and_rest(data, 40, 1000)
     assert few.labels[:, 0].bincount().tolist() == [4] * 10 and len(rest) == 360
     assert measured(data).card["data_hash"] == replace(data, images=data.images[chosen], labels=data.labels[chosen]).hash
-    whole, nothing = evaluate.spread(data, 400)
+    whole, nothing = evaluate.measured_and_rest(data, 400, 1000)
     assert whole is data and len(nothing) == 0
+    some = evaluate.measured_and_rest(data, 40, 20)[1]
+    assert some.labels[:, 0].bincount().tolist() == [2] * 10 and not set(map(bytes, some.images.numpy())) & set(map(bytes, few.images.numpy()))
 
 
 def test_the_floor_sees_all_classes():
