@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RMSNorm', 'CausalAttention', 'ARBlock', 'GPT', 'CachedGPT', 'cached_logits', 'token_chances', 'keep_likely', 'choose',
-           'guidance_at', 'ARModel', 'position_losses', 'unigram_entropies', 'tokenizer_hash', 'check_tokenizer',
-           'save_ar', 'load_ar', 'tokenize_all', 'Tokens', 'token_batches', 'train_ar', 'sample_images']
+           'guidance_at', 'ARModel', 'position_losses', 'unigram_entropies', 'tokenizer_hash', 'tokenizer_identity',
+           'check_tokenizer', 'save_ar', 'load_ar', 'tokenize_all', 'Tokens', 'token_batches', 'train_ar',
+           'sample_images']
 
 # %% ../nbs/09_ar.ipynb #09-f4422664
 import math
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, identity, load_model, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .tokenizer import FlexTok
 from .transformer import SwiGLU
@@ -216,7 +217,14 @@ class ARModel(CachedGPT, Pretrained):
 
     def __init__(self, config: ARConfig):
         super().__init__(config)
-        self.tokenizer: str | None = None  # hash of the tokenizer whose ids it was trained on
+        self.tokenizer = None
+
+    @property
+    def tokenizer(self) -> str | None: return self._tokenizer  # hash of the weights of the tokenizer whose ids it was trained on
+    @tokenizer.setter
+    def tokenizer(self, name: str | None) -> None:
+        self._tokenizer = name
+        self.tokenizer_identity: str | None = None  # its identity, to be set next; None for what was written before there were any
 
     @classmethod
     def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel":
@@ -270,24 +278,39 @@ def unigram_entropies(ids: Tensor,      # ids (b k)
 
 # %% ../nbs/09_ar.ipynb #09-8a6d93ad
 def tokenizer_hash(tok: FlexTok) -> str:  # 16 hexadecimal digits
-    "A name for exactly this tokenizer with exactly this VAE."
+    "A name for exactly the weights of this tokenizer and of its VAE."
     return weights_hash(tok)
 
+def tokenizer_identity(tok: FlexTok) -> str:  # 16 hexadecimal digits
+    "A name for exactly this tokenizer with exactly this VAE: weights, and what they mean."
+    return identity(tok)
+
 def check_tokenizer(ar: ARModel, tok: FlexTok) -> None:
-    "Raises ValueError if the AR model was trained on ids of another tokenizer."
-    if ar.tokenizer is None: raise ValueError("this AR model does not say whose ids it was trained on: set ar.tokenizer = tokenizer_hash(tok) if you know")
-    if ar.tokenizer != tokenizer_hash(tok): raise ValueError(f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {tokenizer_hash(tok)}: decoded pictures would be nonsense")
+    """Raises ValueError if the AR model was trained on ids of another tokenizer. A model that knows no identity (written before
+    there were any) is recognised by the weights' hash, and by its own vocabulary and length."""
+    if ar.tokenizer is None and ar.tokenizer_identity is None:
+        raise ValueError("this AR model does not say whose ids it was trained on: set ar.tokenizer = tokenizer_hash(tok) if you know")
+    weights = tokenizer_hash(tok)
+    if ar.tokenizer is not None and ar.tokenizer != weights:
+        raise ValueError(f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures would be nonsense")
+    whole = identity(tok, weights)
+    if ar.tokenizer_identity is not None and ar.tokenizer_identity != whole:
+        raise ValueError(f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights may be the same, but not the "
+                         "configuration that gives them a meaning (FSQ levels, for example), and decoded pictures would be nonsense")
+    c, k, v = ar.config, tok.config.registers, tok.fsq.vocabulary
+    if c.vocabulary != v or c.length > k:
+        raise ValueError(f"this AR model writes {c.length} tokens out of {c.vocabulary}, and this tokenizer has {k} out of {v}: a configuration was changed")
 
 def save_ar(folder: str | Path, model: ARModel, **facts) -> None:
     "Weights, configuration, and whose ids they are."
-    save_model(folder, model, model.config, tokenizer=model.tokenizer, **facts)
+    save_model(folder, model, model.config, tokenizer=model.tokenizer, tokenizer_identity=model.tokenizer_identity, **facts)
 
 def load_ar(folder: str | Path,
             tok: FlexTok | None = None,  # if given, it must be the one
            ) -> tuple[ARModel, dict]:    # model in eval mode; what config.json says
     "Read an AR model. Raises ValueError if it belongs to another tokenizer."
     model, facts = load_model(folder, ARModel, ARConfig)
-    model.tokenizer = facts.get("tokenizer")
+    model.tokenizer, model.tokenizer_identity = facts.get("tokenizer"), facts.get("tokenizer_identity")
     if tok is not None: check_tokenizer(model, tok)
     return model, facts
 
@@ -344,7 +367,7 @@ def train_ar(data: ImageSet | Tokens,  # training images with classes in label c
     with compiled(model.blocks, use_compiler):
         log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config, modules=[model])], stream, config.steps, ema, precision, device, "AR", progress=progress, engine=engine)
     ema.apply()
-    model.tokenizer = tokenizer_hash(tok)
+    model.tokenizer, model.tokenizer_identity = tokenizer_hash(tok), tokenizer_identity(tok)
     return model.eval(), log
 
 # %% ../nbs/09_ar.ipynb #09-5c3dad90
