@@ -1,0 +1,167 @@
+"""What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (room 10)."""
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import flextok_edu.evaluate as evaluate
+from flextok_edu.core import EvalConfig, preset
+from flextok_edu.data import ImageSet, evenly
+from flextok_edu.evaluate import CROP, LEFT_OVER, PERCEPTUAL, UNKNOWN, compare, evaluate_tokenizer, make_card, trained_how
+
+CONFIG = EvalConfig(images=40, steps=2, guidance=1.)
+
+
+class Eyes(nn.Module):
+    name = "pixels/2x2"
+
+    def forward(self, images):
+        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+class Half(nn.Module):
+    """Stands for a tokenizer of 4 tokens that shows every picture in grey, a bit lighter with each token. It knows its living pictures."""
+    def __init__(self):
+        super().__init__()
+        self.config, self.device, self.vae = type("Config", (), {"registers": 4}), torch.device("cpu"), nn.Identity()
+        self.vae.encode, self.vae.decode = (lambda x: x * .9), self.shown
+        self.alive, self.most = 0, 0
+
+    def shown(self, pictures):
+        self.alive += len(pictures)
+        self.most = max(self.most, self.alive)
+        weakref.finalize(pictures, self.gone, len(pictures))
+        return pictures
+
+    def gone(self, count):
+        self.alive -= count
+
+    def tokenize(self, x):
+        return torch.zeros(len(x), 4, dtype=torch.int64)
+
+    def detokenize(self, ids, steps=0, guidance=1., seed=0, first_index=0):
+        return self.shown(torch.rand(len(ids), 3, 16, 16) * ids.shape[1] / 8)
+
+
+def in_order(classes, each, seed=0):
+    """A set in the order of its classes, each of its own brightness, as a folder is read."""
+    noise = torch.randint(0, 20, (classes * each, 3, 16, 16), generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(classes).repeat_interleave(each)
+    images = (noise + labels[:, None, None, None] * 200 // classes).to(torch.uint8)
+    return ImageSet(images, labels[:, None], tuple(map(str, range(classes))), "in order")
+
+
+def measured(data, other=None, config=CONFIG, **options):
+    return evaluate_tokenizer(Half(), data, other, Eyes(), config, progress=False, **options)
+
+
+# --- which pictures -------------------------------------------------------------------------------------------------
+
+def test_an_even_spread_is_measured():
+    """Forty of four hundred pictures in the order of ten classes: four of each class, not forty of the first."""
+    data = in_order(10, 40)
+    chosen = evenly(list(range(400)), 40)
+    few, rest = evaluate.measured_and_rest(data, 40, 1000)
+    assert few.labels[:, 0].bincount().tolist() == [4] * 10 and len(rest) == 360
+    assert measured(data).card["data_hash"] == replace(data, images=data.images[chosen], labels=data.labels[chosen]).hash
+    whole, nothing = evaluate.measured_and_rest(data, 400, 1000)
+    assert whole is data and len(nothing) == 0
+    some = evaluate.measured_and_rest(data, 40, 20)[1]
+    assert some.labels[:, 0].bincount().tolist() == [2] * 10 and not set(map(bytes, some.images.numpy())) & set(map(bytes, few.images.numpy()))
+
+
+def test_the_floor_sees_all_classes():
+    """Other pictures in the order of their classes: the floor is as low as for a shuffled set, not as high as for one class."""
+    data, other = in_order(10, 4), in_order(10, 40, seed=1)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    def floor(some): return next(r["frechet_pixels"] for r in measured(data, some, other_is="training pictures").rows if r["what"] == "real against real")
+    mixed, first = replace(other, images=other.images[order]), replace(other, images=other.images[:40])
+    assert floor(other) < 1.5 * floor(mixed) and floor(first) > 5 * floor(other), (floor(other), floor(mixed), floor(first))
+
+
+def test_the_floor_is_held_out_where_it_can_be():
+    """What is left over is better than anything a caller may bring; what a caller brings is named; nothing is said of what nobody knows."""
+    plenty, few, other = in_order(10, 8), in_order(10, 7), in_order(10, 4, seed=1)
+    assert measured(plenty, other, other_is="training pictures").card["floor"] == LEFT_OVER
+    assert measured(few, other, other_is="training pictures").card["floor"] == "training pictures"
+    assert measured(few, other).card["floor"] == UNKNOWN
+    alone = measured(few)
+    assert alone.card["floor"].startswith("none") and not any(r["what"] == "real against real" for r in alone.rows)
+    assert "real against real: training pictures" in str(measured(few, other, other_is="training pictures"))
+    assert "real against real: held-out pictures" in str(measured(plenty))
+
+
+def test_no_pictures_are_kept(monkeypatch):
+    """Bytes become floats a batch at a time, and a reconstruction lives until the next batch has been looked at."""
+    largest, real = [], evaluate.from_uint8
+    monkeypatch.setattr(evaluate, "from_uint8", lambda x: largest.append(len(x)) or real(x))
+    data, tok = in_order(10, 20), Half()
+    report = evaluate_tokenizer(tok, data, in_order(10, 20, seed=1), Eyes(), EvalConfig(images=200, steps=1), batch=10, progress=False)
+    assert max(largest) <= 125 and sum(r["what"] == "tokens" for r in report.rows) == 3, "the floor's features take 125 at a time"
+    assert tok.most <= 20, f"{tok.most} reconstructions of 200 lived at once"
+
+
+def test_batches_change_nothing():
+    data = in_order(10, 4)
+    class Mirror(Half):
+        def tokenize(self, x): return (x[:, 0, 0, :4] * 100).long()
+        def detokenize(self, ids, *rest, **more): return (ids.float().mean(1) / 100)[:, None, None, None].expand(-1, 3, 16, 16) * 1.
+    one, two = (evaluate_tokenizer(Mirror(), data, None, Eyes(), CONFIG, batch=b, progress=False) for b in (40, 7))
+    assert one.card == two.card
+    for a, b in zip(one.rows, two.rows):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a if isinstance(a[k], float))
+
+
+# --- what a card says -----------------------------------------------------------------------------------------------
+
+def averaged(p, ema, *parts):
+    return replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), ema=ema) for part in parts})
+
+
+def test_how_the_models_were_trained():
+    """From the presets they were trained with: micro's VAE had EfficientNet and a critic, tiny's nothing but pixels; averages where there were some."""
+    micro, tiny = preset("micro"), preset("tiny")
+    assert trained_how(vae=micro, tokenizer=micro) == {"weights_are": "EMA", "vae_trained_against": f"{PERCEPTUAL} and a critic"}
+    assert trained_how(vae=tiny, tokenizer=tiny)["vae_trained_against"] == "nothing but pixels"
+    critic = replace(tiny, vae_loss=replace(tiny.vae_loss, adversarial=.1, adversarial_start=.5))
+    assert trained_how(vae=critic)["vae_trained_against"] == "a critic"
+    assert trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, perceptual=1.)))["vae_trained_against"] == f"{PERCEPTUAL} and a critic"
+    assert trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, adversarial_start=1.)))["vae_trained_against"] == "nothing but pixels"
+    last = averaged(micro, 0., "vae", "tokenizer")
+    assert trained_how(vae=last, tokenizer=last)["weights_are"] == "of the last step"
+    assert trained_how(vae=last, tokenizer=micro)["weights_are"] == "vae of the last step, tokenizer EMA"
+    assert trained_how(vae=None, tokenizer=None) == trained_how() == {"weights_are": "unknown", "vae_trained_against": "unknown"}
+    assert "unknown" in trained_how(vae=None, tokenizer=micro)["weights_are"]
+
+
+def test_the_perceptual_features_are_those():
+    """The card names the blocks that the loss reads by default."""
+    import inspect
+    from flextok_edu.features import Lite0
+    after = inspect.signature(Lite0.maps).parameters["after"].default
+    assert PERCEPTUAL == f"{Lite0.name.split('/')[0]} blocks {' and '.join(map(str, after))}"
+
+
+def test_nothing_is_assumed():
+    """A card that nobody helped knows neither crop nor training, and has no conditions of samples that were not drawn."""
+    card = measured(in_order(10, 4)).card
+    assert card["weights_are"] == card["vae_trained_against"] == "unknown" and card["crop"].startswith("unknown")
+    assert card["learned"] == {"vae": UNKNOWN, "tokenizer": UNKNOWN}
+    assert not {"samples", "ar_guidance", "temperature"} & set(card)
+    known = make_card(in_order(2, 4), [Eyes()], CONFIG, 0, {"learned": {"vae": {"rule": "one in eight", "count": 7}}, "device": "cpu"}, vae=nn.Linear(1, 1), tokenizer=nn.Linear(1, 1), ar=nn.Linear(1, 1), extractor=Eyes())
+    assert known["learned"] == {"vae": {"rule": "one in eight", "count": 7}, "tokenizer": UNKNOWN, "ar": UNKNOWN} and known["device"] == "cpu"
+    assert known["samples"] == CONFIG.samples and set(known["weights"]) == {"vae", "tokenizer", "ar", "extractor"}
+    scenes = replace(in_order(2, 4), scenes=True)
+    assert make_card(scenes, [Eyes()], CONFIG, 0)["crop"] == "as rendered"
+
+
+def test_learned_is_laid_side_by_side(tmp_path):
+    """What the parts learned from survives a file, and a comparison shows where it differs, without refusing to rank."""
+    data = in_order(10, 4)
+    one, two = (measured(data, facts={"learned": {"vae": {"rule": rule, "count": 5}, "tokenizer": "unknown: no record"}}) for rule in ("scenes", "one in eight"))
+    one.save(tmp_path)
+    assert evaluate.load_report(tmp_path) == one
+    found = compare(tmp_path, two)
+    assert "· learned.vae.rule" in str(found) and "learned.vae.count" not in str(found) and not found.mismatches("mae")
