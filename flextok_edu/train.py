@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import EMA, Engine, Feed, Muon, Player, atomic, pick_device, weights_hash
+from .core import EMA, Engine, Feed, Muon, Player, Range, atomic, conform, parse_json, pick_device, read_tensors, weights_hash
 
 # %% ../nbs/11_train.ipynb #11-e6a1b0d4
 def _content(tensors: dict[str, Tensor], facts: str) -> str:  # 16 hexadecimal digits
@@ -38,25 +38,20 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the fi
             return name
     return None
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (they have since version 0.4)
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (older ones have none)
     "Raises ValueError for a file that is damaged or of no use, and says why."
-    from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "pt") as file:
-            known, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        text = known["facts"]
-        facts = json.loads(text)
-        if not isinstance(facts, dict):
-            raise ValueError(f"its facts are a {type(facts).__name__}")
-    except KeyError as error:
-        raise ValueError(f"is no checkpoint ({error} is missing)") from error
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"is damaged ({str(error) or type(error).__name__})") from error
+        tensors, known = read_tensors(path)
+        text = conform(known, {"facts": str}, "its header")["facts"]
+        facts = conform(parse_json(text, "its text"), dict, "its text")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"is damaged ({error})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
         raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
     if bad := _not_finite(tensors):
         raise ValueError(f"is of no use ({bad} is not finite)")
     return tensors, facts, "content" in known
+
 
 # %% ../nbs/11_train.ipynb #11-a7d1aca2
 class Checkpoints:
