@@ -207,7 +207,7 @@ def pack(run: str | Path | dict,  # folder of a `flextok_run`, or one with folde
 # %% ../nbs/17_zoo.ipynb #17-7d194c24
 def markdown(label) -> str:  # a name or fact from somewhere else
     "The same as text: nothing in it is markup, and it stays on its line."
-    return re.sub(r"([\\`*_\[\]<>|&$~#!])", r"\\\1", plain(label))
+    return re.sub(r"([\\`*\[\]<>|&$~#!]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))", r"\\\1", plain(label))
 
 def _known(value, form: str = "") -> str: return "?" if value is None else markdown(format(value, form))
 
@@ -235,7 +235,7 @@ def _learned_from(folder: Path) -> str:  # a sentence for each part
     found = {part: learned_facts(load_learned(folder / part)) for part in PARTS if (folder / part).is_dir()}
     def said(facts):
         if isinstance(facts, str): return facts
-        return f"{facts['count']:,} pictures of {markdown(facts['source'])}, rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
+        return f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
     return "\n".join(f"- {part}: {said(facts)}" for part, facts in found.items())
 
 def _decoding(p: dict, writes: bool) -> str:  # p: the preset, as json; whether there is an AR model
@@ -289,7 +289,7 @@ def model_card(folder: Path,      # of a packed model, with model.json
     p, made = facts["preset"] or {}, facts["made"]
     of = next((m["versions"] for m in made.values() if m.get("versions")), None)
     def said(v): return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
-    changes = "; ".join(f"{markdown(k).replace(chr(92) + '_', ' ')} {v:.2g}" if v < .1 else f"{markdown(k).replace(chr(92) + '_', ' ')} {v:.4f}" for k, v in facts.get("rounding", {}).items())
+    changes = "; ".join(f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < .1 else '.4f'}}" for k, v in facts.get("rounding", {}).items())
     averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(facts.get("weights_are"), markdown(facts.get("weights_are", "unknown")))
     return f"""---
 license: apache-2.0
