@@ -258,7 +258,7 @@ def load_report(path: str | Path  # table.json, or the folder of a run
     rows = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]]
     for i, row in enumerate(rows):
         for key, value in row.items():
-            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{key}")
+            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{plain(key)[:60]}")
     beside = path.with_name(f"{path.stem}_scores.safetensors")
     scores = _read_scores(beside) if beside.exists() else {}
     for row in rows:
