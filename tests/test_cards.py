@@ -1,4 +1,7 @@
 """What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (room 10)."""
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -198,3 +201,45 @@ def test_split_by_record(tmp_path):
         evaluate.split_by_record(place, 8, replace(learned, keys=None), progress=False)
     with pytest.raises(ValueError, match="one side would be empty"):
         evaluate.split_by_record(place, 8, replace(learned, keys=torch.arange(3)), progress=False)
+
+
+# --- labels are text --------------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, of a glyph that it does not have
+@pytest.mark.parametrize("name", ("$5_to_$10/x", "\\frac{/x", "a^{b_$c$", "中文/x", "caf\udce9/x", "two\nlines/x"))
+def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
+    """In the figure, in the table and in a comparison: no mathematics, no line of its own, nothing that cannot be written."""
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(Eyes, "name", name)
+    report = measured(in_order(10, 4))
+    figure = evaluate.plot_report(report)
+    figure.savefig(tmp_path / "quality.png")
+    titles = [ax.title for ax in figure.axes]
+    assert not any(t.get_parse_math() for t in titles) and any("x" in t.get_text() or "c$" in t.get_text() for t in titles)
+    plt.close(figure)
+    for text in (str(report), str(compare(report, report))):
+        text.encode("utf-8")
+        assert "two\nlines" not in text
+
+
+def test_one_score_is_drawn_too():
+    import matplotlib.pyplot as plt
+    report = measured(in_order(10, 4))
+    rows = [{k: v for k, v in row.items() if k in ("what", "tokens", "n", "mae")} for row in report.rows]
+    plt.close(evaluate.plot_report(replace(report, rows=rows)))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        evaluate.plot_report(replace(report, rows=rows[:1]))
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "cp437", "cp932", "latin-1"))
+def test_compare_on_any_terminal(encoding, tmp_path):
+    """flextok_compare says what it found, whatever the terminal can show and the folder is called."""
+    replace(measured(in_order(10, 4)), scores={}).save(tmp_path / "caf\u00e9")
+    there = os.fsencode(tmp_path) + b"/b\xe9d"
+    try:
+        os.rename(tmp_path / "caf\u00e9", there)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system cannot hold the name")
+    run = "import sys; from flextok_edu.evaluate import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
+    found = subprocess.run([sys.executable, "-c", run, there, there], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
+    assert found.returncode == 0 and b"mae, tokens" in found.stdout, found.stderr[-500:]

@@ -367,6 +367,10 @@ def test_no_demo(shipped, tmp_path, capsys, monkeypatch):
     (tmp_path / "demo" / "run.json").write_text("{}")
     assert status(zoo.demo_main, *out) == 1 and "training run" in capsys.readouterr().err
     (tmp_path / "demo" / "run.json").unlink()
+    (tmp_path / "demo" / "quality.png").write_bytes(b"a picture of mine")
+    assert status(zoo.demo_main, *out) == 1 and "--force" in capsys.readouterr().err
+    assert (tmp_path / "demo" / "quality.png").read_bytes() == b"a picture of mine"
+    (tmp_path / "demo" / "quality.png").unlink()
     shutil.copytree(shipped, tmp_path / "other")
     monkeypatch.setattr(zoo, "shipped_models", lambda: {"other": tmp_path / "other"})
     (tmp_path / "other" / "model.json").write_text(json.dumps({"preset": None, "made": {}}))
