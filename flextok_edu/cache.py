@@ -27,6 +27,7 @@ from .ar import tokenizer_hash
 from .core import atomic, from_uint8, weights_hash, write_text
 from .data import ImageSet
 from .tokenizer import FlexTok
+from .train import lock_byte
 from .vae import VAE
 
 # %% ../nbs/11b_cache.ipynb #11b-13ba7c11
@@ -99,18 +100,6 @@ def check_content(path: Path) -> None:
     if found != facts["content"]: raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content']} was written: build the cache again with verify=True, only this shard will be made")
 
 # %% ../nbs/11b_cache.ipynb #11b-9237ed22
-def _lock(file, index: int, take: bool) -> bool:  # whether it worked
-    "Lock or release one byte of an open file, without waiting."
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(index); msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN, 1, index)
-    except (BlockingIOError, PermissionError): return False
-    return True
-
 class Claims:
     "Who may write what: byte 0 of one lock file is cache.json, byte i + 1 is shard i. A claim dies with its process."
     _open: set[Path] = set()  # folders that this process is building
@@ -123,9 +112,9 @@ class Claims:
     @contextlib.contextmanager
     def claim(self, index: int) -> Iterator[bool]:  # yields whether it is ours
         "Ours for the time of a `with` block, unless another process has it."
-        ours = _lock(self.file, index, True)
+        ours = lock_byte(self.file, index, True)
         try: yield ours
-        finally: ours and _lock(self.file, index, False)
+        finally: ours and lock_byte(self.file, index, False)
 
 # %% ../nbs/11b_cache.ipynb #11b-d4d01fd4
 def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:  # images, labels, items
