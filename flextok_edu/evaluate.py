@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RESAMPLES', 'CROP', 'PERCEPTUAL', 'UNKNOWN', 'READS_ORIGINALS', 'MARK', 'LEFT_OVER', 'image_scores', 'mean_and_error',
            'frechet', 'frechet_resamples', 'all_features', 'versions', 'trained_how', 'make_card', 'token_counts',
-           'ReaderEyes', 'column', 'save_picture', 'is_ours', 'may_replace', 'Report', 'load_report', 'Seen', 'Judge',
-           'reading', 'distances', 'reconstruction_row', 'better', 'score_key', 'gains', 'measure_reconstructions',
-           'measure_samples', 'measured_and_rest', 'floor_rows', 'evaluate_tokenizer', 'split_by_record', 'plot_report',
-           'conditions', 'Comparison', 'comparison_keys', 'comparison_text', 'compare', 'compare_main']
+           'ReaderEyes', 'column', 'save_picture', 'is_ours', 'may_replace', 'may_fill', 'Report', 'load_report',
+           'Seen', 'Judge', 'reading', 'distances', 'reconstruction_row', 'better', 'score_key', 'gains',
+           'measure_reconstructions', 'measure_samples', 'measured_and_rest', 'floor_rows', 'evaluate_tokenizer',
+           'split_by_record', 'plot_report', 'conditions', 'Comparison', 'comparison_keys', 'comparison_text',
+           'compare', 'compare_main']
 
 # %% ../nbs/10_evaluate.ipynb #10-8d00a65c
 import csv, hashlib, io, json, math, platform, re, string, sys
@@ -201,6 +202,16 @@ def may_replace(path: Path,                    # about to be written
     if not force and not is_ours(path):
         raise ValueError(f"{path} is there already, and {MARK} did not write it: choose another name, or --force")
 
+def may_fill(folder: str | Path,   # results are about to be written there
+             names: Iterable[str], # of the files
+             force: bool = False,  # replace what somebody else wrote
+            ) -> None:
+    "Raises ValueError if a file of one of these names lies there that must not be replaced. Where our table lies, the folder is ours."
+    folder = Path(folder).expanduser()
+    table = folder / "table.json"
+    if table.is_file() and is_ours(table): return
+    for name in names: may_replace(folder / name, force)
+
 # %% ../nbs/10_evaluate.ipynb #10-c6345491
 @dataclass
 class Report:
@@ -258,7 +269,7 @@ def load_report(path: str | Path  # table.json, or the folder of a run
     rows = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]]
     for i, row in enumerate(rows):
         for key, value in row.items():
-            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{key}")
+            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{plain(key)[:60]}")
     beside = path.with_name(f"{path.stem}_scores.safetensors")
     scores = _read_scores(beside) if beside.exists() else {}
     for row in rows:

@@ -22,9 +22,9 @@ from .commands import UsageError, command, habits, open_tokenizer, size_of
 from .core import (EvalConfig, Preset, Range, StageConfig, VAEConfig, conform, drawable, from_dict, from_uint8, load_model,
                               pick_device, plain, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text)
 from .data import KINDS, ImageSet, Learned, ToyScenes, load_learned, read_squares, save_learned, spread
-from .evaluate import Report, load_report, may_replace, save_picture, token_counts, trained_how, versions
+from .evaluate import Report, load_report, may_fill, may_replace, save_picture, token_counts, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all
+from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all
 from .tokenizer import FlexTok, load_tokenizer
 from .vae import VAE
 
@@ -207,7 +207,7 @@ def pack(run: str | Path | dict,  # folder of a `flextok_run`, or one with folde
 # %% ../nbs/17_zoo.ipynb #17-7d194c24
 def markdown(label) -> str:  # a name or fact from somewhere else
     "The same as text: nothing in it is markup, and it stays on its line."
-    return re.sub(r"([\\`*_\[\]<>|&$~#!])", r"\\\1", plain(label))
+    return re.sub(r"([\\`*\[\]<>|&$~#!]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))", r"\\\1", plain(label))
 
 def _known(value, form: str = "") -> str: return "?" if value is None else markdown(format(value, form))
 
@@ -235,7 +235,7 @@ def _learned_from(folder: Path) -> str:  # a sentence for each part
     found = {part: learned_facts(load_learned(folder / part)) for part in PARTS if (folder / part).is_dir()}
     def said(facts):
         if isinstance(facts, str): return facts
-        return f"{facts['count']:,} pictures of {markdown(facts['source'])}, rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
+        return f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
     return "\n".join(f"- {part}: {said(facts)}" for part, facts in found.items())
 
 def _decoding(p: dict, writes: bool) -> str:  # p: the preset, as json; whether there is an AR model
@@ -289,7 +289,7 @@ def model_card(folder: Path,      # of a packed model, with model.json
     p, made = facts["preset"] or {}, facts["made"]
     of = next((m["versions"] for m in made.values() if m.get("versions")), None)
     def said(v): return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
-    changes = "; ".join(f"{markdown(k).replace(chr(92) + '_', ' ')} {v:.2g}" if v < .1 else f"{markdown(k).replace(chr(92) + '_', ' ')} {v:.4f}" for k, v in facts.get("rounding", {}).items())
+    changes = "; ".join(f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < .1 else '.4f'}}" for k, v in facts.get("rounding", {}).items())
     averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(facts.get("weights_are"), markdown(facts.get("weights_are", "unknown")))
     return f"""---
 license: apache-2.0
@@ -457,13 +457,16 @@ class DemoOptions(ShowOptions):
     "Be ready after so long; how much is measured depends on it."
     images: int | None = None
     "Measure on at most so many held-out scenes."
+    force: bool = False
+    "Replace files of the same names that another program wrote."
 
 def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts of model.json
     "Raises UsageError or ValueError for a model or options that cannot be shown."
-    name, out = _model(o.model), Path(o.out)
+    name, out = _model(o.model), Path(o.out).expanduser()
     if name not in shipped_models(): raise UsageError(f"--model {name}: not among the models that come with the package ({', '.join(shipped_models()) or 'none'})")
     if not (math.isfinite(o.minutes) and o.minutes > 0) or o.images is not None and o.images < 2: raise UsageError(f"--minutes {o.minutes} --images {o.images}: more than 0, and at least 2")
     if (out / "run.json").exists(): raise ValueError(f"{out} holds a training run: choose another --out")
+    may_fill(out, [*PICTURES, "report.html", "stages.json", "table.json", "table.csv", "table_scores.safetensors"], o.force)
     place = shipped_models()[name]
     if missing := [p for p in PARTS if not (place / p).is_dir()]: raise ValueError(f"{name} has no {missing[0]}: a page needs all of {', '.join(PARTS)}")
     if not any((place / p / "log.json").exists() for p in PARTS): raise ValueError(f"{name} has no log.json of any part: there are no training curves to draw")
@@ -491,7 +494,7 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     p = replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), steps=s["steps"]) for part, s in zip(PARTS, stages) if s["steps"]})  # all trainings of a part: no usual curves for those
     source = f"ToyScenes val, level {p.level}, seed {o.seed}, {p.image_size} px"
     train = trained_on(name, facts, place)
-    job = Job(RunConfig(preset=p.name, out=str(o.out), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, ImageSet(*scenes.render(0, n), KINDS, source, True, rule="scenes"), began)
+    job = Job(RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, ImageSet(*scenes.render(0, n), KINDS, source, True, rule="scenes"), began)
     report = evaluate_all(job, Models(tok.vae, reader, tok, ar, logs, stages), (place / "README.md").read_text(encoding="utf-8"))
     print(f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - began) / 60:.1f} minutes)", flush=True)
     return job.out / "report.html"

@@ -1,14 +1,19 @@
 """What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (room 10)."""
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import flextok_edu.evaluate as evaluate
 from flextok_edu.core import EvalConfig, preset
-from flextok_edu.data import ImageSet, evenly
+from flextok_edu.data import ImageSet, Learned, evenly, picture_keys, read_squares
 from flextok_edu.evaluate import CROP, LEFT_OVER, PERCEPTUAL, UNKNOWN, compare, evaluate_tokenizer, make_card, trained_how
 
 CONFIG = EvalConfig(images=40, steps=2, guidance=1.)
@@ -165,3 +170,76 @@ def test_learned_is_laid_side_by_side(tmp_path):
     assert evaluate.load_report(tmp_path) == one
     found = compare(tmp_path, two)
     assert "· learned.vae.rule" in str(found) and "learned.vae.count" not in str(found) and not found.mismatches("mae")
+
+
+# --- a folder divided by a model's record ---------------------------------------------------------------------------
+
+def a_folder(place, count=12):
+    """Pictures by name; 10.png has the pixels of 0.png in another file, and 11.png is the same file as 5.png."""
+    place.mkdir()
+    for i in range(count - 2):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(place / f"{i}.png")
+    with Image.open(place / "0.png") as image:
+        image.save(place / "10.png", compress_level=0)
+    (place / "11.png").write_bytes((place / "5.png").read_bytes())
+    return place
+
+
+def test_split_by_record(tmp_path):
+    """What is not on the list was held out; a file with the pixels of a learned one counts as learned; equal pictures count once; the order is the seed's."""
+    place = a_folder(tmp_path / "photos")
+    keys = picture_keys([place / f"{i}.png" for i in (10, 3, 4)]).sort().values  # 10.png, and not 0.png
+    learned = Learned("by hand", "three files", 3, "0", keys)
+    train, val = evaluate.split_by_record(place, 8, learned, progress=False)
+    def names(part): return {bytes(x.numpy()) for x in part.images}
+    whole = {i: bytes(x.numpy()) for i, x in enumerate(read_squares([place / f"{i}.png" for i in range(12)], 8, False)[0])}
+    assert names(train) == {whole[i] for i in (0, 3, 4)} and len(train) == 3 and names(val) == {whole[i] for i in (1, 2, 5, 6, 7, 8, 9)} and len(val) == 7
+    assert val.rule == "by hand" and val.labels.shape == (7, 1) and "7 of 10 different pictures in 12 files" in val.source
+    other = evaluate.split_by_record(place, 8, learned, seed=1, progress=False)[1]
+    assert names(other) == names(val) and not torch.equal(other.images, val.images)
+    with pytest.raises(ValueError, match="no list"):
+        evaluate.split_by_record(place, 8, replace(learned, keys=None), progress=False)
+    with pytest.raises(ValueError, match="one side would be empty"):
+        evaluate.split_by_record(place, 8, replace(learned, keys=torch.arange(3)), progress=False)
+
+
+# --- labels are text --------------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, of a glyph that it does not have
+@pytest.mark.parametrize("name", ("$5_to_$10/x", "\\frac{/x", "a^{b_$c$", "中文/x", "caf\udce9/x", "two\nlines/x"))
+def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
+    """In the figure, in the table and in a comparison: no mathematics, no line of its own, nothing that cannot be written."""
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(Eyes, "name", name)
+    report = measured(in_order(10, 4))
+    figure = evaluate.plot_report(report)
+    figure.savefig(tmp_path / "quality.png")
+    titles = [ax.title for ax in figure.axes]
+    assert not any(t.get_parse_math() for t in titles) and any("x" in t.get_text() or "c$" in t.get_text() for t in titles)
+    plt.close(figure)
+    for text in (str(report), str(compare(report, report))):
+        text.encode("utf-8")
+        assert "two\nlines" not in text
+
+
+def test_one_score_is_drawn_too():
+    import matplotlib.pyplot as plt
+    report = measured(in_order(10, 4))
+    rows = [{k: v for k, v in row.items() if k in ("what", "tokens", "n", "mae")} for row in report.rows]
+    plt.close(evaluate.plot_report(replace(report, rows=rows)))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        evaluate.plot_report(replace(report, rows=rows[:1]))
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "cp437", "cp932", "latin-1"))
+def test_compare_on_any_terminal(encoding, tmp_path):
+    """flextok_compare says what it found, whatever the terminal can show and the folder is called."""
+    replace(measured(in_order(10, 4)), scores={}).save(tmp_path / "caf\u00e9")
+    there = os.fsencode(tmp_path) + b"/b\xe9d"
+    try:
+        os.rename(tmp_path / "caf\u00e9", there)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system cannot hold the name")
+    run = "import sys; from flextok_edu.evaluate import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
+    found = subprocess.run([sys.executable, "-c", run, there, there], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
+    assert found.returncode == 0 and b"mae, tokens" in found.stdout, found.stderr[-500:]
