@@ -521,7 +521,8 @@ def atomic(path: str | Path):  # yields the temporary path to write to
 
 def write_text(path: str | Path, text: str) -> None:
     "Write a text file, whole or not at all."
-    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    # a name that was no UTF-8 becomes an escape: in json one that reads back
+    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00_core.ipynb #00-9199e6b4
 def weights_hash(module: nn.Module | dict  # a module or a state dict
