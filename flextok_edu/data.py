@@ -742,7 +742,7 @@ def _array_set(name: str, root: Path, download: bool) -> list:  # train, held ou
 def _wnid_names(base: Path, wnids: list[str]) -> tuple[str, ...]:
     "Readable class names in the order of the wnids: from Kaggle's LOC_synset_mapping.txt if it is there, torchvision's list for all 1,000, else the wnids."
     if (base / "LOC_synset_mapping.txt").is_file():
-        named = dict(line.strip().split(" ", 1) for line in (base / "LOC_synset_mapping.txt").read_text(encoding="utf-8").splitlines() if " " in line)
+        named = dict(line.strip().split(" ", 1) for line in (base / "LOC_synset_mapping.txt").read_text(encoding="utf-8", errors="replace").splitlines() if " " in line)
         names = [named.get(w, w).split(",")[0] for w in wnids]
     elif len(wnids) == 1000:
         from torchvision.models import ResNet18_Weights
