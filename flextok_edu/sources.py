@@ -40,6 +40,10 @@ class Item(NamedTuple):
     caption: str | None  # text that belongs to it
     key: str             # names it, for a person
 
+    def __repr__(self) -> str:
+        data = f"<{len(self.data):,} bytes>" if isinstance(self.data, bytes) else f"<array {self.data.shape}>" if isinstance(self.data, np.ndarray) else repr(self.data)
+        return f"Item(data={data}, label={self.label!r}, caption={self.caption!r}, key={self.key!r})"
+
 _OWN, _TOO_MANY = ("own split", "train and val folders"), 200_000  # of those: not hashed unless somebody sets this higher
 
 class Source:
@@ -142,8 +146,9 @@ class FolderSource(Source):
     def __init__(self, root: str | Path,     # links are followed, each folder once
                  limit: int | None = None,   # use at most so many files, evenly spread
                  part: str = "train",        # "train" | "val", of a folder that has both
-                 index: str | Path | None = None):  # folder that keeps the keys
-        found = list_folder(root, part)
+                 index: str | Path | None = None,   # folder that keeps the keys
+                 classes: tuple[str, ...] | None = None):  # for "val": those of the training part, if they are known
+        found = list_folder(root, part, classes)
         files = list(evenly(found.files, limit))
         self.whole, self.part, self.index, self.rule = str(root), part, index, found.rule
         self.classes, self.root, self.files, self.labels = found.classes, str(found.root), _Strings(files), np.array(evenly(found.labels, limit))
@@ -152,7 +157,7 @@ class FolderSource(Source):
         self.texts = np.array([1 if s + ".txt" in texts else 2 if s + ".json" in texts else 0 for s in stems] or [0] * len(files), np.uint8)
         self.name = f"{found.name}{' ' + part if self.rule in _OWN else ''}, {len(files):,} files"
 
-    def own_split(self) -> Source | None: return FolderSource(self.whole, part="val", index=self.index) if self.rule in _OWN and self.part == "train" else None
+    def own_split(self) -> Source | None: return FolderSource(self.whole, part="val", index=self.index, classes=self.classes) if self.rule in _OWN and self.part == "train" else None
     def key_of(self, i: int) -> int: return int(picture_keys([os.path.join(self.root, self.files[i])])[0])
     def _find_keys(self, progress: bool) -> Tensor: return picture_keys([os.path.join(self.root, self.files[i]) for i in range(len(self))], self.index, progress)
     def __len__(self) -> int: return len(self.files)
