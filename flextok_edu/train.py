@@ -501,9 +501,12 @@ def _differences(then, now, at: str = "") -> list[tuple]:  # dotted path, value 
 def _said(settings: dict) -> str: return ", ".join(f"{path}={value!r}" for path, value in settings.items())
 
 def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
-    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on."
+    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on. Raises ValueError for a checkpoint that says something else."
     found = Checkpoints(Path(folder) / "checkpoints").newest()
-    return {path: value for change in (found[1].get("changes", []) if found else []) for path, value in change["settings"].items()}
+    if found is None:
+        return {}
+    facts = conform(found[1], {"changes?": _FACTS["changes?"]}, f"the checkpoint in {folder}")
+    return {path: value for change in facts.get("changes", []) for path, value in change["settings"].items()}
 
 # %% ../nbs/11_train.ipynb #11-61d3c8af
 _COUNTED = Range(0, 2 ** 53)
