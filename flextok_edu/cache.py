@@ -128,7 +128,7 @@ def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb", buffering=0) as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     try: tensors, _ = read_tensors(path)
-    except ValueError as error: raise DamagedShard(f"{path} is damaged ({error}): build the cache again, only this shard will be made") from error
+    except ValueError as error: raise DamagedShard(f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made") from error
     found = weights_hash(tensors)
     if found != facts["content"]:
         raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content'][:16]} was written: "
@@ -141,7 +141,7 @@ class Claims:
     _open: set[Path] = set()  # folders that this process is building
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        if self.folder in Claims._open: raise RuntimeError(f"{folder} is being built by this very process: wait, or start another process")
+        if self.folder in Claims._open: raise ValueError(f"{folder} is being built by this very process: wait, or start another process")
         self.file = open(folder / "build.lock", "ab"); Claims._open.add(self.folder)
     def close(self) -> None: Claims._open.discard(self.folder); self.file.close()
 

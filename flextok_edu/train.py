@@ -45,7 +45,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # ten
         text = conform(known, {"facts": str}, "its header")["facts"]
         facts = conform(parse_json(text, "its text"), dict, "its text")
     except (ValueError, OSError) as error:
-        raise ValueError(f"is damaged ({error})") from error
+        raise ValueError(f"is damaged ({str(error).removeprefix(f'{path} ')})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
         raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
     if bad := _not_finite(tensors):
@@ -189,7 +189,9 @@ class Claim:
         with contextlib.suppress(OSError):  # Windows removes no open file
             (self.folder / _CLAIM).unlink(missing_ok=True)
         self.file.close()
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # somebody has it open; not empty
+            if os.name == "nt":
+                (self.folder / _CLAIM).unlink(missing_ok=True)
             if self.made:
                 self.folder.rmdir()
 

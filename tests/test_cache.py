@@ -189,7 +189,7 @@ def test_one_build_a_process(tmp_path):
     thread.start()
     inside.wait(10)
     try:
-        with pytest.raises(RuntimeError, match="this very process"):
+        with pytest.raises(ValueError, match="this very process"):
             every_build(tmp_path)
     finally:
         gate.set()
