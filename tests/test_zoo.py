@@ -257,6 +257,8 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
     assert status(zoo.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu") == 0
     page, card = (tmp_path / "demo" / "report.html").read_text(), load_report(tmp_path / "demo").card
     assert card["steps"] == 3 and card["guidance"] == 1.5 and card["images"] == 10 and card["train_hash"] == facts["made"]["tokenizer"]["images"] and "seed 5" in card["trained_on"]
+    assert facts["vae_trained_against"] == card["vae_trained_against"] == "nothing but pixels" and "nothing but pixels" in (packed / "README.md").read_text(), "as its own training said"
+    assert {found["rule"] for found in card["learned"].values()} == {"scenes"} and card["floor"].startswith("other held-out scenes") and load_learned(packed / "vae").count == 40
     assert page.count("data:image/png") == 4 and "# apart" in page and "Intended use" in page
     assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
 
