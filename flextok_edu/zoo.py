@@ -124,8 +124,8 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
     if "ar" in folders:
         model, facts = _open(folders["ar"], "ar"); tok.vae, tok_small.vae = vae, small
         if facts.get("tokenizer") not in (None, tokenizer_hash(tok)): raise ValueError(f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the one in {folders['tokenizer']} is {tokenizer_hash(tok)}")
-        known = {} if facts.get("tokenizer_identity") is None else {"tokenizer_identity": tokenizer_identity(tok_small)}
-        _keep(folders["ar"], to, "ar", _round(model), facts, model.config, tokenizer=tokenizer_hash(tok_small), **known)
+        bound = {"tokenizer": tokenizer_hash(tok_small), "tokenizer_identity": tokenizer_identity(tok_small)}
+        _keep(folders["ar"], to, "ar", _round(model), facts, model.config, **bound)
     if "classifier" in folders: model, facts = _open(folders["classifier"], "classifier"); _keep(folders["classifier"], to, "classifier", _round(model), facts, from_dict(StageConfig, facts["config"]))
 
 # %% ../nbs/17_zoo.ipynb #17-73fe8b31
