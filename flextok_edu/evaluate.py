@@ -9,7 +9,7 @@ __all__ = ['RESAMPLES', 'CROP', 'PERCEPTUAL', 'UNKNOWN', 'READS_ORIGINALS', 'MAR
            'Seen', 'Judge', 'reading', 'distances', 'reconstruction_row', 'better', 'score_key', 'gains',
            'measure_reconstructions', 'measure_samples', 'measured_and_rest', 'floor_rows', 'evaluate_tokenizer',
            'split_by_record', 'plot_report', 'conditions', 'Comparison', 'comparison_keys', 'comparison_text',
-           'compare', 'compare_main']
+           'compare', 'any_terminal', 'compare_main']
 
 # %% ../nbs/10_evaluate.ipynb #10-8d00a65c
 import csv, hashlib, io, json, math, platform, re, string, sys
@@ -633,10 +633,14 @@ def compare(*reports: Report | str | Path,  # two or more: reports, folders of r
     if not 2 <= len(reports) <= 26: raise ValueError(f"a comparison needs 2 to 26 reports, not {len(reports)}")
     return Comparison([f"report {i + 1}" if isinstance(r, Report) else str(r) for i, r in enumerate(reports)], [r if isinstance(r, Report) else load_report(r) for r in reports], force)
 
+def any_terminal() -> None:
+    "A terminal that has no é gets an escape for it, and the command no traceback."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+
 def compare_main() -> None:
     "The console command `flextok_compare A B [--force]`. Ends with status 1 if something was not ranked."
-    for stream in (sys.stdout, sys.stderr):  # a terminal without an é gets a ? for it, and not a traceback
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    any_terminal()
     paths = [a for a in sys.argv[1:] if not a.startswith("-")]; options = [a for a in sys.argv[1:] if a.startswith("-")]
     if not paths or "-h" in options or "--help" in options: print("usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."); return
     if unknown := [o for o in options if o != "--force"]: sys.exit(f"flextok_compare: no option {unknown[0]}; there is --force")

@@ -24,7 +24,7 @@ from .core import (EvalConfig, Preset, Range, StageConfig, VAEConfig, conform, d
 from .data import KINDS, ImageSet, Learned, ToyScenes, load_learned, read_squares, save_learned, spread
 from .evaluate import Report, load_report, may_fill, may_replace, save_picture, token_counts, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all
+from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all, held_out_scenes
 from .tokenizer import FlexTok, load_tokenizer
 from .vae import VAE
 
@@ -124,8 +124,8 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
     if "ar" in folders:
         model, facts = _open(folders["ar"], "ar"); tok.vae, tok_small.vae = vae, small
         if facts.get("tokenizer") not in (None, tokenizer_hash(tok)): raise ValueError(f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the one in {folders['tokenizer']} is {tokenizer_hash(tok)}")
-        known = {} if facts.get("tokenizer_identity") is None else {"tokenizer_identity": tokenizer_identity(tok_small)}
-        _keep(folders["ar"], to, "ar", _round(model), facts, model.config, tokenizer=tokenizer_hash(tok_small), **known)
+        bound = {"tokenizer": tokenizer_hash(tok_small), "tokenizer_identity": tokenizer_identity(tok_small)}
+        _keep(folders["ar"], to, "ar", _round(model), facts, model.config, **bound)
     if "classifier" in folders: model, facts = _open(folders["classifier"], "classifier"); _keep(folders["classifier"], to, "classifier", _round(model), facts, from_dict(StageConfig, facts["config"]))
 
 # %% ../nbs/17_zoo.ipynb #17-73fe8b31
@@ -485,17 +485,17 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     p = from_dict(Preset, facts["preset"])
     seed_everything(o.seed)
     tok = FlexTok.from_pretrained(name, device=device); ar = ARModel.from_pretrained(name, device=device, tokenizer=tok); reader = AttributeClassifier.from_pretrained(name, device=device)
-    judge, scenes, e = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device), ToyScenes("val", p.image_size, p.level, o.seed), p.evaluate
-    few = from_uint8(scenes.render(0, 12)[0]).to(device)
+    judge, e = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device), p.evaluate
+    few = from_uint8(held_out_scenes(p, o.seed, 12).images).to(device)
     n = min(o.images or e.images, e.images, images_that_fit(tok, few, e.steps, e.guidance, 60 * o.minutes - (time.perf_counter() - began) - 25))  # 25 s: this process's start, pictures
     p = replace(p, evaluate=replace(e, images=n, samples=min(e.samples, max(2, n // 2))))
     print(f"{name}: {n} held-out scenes, {p.evaluate.samples} new ones", flush=True)
     logs, stages = {part: log for part in PARTS if (log := read_log(place / part))}, [_shown(place, part) for part in PARTS]
     p = replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), steps=s["steps"]) for part, s in zip(PARTS, stages) if s["steps"]})  # all trainings of a part: no usual curves for those
-    source = f"ToyScenes val, level {p.level}, seed {o.seed}, {p.image_size} px"
     train = trained_on(name, facts, place)
-    job = Job(RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, ImageSet(*scenes.render(0, n), KINDS, source, True, rule="scenes"), began)
-    report = evaluate_all(job, Models(tok.vae, reader, tok, ar, logs, stages), (place / "README.md").read_text(encoding="utf-8"))
+    job = Job(RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, held_out_scenes(p, o.seed, n), began)
+    learned = {part: load_learned(place / part) for part in PARTS}
+    report = evaluate_all(job, Models(tok.vae, reader, tok, ar, logs, stages), (place / "README.md").read_text(encoding="utf-8"), learned)
     print(f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - began) / 60:.1f} minutes)", flush=True)
     return job.out / "report.html"
 

@@ -17,7 +17,7 @@ from PIL import Image
 import flextok_edu.commands as commands
 import flextok_edu.core as core
 import flextok_edu.zoo as zoo
-from flextok_edu.ar import ARModel, check_tokenizer
+from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_identity
 from flextok_edu.core import EvalConfig, Preset, from_dict, preset, save_model, weights_hash
 from flextok_edu.data import Learned, _hash_keys, load_learned, save_learned
 from flextok_edu.evaluate import is_ours, load_report
@@ -77,6 +77,7 @@ def test_they_know_each_other(shipped, trained):
     tok, ar, vae = FlexTok.from_pretrained("standin"), ARModel.from_pretrained("standin"), VAE.from_pretrained("standin")
     check_tokenizer(ar, tok)
     assert weights_hash(vae) == weights_hash(tok.vae) and not tok.training
+    assert ar.tokenizer_identity == tokenizer_identity(tok) != tokenizer_identity(FlexTok.from_pretrained(trained / "tokenizer"))
     assert {w.dtype for m in (tok, ar, vae) for w in m.parameters()} == {torch.float32}
     assert isinstance(AttributeClassifier.from_pretrained("standin"), AttributeClassifier)
     with pytest.raises(ValueError, match="trained with VAE"):
@@ -257,6 +258,8 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
     assert status(zoo.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu") == 0
     page, card = (tmp_path / "demo" / "report.html").read_text(), load_report(tmp_path / "demo").card
     assert card["steps"] == 3 and card["guidance"] == 1.5 and card["images"] == 10 and card["train_hash"] == facts["made"]["tokenizer"]["images"] and "seed 5" in card["trained_on"]
+    assert facts["vae_trained_against"] == card["vae_trained_against"] == "nothing but pixels" and "nothing but pixels" in (packed / "README.md").read_text(), "as its own training said"
+    assert {found["rule"] for found in card["learned"].values()} == {"scenes"} and card["floor"].startswith("other held-out scenes") and load_learned(packed / "vae").count == 40
     assert page.count("data:image/png") == 4 and "# apart" in page and "Intended use" in page
     assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
 
