@@ -222,8 +222,10 @@ def _deep(value, limit: int = 100) -> bool:  # whether lists and objects are nes
 def parse_json(text: str | bytes,    # json; bytes are UTF-8
                where,                # how errors call the text: a path, or words
                what: str = "json",   # what it should be: "configuration"
+               limit: int = 2 ** 26, # longer text is not read
               ) -> object:           # what it says
     "Json text as Python objects. Raises ValueError, and nothing else, for whatever is none."
+    if len(text) > limit: raise ValueError(f"{where} is no {what}: it is {len(text):,} long, and more than {limit:,} is not read")
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
         if not _deep(value): return value
@@ -246,7 +248,7 @@ def read_json(path: str | Path,      # a file
         raise ValueError(f"{path} is no {what}: it has {found.st_size:,} bytes, and more than {limit:,} are not read")
     with open(path, "rb") as file: text = file.read(limit + 1)
     _no_pointer(path, text)
-    return parse_json(text, path, what)
+    return parse_json(text, path, what, limit)
 
 # %% ../nbs/00_core.ipynb #00-c9ec677a
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def conform(value,                     # what a file says
 
 # %% ../nbs/00_core.ipynb #00-caaa637e
 _COUNT, _SHARE, _WEIGHT = Range(1, 65536), Range(0, 1, float), Range(0, 1e6, float)
+_CHANNELS = Range(1, 1024)  # of latents: a VAE has square matrices of them
 _STEPS = Range(0, 10 ** 9)
 
 def _levels(value) -> bool:
@@ -337,11 +340,11 @@ def _widths(value) -> bool:
 
 _TRUNK = dict(width=_COUNT, depth=Range(1, 1000), head_dim=_COUNT, mlp_ratio=Range(.01, 256, float))
 LIMITS = {  # configuration: setting: its shape, see `conform`; a configuration stands for itself
-    VAEConfig: dict(in_channels=Range(1, 1000), latent_channels=_COUNT, channels=_widths, layers=Range(1, 100),
+    VAEConfig: dict(in_channels=Range(1, 1000), latent_channels=_CHANNELS, channels=_widths, layers=Range(1, 100),
                     stem=Range(1, 64), groups=_COUNT, attention=bool),
     TrunkConfig: _TRUNK | dict(patch=_COUNT),
     TokenizerConfig: dict(
-        latent_channels=_COUNT, latent_size=_COUNT, registers=_COUNT, levels=_levels, encoder=TrunkConfig, decoder=TrunkConfig,
+        latent_channels=_CHANNELS, latent_size=_COUNT, registers=_COUNT, levels=_levels, encoder=TrunkConfig, decoder=TrunkConfig,
         modulations=one_of(1, 2), max_timestep=Range(1e-6, 1e6, float), time_features=Range(2, 65536),
         encoder_mask=one_of("causal_last", "causal", "full"), dropout_law=str, null_probability=_SHARE, time_law=str,
         mode_scale=Range(-1, 1.75, float), sample_posterior=bool, zero_noise=_SHARE, norm_before_fsq=bool),
@@ -602,21 +605,25 @@ def _opened(path: Path):  # an open safetensors file
         _no_pointer(path, start)
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise ValueError(f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file") from None
-        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file ({error}): restore it or train again") from error
+        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file: {plain(' '.join(str(error).split())[:200])}. Restore it, or make it again") from error
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 def tensor_header(path: str | Path,  # a safetensors file
                  ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata
     "What a file of weights says of itself, without reading a weight. Raises ValueError for a file that is damaged, or none."
     with _opened(Path(path)) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
-        return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}, file.metadata() or {}
+        found = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        return {name: (_DTYPES.get(kind, kind.lower()), shape) for name, (kind, shape) in found.items()}, file.metadata() or {}
 
 def read_tensors(path: str | Path,  # a safetensors file
                 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
     "A safetensors file. Raises ValueError for anything else, without looking further into it."
     with _opened(Path(path)) as file: return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
-def fit_header(header: dict[str, tuple[str, tuple[int, ...]]],  # what `tensor_header` found
+def fit_header(header: dict[str, tuple[str, tuple[int, ...]]],  # tensor: (dtype, shape), as `tensor_header` finds them
                shapes: dict[str, tuple[int, ...]],              # name: shape of what is needed
                where,                                           # how errors call the file
                whole: set[str] = frozenset(),                   # names of tensors of whole numbers; the others are real
@@ -628,7 +635,7 @@ def fit_header(header: dict[str, tuple[str, tuple[int, ...]]],  # what `tensor_h
     for name, shape in shapes.items():
         kind, found = header[name]
         if found != tuple(shape): raise ValueError(f"{where}: tensor {name!r} has shape {found}, but the configuration says {tuple(shape)} (size mismatch)")
-        if kind.startswith(("F", "BF")) == (name in whole):
+        if kind.startswith(("f", "bf")) == (name in whole):
             raise ValueError(f"{where}: tensor {name!r} holds {kind}, not {'whole' if name in whole else 'real'} numbers")
 
 # %% ../nbs/00_core.ipynb #00-929d343b
@@ -668,8 +675,12 @@ def on_meta(build: Callable,   # configuration -> model
         raise ValueError(f"{where}: sizes that this model cannot have: {' '.join(str(error).split())[:200]}") from error
 
 # %% ../nbs/00_core.ipynb #00-762fc88f
-_FACTS = {"config": dict, "weights": str, **{f"{key}?": (str, None) for key in ("vae", "loaded", "terms", "tokenizer", "tokenizer_identity")},
-          "classes?": ([str], None), "stage?": (dict, None)}
+def _hash(value) -> bool:
+    "a hash: 16 hexadecimal digits"
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "vae_identity", "loaded", "tokenizer", "tokenizer_identity")},
+          "terms?": (str, None), "classes?": ([str], None), "stage?": (dict, None)}
 
 def _check_fit(build: Callable, config, file: Path) -> None:
     "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."
@@ -697,7 +708,7 @@ def load_model(folder: str | Path,   # a folder written by `save_model`
     _check_fit(build, config, file)
     state, model = read_tensors(file)[0], build(config)
     if (found := weights_hash(state)) != facts["weights"]:
-        raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights'][:64]})")
+        raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights']})")
     if bad := [name for name, w in state.items() if not torch.isfinite(w).all()]:
         raise ValueError(f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use")
     model.load_state_dict(state)
@@ -753,7 +764,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
         if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
         folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
         model = cls._load_pretrained(folder, **options)
-        if model.terms: print(model.terms)
+        if model.terms: print(plain(model.terms[:1000]))
         return model.to(pick_device(str(device))).eval()
 
     def generate_model_card(self, *args, **kwargs):

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['COLOURS', 'PLACES', 'LIGHTS', 'KINDS', 'COLOUR_NAMES', 'PLACE_NAMES', 'LIGHT_NAMES', 'HEADS', 'PICTURES', 'FORMATS',
            'LARGEST', 'SETS', 'Thing', 'Scene', 'describe', 'draw', 'SceneItem', 'ToyScenes', 'to_rgb', 'fit_square',
-           'read_square', 'cut_square', 'check_memory', 'decode_square', 'read_squares', 'FolderImages', 'evenly',
+           'cut_square', 'read_square', 'check_memory', 'decode_square', 'read_squares', 'FolderImages', 'evenly',
            'image_files', 'split_folders', 'FolderList', 'list_folder', 'class_labels', 'told', 'read_folder',
            'find_set', 'ImageSet', 'spread', 'picture_key', 'held_out', 'keys_folder', 'load_keys', 'save_keys',
            'picture_keys', 'no_random_access', 'load_data', 'Learned', 'learned_from', 'save_learned', 'load_learned',
            'leave_out_learned', 'batches']
 
 # %% ../nbs/01_data.ipynb #01-f66f5ec7
-import errno, hashlib, importlib.util, io, json, math, os, re, stat, warnings
+import ctypes, errno, hashlib, importlib.util, io, json, math, mmap, os, re, stat, threading, warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, features
+from PIL import Image, ImageDraw, features
 from PIL.JpegImagePlugin import JpegImageFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -318,16 +319,46 @@ _PASSED_OVER = {suffix: why for suffix, why in _PASSED_OVER.items() if suffix no
 _NOPICTURES = {".txt", ".json", ".jsonl", ".md", ".csv", ".tsv", ".xml", ".html", ".pdf", ".py", ".yaml", ".yml", ".ini", ".log", ".db", ".npy", ".npz", ".safetensors", ".zip", ".tar", ".gz"}
 def _is_picture(file: str) -> bool: return os.path.splitext(file)[1].lower() in PICTURES  # by its name
 
-def to_rgb(image: Image.Image) -> Image.Image:  # the same picture as RGB
-    "Any mode to RGB: EXIF orientation applied, 16 bits scaled down, transparency laid on white."
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits, grey
-        values = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray(np.clip(values / (257. if values.max() > 255 else 1.), 0, 255).astype(np.uint8))
+_BAND = 2**20  # pixels that are converted at a time where a picture is large
+
+def _grey_scale(values: np.ndarray, mode: str) -> tuple[float, float]:  # least and largest finite value
+    finite = values[np.isfinite(values)] if mode == "F" else values
+    return (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
+
+def _grey(image: Image.Image) -> Image.Image:  # mode L
+    "16 or 32 bits, or floats, as bytes, a few rows at a time: above 255 they are scaled down, floats in 0 .. 1 are scaled up; NaN is black."
+    (w, h), result = image.size, Image.new("L", image.size)
+    step = max(1, _BAND // w)
+    rows = [(y, min(h, y + step)) for y in range(0, h, step)]
+    def part(top: int, end: int) -> np.ndarray: return np.asarray(image.crop((0, top, w, end)), dtype=np.float32)
+    ends = [_grey_scale(part(*r), image.mode) for r in rows]
+    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+    factor = 255. if image.mode == "F" and low >= 0 and high <= 1 else 1 / 257. if high > 255 else 1.
+    for top, end in rows:
+        values = np.nan_to_num(part(top, end) * factor, nan=0., posinf=255., neginf=0.)
+        result.paste(Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)), (0, top))
+    return result
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+
+def _upright(image: Image.Image, asked: Image.Image) -> Image.Image:
+    "The picture as the EXIF data of `asked` says; as it is where they cannot be understood."
+    try: turn = _TURNS.get(asked.getexif().get(0x0112))
+    except Exception: turn = None
+    return image if turn is None else image.transpose(turn)
+
+def _flat(image: Image.Image) -> Image.Image:  # RGB
+    "Bytes of any mode as RGB, transparency laid on white."
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+def to_rgb(image: Image.Image) -> Image.Image:  # the same picture as RGB
+    "Any mode to RGB: EXIF orientation applied, 16 bits scaled down, floats in 0 .. 1 scaled up, transparency laid on white."
+    grey = image.mode.startswith("I") or image.mode == "F"  # 16 or 32 bits
+    return _upright(_flat(_grey(image) if grey else image), image)
 
 def fit_square(image: Image.Image,  # RGB picture of any size
                size: int,           # side of the result
@@ -345,22 +376,18 @@ LARGEST = 2**26  # pixels that may be decoded: 268 MB in Pillow's memory
 _THIN = 8        # ratio of the sides from which a picture is cut before it is scaled
 _MANY = 2**24    # pixels from which whole blocks of them are averaged first: conversions copy a picture several times
 
-def read_square(stream,          # an open file, or bytes in memory that read like one
-                size: int,       # side of the square
-                where: float | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
-               ) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
-    "Decode a picture of any kind, without trusting it. What is damaged raises Pillow's errors."
-    head = stream.read(3); stream.seek(0)
-    if not head: return "empty"
-    # Image.open refuses a large JPEG before it can be asked to decode at an eighth
-    image = JpegImageFile(stream) if head == b"\xff\xd8\xff" else Image.open(stream, formats=FORMATS)
-    with image:
-        pixels = math.prod(image.size)
-        if min(image.size) < 2: return "smaller than 2 pixels"
-        image.draft("RGB", (2 * size, 2 * size))
-        if math.prod(image.size) > LARGEST or pixels > (LARGEST if image.info.get("progressive") else 8 * LARGEST): return f"more than {LARGEST // 10**6} million pixels"
-        image.load()
-        return cut_square(image, size, where)
+def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
+    "Blocks of factor x factor pixels averaged, a band of rows at a time, so that only the picture itself is large."
+    if image.mode.startswith("I") or image.mode == "F": image, asked = _grey(image), image
+    else: asked = image
+    plain = image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info
+    (w, h), step = image.size, max(1, _BAND // image.width // factor) * factor
+    small = Image.new(image.mode if plain else "RGB", (-(-w // factor), -(-h // factor)))
+    for top in range(0, h, step):
+        band = image.crop((0, top, w, min(h, top + step)))
+        band = band if plain else _flat(band)
+        small.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
+    return _upright(_flat(small), asked)
 
 def cut_square(image: Image.Image, size: int, where: float | None = None) -> np.ndarray | str:
     "A decoded picture as such a square. Long thin ones are cut first, very large ones averaged first: neither may fill the memory."
@@ -370,14 +397,106 @@ def cut_square(image: Image.Image, size: int, where: float | None = None) -> np.
         side = short if where is not None else _THIN * short  # what is kept of the long side
         left, top = (round((.5 if where is None else where) * max(0, length - side)) for length in (w, h))
         image = image.crop((left, top, min(w, left + side), min(h, top + side)))
-    try:
-        if math.prod(image.size) > _MANY and (factor := min(image.size) // (4 * size)) > 1:
-            image = (image if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info else to_rgb(image)).reduce(factor)
-        image = to_rgb(image)
+    many = math.prod(image.size) > _MANY
+    def rgb(image): return _reduced(image, max(1, min(image.size) // (4 * size))) if many else to_rgb(image)
+    try: image = rgb(image)
     except Exception:  # metadata that cannot be understood: the picture without it
         bare = image.copy(); bare.info = {k: v for k, v in image.info.items() if k == "transparency"}
-        image = to_rgb(bare)
+        image = rgb(bare)
     return np.asarray(fit_square(image, size)).transpose(2, 0, 1).copy()
+
+# %% ../nbs/01_data.ipynb #01-953d2e4d
+_BUDGET, _MOST, _SMALL = 2**29, 2**30, 2**26  # bytes: for all large pictures at once; for one, which is then alone; what needs less does not ask
+_SCANNED = 32 * LARGEST  # pixels times scans: a progressive JPEG has about ten
+_BESIDE = {"WEBP": 12, "AVIF": 12, "JPEG2000": 16, "HEIF": 12, "TIFF": 4, "MPO": 0}  # bytes a pixel that decoders hold
+
+def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have to be kept
+    "The scans of a JPEG in memory, without decoding it. Raises ValueError where there are too many segments."
+    at, scans, several, components = 2, 0, False, 0
+    for _ in range(100_000):
+        marker = _MARKER.search(data, at)
+        if marker is None: return scans, several or scans > 1
+        kind, at = data[marker.end() - 1], marker.end()
+        if kind == 0xD9: return scans, several or scans > 1
+        if kind in (0x01, 0xD8): continue
+        length = int.from_bytes(data[at:at + 2], "big")
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and len(data) > at + 7:
+            components, several = data[at + 7], several or kind in (0xC2, 0xC6, 0xCA, 0xCE)
+        if kind == 0xDA:
+            scans += 1
+            several = several or len(data) > at + 2 and data[at + 2] < components
+        at += max(2, length)
+    raise ValueError("too many segments")
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+
+def _whole(stream):  # its bytes, without a copy where that can be had
+    "An open file or bytes in memory, to be looked through."
+    if isinstance(stream, io.BytesIO): return stream.getbuffer()
+    try: return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (AttributeError, OSError, ValueError):
+        stream.seek(0)
+        return stream.read()
+
+def _need(image: Image.Image, size: int, coefficients: int = 0) -> int:  # bytes
+    "About what decoding this picture and making it a square takes."
+    pixels = math.prod(image.size)
+    held = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4) + (1 if image.mode[0] in "IF" else 0)
+    copies = 16 if pixels <= _MANY else 12 if min(image.size) // (4 * size) <= 1 else 0
+    return pixels * (held + copies + _BESIDE.get(image.format, 0)) + 2 * coefficients
+
+# %% ../nbs/01_data.ipynb #01-75a68bd8
+def _trim() -> None:
+    "glibc keeps freed memory for the thread that freed it: give it back to the system, or each thread holds as much as its largest picture."
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): pass  # not glibc
+
+class _Share:
+    "A budget of bytes that all threads of a process share. What is larger than all of it waits until it is alone."
+    def __init__(self, total: int): self.total, self.used, self.free = total, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, need: int):
+        if need < _SMALL: yield; return
+        with self.free:
+            self.free.wait_for(lambda: self.used == 0 or self.used + need <= self.total)
+            self.used += need
+        try: yield
+        finally:
+            _trim()
+            with self.free:
+                self.used -= need
+                self.free.notify_all()
+
+_share = _Share(_BUDGET)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _share.__init__(_BUDGET))  # a worker process starts with nothing taken
+
+def read_square(stream,          # an open file, or bytes in memory that read like one
+                size: int,       # side of the square
+                where: float | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
+               ) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
+    "Decode a picture of any kind, without trusting it. What is damaged raises Pillow's errors."
+    head = stream.read(3); stream.seek(0)
+    if not head: return "empty"
+    # Image.open refuses a large JPEG before it can be asked to decode at an eighth
+    is_jpeg = head == b"\xff\xd8\xff"
+    image = JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=FORMATS)
+    with image:
+        pixels, coefficients = math.prod(image.size), 0
+        if min(image.size) < 2: return "smaller than 2 pixels"
+        if is_jpeg:
+            scans, several = _scans(_whole(stream))
+            if pixels > (LARGEST if several else 8 * LARGEST): return f"more than {LARGEST // 10**6} million pixels"
+            if several and scans * pixels > _SCANNED: return "more scans than such a picture may have"
+            coefficients = pixels * len(image.getbands()) if several else 0
+            image.draft("RGB", (2 * size, 2 * size))
+        if math.prod(image.size) > LARGEST: return f"more than {LARGEST // 10**6} million pixels"
+        need = _need(image, size, coefficients)
+        if need > _MOST: return f"would need {need / 2**30:.1f} GB to decode"
+        with _share.take(need):
+            try:
+                image.load()
+                return cut_square(image, size, where)
+            finally: image.close()  # its memory goes before the share is given back
 
 # %% ../nbs/01_data.ipynb #01-8096ebd2
 def _memory() -> int:  # bytes

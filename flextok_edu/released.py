@@ -6,7 +6,7 @@
 __all__ = ['TERMS', 'PARTS', 'Table', 'Layout', 'load_vae', 'load_flextok', 'save_released']
 
 # %% ../nbs/13_released.ipynb #13-3ab2f5a0
-import json, math, re
+import json, math, re, reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,31 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import TokenizerConfig, TrunkConfig, VAEConfig, atomic, hub_folder, pick_device, write_text
+from .core import (LIMITS, Range, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits, conform, fit_header, hub_folder,
+                              on_meta, one_of, parse_json, pick_device, plain, read_json, read_tensors, tensor_header, wanted, write_text)
 from .fsq import FSQ
 from .tokenizer import FlexTok
 from .transformer import TimeEmbedding
 from .vae import VAE
 
 # %% ../nbs/13_released.ipynb #13-d665546f
-_whole = lambda v, low, high: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-_real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-_word = lambda v: isinstance(v, str) and v != ""
-_RULES = {  # name of a rule: (check of the value, the rule in words)
-    "key": (_word, "the name of a key"),
-    "keys": (lambda v: isinstance(v, list) and len(v) == 2 and all(map(_word, v)), "a list of two keys: patches, registers"),
-    "count": (lambda v: _whole(v, 1, 65536), "a whole number in 1 .. 65536"),
-    "depth": (lambda v: _whole(v, 1, 1000), "a whole number in 1 .. 1000"),
-    "sizes": (lambda v: isinstance(v, list) and len(v) in (1, 2) and all(_whole(s, 1, 65536) for s in v), "a list of one or two whole numbers"),
-    "levels": (lambda v: isinstance(v, list) and v and all(_whole(s, 2, 65536) for s in v) and math.prod(v) < 2 ** 53, "a list of whole numbers, 2 or more"),
-    "layers": (lambda v: isinstance(v, list) and all(_whole(s, 0, 1000) for s in v), "a list of numbers of blocks"),
-    "positive": (lambda v: _real(v) and v > 0, "a positive number"),
-    "mode": (lambda v: _real(v) and -1 <= v <= 1.75, "a number in -1 .. 1.75 (outside, times would leave 0 .. 1)"),
-    "share": (lambda v: _real(v) and 0 <= v <= 1, "a number in 0 .. 1"),
-    "flag": (lambda v: isinstance(v, bool), "true or false"),
-    "text": (_word, "a word"),
-    "part": (lambda v: isinstance(v, dict), "a description with a _target_"),
-    "parts": (lambda v: isinstance(v, dict) and v, "named descriptions")}
+_TOKENIZER, _TRUNK = LIMITS[TokenizerConfig], LIMITS[TrunkConfig]
+
+def _word(value) -> bool:
+    "a word"
+    return isinstance(value, str) and value != ""
+
+def _two_keys(value) -> bool:
+    "a list of two keys: patches, registers"
+    return isinstance(value, list) and len(value) == 2 and all(map(_word, value))
+
+def _sizes(value) -> bool:
+    "a list of one or two whole numbers in 1 .. 65536"
+    return isinstance(value, list) and len(value) in (1, 2) and bool(conform(value, [Range(1, 65536)]))
+
+def _some_parts(value) -> bool:
+    "named descriptions"
+    return isinstance(value, dict) and 0 < len(value) <= 1000
+
+_RULES = {  # name of a rule: a shape for `conform`
+    "key": _word, "keys": _two_keys, "text": _word, "flag": bool, "part": dict, "parts": _some_parts,
+    "count": _TOKENIZER["registers"], "channels": _TOKENIZER["latent_channels"], "features": _TOKENIZER["time_features"],
+    "depth": _TRUNK["depth"], "ratio": _TRUNK["mlp_ratio"], "sizes": _sizes, "levels": _TOKENIZER["levels"], "layers": [Range(0, 1000)],
+    "scale": Range(1e-6, 1e6, float), "clock": _TOKENIZER["max_timestep"], "share": _TOKENIZER["null_probability"],
+    "mode": _TOKENIZER["mode_scale"]}  # outside, times would leave 0 .. 1
 TERMS = "Released FlexTok weights, and whatever is fine-tuned from them, are for research use only."
 _LAWS = {"uniform": "uniform", "pow2": "powers_of_two", "uniform_pow2": "uniform_rounded_up"}  # their name of a dropout law: ours
 
@@ -48,7 +55,7 @@ PARTS = {  # _target_: {option: the rule for its value, or a tuple of all suppor
     _M + "utils.wrappers.SequentialModuleDictWrapper": dict(module_dict="parts"),
     _M + "utils.dict_ops.PerSampleOp": dict(read_key="key", write_key="key", per_sample_op="part"),
     _M + "preprocessors.patching.PatchEmbedder": dict(input_tensor_list_read_key="key", patches_list_write_key="key", n_patches_write_key="key?",
-        channels_in="count", dim="count", patch_sizes="sizes", flatten_patches=(False,)),
+        channels_in="channels", dim="count", patch_sizes="sizes", flatten_patches=(False,)),
     _M + "utils.posembs.PositionalEmbeddingAdder": dict(read_key="key", write_key="key", dim="count", max_sizes="sizes",
         posemb_type=("sincos", "learnable_sum", "learnable_prod"), posemb_scaling=("absolute", "interpolate")),
     _M + "preprocessors.registers.Registers1D": dict(input_tensor_list_read_key="key", register_sizes_read_write_key="key?", registers_write_key="key",
@@ -57,7 +64,7 @@ PARTS = {  # _target_: {option: the rule for its value, or a tuple of all suppor
         inner_packed_shapes_write_key="key", outer_packed_shapes_write_key="key", mask_mode=("causal_last", "causal", "full"),
         pad_to_multiple="count?", emb_packing_fn_write_key="key?", per_subseq_embs="flag?"),
     _M + "trunks.transformers.FlexTransformer": dict(input_seq_read_key="key", output_seq_write_key="key", dim="count", depth="depth", head_dim="count",
-        mlp_ratio="positive", block_mask_read_key="key", use_act_checkpoint="flag?", adaLN_emb_read_key="key?", adaLN_packing_fn_read_key="key?",
+        mlp_ratio="ratio", block_mask_read_key="key", use_act_checkpoint="flag?", adaLN_emb_read_key="key?", adaLN_packing_fn_read_key="key?",
         adaLN_expansion=(1, 2, None), intermediate_layer_write_key="key?", intermediate_layers="layers?"),
     _M + "postprocessors.seq_unpacking.SequenceUnpacker": dict(packed_seq_read_key="key", inner_seq_write_keys="keys",
         inner_packed_shapes_read_key="key", outer_packed_shapes_read_key="key"),
@@ -67,8 +74,8 @@ PARTS = {  # _target_: {option: the rule for its value, or a tuple of all suppor
         size_sampling_mode=tuple(_LAWS)),
     _M + "preprocessors.nullcond.LearnedNullCond": dict(read_write_key="key", dim="count", eval_drop_flag_read_key="key?", dropout_prob="share"),
     _M + "preprocessors.time_embedding.TimestepEmbedder": dict(timesteps_read_key="key", time_embedding_write_key="key", dim="count",
-        frequency_embedding_size="count", max_timestep="positive"),
-    _M + "postprocessors.heads.ToPatchesLinearHead": dict(read_key="key", write_key="key", dim="count", channels_out="count", patch_sizes="sizes",
+        frequency_embedding_size="features", max_timestep="clock"),
+    _M + "postprocessors.heads.ToPatchesLinearHead": dict(read_key="key", write_key="key", dim="count", channels_out="channels", patch_sizes="sizes",
         use_mup_readout=(False,), weight_init_style="text?", adaLN_emb_read_key="key")}
 
 # %% ../nbs/13_released.ipynb #13-1e8d9ea0
@@ -76,15 +83,13 @@ _TURN = "flextok.model.utils.dict_ops."  # channels first or last: plain transpo
 PARTS |= {
     "hydra.utils.get_method": dict(path=(_TURN + "channels_first_to_last", _TURN + "channels_last_to_first")),
     "flextok.vae_wrapper.StableDiffusionVAE": dict(images_read_key="key?", vae_latents_read_key="key", vae_latents_write_key="key", images_reconst_write_key="key?",
-        latent_channels="count", scaling_factor="positive", sample_posterior="flag", frozen="flag?"),
+        latent_channels="channels", scaling_factor="scale", sample_posterior="flag", frozen="flag?"),
     "flextok.regularizers.quantize_fsq.FSQ": dict(latents_read_key="key", quants_write_key="key", tokens_write_key="key?", levels="levels",
         drop_quant_p=(0.0, None), corrupt_tokens_p=(0.0, None), packed_call="flag?"),
     "flextok.flow_matching.noise_modules.MinRFNoiseModule": dict(clean_images_read_key="key", noised_images_write_key="key", timesteps_write_key="key",
         sigmas_write_key="key?", ln="flag", mode_scale="mode"),
     "flextok.flow_matching.pipelines.MinRFPipeline": dict(_partial_="flag?", latents_read_key="key", timesteps_read_key="key", noised_images_read_key="key",
-        reconst_write_key="key", out_channels="count", noise_read_key="key?")}
-
-def _same(a, b) -> bool: return a == b and isinstance(a, bool) == isinstance(b, bool)  # in Python, True == 1
+        reconst_write_key="key", out_channels="channels", noise_read_key="key?")}
 
 def _part(described,        # one description from the file: a dictionary with a _target_
           where: str,       # how errors call it
@@ -94,16 +99,15 @@ def _part(described,        # one description from the file: a dictionary with a
     target = described.get("_target_") if isinstance(described, dict) else None
     if not isinstance(target, str): raise ValueError(f"{where} has no _target_: this is no FlexTok configuration")
     kind = target.rpartition(".")[2]
-    if target not in PARTS or kinds and kind not in kinds: raise ValueError(f"{where}: unknown _target_ {target!r}" + (f" here (expected {', '.join(kinds)})" if kinds else ""))
+    if target not in PARTS or kinds and kind not in kinds: raise ValueError(f"{where}: unknown _target_ {target[:200]!r}" + (f" here (expected {', '.join(kinds)})" if kinds else ""))
     rules, options = PARTS[target], {k: v for k, v in described.items() if k != "_target_"}
     for name in options:
-        if name not in rules: raise ValueError(f"{where} ({kind}): unknown option {name!r} = {options[name]!r}")
+        if name not in rules: raise ValueError(f"{where} ({kind}): unknown option {reprlib.repr(name)} = {reprlib.repr(options[name])}")
     for name, rule in rules.items():
         value, supported = options.get(name), rule if isinstance(rule, tuple) else ()
         if value is None and (None in supported or str(rule).endswith("?")): continue
         if name not in options: raise ValueError(f"{where} ({kind}): option {name!r} is missing")
-        ok = any(_same(value, s) for s in supported) if supported else _RULES[rule.rstrip("?")][0](value)
-        if not ok: raise ValueError(f"{where} ({kind}): option {name!r} is {value!r}; supported: {supported or _RULES[rule.rstrip('?')][1]}")
+        conform(value, one_of(*supported) if supported else _RULES[rule.rstrip("?")], f"{where} ({kind}): option {name!r}")
     return {**dict.fromkeys(rules), **options, "kind": kind, "where": where}
 
 # %% ../nbs/13_released.ipynb #13-f85e3785
@@ -111,14 +115,14 @@ class _Side:
     "The modules of the encoder or the decoder, found by what they are and which keys they read."
     def __init__(self, side: str, described):
         parts = _part(described, side, "SequentialModuleDictWrapper")["module_dict"]
-        self.side, self.parts = side, {name: _part(part, f"{side} module {name!r}") for name, part in parts.items()}
+        self.side, self.parts = side, {name: _part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()}
         self.left = dict(self.parts)
 
     def take(self, kind: str, **keys) -> dict:  # the options of the one module of this kind that has these keys; its "name" too
         "Find a module and tick it off. Raises ValueError if there is none, or more than one."
         found = [name for name, p in self.left.items() if p["kind"] == kind and all(p[k] == v for k, v in keys.items())]
         if len(found) != 1:
-            there = ", ".join(f"{name!r} ({p['kind']})" for name, p in self.left.items())
+            there = ", ".join(f"{name!r} ({p['kind']})" for name, p in list(self.left.items())[:20])
             raise ValueError(f"{self.side}: expected one {kind} with {', '.join(f'{k} = {v!r}' for k, v in keys.items()) or 'any keys'}, found {len(found)}; modules not yet placed: {there or 'none'}")
         return {**self.left.pop(found[0]), "name": found[0]}
 
@@ -152,6 +156,10 @@ class Table:
     @property
     def shape(self) -> tuple[int, ...]:  # of the stored tensor
         return (1, self.width, *self.max_sizes) if self.kind == "sincos" else (len(self.max_sizes), 1, self.width, max(self.max_sizes))
+
+    @property
+    def elements(self) -> int:  # of the largest tensor that `dense` makes
+        return self.width * max(math.prod(self.max_sizes), math.prod(self.sizes))
 
     def dense(self, stored: Tensor) -> Tensor:  # stored tensor -> ours: (1 d h w) for patches, (k d) for registers
         "Combine the factors, then crop or stretch."
@@ -259,7 +267,7 @@ def _names(enc: dict, dec: dict,        # where the tensors of each role are: pr
 
 def _equal(what: str, *values) -> None:
     "Raises ValueError if values that our classes hold once differ between the modules of a description."
-    if any(v != values[0] for v in values): raise ValueError(f"{what} differs between the modules: {' and '.join(dict.fromkeys(map(str, values)))}; our FlexTok has one for all")
+    if any(v != values[0] for v in values): raise ValueError(f"{what} differs between the modules: {' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all")
 
 def _latent_size(tables: list[tuple[int, dict]],  # of both sides: side of a patch, and the table for patches
                  asked: int | None,               # what the caller asks for
@@ -344,29 +352,17 @@ def _find(source: str | Path,  # a folder, a file, or the name of a hub reposito
         path = hub_folder(source, allow_patterns=[name])  # of this one file
     return path / name if (path / name).is_file() else None
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
-    "A safetensors file. Raises ValueError for anything else, without looking further into it."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as f: return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        with open(path, "rb") as f: start = f.read(2)
-        if start == b"PK" or start[:1] == b"\x80": raise ValueError(f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file") from None
-        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file: {error}") from error
+def _check_finite(tensors: dict[str, Tensor], where) -> None:
+    "Raises ValueError naming a tensor that holds NaN or infinity."
+    for name, w in tensors.items():
+        if not torch.isfinite(w).all(): raise ValueError(f"{where}: tensor {name!r} contains NaN or infinity")
 
-def _read_json(text: str, where) -> dict:
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as error: raise ValueError(f"{where} holds no valid json: {error}") from error
-
-def _check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], where) -> None:
-    "Raises ValueError naming the first missing, surplus, misshapen or not finite tensor."
-    some = lambda names: ", ".join(map(repr, sorted(names)[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    if missing := shapes.keys() - tensors.keys(): raise ValueError(f"{where}: missing tensors {some(missing)}")
-    if surplus := tensors.keys() - shapes.keys(): raise ValueError(f"{where}: surplus tensors {some(surplus)}, for which the configuration has no place")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != tuple(shape): raise ValueError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, but the configuration says {tuple(shape)}")
-        if not tensors[name].is_floating_point(): raise ValueError(f"{where}: tensor {name!r} holds {tensors[name].dtype}, not real numbers")
-        if not torch.isfinite(tensors[name]).all(): raise ValueError(f"{where}: tensor {name!r} contains NaN or infinity")
+def _check_tables(tables: dict[str, Table], bytes_of_file: int, where) -> None:
+    "Raises ValueError for a position table that would be much larger than the file that asks for it."
+    for name, t in tables.items():
+        if t.elements > 2 ** 28 or 4 * t.elements > 64 * max(bytes_of_file, 2 ** 20):
+            raise ValueError(f"{where}: tensor {name!r} would become a position table of {t.elements:,} numbers ({4 * t.elements / 2 ** 30:.3g} GB), "
+                             f"and the whole file has {bytes_of_file:,} bytes: it is not made. (latent_size= asks for a smaller one)")
 
 # %% ../nbs/13_released.ipynb #13-e61b891d
 def _vae_names(c: VAEConfig) -> dict[str, str]:  # name in diffusers: ours; both without .weight and .bias
@@ -395,15 +391,17 @@ def _build_vae(tensors: dict[str, Tensor],  # diffusers' names
                where,                       # how errors call the file
               ) -> tuple[VAE, dict]:        # our VAE, float32; (name in the file: (ours, shape in the file))
     "Our VAE with these weights. Raises ValueError naming a tensor or size that does not fit."
-    try:
-        with torch.device("meta"): vae = VAE(config)
-    except (ValueError, RuntimeError) as error: raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
+    try: check_limits(config)
+    except ValueError as error: raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
+    vae = on_meta(VAE, config, where)
     modern = lambda n: re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n)
     flat = lambda n, w: w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
     if len({modern(n) for n in tensors}) != len(tensors): raise ValueError(f"{where}: surplus tensors: the attention is there under its old and its new names")
     names = {f"{theirs}.{last}": f"{ours}.{last}" for theirs, ours in _vae_names(config).items() if theirs not in absent for last in ("weight", "bias")}
     shapes = {n: tuple(w.shape) for n, w in vae.state_dict().items()}
-    _check({modern(n): flat(n, w) for n, w in tensors.items()}, {theirs: shapes[ours] for theirs, ours in names.items()}, where)
+    found = {modern(n): (str(w.dtype).removeprefix("torch."), tuple(flat(n, w).shape)) for n, w in tensors.items()}
+    fit_header(found, {theirs: shapes[ours] for theirs, ours in names.items()}, where)
+    _check_finite(tensors, where)
     state = {names[modern(n)]: flat(n, w).float() for n, w in tensors.items()}
     for theirs in absent:
         ours, c = _vae_names(config)[theirs], shapes[_vae_names(config)[theirs] + ".weight"][0]
@@ -413,14 +411,21 @@ def _build_vae(tensors: dict[str, Tensor],  # diffusers' names
     return vae.requires_grad_(False).to(memory_format=torch.channels_last).eval(), {n: (names[modern(n)], tuple(w.shape)) for n, w in tensors.items()}
 
 # %% ../nbs/13_released.ipynb #13-8d6ca16f
-_VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the rule for its value (None: has no effect on what it computes), and its default
-    "block_out_channels": (lambda v: isinstance(v, list) and v and all(_whole(s, 1, 65536) for s in v), ...), "latent_channels": (lambda v: _whole(v, 1, 65536), ...),
-    "layers_per_block": (lambda v: _whole(v, 1, 100), ...), "norm_num_groups": (lambda v: _whole(v, 1, 65536), 32), "in_channels": (lambda v: _whole(v, 1, 1000), 3),
-    "out_channels": (lambda v: _whole(v, 1, 1000), 3), "scaling_factor": (lambda v: _real(v) and v > 0, .18215), "shift_factor": (lambda v: v is None or _real(v), None),
-    "act_fn": (lambda v: v == "silu", "silu"), "down_block_types": (lambda v: isinstance(v, list) and set(v) == {"DownEncoderBlock2D"}, None),
-    "up_block_types": (lambda v: isinstance(v, list) and set(v) == {"UpDecoderBlock2D"}, None), "latents_mean": (lambda v: v is None, None), "latents_std": (lambda v: v is None, None),
-    "use_quant_conv": (lambda v: isinstance(v, bool), True), "use_post_quant_conv": (lambda v: isinstance(v, bool), True), "mid_block_add_attention": (lambda v: isinstance(v, bool), True),
-    "_class_name": (lambda v: v == "AutoencoderKL", None), "sample_size": (None, None), "force_upcast": (None, None), "_diffusers_version": (None, None), "_name_or_path": (None, None)}
+_VAE = LIMITS[VAEConfig]
+
+def _all(word: str):  # a shape: a list of this word alone
+    def holds(value) -> bool: return isinstance(value, list) and len(value) > 0 and all(v == word for v in value)
+    holds.__doc__ = f"a list of {word!r}"
+    return holds
+
+_VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the shape of its value (object: it has no effect on what it computes), and its default
+    "block_out_channels": (_VAE["channels"], ...), "latent_channels": (_VAE["latent_channels"], ...), "layers_per_block": (_VAE["layers"], ...),
+    "norm_num_groups": (_VAE["groups"], 32), "in_channels": (_VAE["in_channels"], 3), "out_channels": (_VAE["in_channels"], 3),
+    "scaling_factor": (_RULES["scale"], .18215), "shift_factor": ((None, Range(-1e6, 1e6, float)), None), "act_fn": (one_of("silu"), "silu"),
+    "down_block_types": (_all("DownEncoderBlock2D"), None), "up_block_types": (_all("UpDecoderBlock2D"), None), "latents_mean": (None, None),
+    "latents_std": (None, None), "use_quant_conv": (bool, True), "use_post_quant_conv": (bool, True), "mid_block_add_attention": (bool, True),
+    "_class_name": (one_of("AutoencoderKL"), None), "sample_size": (object, None), "force_upcast": (object, None), "_diffusers_version": (object, None),
+    "_name_or_path": (object, None)}
 
 def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diffusers, its parent (with the VAE in `vae/`), or a hub repository
              device="cpu",                      # where it goes; "auto" takes the GPU
@@ -431,12 +436,12 @@ def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diff
     for inside in ("vae/", "") if source.is_dir() and not (source / "diffusion_pytorch_model.safetensors").exists() else ("", "vae/"):
         if place := _find(path_or_repo_id, inside + "config.json"): break
     else: raise FileNotFoundError(f"{path_or_repo_id} holds no config.json of a VAE")
-    given = _read_json(place.read_text(encoding="utf-8"), place)
+    given = read_json(place, "configuration", 2 ** 22)
     if not isinstance(given, dict) or "block_out_channels" not in given: raise ValueError(f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A FlexTok? Use load_flextok.)")
     for name, value in given.items():
-        if name not in _VAE_OPTIONS: raise ValueError(f"{place}: unknown option {name!r} = {value!r}")
-        rule = _VAE_OPTIONS[name][0]
-        if rule and not rule(value): raise ValueError(f"{place}: option {name!r} is {value!r}, which our VAE does not support")
+        if name not in _VAE_OPTIONS: raise ValueError(f"{place}: unknown option {reprlib.repr(name)} = {reprlib.repr(value)}")
+        try: conform(value, _VAE_OPTIONS[name][0], f"option {name!r}")
+        except ValueError as error: raise ValueError(f"{place}: our VAE does not support this: {error}") from None
     o = {name: given.get(name, default) for name, (_, default) in _VAE_OPTIONS.items()}
     for name, value in o.items():
         if value is ...: raise ValueError(f"{place}: option {name!r} is missing")
@@ -447,7 +452,7 @@ def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diff
     if file is None: raise FileNotFoundError(f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not read)")
     config = VAEConfig(o["in_channels"], o["latent_channels"], tuple(o["block_out_channels"]), o["layers_per_block"], 1, o["norm_num_groups"], o["mid_block_add_attention"])
     absent = {n for n in ("quant_conv", "post_quant_conv") if not o["use_" + n]}
-    vae, _ = _build_vae(_read_tensors(file)[0], config, absent, o["shift_factor"] or 0., o["scaling_factor"], file)
+    vae, _ = _build_vae(read_tensors(file)[0], config, absent, o["shift_factor"] or 0., o["scaling_factor"], file)
     vae.terms = "Released FlexTok VAEs, and whatever is fine-tuned from them, are for research use only. (Other VAEs: see their own licence.)"
     print(vae.terms)
     return vae.to(pick_device(device), dtype)
@@ -488,15 +493,12 @@ def load_flextok(path_or_repo_id: str | Path,       # a folder, a .safetensors w
     file = path if path.is_file() else _find(path_or_repo_id, "model.safetensors")
     if file is None: raise FileNotFoundError(f"{path} holds no model.safetensors (a .bin, .pt or .ckpt is a pickle, and is not read)")
     described = None if path.is_file() else _find(path_or_repo_id, "config.json")
-    tensors, metadata = _read_tensors(file)
-    layout = _read(_read_json(described.read_text(encoding="utf-8"), described) if described else _from_metadata(metadata, file), latent_size)
-    try:
-        with torch.device("meta"): tok = FlexTok(layout.config)
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error: raise ValueError(f"{file}: sizes that our FlexTok cannot have: {error}") from error
-    inside = {n: w for n, w in tensors.items() if n.startswith("vae.")}
-    tensors = {n: w for n, w in tensors.items() if n not in inside}
-    shapes = {n: tuple(w.shape) for n, w in tok.state_dict().items()}
-    _check(tensors, {n: shapes[ours] for n, ours in layout.names.items()} | {n: t.shape for n, t in layout.tables.items()}, file)
+    header, metadata = tensor_header(file)
+    layout = _read(read_json(described, "configuration", 2 ** 24) if described else _from_metadata(metadata, file), latent_size)
+    tok = _fits(layout, {n: h for n, h in header.items() if not n.startswith("vae.")}, file)
+    tensors, _ = read_tensors(file)
+    inside = {n: tensors.pop(n) for n in list(tensors) if n.startswith("vae.")}
+    _check_finite(tensors, file)
     layout.originals = {n: tensors[n].clone() for n in layout.tables}
     kind = dtype or torch.float32
     state = {ours: tensors[n].to(kind) for n, ours in layout.names.items()} | {t.ours: t.dense(tensors[n].float()) for n, t in layout.tables.items()}
@@ -512,12 +514,24 @@ def load_flextok(path_or_repo_id: str | Path,       # a folder, a .safetensors w
     return tok.eval().to(pick_device(device))
 
 # %% ../nbs/13_released.ipynb #13-c0e67f68
+def _fits(layout: Layout, header: dict, file: Path) -> FlexTok:  # on the meta device: shapes without memory
+    "Raises ValueError where the tensors of the file are not those of the tokenizer that its description means. Nothing is allocated."
+    try: check_limits(layout.config)
+    except ValueError as error: raise ValueError(f"{file}: sizes that our FlexTok cannot have: {error}") from error
+    _check_tables(layout.tables, file.stat().st_size, file)
+    needed = len(layout.names) + len(layout.tables)
+    if needed > 10 * len(header) + 1000: raise ValueError(f"{file}: missing tensors: the configuration needs {needed}, and here are {len(header)}")
+    tok = on_meta(FlexTok, layout.config, file)
+    shapes = {n: tuple(w.shape) for n, w in tok.state_dict().items()}
+    fit_header(header, {n: shapes[ours] for n, ours in layout.names.items()} | {n: t.shape for n, t in layout.tables.items()}, file)
+    return tok
+
 def _from_metadata(metadata: dict[str, str], where) -> dict:  # the description
     "The configuration in the metadata of a single file: one json text, or one for each section."
-    if {"encoder", "decoder"} <= metadata.keys(): return {n: _read_json(text, where) for n, text in metadata.items() if n not in ("format",)}
+    if {"encoder", "decoder"} <= metadata.keys(): return {n: parse_json(text, f"{where}, {n}", "configuration", 2 ** 24) for n, text in metadata.items() if n not in ("format",)}
     texts = [metadata["config"]] if "config" in metadata else [text for text in metadata.values() if text.lstrip().startswith("{")]
     if len(texts) != 1: raise ValueError(f"{where} holds no configuration in its metadata (of a folder with a config.json, pass the folder)")
-    return _read_json(texts[0], where)
+    return parse_json(texts[0], where, "configuration", 2 ** 24)
 
 def _check_vae(vae: VAE | None, layout: Layout) -> VAE | None:
     "Raises ValueError for a VAE whose latents are others than those the tokenizer knows. (One with a measured scale per channel is taken at its word.)"

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, identity, load_model, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
 from .fsq import FSQ, CodeUse, RunningNorm
@@ -183,13 +184,16 @@ class TokenizerParts(nn.Module):
 
 # %% ../nbs/08_tokenizer.ipynb #08-d2ea3477
 def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), zeros behind the end; how many each image has
+    rows = [ids] if isinstance(ids, Tensor) else [torch.as_tensor(row) for row in ids]
+    for row in rows:
+        if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
+            raise TypeError(f"ids must be integers, not {row.dtype}: `tokenize` gives int64. (If these are whole numbers all the same: ids.long())")
     if isinstance(ids, Tensor):
         if ids.ndim != 2: raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
-        return ids, [ids.shape[1]] * len(ids)
-    rows = [torch.as_tensor(row) for row in ids]
+        return ids.long(), [ids.shape[1]] * len(ids)
     for row in rows:
         if row.ndim != 1 and not (row.ndim == 2 and row.shape[0] == 1): raise ValueError(f"a list of ids holds one image in each entry, (r,) or (1, r), not {tuple(row.shape)}")
-    rows = [row.reshape(-1) for row in rows]
+    rows = [row.reshape(-1).long() for row in rows]
     if not rows or min(map(len, rows)) == 0: raise ValueError("every image needs at least 1 token")
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
@@ -198,8 +202,13 @@ def _either(ours: str, value, default, theirs: str, other):  # the one that was 
     if value != default: raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
     return other
 
-def _start(parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int) -> Tensor:  # noise (b c h w), as given or drawn
+def _start(parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int, generator=None) -> Tensor:  # noise (b c h w), as given or drawn
     c = parts.config; shape = (c.latent_channels, c.latent_size, c.latent_size)
+    if generator is not None:
+        if noise is not None: raise ValueError("give the noise itself, or a generator that draws it, not both")
+        each = list(generator) if isinstance(generator, (list, tuple)) else [generator] * b
+        if len(each) != b: raise ValueError(f"{len(each)} generators for {b} images: give one for each, or a single one")
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device).to(parts.device) for g in each])
     if noise is None: noise = torch.randn(b, *shape, device=parts.device) if seed is None else noise_like(shape, seed, range(first_index, first_index + b), parts.device)
     if noise.shape != (b, *shape): raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
     return noise.to(parts.device)
@@ -278,17 +287,53 @@ class LatentTokenizer(TokenizerParts):
                        first_index: int = 0,         # number of the first image, for its noise
                        *, solver: str = "euler",     # "euler", or "heun": second order, 2 * steps - 1 questions
                        shift: float = 1.,            # time shift; above 1 walks slower near noise
+                       generator: torch.Generator | list[torch.Generator] | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+                       verbose: bool = False,        # show a progress bar
                       ) -> Tensor:                   # normalised latents (b c h w)
         "Ids to latents: one draw from what the ids allow. Raises ValueError or TypeError for ids or settings that are none."
         if solver not in SOLVERS: raise ValueError(f"solver {solver!r}: use one of {', '.join(SOLVERS)}")
         ids, lengths = _pad(ids)
         for k in set(lengths): self._check_budget(k)
         self.fsq.check_ids(ids)
-        noise = _start(self, len(ids), noise, seed, first_index)
+        noise = _start(self, len(ids), noise, seed, first_index, generator)
         budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
         velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
-        return SOLVERS[solver](velocity, noise, steps, shift)
+        if not verbose: return SOLVERS[solver](velocity, noise, steps, shift)
+        with tqdm(total=2 * steps - 1 if solver == "heun" else steps, desc="decoding") as bar:
+            def asked(x, i): bar.update(); return velocity(x, i)
+            return SOLVERS[solver](asked, noise, steps, shift)
+
+# %% ../nbs/08_tokenizer.ipynb #08-79d918ae
+_said: set[str] = set()  # warnings that one process gives once
+
+def _check_sizes(asked, latent_size: int, factor: int) -> None:
+    "Raises ValueError if other sides of pictures are asked for than the model's."
+    if asked is None: return
+    def flat(value) -> list:
+        if isinstance(value, Tensor): value = value.tolist()
+        return [side for v in value for side in flat(v)] if isinstance(value, (list, tuple)) else [value]
+    if other := [side for side in flat(asked) if side != latent_size * factor]:
+        raise ValueError(f"this model makes pictures of {latent_size * factor} px, not of {other[0]}: leave vae_image_sizes= out, and resize the pictures. "
+                         f"(Some released models can be loaded for another size: load_flextok(..., latent_size=pixels / {factor}))")
+
+def _check_images(parts: TokenizerParts, images: Tensor) -> Tensor:  # the same, with the device and dtype of the VAE
+    "Raises ValueError for what are no images of this model, and says what to do. Warns once of images that look as if they lay in [0, 1]."
+    vae = parts._need_vae("tokenize")
+    side, channels = parts.config.latent_size * vae.config.factor, vae.config.in_channels
+    if not images.is_floating_point(): raise ValueError(f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts bytes)")
+    if tuple(images.shape[1:]) != (channels, side, side) or images.ndim != 4:
+        if images.ndim == 3: hint = "add the axis of the batch, images[None]"
+        elif images.ndim == 4 and images.shape[1] != channels and images.shape[-1] == channels: hint = "move the channels, images.permute(0, 3, 1, 2)"
+        else: hint = f"make them {side} px first: fit_square(picture, {side}) of an image file, or F.interpolate(images, ({side}, {side}), mode='bicubic', antialias=True).clamp(-1, 1)"
+        raise ValueError(f"images are {tuple(images.shape)}, and this model takes (b, {channels}, {side}, {side}): {hint}")
+    if not torch.isfinite(images).all(): raise ValueError("images contain NaN or infinity")
+    low, high = (float(x) for x in images.aminmax()) if images.numel() else (-1., 1.)
+    if max(-low, high) > 1.01: raise ValueError(f"images must lie in [-1, 1]; these reach {max(-low, high):.3g}: from_uint8 converts bytes")
+    if 0 <= low < high and "range" not in _said:
+        _said.add("range")
+        warnings.warn("nothing in these images is negative: they are taken for [-1, 1], and look as if they lay in [0, 1]. If so, write images * 2 - 1. (This is said once.)", stacklevel=4)
+    return images.to(parts.device, vae.latent_mean.dtype)
 
 # %% ../nbs/08_tokenizer.ipynb #08-1e78fb16
 class ImageTokenizer(LatentTokenizer):
@@ -298,17 +343,18 @@ class ImageTokenizer(LatentTokenizer):
     def tokenize(self,
                  images: Tensor,                             # images (b 3 H W) in [-1, 1]
                  budget: int | Tensor | list[int] | None = None,  # tokens per image: one number, one for each, or all
+                 *, as_list: bool = False,                   # as the released API: a list of (1, budget_i)
                 ) -> Tensor | list[Tensor]:                  # ids (b budget), int64; a list of (budget_i,) if one was given for each
-        "Images to ids. Uses the mean of the VAE's posterior, so equal images have equal ids."
-        if not images.is_floating_point() or not torch.isfinite(images).all(): raise ValueError("images must be floating-point numbers in [-1, 1], without NaN or infinity (from_uint8 converts bytes)")
-        if images.numel() and images.abs().max() > 1.01: raise ValueError(f"images must lie in [-1, 1]; these reach {float(images.abs().max()):.3g}: from_uint8 converts bytes")
-        latents = self._need_vae("tokenize").encode(images.to(self.device))
+        "Images to ids. Uses the mean of the VAE's posterior, so equal images have equal ids. Raises ValueError for images or budgets that are none."
+        latents = self._need_vae("tokenize").encode(_check_images(self, images))
         if isinstance(budget, Tensor) and budget.ndim == 0: budget = int(budget)
-        if budget is None or isinstance(budget, int): return self.encode_latents(latents, budget)
+        if budget is None or isinstance(budget, int):
+            ids = self.encode_latents(latents, budget)
+            return list(ids.split(1)) if as_list else ids
         each = [self._check_budget(int(k)) for k in budget]
         if len(each) != len(images): raise ValueError(f"{len(each)} budgets for {len(images)} images: give one for each, or a single number")
         ids = self.encode_latents(latents, max(each))
-        return [row[:k] for row, k in zip(ids, each)]
+        return [row[None, :k] if as_list else row[:k] for row, k in zip(ids, each)]
 
     @torch.no_grad()
     def detokenize(self,
@@ -324,12 +370,18 @@ class ImageTokenizer(LatentTokenizer):
                    perform_norm_guidance: bool | None = None,   # and `apg`
                    solver: str = "euler",        # "euler" or "heun"
                    shift: float = 1.,            # time shift
+                   generator: torch.Generator | list[torch.Generator] | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+                   verbose: bool = False,        # show a progress bar
+                   vae_image_sizes=None,         # sides of the pictures, in the released API: checked; a model has one
                   ) -> Tensor:                   # images (b 3 H W) in [-1, 1]
         "Ids to images. Raises ValueError or TypeError for ids or settings that are none, and for a setting given under both of its names."
         vae = self._need_vae("detokenize")
+        _check_sizes(vae_image_sizes, self.config.latent_size, vae.config.factor)
+        if generator is not None and seed: raise ValueError(f"seed={seed} and generator= both name the noise: give one of them")
         steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
-        return vae.decode(self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift)).clamp(-1, 1)
+        latents = self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift, generator=generator, verbose=verbose)
+        return vae.decode(latents.to(vae.latent_std.dtype)).clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
 class Draws(NamedTuple):
@@ -549,14 +601,18 @@ def train_tokenizer(data: ImageSet | Latents,  # training images, or their laten
 
 # %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
-    "Weights and configuration, without the VAE but with its hash."
-    save_model(folder, tok.own_state(), tok.config, vae=weights_hash(tok.vae) if tok.vae is not None else None, terms=tok.terms, **facts)
+    "Weights and configuration, without the VAE but with its hash and its identity."
+    weights = weights_hash(tok.vae) if tok.vae is not None else None
+    save_model(folder, tok.own_state(), tok.config, vae=weights, vae_identity=identity(tok.vae, weights) if weights else None, terms=tok.terms, **facts)
 
 def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
     tok, facts = load_model(folder, FlexTok, TokenizerConfig)
     if vae is not None:
-        if facts.get("vae") not in (None, weights_hash(vae)): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights_hash(vae)}: its tokens would mean nothing")
+        weights = weights_hash(vae)
+        if facts.get("vae") not in (None, weights): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing")
+        if facts.get("vae_identity") not in (None, identity(vae, weights)):
+            raise ValueError(f"{folder} was trained with VAE {facts['vae_identity']}, not with {identity(vae, weights)}: the weights are the same, but not the configuration, and its tokens would mean nothing")
         tok.vae = vae.requires_grad_(False).eval()
     tok.terms = facts.get("terms")
     return tok, facts

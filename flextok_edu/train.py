@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import EMA, Engine, Feed, Muon, Player, atomic, pick_device, weights_hash
+from .core import EMA, Engine, Feed, Muon, Player, Range, atomic, conform, parse_json, pick_device, read_tensors, weights_hash
 
 # %% ../nbs/11_train.ipynb #11-e6a1b0d4
 def _content(tensors: dict[str, Tensor], facts: str) -> str:  # 16 hexadecimal digits
@@ -38,25 +38,20 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the fi
             return name
     return None
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (they have since version 0.4)
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (older ones have none)
     "Raises ValueError for a file that is damaged or of no use, and says why."
-    from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "pt") as file:
-            known, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        text = known["facts"]
-        facts = json.loads(text)
-        if not isinstance(facts, dict):
-            raise ValueError(f"its facts are a {type(facts).__name__}")
-    except KeyError as error:
-        raise ValueError(f"is no checkpoint ({error} is missing)") from error
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"is damaged ({str(error) or type(error).__name__})") from error
+        tensors, known = read_tensors(path)
+        text = conform(known, {"facts": str}, "its header")["facts"]
+        facts = conform(parse_json(text, "its text"), dict, "its text")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"is damaged ({error})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
         raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
     if bad := _not_finite(tensors):
         raise ValueError(f"is of no use ({bad} is not finite)")
     return tensors, facts, "content" in known
+
 
 # %% ../nbs/11_train.ipynb #11-a7d1aca2
 class Checkpoints:
@@ -268,14 +263,17 @@ def random_state() -> dict[str, Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    "The inverse."
+    "The inverse. Raises ValueError for what is no such state."
     import random
     import numpy as np
-    gauss, cached = state["gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_at"].tolist(), cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    try:
+        gauss, cached = state["gauss"].tolist()
+        random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
+        np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_at"].tolist(), cached))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, IndexError, OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the state of the random generators cannot be put back ({type(error).__name__}: {error})") from error
 
 # %% ../nbs/11_train.ipynb #11-4fa94341
 def matmul_rate(device="cpu", dtype: torch.dtype = torch.float32, side: int | None = None, repeats: int = 5) -> float:  # FLOP/s
@@ -507,11 +505,41 @@ def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; emp
     found = Checkpoints(Path(folder) / "checkpoints").newest()
     return {path: value for change in (found[1].get("changes", []) if found else []) for path, value in change["settings"].items()}
 
+# %% ../nbs/11_train.ipynb #11-61d3c8af
+_COUNTED = Range(0, 2 ** 53)
+_FACTS = {"step": _COUNTED, "log": [{"step": _COUNTED, "seconds": float}], "feed": dict, "recipe": dict, "ema_updates": _COUNTED, "scalers": dict,
+          "changes?": [{"step": _COUNTED, "settings": dict, "before?": dict}]}  # what a checkpoint says
+_SCALER = {"scale": Range(1e-38, 1e38, float), "growth_factor": Range(1, 1e6, float), "backoff_factor": Range(0, 1, float),
+           "growth_interval": Range(1, 2 ** 31), "_growth_tracker": _COUNTED}  # what a gradient scaler says
+_MOMENTS = {torch.optim.AdamW: {"step": True, "exp_avg": False, "exp_avg_sq": False}, Muon: {"momentum_buffer": False}}  # what an optimiser remembers of a weight: one number, or one for each of its
+
+def _unlike(state: dict[str, Tensor], name: str, x: Tensor) -> str | None:  # what is wrong
+    "A tensor of a checkpoint against the one that it is copied into."
+    if name not in state: return f"{name} is missing"
+    y = state[name]
+    if tuple(y.shape) != tuple(x.shape): return f"{name} is {tuple(y.shape)} there and {tuple(x.shape)} here"
+    if y.is_floating_point() != x.is_floating_point(): return f"{name} is {y.dtype} there and {x.dtype} here"
+    return None
+
+def _odd_moments(optimizers: list[torch.optim.Optimizer], names: dict[int, str], state: dict[str, Tensor]) -> str | None:
+    "What `set_optimizer_state` could not use."
+    known = {f"optimizer/{names[id(w)]}": (w, _MOMENTS.get(type(opt))) for opt in optimizers for group in opt.param_groups for w in group["params"]}
+    found = {}
+    for name, x in state.items():
+        weight, key = name.rsplit("/", 1)
+        if weight not in known: return f"{name} is of no weight here"
+        found.setdefault(weight, set()).add(key)
+        w, keys = known[weight]
+        single = x.ndim == 0 if keys is None else keys.get(key)
+        if tuple(x.shape) != (() if single else tuple(w.shape)) or not x.is_floating_point(): return f"{name} is {tuple(x.shape)} of {x.dtype}, and the weight {tuple(w.shape)}"
+    return next((f"{weight} has {', '.join(sorted(keys))}" for weight, keys in found.items() if known[weight][1] and keys != set(known[weight][1])), None)
+
 # %% ../nbs/11_train.ipynb #11-c95e0b37
 class _Agreeing(_Remembering):
     "The recipe of a checkpoint, and ours. (Needs `recipe`, `ignore` and `changes`.)"
     def _agree(self, facts: dict, players: list[Player]) -> bool:  # whether something is changed here
         "The checkpoint's recipe against ours. Raises ValueError where they differ, but for what is to be changed."
+        conform(facts, _FACTS, f"the checkpoint in {self.store.folder}")
         then, now = facts["recipe"], json.loads(json.dumps(self.recipe))
         self.changed = list(facts.get("changes", []))
         fresh = {}
@@ -544,11 +572,9 @@ class _Restoring(_Agreeing):
     "And out of it again."
     @torch.no_grad()
     def _restore(self, state: dict[str, Tensor], facts: dict) -> None:
-        "Copy everything back. Raises ValueError for weights of another shape."
+        "Copy everything back. Raises ValueError, before anything is changed, for a state that does not fit."
         names = self._names()
-        expected = {f"weight/{n}" for n in names.values()}
-        shapes = {f"weight/{names[id(w)]}": tuple(w.shape) for p in self.players for _, w in p.parameters}
-        if wrong := sorted(n for n in expected ^ {n for n in state if n.startswith("weight/")}) or [f"{n} is {tuple(state[n].shape)} there and {s} here" for n, s in shapes.items() if tuple(state[n].shape) != s]:
+        if wrong := self._unfit(state, facts, names):
             raise ValueError(f"the checkpoint in {self.store.folder} is of another model ({wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}): choose another folder, or remove that one")
         for p in self.players:
             for n, w in p.parameters: w.copy_(_like(state[f"weight/{p.name}/{n}"], w))
@@ -558,6 +584,20 @@ class _Restoring(_Agreeing):
         if self.ema:
             self.ema.average = [_like(state[f"ema/{names[id(w)]}"], w).clone() for w in self.ema.parameters]; self.ema.updates = facts["ema_updates"]
         if f"random/{self.rank}/torch" in state: set_random_state({n.split("/")[2]: x for n, x in state.items() if n.startswith(f"random/{self.rank}/")})
+
+    def _unfit(self, state: dict[str, Tensor], facts: dict, names: dict[int, str]) -> list[str]:
+        "What in a checkpoint could not be copied back."
+        here = {f"weight/{names[id(w)]}": w for p in self.players for _, w in p.parameters}
+        wrong = [f"{n} is not here" for n in state if n.startswith("weight/") and n not in here]
+        here |= {f"buffer/{p.name}/{n}": x for p in self.players for n, x in p.buffers}
+        if self.ema: here |= {f"ema/{names[id(w)]}": a for w, a in zip(self.ema.parameters, self.ema.average)}
+        wrong += [found for n, x in here.items() if (found := _unlike(state, n, x))]
+        for p in self.players:
+            moments = {n: x for n, x in state.items() if n.startswith(f"optimizer/{p.name}/")}
+            wrong += [found] if (found := _odd_moments(self.optimizers[p.name], names, moments)) else []
+            if facts["scalers"].get(p.name): conform(facts["scalers"][p.name], _SCALER, f"the gradient scaler of {p.name}")
+        return wrong
+
 
 # %% ../nbs/11_train.ipynb #11-b8450d93
 class _Measuring(_Restoring):
@@ -641,24 +681,9 @@ class _Listening(_Measuring):
         return (f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
                 "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)")
 
-# %% ../nbs/11_train.ipynb #11-27d37043
-class LongRun(_Listening):
-    "Checkpoints, exact resume, signals, dashboard and watch around `fit`."
-    def __init__(self, folder: str | Path,             # where checkpoints and the log go
-                 device="auto", precision: torch.dtype | None = None, micro: int = 1, sharded: bool = False, recompute: bool = False,  # as in `Shares`
-                 recipe: dict | None = None,           # what the run is: a checkpoint of another recipe is refused
-                 minutes: float = 10.,                 # between checkpoints
-                 steps: int | None = None,             # or a number of steps
-                 keep: int = 2,                        # checkpoints
-                 track: str = "none",                  # "tensorboard", "wandb", or "none"
-                 ignore: tuple[str, ...] = (),         # entries of the recipe that may differ
-                 changes: dict | None = None):         # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
-        super().__init__(device, precision, micro, sharded, recompute)
-        self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
-        self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
-        self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
-        if track != "none": self._start_tracker(track, folder)
-
+# %% ../nbs/11_train.ipynb #11-3e9d5f02
+class _Beginning(_Listening):
+    "The first moments of a run. (Needs `changes`.)"
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
         "The folder is claimed for a session: under the claim of whoever called us, or by a new one."
@@ -676,6 +701,41 @@ class LongRun(_Listening):
                 claim.used = True
                 yield
 
+    def _going(self, found: tuple[dict, dict] | None, fresh: bool, steps: int, label: str) -> Iterator[tuple[int, list[dict]]]:
+        "From where the checkpoint was, or from the start."
+        first, log = 0, []
+        if found:
+            self._restore(*found)
+            first, log = found[1]["step"], found[1]["log"]
+            try: self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                raise ValueError(f"the checkpoint in {self.store.folder} does not fit this feed ({type(error).__name__}: {error})") from error
+            if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}" + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""), flush=True)
+            if fresh: self.save(first, log)  # so that it is written down before the first step with it
+        self.rate = matmul_rate(self.device, self.precision or torch.float32)
+        self.flops = self._count(first) if first < steps else 0
+        self.clock, self.seen = time.perf_counter(), first
+        try: yield first, log
+        except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
+
+# %% ../nbs/11_train.ipynb #11-27d37043
+class LongRun(_Beginning):
+    "Checkpoints, exact resume, signals, dashboard and watch around `fit`."
+    def __init__(self, folder: str | Path,             # where checkpoints and the log go
+                 device="auto", precision: torch.dtype | None = None, micro: int = 1, sharded: bool = False, recompute: bool = False,  # as in `Shares`
+                 recipe: dict | None = None,           # what the run is: a checkpoint of another recipe is refused
+                 minutes: float = 10.,                 # between checkpoints
+                 steps: int | None = None,             # or a number of steps
+                 keep: int = 2,                        # checkpoints
+                 track: str = "none",                  # "tensorboard", "wandb", or "none"
+                 ignore: tuple[str, ...] = (),         # entries of the recipe that may differ
+                 changes: dict | None = None):         # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
+        super().__init__(device, precision, micro, sharded, recompute)
+        self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
+        self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
+        self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
+        if track != "none": self._start_tracker(track, folder)
+
     @contextlib.contextmanager
     def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
         "Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes wrong. Raises ValueError if another process trains in the folder."
@@ -689,21 +749,6 @@ class LongRun(_Listening):
                 warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step")
             with super().session(players, batches, steps, ema, label), self._listening():
                 yield from self._going(found, fresh, steps, label)
-
-    def _going(self, found: tuple[dict, dict] | None, fresh: bool, steps: int, label: str) -> Iterator[tuple[int, list[dict]]]:
-        "From where the checkpoint was, or from the start."
-        first, log = 0, []
-        if found:
-            self._restore(*found)
-            first, log = found[1]["step"], found[1]["log"]
-            self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
-            if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}" + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""), flush=True)
-            if fresh: self.save(first, log)  # so that it is written down before the first step with it
-        self.rate = matmul_rate(self.device, self.precision or torch.float32)
-        self.flops = self._count(first) if first < steps else 0
-        self.clock, self.seen = time.perf_counter(), first
-        try: yield first, log
-        except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."

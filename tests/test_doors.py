@@ -226,7 +226,7 @@ def test_weights_that_are_none(saved, tmp_path):
         with pytest.raises(ValueError, match=says):
             load_ar(folder)
     state = {n: w.clone() for n, w in ARModel(AR_SMALL).state_dict().items()}
-    for change, says in ((dict(start=torch.zeros(65)), r"'start' has shape \(65,\), but the configuration says \(64,\)"), (dict(start=torch.zeros(64, dtype=torch.int64)), "'start' holds I64, not real numbers"),
+    for change, says in ((dict(start=torch.zeros(65)), r"'start' has shape \(65,\), but the configuration says \(64,\)"), (dict(start=torch.zeros(64, dtype=torch.int64)), "'start' holds int64, not real numbers"),
                          (dict(more=torch.zeros(1)), "surplus tensors 'more'")):
         save_file(state | change, file)
         with pytest.raises(ValueError, match="do not fit the model that config.json describes: .*" + says):

@@ -282,6 +282,67 @@ def test_refused(tmp_path, what):
         load_flextok(write(tmp_path, description, weights))
 
 
+BELIEVED = {  # sizes and numbers that a description may ask for, and that no file of two megabytes can mean
+    "blocks": lambda d, w: dec(d, "dec_transformer").update(depth=1000),
+    "registers": lambda d, w: [enc(d, "enc_register_module").update(n_min=65536, n_max=65536), dec(d, "dec_registers_posemb_module").update(max_sizes=[65536])],
+    "a width": lambda d, w: [p.update(dim=65536) for p in d["encoder"]["module_dict"].values() if "dim" in p],
+    "features of the clock": lambda d, w: dec(d, "dec_time_embedder").update(frequency_embedding_size=65536),
+    "channels of the VAE": lambda d, w: d["vae"].update(latent_channels=65536),
+    "times that overflow": lambda d, w: dec(d, "dec_time_embedder").update(max_timestep=5e-324),
+    "a scale that overflows": lambda d, w: d["vae"].update(scaling_factor=5e-324),
+    "an mlp ratio": lambda d, w: enc(d, "enc_transformer").update(mlp_ratio=1e300),
+    "a name of a megabyte": lambda d, w: d["encoder"]["module_dict"].update({"x" * 10 ** 6: {"_target_": "y" * 10 ** 6}}),
+    "ten thousand modules": lambda d, w: d["encoder"]["module_dict"].update({str(i): copy.deepcopy(enc(d, "enc_to_latents")) for i in range(10_000)}),
+    "levels beyond counting": lambda d, w: d["regularizer"].update(levels=[65536] * 6)}
+
+
+@pytest.mark.parametrize("what", BELIEVED)
+def test_sizes_are_not_believed(tmp_path, monkeypatch, what):
+    """Refused in a short sentence, before a tensor is read."""
+    description, weights = fixture()
+    BELIEVED[what](description, weights)
+    write(tmp_path, description, weights)
+    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    with pytest.raises(ValueError) as error:
+        load_flextok(tmp_path)
+    assert len(str(error.value)) < 4000
+
+
+@pytest.mark.parametrize("kind", ("learnable_sum", "learnable_prod"))
+@pytest.mark.parametrize("scaling, size, latent_size", (("absolute", 8192, None), ("interpolate", 8192, 16), ("interpolate", 8, 16384), ("absolute", 2048, 16)))
+def test_expanded_tables_have_a_limit(tmp_path, monkeypatch, kind, scaling, size, latent_size):
+    """A few megabytes of factors are tables of gigabytes."""
+    description, weights = fixture()
+    for part, at in ((enc(description, "enc_posemb_module"), "encoder.module_dict.enc_posemb_module"), (dec(description, "dec_patches_posemb_module"), "decoder.module_dict.dec_patches_posemb_module")):
+        part.update(posemb_type=kind, posemb_scaling=scaling, max_sizes=[size, size])
+        weights[at + ".posembs"] = torch.zeros(2, 1, part["dim"], size)
+    write(tmp_path, description, weights)
+    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    with pytest.raises(ValueError, match="would become a position table of .* GB.*it is not made"):
+        load_flextok(tmp_path, latent_size=latent_size)
+
+
+def test_git_lfs_pointers(tmp_path):
+    """What a clone without git-lfs holds is recognised at every door."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 132\n"
+    folder = write(tmp_path / "a", *fixture())
+    (folder / "model.safetensors").write_text(pointer)
+    (tmp_path / "one.safetensors").write_text(pointer)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "config.json").write_text(json.dumps(dict(block_out_channels=[16], layers_per_block=1, latent_channels=4, norm_num_groups=4)))
+    (tmp_path / "v" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    for load, place in ((load_flextok, folder), (load_flextok, tmp_path / "one.safetensors"), (load_vae, tmp_path / "v"), (FlexTok.from_pretrained, tmp_path / "ours"), (VAE.from_pretrained, tmp_path / "ours" / "vae")):
+        if "ours" in str(place):
+            FlexTok(OWN, VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4))).save_pretrained(tmp_path / "ours")
+            (place / "model.safetensors").write_text(pointer)
+        with pytest.raises(ValueError, match="is a git-lfs pointer, not the file: git lfs pull"):
+            load(place)
+    (folder / "config.json").write_text(pointer)
+    (folder / "model.safetensors").write_bytes((FIXTURES / "released_tiny" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="config.json is a git-lfs pointer"):
+        load_flextok(folder)
+
+
 def test_order_of_the_listing(tmp_path):
     """Any order of all modules means the same; but all else in order and the dropout before the position table is another model."""
     latents, first = torch.randn(1, 16, 16, 16), None
@@ -642,3 +703,100 @@ def test_their_names_are_understood():
     for steps in (0, 2.5, True):
         with pytest.raises(ValueError, match="steps"):
             tok.detokenize(ids, timesteps=steps)
+
+
+@pytest.fixture
+def dressed():
+    """The fixture with a small VAE: 32 px."""
+    return load_flextok(FIXTURES / "released_tiny", vae=small_vae(load_flextok(FIXTURES / "released_tiny").released.scaling))
+
+
+def test_their_lists(dressed):
+    """`[t[:, :16] for t in tok.tokenize(x)]` of the released API."""
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    ids, tokens = dressed.tokenize(x), dressed.tokenize(x, as_list=True)
+    assert [t.shape for t in tokens] == [(1, 64)] * 3 and torch.equal(torch.cat([t[:, :16] for t in tokens]), ids[:, :16])
+    assert [t.shape for t in dressed.tokenize(x, [1, 2, 3], as_list=True)] == [(1, 1), (1, 2), (1, 3)] and dressed.tokenize(x, 5, as_list=True)[2].shape == (1, 5)
+    assert torch.equal(dressed.detokenize([t[:, :16] for t in tokens], steps=2), dressed.detokenize(ids[:, :16], steps=2))
+
+
+def test_their_generators(dressed):
+    ids, made = torch.zeros(2, 4, dtype=torch.int64), lambda seed: torch.Generator().manual_seed(seed)
+    one = dressed.detokenize(ids, 2, generator=made(1))
+    assert torch.equal(one, dressed.detokenize(ids, 2, generator=made(1))) and not torch.equal(one, dressed.detokenize(ids, 2, generator=made(2)))
+    g = made(1)
+    assert torch.equal(one, dressed.detokenize(ids, 2, noise=torch.stack([torch.randn(16, 16, 16, generator=g) for _ in range(2)])))
+    each = dressed.detokenize(ids, 2, generator=[made(5), made(5)])
+    assert torch.allclose(each[0], each[1], atol=1e-5)
+    for wrong, says in ((dict(seed=1, generator=made(1)), "seed=1 and generator="), (dict(noise=torch.zeros(2, 16, 16, 16), generator=made(1)), "not both"), (dict(generator=[made(1)]), "1 generators for 2 images")):
+        with pytest.raises(ValueError, match=says):
+            dressed.detokenize(ids, 2, **wrong)
+
+
+def test_their_bar_and_sizes(dressed, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    silent = dressed.detokenize(ids, 3)
+    assert "decoding" not in capsys.readouterr().err
+    for sizes in (32, (32, 32), [32, 32], [(32, 32), (32, 32)], torch.tensor([[32, 32]] * 2)):
+        assert torch.equal(dressed.detokenize(ids, 3, vae_image_sizes=sizes), silent)
+    for sizes in (256, (256, 32), [(32, 32), (64, 64)]):
+        with pytest.raises(ValueError, match="makes pictures of 32 px, not of (256|64)"):
+            dressed.detokenize(ids, 3, vae_image_sizes=sizes)
+    assert torch.equal(dressed.detokenize(ids, 3, verbose=True), silent)
+    assert torch.allclose(dressed.detokenize(ids, 3, verbose=True, solver="heun"), dressed.detokenize(ids, 3, solver="heun"))
+
+
+@pytest.mark.parametrize("shape, says", (((2, 3, 256, 256), r"images are \(2, 3, 256, 256\), and this model takes \(b, 3, 32, 32\): make them 32 px first: fit_square\(picture, 32\)"), ((3, 32, 32), r"images\[None\]"),
+                                         ((2, 32, 32, 3), r"permute\(0, 3, 1, 2\)"), ((2, 1, 32, 32), "takes"), ((2, 3, 32, 64), "32 px first"), ((32,), "takes")))
+def test_images_of_another_shape(dressed, shape, says):
+    with pytest.raises(ValueError, match=says):
+        dressed.tokenize(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_images_of_another_precision(dressed, dtype):
+    x = (torch.rand(2, 3, 32, 32) * 2 - 1).to(dtype)
+    assert torch.equal(dressed.tokenize(x), dressed.tokenize(x.float()))
+    half = load_flextok(FIXTURES / "released_tiny", dtype=torch.bfloat16, vae=dressed.vae.to(torch.bfloat16))
+    assert half.detokenize(half.tokenize(x)[:, :3], 2).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="uint8 .from_uint8 converts bytes"):
+        dressed.tokenize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("ids", (torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float16), [[1.9, 2.]], torch.zeros(2, 4, dtype=torch.bool), [[True]]), ids=str)
+def test_ids_that_are_no_integers(dressed, ids):
+    for call in (dressed.detokenize, dressed.decode_latents):
+        with pytest.raises(TypeError, match="ids must be integers, not torch.*tokenize. gives int64"):
+            call(ids)
+
+
+def test_small_integers_are_ids(dressed):
+    ids = torch.tensor([[1, 2, 3]])
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16):
+        assert torch.equal(dressed.detokenize(ids.to(dtype), 2), dressed.detokenize(ids, 2))
+
+
+def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
+    from flextok_edu import tokenizer
+    monkeypatch.setattr(tokenizer, "_said", set())
+    x = torch.rand(2, 3, 32, 32)
+    for quiet in (x * 2 - 1, torch.ones(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.cat([x, -x])):
+        dressed.tokenize(quiet)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"nothing in these images is negative.*images \* 2 - 1") as said:
+        dressed.tokenize(x)
+    assert said[0].filename == __file__, "the warning points at the caller"
+    recwarn.clear()
+    dressed.tokenize(x)
+    assert not recwarn.list, "once"
+
+
+def test_nan_reaches_the_loss(dressed):
+    """A training that goes wrong is stopped by what looks at losses, with its evidence; nothing before may fall over NaN or infinity."""
+    for norm in (False, True):
+        tok = FlexTok(replace(OWN, norm_before_fsq=norm)).train()
+        for bad in (float("nan"), float("inf")):
+            loss, numbers = tok.loss(torch.full((4, 4, 8, 8), bad))
+            assert not torch.isfinite(loss)
+            loss.backward()

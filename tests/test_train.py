@@ -173,8 +173,9 @@ def test_bfloat16_trains(name):
 
 # --- killed ------------------------------------------------------------------------------------------------------------
 
-def kill_later(target, when):
-    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has begun. Returns its exit status."""
+def kill_later(target, when, sign):
+    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has made a sign of life, a file. Returns its exit status."""
+    sign.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         try:
@@ -185,8 +186,10 @@ def kill_later(target, when):
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + when
+    deadline = math.inf
     while time.monotonic() < deadline:
+        if deadline == math.inf and sign.exists():
+            deadline = time.monotonic() + when
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -203,14 +206,19 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     plan = dict(steps=120, batch=8, optimizer="muon" if name == "tokenizer" else "adamw")
     wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
 
+    class Alive(LongRun):
+        def ready(self, player, step):
+            (tmp_path / "trains").touch()
+            super().ready(player, step)
+
     def go():
-        model, _ = long_run.stage(name, engine=LongRun(tmp_path / "run", "cpu", steps=2), **plan)
+        model, _ = long_run.stage(name, engine=Alive(tmp_path / "run", "cpu", steps=2), **plan)
         (tmp_path / "hash").write_text(long_run.own_hash(model))
-    dice, statuses, torn, seen = random.Random(0), [], 0, 0
+    dice, statuses, torn, starts = random.Random(0), [], 0, set()
     folder = tmp_path / "run" / "checkpoints"
     while statuses.count(-9) < 20:
-        seen = max([seen, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
-        statuses.append(kill_later(go, .15 + .35 * dice.random() if len(statuses) < 200 else 60))
+        starts.add(max([0, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))]))
+        statuses.append(kill_later(go, .35 * dice.random() if len(statuses) < 200 else 60, tmp_path / "trains"))
         assert statuses[-1] in (-9, 0), statuses
         torn += bool(list(folder.glob(".step-*")))
         for file in folder.glob("step-*.safetensors"):  # whatever has its real name is whole
@@ -219,8 +227,8 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
             assert (tmp_path / "hash").read_text() == wanted
             shutil.rmtree(tmp_path / "run")
             (tmp_path / "hash").unlink()
-    assert kill_later(go, 100) == 0
-    assert (tmp_path / "hash").read_text() == wanted
+    assert kill_later(go, 100, tmp_path / "trains") == 0
+    assert (tmp_path / "hash").read_text() == wanted and len(starts) > 5, "most lives began at a checkpoint"
     print(f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes")
 
 
