@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AR_SIZES', 'PRESETS', 'LIMITS', 'IDENTITY', 'VAEConfig', 'TrunkConfig', 'TokenizerConfig', 'ARConfig', 'StageConfig',
            'VAELossConfig', 'EvalConfig', 'Preset', 'preset', 'parse_json', 'read_json', 'Range', 'one_of', 'wanted',
-           'conform', 'check_limits', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
-           'from_uint8', 'grid', 'show', 'plain', 'drawable', 'named_generator', 'noise_like', 'atomic', 'write_text',
+           'conform', 'check_limits', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'plain', 'drawable',
+           'to_uint8', 'from_uint8', 'grid', 'show', 'named_generator', 'noise_like', 'atomic', 'write_text',
            'weights_hash', 'save_model', 'canonical', 'meaning', 'identity_of', 'identity', 'tensor_header',
            'read_tensors', 'fit_header', 'on_meta', 'load_model', 'shipped_models', 'belongs', 'hub_folder',
            'Pretrained', 'EMA', 'schedule', 'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player',
@@ -421,6 +421,35 @@ def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
+# %% ../nbs/00_core.ipynb #00-48677cd3
+def plain(text) -> str:  # a name or message from somewhere else
+    r"""The same on one line, printable everywhere: control characters, escape sequences, invisible and reversing marks as `\x1b` or `\u202e`,
+    bytes that were no UTF-8 (Python keeps them as surrogates) as `\xe9`."""
+    def shown(c: str) -> str:
+        if c.isprintable(): return c
+        n = ord(c)
+        if 0xdc80 <= n <= 0xdcff: n -= 0xdc00  # a byte of a file name
+        return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
+    return "".join(map(shown, str(text)))
+
+@functools.lru_cache(maxsize=8)
+def _glyphs(families: tuple[str, ...]) -> frozenset[int]:  # what matplotlib can draw with these fonts: code points
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    return frozenset().union(*(get_font(findfont(FontProperties(family=[f]))).get_charmap() for f in families))
+
+def drawable(text) -> str:  # a name from somewhere else
+    r"""`plain`, and what none of matplotlib's fonts in use has is escaped as well (`\u4e2d`) instead of drawn as an empty box.
+    It is never mathematics if the caller passes `parse_math=False` to matplotlib."""
+    from matplotlib import rcParams
+    families = rcParams["font.family"]
+    known = _glyphs(tuple([families] if isinstance(families, str) else families))
+    def shown(c: str) -> str:
+        n = ord(c)
+        return c if n in known else f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
+    return "".join(map(shown, plain(text)))
+
+def _lines(title: str) -> str: return "\n".join(map(drawable, title.split("\n")))  # of several lines
+
 # %% ../nbs/00_core.ipynb #00-5fd29900
 def to_uint8(images: Tensor  # images in [-1, 1]
             ) -> Tensor:     # the same in 0 .. 255, uint8
@@ -457,35 +486,6 @@ def show(images: Tensor,       # images (b c h w) in [-1, 1]
     picture = grid(images, columns, scale)
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
     plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(_lines(title), fontsize=10, parse_math=False); plt.tight_layout(pad=.2); plt.show()
-
-# %% ../nbs/00_core.ipynb #00-48677cd3
-def plain(text) -> str:  # a name or message from somewhere else
-    r"""The same on one line, printable everywhere: control characters, escape sequences, invisible and reversing marks as `\x1b` or `\u202e`,
-    bytes that were no UTF-8 (Python keeps them as surrogates) as `\xe9`."""
-    def shown(c: str) -> str:
-        if c.isprintable(): return c
-        n = ord(c)
-        if 0xdc80 <= n <= 0xdcff: n -= 0xdc00  # a byte of a file name
-        return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
-    return "".join(map(shown, str(text)))
-
-@functools.lru_cache(maxsize=8)
-def _glyphs(families: tuple[str, ...]) -> frozenset[int]:  # what matplotlib can draw with these fonts: code points
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-    return frozenset().union(*(get_font(findfont(FontProperties(family=[f]))).get_charmap() for f in families))
-
-def drawable(text) -> str:  # a name from somewhere else
-    r"""`plain`, and what none of matplotlib's fonts in use has is escaped as well (`\u4e2d`) instead of drawn as an empty box.
-    It is never mathematics if the caller passes `parse_math=False` to matplotlib."""
-    from matplotlib import rcParams
-    families = rcParams["font.family"]
-    known = _glyphs(tuple([families] if isinstance(families, str) else families))
-    def shown(c: str) -> str:
-        n = ord(c)
-        return c if n in known else f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
-    return "".join(map(shown, plain(text)))
-
-def _lines(title: str) -> str: return "\n".join(map(drawable, title.split("\n")))  # of several lines
 
 # %% ../nbs/00_core.ipynb #00-0216657b
 def named_generator(*names  # anything that prints: strings, numbers
