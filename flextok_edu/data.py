@@ -857,7 +857,8 @@ _KEPT = 1000  # from so many files on, keys are kept without being asked to
 def keys_folder(count: int, index: str | Path | None) -> Path | None:  # None: not kept
     "Where the keys of so many pictures are kept: in `index`, or, where there are many, in ~/.cache/flextok_edu/keys."
     if index is not None: return Path(index).expanduser()
-    return Path(_ROOT).expanduser() / "keys" if count >= _KEPT else None
+    try: return Path(_ROOT).expanduser() / "keys" if count >= _KEPT else None
+    except RuntimeError: return None  # no home
 
 def load_keys(file: Path | None) -> dict[bytes, tuple[int, int, int]]:  # name: size, time, key
     "What `save_keys` wrote; nothing if it is not there or damaged."
@@ -1037,6 +1038,7 @@ def _hash_keys(keys: Tensor) -> str: return hashlib.sha256(keys.contiguous().num
 def learned_from(data) -> Learned:  # an ImageSet, an OnDisk or a Source (of the module sources)
     "What training on these pictures means for later evaluation."
     name = data.name if hasattr(data, "name") else data.source
+    if getattr(data, "scenes", False): return Learned("scenes", name, len(data), data.hash, None)
     try: count = len(data)
     except TypeError: return Learned(data.rule, name, -1, "", None)
     if data.keys is None: return Learned(data.rule, name, count, data.hash, None)
@@ -1065,17 +1067,21 @@ def load_learned(folder: str | Path) -> Learned | None:  # None: nothing is reco
     return Learned(rule, source, count, name, keys)
 
 # %% ../nbs/01_data.ipynb #01-da967255
-def _set_name(source: str) -> str:  # "imagenet" of "imagenet train, 36 of 36 images (…"
-    return re.sub(r" (train|val|test)$", "", source.split(",")[0])
+def _set_part(source: str) -> tuple[str, bool]:  # ("imagenet", True) of "imagenet train, 36 of 36 images (…"
+    "The name of a set, and whether this is its training part."
+    name, _, part = source.split(",")[0].rpartition(" ")
+    return (name, part == "train") if part in ("train", *_VAL) else (source.split(",")[0], False)
 
 def _by_rule(val: ImageSet, learned: Learned) -> str | None:  # "none", or "unknown: why"; None: compare the keys
     "What rules and names say about an overlap."
-    if "scenes" in (val.rule, learned.rule):
-        if val.rule != learned.rule: return "none" if "unknown" not in (val.rule, learned.rule) else "unknown: nobody knows how one of the two was divided"
-        return "unknown: these are training scenes" if val.source.startswith("ToyScenes train") else "none"
+    (name, train), (other, learned_train) = _set_part(val.source), _set_part(learned.source)
+    if val.scenes or val.rule == "scenes":
+        if learned.rule == "unknown": return "unknown: nobody knows what it learned from"
+        return "unknown: these are training scenes" if learned.rule == "scenes" and name.startswith("ToyScenes") and train else "none"
+    if learned.rule == "scenes": return "none"  # scenes against photographs
     if val.keys is not None and learned.keys is not None: return None
     if val.rule == learned.rule == "one in eight" and learned.count < 0 and val.keys is not None and (val.keys % 8 == 0).all(): return "none"
-    if val.rule == learned.rule and val.rule in ("own split", "train and val folders") and _set_name(val.source) == _set_name(learned.source): return "none"
+    if val.rule == learned.rule and val.rule in ("own split", "train and val folders") and name == other and learned_train and not train: return "none"
     return "unknown: there is no list of " + ("these pictures" if val.keys is None else "what it learned from")
 
 def leave_out_learned(val: ImageSet,                       # held-out pictures

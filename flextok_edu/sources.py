@@ -675,7 +675,7 @@ class StreamSource:
                  side: str | None = None,                         # "train" | "val": only the records of this side, by their keys; None: all
                  held: Callable | None = None):                   # opens what the set itself holds out
         if side not in ("train", "val", None): raise ValueError(f"side {side!r}: use 'train', 'val' or None")
-        self.side, self.held, self.rule, self._made = side, held, "own split" if held else "one in eight", (dataset, name, image, label, caption)
+        self.side, self.held, self.rule, self._made = side, held, "own split" if held else "one in eight" if side else "unknown", (dataset, name, image, label, caption)
         self.dataset, self.epoch = dataset.decode(False) if hasattr(dataset, "decode") else dataset, 0
         start = self.dataset.state_dict()
         example = next(iter(self.dataset), None)
