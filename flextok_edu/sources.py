@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .core import Feed, from_uint8, to_uint8, write_text
 from .data import (LARGEST, SETS, FolderList, ImageSet, ToyScenes, check_memory, decode_square, evenly, find_set, held_out, list_folder,
-                              no_random_access, picture_key, picture_keys, spread, told, PICTURES, keys_folder, load_keys, save_keys)
+                              no_random_access, picture_key, picture_keys, spread, told, PASSED_OVER, PICTURES, keys_folder, load_keys, save_keys)
 
 # %% ../nbs/01b_sources.ipynb #01b-3454e786
 @dataclass(frozen=True)
@@ -296,10 +296,11 @@ class _Headers:
         if not 0 <= size <= 2**24: raise tarfile.ReadError(f"a header of {size} bytes")
         return self.stream.read(size)
 
-def index_shard(path: str | Path) -> dict:  # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the caption; and a note
+def index_shard(path: str | Path) -> dict:  # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the caption; a note; others: suffix -> samples whose picture is not read
     "Where the pictures of one tar shard lie. Damage of any kind ends the list; the note says what was wrong."
-    rows, sample, note, end = [], {}, "", os.path.getsize(path)
+    rows, sample, note, end, others = [], {}, "", os.path.getsize(path), Counter()
     def close():
+        if "at" not in sample and "other" in sample: others[sample["other"]] += 1
         if "at" in sample: rows.append((sample["key"], sample["at"], sample["size"], sample.get("label"), *sample.get("text", (0, 0, False))))
     try:
         with open(path, "rb") as stream, tarfile.open(fileobj=_Headers(stream), mode="r:") as tar:
@@ -310,13 +311,14 @@ def index_shard(path: str | Path) -> dict:  # lists of the same length: key; at,
                 key, kind = named[1], named[2].lower()
                 if key != sample.get("key"): close(); sample = {"key": key}
                 if kind in _IMAGES and "at" not in sample: sample |= {"at": member.offset_data, "size": member.size}
+                elif f".{kind}" in PASSED_OVER: sample["other"] = f".{kind}"
                 elif kind == "cls": sample["label"] = _label(tar.extractfile(member).read(1000))
                 elif kind == "txt" or kind == "json" and "text" not in sample: sample["text"] = (member.offset_data, member.size, kind == "json")
             stream.seek(tar.offset)
             if stream.read(512).strip(b"\0"): raise tarfile.ReadError(f"no header at byte {tar.offset}")  # tarfile takes that for the end
     except Exception as error: note = f"{type(error).__name__}: {str(error)[:200]}"  # (a stranger's file makes tarfile raise nearly anything)
     close()
-    return dict(zip(_INDEX, map(list, zip(*rows)) if rows else [[] for _ in _INDEX])) | {"note": note}
+    return dict(zip(_INDEX, map(list, zip(*rows)) if rows else [[] for _ in _INDEX])) | {"note": note, "others": dict(others)}
 
 # %% ../nbs/01b_sources.ipynb #01b-3d2617fe
 def _shard_files(shards: str | Path | list) -> list[str]:
@@ -343,6 +345,8 @@ def _kept_index(path: str, folder: str | Path | None) -> dict:
 def _sound(found, stamp: list) -> bool:
     "Whether this is what `_kept_index` wrote for this shard, with everything inside the shard."
     if not isinstance(found, dict) or found.get("stamp") != stamp or not isinstance(found.get("note"), str): return False
+    others = found.get("others")
+    if not isinstance(others, dict) or not all(type(n) is int for n in others.values()): return False
     lists = [found.get(k) for k in _INDEX]
     if not all(isinstance(x, list) for x in lists) or len({len(x) for x in lists}) != 1: return False
     def place(x): return type(x) is int and 0 <= x <= stamp[1]
@@ -364,11 +368,13 @@ class TarSource(Source):
                  classes: tuple[str, ...] | None = None, # names of the labels 0, 1, …
                  limit: int | None = None):             # use at most so many, evenly spread
         paths = _shard_files(shards)
-        self.index, rows = index, []
+        self.index, rows, others = index, [], Counter()
         for number, path in enumerate(paths):
             found = _kept_index(path, index)
             if found["note"]: warnings.warn(f"shard {path} is damaged ({found['note']}); {len(found['key'])} samples before that are used")
             rows += [(number, *row) for row in zip(*(found[k] for k in _INDEX))]
+            others.update(found["others"])
+        if others: warnings.warn(f"not read in {shards}: " + "; ".join(f"{n} samples ({suffix}: {PASSED_OVER.get(suffix, 'not read')})" for suffix, n in others.most_common()))
         if any(r[4] is not None for r in rows) and (bare := sum(r[4] is None for r in rows)):
             warnings.warn(f"{bare} of {len(rows)} samples in {shards} have no valid label (.cls), unlike the others, and are left out")
             rows = [r for r in rows if r[4] is not None]
@@ -675,7 +681,7 @@ class StreamSource:
                  side: str | None = None,                         # "train" | "val": only the records of this side, by their keys; None: all
                  held: Callable | None = None):                   # opens what the set itself holds out
         if side not in ("train", "val", None): raise ValueError(f"side {side!r}: use 'train', 'val' or None")
-        self.side, self.held, self.rule, self._made = side, held, "own split" if held else "one in eight", (dataset, name, image, label, caption)
+        self.side, self.held, self.rule, self._made = side, held, "own split" if held else "one in eight" if side else "unknown", (dataset, name, image, label, caption)
         self.dataset, self.epoch = dataset.decode(False) if hasattr(dataset, "decode") else dataset, 0
         start = self.dataset.state_dict()
         example = next(iter(self.dataset), None)

@@ -1,5 +1,6 @@
 """Image folders with all their accidents, and the speed-independent promises of ToyScenes."""
 import sys
+import tarfile
 import warnings
 
 import numpy as np
@@ -143,6 +144,13 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path):
         assert "5 files (.heic: HEIC needs the plug-in: pip install pillow-heif)" in message and "1 files (.nef: a camera's raw data" in message
         assert "1 files (no suffix: JPEG by its first bytes" in message and ".csv" not in message and "README" not in message
         assert len(found.paths if hasattr(found, "paths") else found) == 10, "JFIF is read"
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("0.png", "phone 0.HEIC", "phone 1.HEIC", "camera.NEF"): tar.add(tmp_path / name, name)
+    with pytest.warns(UserWarning, match="2 samples .*pillow-heif.*1 samples .*raw data"): assert len(open_source(tmp_path / "s.tar")) == 1
+    (tmp_path / "imagenet" / "train" / "n1").mkdir(parents=True)
+    for i in range(12): photo(seed=50 + i).save(tmp_path / "imagenet" / "train" / "n1" / f"{i}.png")
+    (tmp_path / "imagenet" / "train" / "n1" / "x.heic").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="not read below .*heic"): load_data("imagenet", 16, 0, 9, progress=False, root=tmp_path)
     only = tmp_path / "only"
     only.mkdir()
     (only / "x.heic").write_bytes(b"\0\0\0\x18ftypheic")

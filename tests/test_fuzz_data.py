@@ -133,7 +133,7 @@ def test_kept_indices(tmp_path):
         kept.write_bytes(content)
         source = quiet(TarSource, path, index=index)
         for n in range(len(source)): quiet(source.item, n)
-    for wrong in ({}, [], None, facts | {"at": facts["at"][:-1]}, facts | {"at": [0.5] * 4}, facts | {"at": [2**40] * 4}, facts | {"label": [[]] * 4}, facts | {"text_json": [1] * 4}, {"stamp": stamp}, facts | {"note": 3}):
+    for wrong in ({}, [], None, facts | {"at": facts["at"][:-1]}, facts | {"at": [0.5] * 4}, facts | {"at": [2**40] * 4}, facts | {"label": [[]] * 4}, facts | {"text_json": [1] * 4}, {"stamp": stamp}, facts | {"note": 3}, facts | {"others": []}):
         kept.write_text(json.dumps(wrong))
         again = quiet(TarSource, path, index=index)
         assert again.hash == first.hash and json.loads(kept.read_text()) == facts, "made anew"

@@ -219,6 +219,7 @@ def test_large_sets_with_an_own_split_are_not_hashed(tmp_path, monkeypatch):
     known = learned_from(train)
     assert known.keys is None and known.count == 40 and known.hash == train.hash
     assert leave_out_learned(as_image_set(val, 8), {"vae": known})[1]["vae"]["overlap"] == "none"
+    assert leave_out_learned(data.replace(as_image_set(val, 8), source=train.name), {"vae": known})[1]["vae"]["overlap"].startswith("unknown"), "the same part"
     other = folder(tmp_path / "other")
     assert leave_out_learned(loaded(other)[1], {"vae": known})[1]["vae"]["overlap"].startswith("unknown")
 
@@ -242,6 +243,9 @@ def test_what_was_learned_is_kept_and_left_out(tmp_path):
     assert leave_out_learned(other, {"vae": learned_from(scenes_train)})[1]["vae"]["overlap"].startswith("unknown")
     save_learned(tmp_path / "model", learned_from(other))
     assert load_learned(tmp_path / "model").keys is None and not (tmp_path / "model" / "learned.safetensors").exists()
+    for made, overlap in ((ImageSet(val.images, val.labels, ("a", "b"), "drawn", True), "none"), (ImageSet(val.images, val.labels, ("a", "b"), "photographs"), "none")):
+        assert leave_out_learned(made, {"vae": learned_from(other)})[1]["vae"]["overlap"] == overlap
+    assert learned_from(ImageSet(val.images, val.labels, ("a", "b"), "drawn", True)).rule == "scenes"
     bare = ImageSet(val.images, val.labels, val.classes, "by hand")
     assert leave_out_learned(bare, {"vae": known})[1]["vae"]["overlap"].startswith("unknown: there is no list of these pictures")
 
@@ -269,6 +273,7 @@ def test_streams_say_what_they_cannot_know(tmp_path):
     assert known.count == -1 and known.keys is None and known.rule == "one in eight"
     _, val = loaded(folder(tmp_path / "set"))
     assert leave_out_learned(val, {"vae": known})[1]["vae"]["overlap"] == "none", "a stream of seven in eight has not seen the eighth"
+    assert leave_out_learned(val, {"vae": learned_from(OnDisk(stream, 8))})[1]["vae"]["overlap"].startswith("unknown"), "the whole stream"
     with pytest.raises(ValueError, match="is a stream"): split_source(stream, limit=3)
     with pytest.raises(ValueError, match="side"): StreamSource(rows.to_iterable_dataset(), side="left")
 
