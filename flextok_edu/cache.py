@@ -381,11 +381,19 @@ def _begin(folder: Path, facts: dict) -> Claims:
     return claims
 
 # %% ../nbs/11b_cache.ipynb #11b-c1111872
+def _odd_labels(labels: Tensor, facts: dict) -> str | None:  # (m,), int64; what is wrong with them
+    "Labels that are no number of a class. (Where nothing but latents of one class `all` is kept, nobody looks at them.)"
+    most = len(facts.get("classes", ()))
+    if not len(labels) or not most or most == 1 and facts["kind"] != "tokens": return None
+    low, high = int(labels.min()), int(labels.max())
+    return f"labels reach from {low} to {high}, and there are {most} classes" if low < 0 or high >= most else None
+
 def _make(path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]) -> bool:  # whether there was something to do
     "One shard, unless it is there and whole."
     if _good(path, verify): _check_shard(path, facts, index); return False
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
+    if odd := _odd_labels(tensors["labels"], facts): raise ValueError(f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them")
     keys = {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}  # so that they can be read without the rest
     try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
     except OSError as error:
@@ -481,12 +489,12 @@ class _Checked(OpenCache):
         "Raises DamagedShard for a shard that is not what was written, or that holds what no cache of this kind may hold."
         path = self.paths[shard]
         tensors, facts = check_content(path), self.facts
-        start, most = shard * facts["shard"], len(facts.get("classes", ()))
+        start = shard * facts["shard"]
         def refuse(what): raise DamagedShard(f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be made")
         items, labels = tensors["items"], tensors["labels"]
         if len(items):
             if items[0] < start or items[-1] >= min(start + facts["shard"], facts["count"]) or not bool((items.diff() > 0).all()): refuse("its items are not in order, or not its own")
-            if most and (labels.min() < 0 or labels.max() >= most): refuse(f"its labels reach from {int(labels.min())} to {int(labels.max())}, and there are {most} classes")
+            if odd := _odd_labels(labels, facts): refuse(odd)
             if "ids" in tensors and "vocabulary" in facts:
                 ids = tensors["ids"].long()
                 if ids.min() < 0 or ids.max() >= facts["vocabulary"]: refuse(f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends at {facts['vocabulary'] - 1}")

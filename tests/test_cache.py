@@ -365,6 +365,15 @@ test_alignment, test_misalignment_is_caught = planted([(check_alignment, shards_
 def test_a_source_that_is_wrong(found, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         every_build(tmp_path, load=found)
+def test_labels_of_no_class_are_refused_when_they_are_written(tmp_path):
+    """For tokens always, for other things where there are classes; latents of one class `all` do not look at labels."""
+    for facts in ({**FACTS, "classes": ["a", "b"]}, {**FACTS, "kind": "tokens", "classes": ["all"]}):
+        with pytest.raises(ValueError, match="among items 0 .. 7 of the source labels reach from 0 to 7, and there are . classes"):
+            every_build(tmp_path / str(len(facts["classes"])), facts=facts)
+    every_build(tmp_path / "all", facts={**FACTS, "classes": ["all"]})
+    assert Cache(tmp_path / "all", {}).labels.max() == 9
+
+
 
 def test_an_encode_that_is_wrong(tmp_path):
     for encode, message in ((lambda x: {"latents": torch.zeros(2, 1, 3)}, "2 rows of 'latents' for 4 images"), (lambda x: {"latents": torch.full((len(x), 1, 3), 1e6).half()}, "NaN or infinity.*float16.*wider")):
