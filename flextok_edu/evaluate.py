@@ -33,11 +33,12 @@ from .tokenizer import FlexTok
 # %% ../nbs/10_evaluate.ipynb #10-8d81ad99
 def image_scores(output: Tensor,    # images (b 3 h w) in [-1, 1]
                  original: Tensor,  # images (b 3 h w) in [-1, 1]
-                 batch: int = 125,  # images at a time: SSIM needs some forty times their memory
+                 batch: int | None = None,  # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their memory
                 ) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
     "Scores of each image. Raises ValueError for unequal shapes."
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # here: it takes longer to import than PyTorch
     if output.shape != original.shape: raise ValueError(f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop")
+    batch = batch or max(1, min(125, 125 * 64 ** 2 // math.prod(output.shape[-2:])))
     def scores(output, original):
         a, b = (output.float().clamp(-1, 1) + 1) / 2, (original.float() + 1) / 2
         return (a - b).abs().flatten(1).mean(1), peak_signal_noise_ratio(a, b, data_range=1., reduction="none", dim=(1, 2, 3)), structural_similarity_index_measure(a, b, data_range=1., reduction="none").reshape(-1)
