@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'CausalAttention', 'ARBlock', 'GPT', 'CachedGPT', 'cached_logits', 'token_chances', 'keep_likely', 'choose',
            'guidance_at', 'ARModel', 'position_losses', 'unigram_entropies', 'tokenizer_hash', 'tokenizer_identity',
-           'check_tokenizer', 'save_ar', 'load_ar', 'tokenize_all', 'Tokens', 'token_batches', 'train_ar',
-           'sample_images']
+           'bind_tokenizer', 'check_tokenizer', 'save_ar', 'load_ar', 'tokenize_all', 'Tokens', 'token_batches',
+           'train_ar', 'sample_images']
 
 # %% ../nbs/09_ar.ipynb #09-f4422664
 import math
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, identity, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, identity, identity_of, load_model, meaning, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .tokenizer import FlexTok
 from .transformer import SwiGLU
@@ -207,7 +207,7 @@ def guidance_at(guidance: float | Callable[[int], float] | Sequence[float] | Ten
         g = [float(x) for x in g] if isinstance(g, (list, tuple)) else float(g)
         if isinstance(g, float): g = [g] * length
         elif len(g) < length: raise ValueError(f"guidance needs one number for each of {length} positions, not {len(g)}")
-    if not all(math.isfinite(x) for x in g): raise ValueError(f"guidance must be finite, not {g[:8]}")
+    if not all(abs(x) <= 1000 for x in g): raise ValueError(f"guidance must be finite, and at most 1000, not {g[:8]}")
     return g[:length]
 
 # %% ../nbs/09_ar.ipynb #09-4e4b4d84
@@ -224,7 +224,8 @@ class ARModel(CachedGPT, Pretrained):
     @tokenizer.setter
     def tokenizer(self, name: str | None) -> None:
         self._tokenizer = name
-        self.tokenizer_identity: str | None = None  # its identity, to be set next; None for what was written before there were any
+        self.tokenizer_identity: str | None = None  # its identity; None for what was written before there were any
+        self.tokenizer_means: dict | None = None    # what its weights mean, see `meaning`
 
     @classmethod
     def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel":
@@ -285,6 +286,11 @@ def tokenizer_identity(tok: FlexTok) -> str:  # 16 hexadecimal digits
     "A name for exactly this tokenizer with exactly this VAE: weights, and what they mean."
     return identity(tok)
 
+def bind_tokenizer(ar: ARModel, tok: FlexTok) -> None:
+    "Note on the AR model whose ids it writes."
+    ar.tokenizer, ar.tokenizer_means = tokenizer_hash(tok), meaning(tok)
+    ar.tokenizer_identity = identity_of(ar.tokenizer, ar.tokenizer_means)
+
 def check_tokenizer(ar: ARModel, tok: FlexTok) -> None:
     """Raises ValueError if the AR model was trained on ids of another tokenizer. A model that knows no identity (written before
     there were any) is recognised by the weights' hash, and by its own vocabulary and length."""
@@ -303,14 +309,16 @@ def check_tokenizer(ar: ARModel, tok: FlexTok) -> None:
 
 def save_ar(folder: str | Path, model: ARModel, **facts) -> None:
     "Weights, configuration, and whose ids they are."
-    save_model(folder, model, model.config, tokenizer=model.tokenizer, tokenizer_identity=model.tokenizer_identity, **facts)
+    save_model(folder, model, model.config, tokenizer=model.tokenizer, tokenizer_identity=model.tokenizer_identity, tokenizer_means=model.tokenizer_means, **facts)
 
 def load_ar(folder: str | Path,
             tok: FlexTok | None = None,  # if given, it must be the one
            ) -> tuple[ARModel, dict]:    # model in eval mode; what config.json says
     "Read an AR model. Raises ValueError if it belongs to another tokenizer."
     model, facts = load_model(folder, ARModel, ARConfig)
-    model.tokenizer, model.tokenizer_identity = facts.get("tokenizer"), facts.get("tokenizer_identity")
+    model.tokenizer, model.tokenizer_means = facts.get("tokenizer"), facts.get("tokenizer_means")
+    known = model.tokenizer is not None and model.tokenizer_means is not None  # of a packed model the tokenizer's weights were rounded, and this is its new identity
+    model.tokenizer_identity = identity_of(model.tokenizer, model.tokenizer_means) if known else facts.get("tokenizer_identity")
     if tok is not None: check_tokenizer(model, tok)
     return model, facts
 
@@ -367,7 +375,7 @@ def train_ar(data: ImageSet | Tokens,  # training images with classes in label c
     with compiled(model.blocks, use_compiler):
         log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config, modules=[model])], stream, config.steps, ema, precision, device, "AR", progress=progress, engine=engine)
     ema.apply()
-    model.tokenizer, model.tokenizer_identity = tokenizer_hash(tok), tokenizer_identity(tok)
+    bind_tokenizer(model, tok)
     return model.eval(), log
 
 # %% ../nbs/09_ar.ipynb #09-5c3dad90

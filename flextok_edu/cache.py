@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pictures', 'pictures_of', 'decoded_pictures', 'DamagedShard', 'shard_path', 'write_shard', 'read_header',
            'check_content', 'Claims', 'encode_span', 'Recipe', 'latent_facts', 'token_facts', 'latent_recipe',
-           'token_recipe', 'CachePlan', 'cache_plan', 'read_facts', 'build_cache', 'OpenCache', 'Cache', 'LatentCache',
-           'TokenCache', 'cache_latents_to', 'cache_tokens_to']
+           'token_recipe', 'CachePlan', 'cache_plan', 'read_facts', 'build_cache', 'OpenCache', 'Cache', 'LearnedCache',
+           'LatentCache', 'TokenCache', 'cache_latents_to', 'cache_tokens_to']
 
 # %% ../nbs/11b_cache.ipynb #11b-1a8191c0
 import contextlib, json, math, os, re, shutil, time
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from .ar import tokenizer_hash
 from .core import (Range, atomic, conform, from_uint8, identity, one_of, parse_json, read_json, read_tensors, weights_hash,
                               write_text)
-from .data import ImageSet
+from .data import ImageSet, Learned, learned_from
 from .tokenizer import FlexTok
 from .train import lock_byte
 from .vae import VAE
@@ -34,21 +35,29 @@ from .vae import VAE
 @dataclass(frozen=True)
 class Pictures:
     "Pictures by number, and a name for exactly these pictures."
-    load: Callable[[int, int], tuple]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); if some items are unusable, also the items that are left (m,), ascending
+    load: Callable[[int, int], tuple]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that are left (m,), ascending; then, if they are known, their keys (m,), int64
     count: int      # items
     size: int       # side in pixels
     crop: str       # how pictures were made square
     source: str     # one line: what this is
     hash: str       # other pictures, another hash
     classes: tuple[str, ...] = ("all",)  # class names
+    keys: Tensor | None = None  # (count,) int64: a key for each picture
+    rule: str = "unknown"       # how they were divided from the held-out ones, as in `ImageSet`
 
+    def __len__(self) -> int: return self.count
     @property
-    def facts(self) -> dict: return {"source": self.source, "source_hash": self.hash, "size": self.size, "crop": self.crop, "classes": list(self.classes)}
+    def facts(self) -> dict:
+        return {"source": self.source, "source_hash": self.hash, "size": self.size, "crop": self.crop, "classes": list(self.classes), "learned": learned_from(self).facts}
 
 def pictures_of(data: ImageSet | Pictures) -> Pictures:
     "A set in memory as numbered pictures; those stay what they are."
     if isinstance(data, Pictures): return data
-    return Pictures(lambda a, b: (data.images[a:b], data.labels[a:b, 0]), len(data), data.images.shape[-1], "as in memory", data.source, data.hash, data.classes)
+    keys = data.keys
+    def load(a, b):
+        known = () if keys is None else (torch.arange(a, b), keys[a:b])
+        return data.images[a:b], data.labels[a:b, 0], *known
+    return Pictures(load, len(data), data.images.shape[-1], "as in memory", data.source, data.hash, data.classes, keys, data.rule)
 
 # %% ../nbs/11b_cache.ipynb #11b-c29d41cc
 def decoded_pictures(source,           # a source of room 01b
@@ -57,6 +66,7 @@ def decoded_pictures(source,           # a source of room 01b
                      threads: int = 8,
                     ) -> Pictures:     # cropped at the centre
     "The pictures of a source, decoded when they are asked for."
+    keys = getattr(source, "keys", None)
     def one(i):
         try: item = source.item(i); image = decode(item, size)
         except Exception: return None
@@ -64,8 +74,10 @@ def decoded_pictures(source,           # a source of room 01b
     def load(start, stop):
         with ThreadPoolExecutor(threads) as pool: found = [f for f in pool.map(one, range(start, stop)) if f]
         items, images, labels = zip(*found) if found else ((), (), ())
-        return torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8), torch.tensor(labels, dtype=torch.long), torch.tensor(items, dtype=torch.long)
-    return Pictures(load, len(source), size, "centre", source.name, source.hash, tuple(source.classes))
+        items = torch.tensor(items, dtype=torch.long)
+        images = torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.long), items, *(() if keys is None else (keys[items],))
+    return Pictures(load, len(source), size, "centre", source.name, source.hash, tuple(source.classes), keys, getattr(source, "rule", "unknown"))
 
 # %% ../nbs/11b_cache.ipynb #11b-f6123150
 class DamagedShard(ValueError):
@@ -116,7 +128,7 @@ def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb", buffering=0) as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     try: tensors, _ = read_tensors(path)
-    except ValueError as error: raise DamagedShard(f"{path} is damaged ({error}): build the cache again, only this shard will be made") from error
+    except ValueError as error: raise DamagedShard(f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made") from error
     found = weights_hash(tensors)
     if found != facts["content"]:
         raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content'][:16]} was written: "
@@ -129,7 +141,7 @@ class Claims:
     _open: set[Path] = set()  # folders that this process is building
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        if self.folder in Claims._open: raise RuntimeError(f"{folder} is being built by this very process: wait, or start another process")
+        if self.folder in Claims._open: raise ValueError(f"{folder} is being built by this very process: wait, or start another process")
         self.file = open(folder / "build.lock", "ab"); Claims._open.add(self.folder)
     def close(self) -> None: Claims._open.discard(self.folder); self.file.close()
 
@@ -141,28 +153,32 @@ class Claims:
         finally: ours and lock_byte(self.file, index, False)
 
 # %% ../nbs/11b_cache.ipynb #11b-d4d01fd4
-def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:  # images, labels, items
+def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:  # images; labels, items, and keys if there are any
     "What a source returned for items start .. stop - 1, looked at."
     images, labels, *rest = found
     if not rest and len(images) != stop - start: raise ValueError(f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be used, it must also return the items that are left")
     labels, items = torch.as_tensor(labels).long(), torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop)
     if not len(images) == len(labels) == len(items) or labels.ndim != 1: raise ValueError(f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: they must be as many, labels (m,)")
     if len(items) and not (items[0] >= start and items[-1] < stop and bool((items.diff() > 0).all())): raise ValueError(f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, ascending, none twice")
-    return images, labels, items
+    about = {"labels": labels, "items": items}
+    if len(rest) < 2: return images, about
+    keys = torch.as_tensor(rest[1])
+    if keys.shape != items.shape or keys.dtype != torch.int64: raise ValueError(f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be as many, int64")
+    return images, about | {"keys": keys}
 
 def encode_span(encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b …)
                 load: Callable[[int, int], tuple],  # as in Pictures
                 start: int, stop: int,  # items
                 batch: int,             # images at a time
-               ) -> dict[str, Tensor]:  # encode's tensors, and labels and items (m,), int64, on the CPU
+               ) -> dict[str, Tensor]:  # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
     "Load and encode some items; the next batch is loaded while one is encoded."
     parts, spans = [], [(a, min(a + batch, stop)) for a in range(start, stop, batch)]
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(load, *spans[0])
         for j, span in enumerate(spans):
-            images, labels, items = _loaded(coming.result(), *span)
+            images, about = _loaded(coming.result(), *span)
             if j + 1 < len(spans): coming = ahead.submit(load, *spans[j + 1])
-            if len(items): parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | {"labels": labels, "items": items})
+            if len(images): parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | about)
     if not parts: return {"labels": torch.empty(0, dtype=torch.long), "items": torch.empty(0, dtype=torch.long)}
     for name in parts[0]:
         for part in parts:
@@ -209,6 +225,8 @@ def latent_recipe(vae: VAE,
     return Recipe(_sides(encode, "latents", mirror, source.size), source.count, source.load, {**latent_facts(vae), **source.facts, "dtype": str(dtype)[6:], "mirror": mirror})
 
 # %% ../nbs/11b_cache.ipynb #11b-93821e19
+_SOURCE = ("source", "source_hash", "size", "crop", "classes")  # which pictures
+
 def token_recipe(tok: FlexTok,  # with its VAE
                  data: "ImageSet | Pictures | LatentCache",  # pictures, or the latents of pictures by the tokenizer's VAE
                  mirror: bool = False,    # mirror images as well (a cache of latents has them or not)
@@ -222,11 +240,11 @@ def token_recipe(tok: FlexTok,  # with its VAE
         return Recipe(encode, source.count, source.load, {**token_facts(tok), **source.facts, "of": "images", "dtype": str(dtype)[6:], "mirror": mirror})
     if mirror and not data.facts["mirror"]: raise ValueError(f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures")
     _refuse(data.facts, latent_facts(tok._need_vae("tokenising latents")), f"the latents of {data.folder} are not of this tokenizer's VAE")
-    count, keep = len(data.items), {k: data.facts[k] for k in ("source", "source_hash", "size", "crop", "classes", "mirror")}
+    count, keep, keys = len(data.items), {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts}, data.keys
     def load(start, stop):
         a, b = torch.searchsorted(data.items, torch.tensor([start, stop])).tolist()
         rows = torch.arange(a, b)
-        return torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1), data.labels[a:b], data.items[a:b]
+        return torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1), data.labels[a:b], data.items[a:b], *(() if keys is None else (keys[a:b],))
     def encode(latents):  # b sides c h w
         return {"ids": tok.encode_latents(latents.flatten(0, 1).to(tok.device)).unflatten(0, latents.shape[:2]).to(dtype)}
     return Recipe(encode, data.facts["count"], load, {**token_facts(tok), **keep, "of": f"latents, {data.facts['dtype']}", "dtype": str(dtype)[6:]})
@@ -289,11 +307,12 @@ def cache_plan(folder: str | Path,
 
 # %% ../nbs/11b_cache.ipynb #11b-54711362
 _LATER = ("tokenizer_identity", "vae_identity")  # facts that older caches do not have: nothing there is not something else
+_NOTES = ("learned",)  # said, and not compared
 
 def _refuse(there: dict, here: dict, what: str, advice: str = "") -> None:
     "Raises ValueError if any of `here` is otherwise `there`."
     short = lambda value: text if len(text := json.dumps(value)) < 200 else text[:60] + " …"
-    differ = [f"{k}: {short(there.get(k))} there, {short(v)} here" for k, v in here.items() if there.get(k) != v and not (k in _LATER and k not in there)]
+    differ = [f"{k}: {short(there.get(k))} there, {short(v)} here" for k, v in here.items() if there.get(k) != v and not (k in _LATER and k not in there) and k not in _NOTES]
     if differ: raise ValueError(f"{what}: {'; '.join(differ)}{advice}")
 
 def _kind(value) -> bool:
@@ -302,7 +321,8 @@ def _kind(value) -> bool:
 
 _CACHE = {"kind": _kind, "count": Range(1, 2 ** 40), "shard": Range(1, 2 ** 31), "source?": str, "source_hash?": str, "size?": Range(1, 65536),
           "crop?": str, "classes?": [str], "mirror?": bool, "dtype?": str, "of?": str, "vae?": str, "tokenizer?": str,
-          "vae_identity?": str, "tokenizer_identity?": str, "vocabulary?": Range(1, 2 ** 31), "latent_mean?": [float], "latent_std?": [float]}
+          "vae_identity?": str, "tokenizer_identity?": str, "vocabulary?": Range(1, 2 ** 31), "latent_mean?": [float], "latent_std?": [float],
+          "learned?": {"rule": str, "source": str, "count": Range(-1, 2 ** 40), "hash": str, "keys": bool}}
 
 def read_facts(folder: str | Path) -> dict:  # what cache.json says
     "What the cache in a folder is to be. Raises FileNotFoundError or ValueError if it holds none."
@@ -315,21 +335,22 @@ def read_facts(folder: str | Path) -> dict:  # what cache.json says
     except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept") from error
 
 # %% ../nbs/11b_cache.ipynb #11b-f69512be
+_ABOUT = ("labels", "items", "keys")  # what a shard knows of its rows besides what was encoded
 _DTYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
 
 def _odd(header: dict, facts: dict, most: int) -> str | None:  # what is wrong with it
     "The tensors of a shard against what its cache is: as many labels and items as rows, sides as said, the type as said."
-    for name in ("labels", "items"):
+    for name in _ABOUT if "keys" in header else _ABOUT[:2]:
         t = header.get(name, {"dtype": None, "shape": []})
         if t["dtype"] != "I64" or len(t["shape"]) != 1 or t["shape"] != header.get("items", t)["shape"]: return f"{name} must be I64 (m,), as many as items"
     rows = header["items"]["shape"][0]
     if rows > most: return f"{rows:,} rows for {most:,} items"
     for name, t in header.items():
-        if name in ("labels", "items"): continue
+        if name in _ABOUT: continue
         if len(t["shape"]) < 2 or t["shape"][0] != rows or t["shape"][1] < 1: return f"{name!r} has shape {t['shape']} for {rows} rows"
         if "mirror" in facts and t["shape"][1] != 1 + facts["mirror"]: return f"{name!r} has {t['shape'][1]} sides, and the cache {1 + facts['mirror']}"
         if t["dtype"] != _DTYPES.get(facts.get("dtype"), t["dtype"]): return f"{name!r} is {t['dtype']}, and the cache {facts['dtype']}"
-    return "it has rows, and nothing in them" if rows and len(header) < 3 else None
+    return "it has rows, and nothing in them" if rows and not set(header) - set(_ABOUT) else None
 
 def _check_shard(path: Path, facts: dict, index: int) -> dict:  # the headers of its tensors
     "Raises DamagedShard or FileNotFoundError for one that is not whole, ValueError for one of another make."
@@ -365,7 +386,8 @@ def _make(path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[
     if _good(path, verify): _check_shard(path, facts, index); return False
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
-    try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop})
+    keys = {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}  # so that they can be read without the rest
+    try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} free). The shards that are finished are kept: make room and build again") from error
     return True
@@ -432,7 +454,7 @@ class OpenCache:
         row = None
         for path, header in zip(self.paths, self.headers):
             if not header["items"]["shape"][0]: continue
-            found = {name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in ("labels", "items")}
+            found = {name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in _ABOUT}
             if row is not None and found != row: raise DamagedShard(f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made")
             row = found
         if row is None: raise ValueError(f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be used")
@@ -512,6 +534,32 @@ class Cache(_Checked):
     @cached_property
     def items(self) -> Tensor: return torch.cat([self._map(s, "items") for s in range(len(self.paths))])  # which item of the source each row is (mirror images left out)
 
+# %% ../nbs/11b_cache.ipynb #11b-c7d2904f
+class LearnedCache(Cache):
+    "A cache that knows of which pictures it was made."
+    @cached_property
+    def keys(self) -> Tensor | None:  # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out); None: not known
+        "Raises DamagedShard for keys that are not what was written."
+        found = []
+        for path, header in zip(self.paths, self.headers):
+            if not header["items"]["shape"][0]: continue
+            if "keys" not in header: return None
+            try:
+                with safe_open(path, "pt") as file: keys = file.get_tensor("keys")
+            except SafetensorError as error: raise DamagedShard(f"{path} is damaged ({error}): build the cache again, only this shard will be made") from error
+            if read_header(path)[0].get("keys_content") != weights_hash({"keys": keys}):
+                raise DamagedShard(f"{path} is damaged (its keys are not those that were written): build the cache again with verify=True (flextok_cache --verify), only this shard will be made")
+            found.append(keys)
+        return torch.cat(found)
+
+    @property
+    def learned(self) -> Learned:
+        "The pictures that a model learns from, if it learns from this cache; the rule is unknown for what was written before caches said it."
+        there, source = int(self.starts[-1]), self.facts.get("source", "a cache")
+        said = self.facts.get("learned", {"rule": "unknown", "source": source, "hash": self.facts.get("source_hash", "")})
+        if self.keys is None: return Learned(said["rule"], said["source"], there, said["hash"], None)
+        return learned_from(Pictures(None, there, 0, "", said["source"], "", keys=self.keys, rule=said["rule"]))
+
 # %% ../nbs/11b_cache.ipynb #11b-57492a15
 def _of(data: ImageSet | Pictures | None) -> dict:  # the facts of these pictures
     if data is None: return {}
@@ -523,7 +571,7 @@ def _shaped(cache: Cache, name: str, row: list[int]) -> None:
     found = cache.row[name][1][1:] if name in cache.row else None
     if found != row: raise ValueError(f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: open it with what made it, or build another one in a new folder")
 
-class LatentCache(Cache):
+class LatentCache(LearnedCache):
     "Latents on the disk. It opens only with the VAE that made it and, if they are given, of the same pictures."
     def __init__(self, folder: str | Path, vae: VAE,
                  data: ImageSet | Pictures | None = None,  # the pictures it should be of
@@ -537,7 +585,7 @@ class LatentCache(Cache):
         "The posterior of some rows."
         return self.take("latents", rows).float().unbind(1)
 
-class TokenCache(Cache):
+class TokenCache(LearnedCache):
     "Ids on the disk. It opens only with the tokenizer that made it and, if they are given, of the same pictures."
     def __init__(self, folder: str | Path, tok: FlexTok,
                  data: ImageSet | Pictures | None = None,  # the pictures it should be of

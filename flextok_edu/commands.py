@@ -31,7 +31,7 @@ from .cost import training_line
 from .data import ImageSet, Learned, _hash_keys as hash_keys, _memory, image_files, learned_from, leave_out_learned, load_learned, read_squares, save_learned
 from .evaluate import Report, evaluate_tokenizer, may_replace, save_picture, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, encode_to, for_the_floor, lasting, material, numbered, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
+from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, for_the_floor, lasting, material, numbered, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
 from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
 from .train import LongRun, Stopped, claimed
 from .vae import VAE, train_vae
@@ -159,7 +159,7 @@ def _hint(cls: type, argv: list[str]) -> None:
         option = re.match(r"--([\w-]+)", advice or "")
         if advice and name.replace("_", "-") not in own and (option is None or option[1] in own): raise UsageError(f"there is no option --{name}: {advice}")
 
-# %% ../nbs/15b_commands.ipynb #15b-9467e05c
+# %% ../nbs/15b_commands.ipynb #15b-a66fda62
 def _of_file(cls: type, found: Settings, path: str):  # an instance to start from
     kinds, options = typing.get_type_hints(cls), {}
     for name, value in found.options.items():
@@ -482,6 +482,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     if config.steps < 1 or config.batch < 1: raise UsageError(f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}")
     if o.compile not in ("auto", "on", "off"): raise UsageError(f"--compile {o.compile}: use auto, on or off")
     if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0: raise UsageError(f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0")
+    check_name(out)
     if changes and o.fresh: raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
     old = _to_go_on_with(o, p, device)
     made_of = open_tokenizer(o.tokenizer, device) if o.stage == "ar" else old if o.stage == "vae" else old.vae if old is not None else open_vae(o.vae, device)
@@ -503,7 +504,7 @@ def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     if o.stage != "vae" and cache.is_dir():
         with claimed(cache, "encodes") as claim: print(f"{plain(cache)} is now {plain(claim.put_aside())}", flush=True)
 
-# %% ../nbs/15b_commands.ipynb #15b-ae458fc6
+# %% ../nbs/15b_commands.ipynb #15b-574a8307
 def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None) -> Path:
     "Train in a folder that is ours."
     first, name = engine.rank == 0, f"train_{o.stage}"

@@ -7,13 +7,13 @@ __all__ = ['AR_SIZES', 'PRESETS', 'LIMITS', 'IDENTITY', 'VAEConfig', 'TrunkConfi
            'VAELossConfig', 'EvalConfig', 'Preset', 'preset', 'parse_json', 'read_json', 'Range', 'one_of', 'wanted',
            'conform', 'check_limits', 'to_json', 'from_dict', 'pick_device', 'seed_everything', 'to_uint8',
            'from_uint8', 'grid', 'show', 'plain', 'drawable', 'named_generator', 'noise_like', 'atomic', 'write_text',
-           'weights_hash', 'save_model', 'canonical', 'identity', 'tensor_header', 'read_tensors', 'fit_header',
-           'on_meta', 'load_model', 'shipped_models', 'belongs', 'hub_folder', 'Pretrained', 'EMA', 'schedule',
-           'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player', 'Engine', 'fit', 'plot_log',
-           'compiler_works', 'compiled']
+           'weights_hash', 'save_model', 'canonical', 'meaning', 'identity_of', 'identity', 'tensor_header',
+           'read_tensors', 'fit_header', 'on_meta', 'load_model', 'shipped_models', 'belongs', 'hub_folder',
+           'Pretrained', 'EMA', 'schedule', 'orthogonalise', 'Muon', 'make_optimizers', 'Deal', 'Feed', 'Player',
+           'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
-import contextlib, errno, functools, hashlib, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
+import contextlib, errno, functools, hashlib, html, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
@@ -176,6 +176,17 @@ PRESETS = {p.name: p for p in (
         train_classifier=StageConfig(steps=4000, batch=32, lr=2e-3, ema=.995),
         train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=.998),
         train_ar=StageConfig(steps=500, batch=128, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.99),
+        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
+    Preset("mini", 128, level=2, train_images=100_000,
+        vae=VAEConfig(latent_channels=4, channels=(48, 96, 192), layers=1, stem=2, groups=8),
+        tokenizer=TokenizerConfig(4, 16, 64, (7, 5, 5, 5, 5), TrunkConfig(192, 6), TrunkConfig(192, 8), dropout_law="half_full",
+                                  zero_noise=.5, norm_before_fsq=True),
+        ar=ARConfig(vocabulary=4375, length=64, classes=12, width=192, depth=6),
+        vae_loss=VAELossConfig(adversarial_start=.7),
+        train_vae=StageConfig(steps=2489, batch=128, lr=3e-3, optimizer="muon", ema=.998),
+        train_classifier=StageConfig(steps=1500, batch=64, lr=2e-3, ema=.995),
+        train_tokenizer=StageConfig(steps=4583, batch=1024, lr=3e-3, optimizer="muon", warmup=100, ema=.998),
+        train_ar=StageConfig(steps=2399, batch=512, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.998),
         evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
     Preset("small", 128, level=3, train_images=100_000,
         vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
@@ -439,13 +450,13 @@ def grid(images: Tensor,        # images (b c h w) in [-1, 1]
 def show(images: Tensor,       # images (b c h w) in [-1, 1]
          columns: int = 8,     # pictures a row
          scale: int = 2,       # enlarge every pixel this many times
-         title: str = "",      # written above
+         title: str = "",      # written above, as it is: `$` is no mathematics
         ) -> None:
     "Show a batch of images in a notebook."
     import matplotlib.pyplot as plt
     picture = grid(images, columns, scale)
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
-    plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(title, fontsize=10); plt.tight_layout(pad=.2); plt.show()
+    plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(_lines(title), fontsize=10, parse_math=False); plt.tight_layout(pad=.2); plt.show()
 
 # %% ../nbs/00_core.ipynb #00-48677cd3
 def plain(text) -> str:  # a name or message from somewhere else
@@ -473,6 +484,8 @@ def drawable(text) -> str:  # a name from somewhere else
         n = ord(c)
         return c if n in known else f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
     return "".join(map(shown, plain(text)))
+
+def _lines(title: str) -> str: return "\n".join(map(drawable, title.split("\n")))  # of several lines
 
 # %% ../nbs/00_core.ipynb #00-0216657b
 def named_generator(*names  # anything that prints: strings, numbers
@@ -521,7 +534,8 @@ def atomic(path: str | Path):  # yields the temporary path to write to
 
 def write_text(path: str | Path, text: str) -> None:
     "Write a text file, whole or not at all."
-    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    # a name that was no UTF-8 becomes an escape: in json one that reads back
+    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00_core.ipynb #00-9199e6b4
 def weights_hash(module: nn.Module | dict  # a module or a state dict
@@ -573,14 +587,24 @@ def canonical(config) -> dict:  # {name: {setting: value}}, ready for json; empt
             for key, v in found.items() if v != settings[key][1]}
     return {name: said}
 
+def meaning(model: nn.Module  # a model with a `config`; a tokenizer may have a `vae`
+           ) -> dict:          # {"tokenizer": {setting: value}, "vae": …}, ready for json
+    "What the weights mean: the `canonical` configuration, also of the VAE inside. Rounding weights to another precision does not change it."
+    vae = getattr(model, "vae", None)
+    return canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
+
+def identity_of(weights: str,   # a weights hash
+                means: dict,    # a `meaning`
+               ) -> str:        # 16 hexadecimal digits
+    "The identity of a model of which only these two are known."
+    text = json.dumps({"weights": weights, **means}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 def identity(model: nn.Module,            # a model with a `config`; a tokenizer may have a `vae`
              weights: str | None = None,  # its `weights_hash`, if that is known
             ) -> str:                     # 16 hexadecimal digits
-    "A short name for exactly these weights with exactly this meaning: `weights_hash`, and the `canonical` configuration (also of its VAE)."
-    vae = getattr(model, "vae", None)
-    means = canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
-    text = json.dumps({"weights": weights or weights_hash(model), **means}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    "A short name for exactly these weights with exactly this meaning."
+    return identity_of(weights or weights_hash(model), meaning(model))
 
 # %% ../nbs/00_core.ipynb #00-d4db214a
 @contextlib.contextmanager
@@ -668,8 +692,9 @@ def _hash(value) -> bool:
     "a hash: 16 hexadecimal digits"
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
-_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "vae_identity", "loaded", "tokenizer", "tokenizer_identity")},
-          "terms?": (str, None), "classes?": ([str], None), "stage?": (dict, None)}
+_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
+          "terms?": (str, None), "classes?": ([str], None),
+          **{f"{key}?": (dict, None) for key in ("stage", "vae_means", "tokenizer_means")}}
 
 def _check_fit(build: Callable, config, file: Path) -> None:
     "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."
@@ -722,7 +747,7 @@ def belongs(folder: Path,  # of a model that needs another one
     return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
 
 def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)
-               allow_patterns=("*.json", "*.safetensors"),  # which files
+               allow_patterns=("config.json", "model.safetensors"),  # which files; nothing else is fetched
               **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
               ) -> Path:           # the folder
     "Where a model lies on this machine, after a download if need be. Raises FileNotFoundError, with advice, if there is none."
@@ -740,6 +765,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
     "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
     terms: str | None = None  # conditions that come with the weights
     part = ""                 # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
+    needs = ("config.json", "model.safetensors")  # files of a repository that are fetched
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
@@ -751,7 +777,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
         "Read what `save_pretrained` wrote. Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is damaged."
         shipped = shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None  # "tiny" is shipped, "./tiny" a folder
         if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
-        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, cls.needs, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
         model = cls._load_pretrained(folder, **options)
         if model.terms: print(plain(model.terms[:1000]))
         return model.to(pick_device(str(device))).eval()
@@ -759,7 +785,7 @@ class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0"
     def generate_model_card(self, *args, **kwargs):
         "The mixin's card, with the terms."
         card = super().generate_model_card(*args, **kwargs)
-        if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{self.terms}**\n"
+        if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{html.escape(plain(self.terms[:1000]), quote=False)}**\n"
         return card
 
 # %% ../nbs/00_core.ipynb #00-fca26f32
@@ -1040,9 +1066,10 @@ def plot_log(log: list[dict],          # what `fit` returned
     signed = any(r.get(k, 0) < 0 for r in log for k in keys)
     for key in keys:  # a player that still waits logs nothing; exact zeros have no place on a logarithmic axis
         rows = [r for r in log if key in r and (signed or r[key] > 0)]
-        ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=key, lw=1)
+        ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=drawable(key), lw=1)
     if not signed: ax.set_yscale("log")
-    ax.set_xlabel("step"); ax.set_title(title, fontsize=10); ax.legend(fontsize=7, frameon=False)
+    ax.set_xlabel("step"); ax.set_title(_lines(title), fontsize=10, parse_math=False)
+    for text in ax.legend(fontsize=7, frameon=False).get_texts(): text.set_parse_math(False)
     return ax
 
 # %% ../nbs/00_core.ipynb #00-fe3d23e4

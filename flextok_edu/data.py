@@ -12,7 +12,7 @@ __all__ = ['COLOURS', 'PLACES', 'LIGHTS', 'KINDS', 'COLOUR_NAMES', 'PLACE_NAMES'
            'leave_out_learned', 'batches']
 
 # %% ../nbs/01_data.ipynb #01-f66f5ec7
-import ctypes, errno, hashlib, importlib.util, io, json, math, mmap, os, re, stat, threading, warnings
+import ctypes, errno, functools, hashlib, importlib, importlib.util, io, json, math, mmap, os, re, stat, threading, warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,13 +258,15 @@ def draw(scene: Scene,      # what to paint
 # %% ../nbs/01_data.ipynb #01-101cf533
 HEADS = {"kind": len(KINDS), "colour": len(COLOUR_NAMES), "place": len(PLACE_NAMES), "light": len(LIGHT_NAMES)}  # what `labels` holds, and how many values each
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SceneItem:
     "One picture and everything known about it."
     image: Tensor    # image (3, size, size) in [-1, 1]
     label: int       # class: index into KINDS
     caption: str     # one sentence
     scene: Scene     # every attribute
+
+    def __repr__(self) -> str: return f"SceneItem({self.image.shape[-1]} px: {self.caption})"
 
 # %% ../nbs/01_data.ipynb #01-b0ddb8bc
 class ToyScenes(Dataset):
@@ -470,6 +472,9 @@ class _Share:
 _share = _Share(_BUDGET)
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _share.__init__(_BUDGET))  # a worker process starts with nothing taken
 
+@functools.cache
+def _register_heif() -> None: importlib.import_module("pillow_heif").register_heif_opener()
+
 def read_square(stream,          # an open file, or bytes in memory that read like one
                 size: int,       # side of the square
                 where: float | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
@@ -479,6 +484,7 @@ def read_square(stream,          # an open file, or bytes in memory that read li
     if not head: return "empty"
     # Image.open refuses a large JPEG before it can be asked to decode at an eighth
     is_jpeg = head == b"\xff\xd8\xff"
+    if not is_jpeg and _HEIF: _register_heif()
     image = JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=FORMATS)
     with image:
         pixels, coefficients = math.prod(image.size), 0
@@ -572,28 +578,33 @@ def _walk(root: str | Path) -> tuple[list[str], list[str]]:  # files, relative t
     "Every file below `root`, hidden ones left out. Real folders first, then links to folders, each folder once."
     root, files, lost, links = str(root), [], [], deque()
     def place(path): return os.path.relpath(path, root)
-    def mark(path): return (facts := os.stat(path)).st_dev, facts.st_ino
-    real = Path(os.path.realpath(root))
-    above, seen = {mark(p) for p in real.parents}, {mark(root)}
+    def mark(path):  # what a folder is, whatever it is called; None: it cannot be reached
+        try: return (facts := os.stat(path)).st_dev, facts.st_ino
+        except OSError as error: lost.append(f"{place(path)} ({error.strerror})")
+    above, seen = {mark(p) for p in Path(os.path.realpath(root)).parents}, {mark(root)}
     def read(top: str) -> None:
         for base, folders, names in os.walk(top, onerror=lambda e: lost.append(f"{place(e.filename)} ({e.strerror})")):
-            names = [os.path.join(base, n) for n in names if not n.startswith(".")]
-            dead = {n for n in names if not _is_picture(n) and os.path.islink(n) and not os.path.exists(n)}
-            lost.extend(f"{place(n)} (a link that leads nowhere)" for n in sorted(dead))
-            files.extend(place(n) for n in names if n not in dead)
-            inside = sorted(os.path.join(base, n) for n in folders if not n.startswith("."))
-            links.extend(f for f in inside if os.path.islink(f))
-            new = [f for f in inside if not os.path.islink(f) and mark(f) not in seen]
-            seen.update(map(mark, new))
-            folders[:] = [os.path.basename(f) for f in new]
+            inside = "" if base == root else place(base) + os.sep
+            for name in names:
+                if name.startswith("."): continue
+                path = os.path.join(base, name)
+                if not _is_picture(name) and os.path.islink(path) and not os.path.exists(path): lost.append(f"{inside}{name} (a link that leads nowhere)")
+                else: files.append(inside + name)
+            real = []
+            for name in sorted(folders):
+                path = os.path.join(base, name)
+                if name.startswith("."): continue
+                if os.path.islink(path): links.append(path); continue
+                found = mark(path)
+                if found not in seen and found is not None: seen.add(found); real.append(name)
+            folders[:] = real
     read(root)
     while links:
         link = links.popleft()
-        try: found = mark(link)
-        except OSError as error: lost.append(f"{place(link)} ({error.strerror})"); continue
+        found = mark(link)
         if found in above: lost.append(f"{place(link)} (a link to a folder above it)")
         elif found in seen: lost.append(f"{place(link)} (a link to a folder that is read already)")
-        else: seen.add(found); read(link)
+        elif found is not None: seen.add(found); read(link)
     return sorted(files, key=lambda f: f.split(os.sep)), lost
 
 def image_files(root: str | Path) -> list[Path]:  # in the order of their names
@@ -661,6 +672,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:  # pictures, texts; re
 
 def list_folder(root: str | Path,       # a folder of images or of class folders, or of train/ and val/ (validation/, test/)
                 part: str = "train",    # "train" | "val"; without an own split everything is "train"
+               classes: tuple[str, ...] | None = None,  # of the training part, if they are known already
                ) -> FolderList:         # what there is, in the order of names
     "The pictures of a folder and their classes. Raises FileNotFoundError or ValueError where there are none, or where val/ does not fit train/."
     root = Path(root).expanduser()
@@ -669,15 +681,16 @@ def list_folder(root: str | Path,       # a folder of images or of class folders
     folder, held = parts or (root, None)
     if part == "val" and held is None: raise ValueError(f"{root} has no evaluation folder of its own ({', '.join(_VAL)})")
     if part == "train" and parts: warnings.warn(f"{root}: {folder.name}/ is for training, " + (f"{held.name}/ for evaluation" if held else "and one in eight of its pictures is held out (there is no val/ with pictures in it)"))
-    files, texts = _listed(folder)
-    loose = sum(os.sep not in f for f in files)
-    has_classes = loose < len(files) / 2  # most files lie in subfolders: those are the classes, and loose files have none
-    if has_classes and loose:
-        warnings.warn(f"{loose} images lie beside the class folders of {folder}, in none of them, and are left out")
-        files = [f for f in files if os.sep in f]
-    classes = tuple(sorted({f.split(os.sep)[0] for f in files})) if has_classes else ("all",)
+    if part == "train" or classes is None:
+        files, texts = _listed(folder)
+        loose = sum(os.sep not in f for f in files)
+        has_classes = loose < len(files) / 2  # most files lie in subfolders: those are the classes, and loose files have none
+        if has_classes and loose:
+            warnings.warn(f"{loose} images lie beside the class folders of {folder}, in none of them, and are left out")
+            files = [f for f in files if os.sep in f]
+        classes = tuple(sorted({f.split(os.sep)[0] for f in files})) if has_classes else ("all",)
     if part == "val": folder = held; files, texts = _listed(held)
-    labels = class_labels(folder, files, classes) if has_classes else [0] * len(files)
+    labels = class_labels(folder, files, classes) if classes != ("all",) else [0] * len(files)
     return FolderList(folder, files, labels, classes, name, "train and val folders" if held else "one in eight", texts)
 
 def class_labels(folder: Path, files: list[str], classes: Sequence[str]) -> list[int]:  # one a file
@@ -742,7 +755,7 @@ def _array_set(name: str, root: Path, download: bool) -> list:  # train, held ou
 def _wnid_names(base: Path, wnids: list[str]) -> tuple[str, ...]:
     "Readable class names in the order of the wnids: from Kaggle's LOC_synset_mapping.txt if it is there, torchvision's list for all 1,000, else the wnids."
     if (base / "LOC_synset_mapping.txt").is_file():
-        named = dict(line.strip().split(" ", 1) for line in (base / "LOC_synset_mapping.txt").read_text(encoding="utf-8").splitlines() if " " in line)
+        named = dict(line.strip().split(" ", 1) for line in (base / "LOC_synset_mapping.txt").read_text(encoding="utf-8", errors="replace").splitlines() if " " in line)
         names = [named.get(w, w).split(",")[0] for w in wnids]
     elif len(wnids) == 1000:
         from torchvision.models import ResNet18_Weights
@@ -974,7 +987,7 @@ def _load_folder(root: str | Path, size: int, val_images: int, progress: bool, l
     train = list_folder(root)
     def found(part: FolderList): return [part.root / f for f in part.files], part.labels
     if train.rule == "one in eight": return _divide(*found(train), train.classes, size, val_images, limit, train.name, progress)
-    return _own(found(train), found(list_folder(root, "val")), train.classes, size, val_images, limit, train.name, train.rule, progress)
+    return _own(found(train), found(list_folder(root, "val", train.classes)), train.classes, size, val_images, limit, train.name, train.rule, progress)
 
 # %% ../nbs/01_data.ipynb #01-76d18c75
 def no_random_access(path: str) -> str | None:  # None: nothing of the kind

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'SUSTAINED', 'CURVES', 'PICTURES', 'RunConfig', 'pick_precision', 'check', 'watched', 'on_disk',
            'held_out_scenes', 'open_pictures', 'for_the_floor', 'numbered', 'encode_to', 'material', 'some',
-           'ready_to_write', 'parse_go_on', 'with_changes', 'Pace', 'Stopwatch', 'throwaway', 'probe', 'plan',
-           'picture_reconstructions', 'picture_samples', 'picture_quality', 'collect_expected', 'expected_curves',
-           'picture_losses', 'write_report', 'Job', 'lasting', 'prepare', 'Models', 'train_all', 'finished_report',
-           'evaluate_all', 'run', 'main']
+           'ready_to_write', 'check_name', 'parse_go_on', 'with_changes', 'Pace', 'Stopwatch', 'throwaway', 'probe',
+           'plan', 'picture_reconstructions', 'picture_samples', 'picture_quality', 'collect_expected',
+           'expected_curves', 'picture_losses', 'write_report', 'Job', 'lasting', 'prepare', 'Models', 'train_all',
+           'finished_report', 'evaluate_all', 'run', 'main']
 
 # %% ../nbs/15_pipeline.ipynb #15-e8ad23b0
 import base64, contextlib, html, json, math, os, shutil, sys, tempfile, time, warnings
@@ -104,7 +104,7 @@ def check(config: RunConfig) -> None:
     if config.data not in ("scenes", *SETS) and not on_disk(config.data) and not Path(config.data).expanduser().is_dir():
         raise FileNotFoundError(f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor hf:owner/name nor one of {', '.join(SETS)}")
 
-# %% ../nbs/15_pipeline.ipynb #15-5f6624a4
+# %% ../nbs/15_pipeline.ipynb #15-36eb1f75
 def watched() -> bool:  # whether a person looks on: progress bars are for them, and litter the log of a queue
     "Whether stderr is a terminal."
     return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
@@ -147,7 +147,7 @@ def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, see
     if val.scenes: return {"other": held_out_scenes(p, seed + 1, len(val)), "other_is": f"other held-out scenes, seed {seed + 1}"}
     return {"other": None} if train is None else {"other": some(train, max(len(val), p.evaluate.samples)), "other_is": "training pictures"}
 
-# %% ../nbs/15_pipeline.ipynb #15-680132aa
+# %% ../nbs/15_pipeline.ipynb #15-2c9a7b01
 def numbered(data: ImageSet | OnDisk):  # what a cache is made of
     "Pictures by number, whatever they come from."
     return pictures_of(data) if isinstance(data, ImageSet) else decoded_pictures(data.pictures, data.size, decode)
@@ -173,7 +173,7 @@ def some(data: ImageSet | OnDisk, count: int) -> ImageSet:  # so many, evenly sp
     if not isinstance(data, ImageSet): return as_image_set(data.pictures, data.size, count, data.workers)
     return data.select(spread(len(data), count))
 
-# %% ../nbs/15_pipeline.ipynb #15-2c048259
+# %% ../nbs/15_pipeline.ipynb #15-3b7a5453
 def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
     "Raises OSError, naming the folder, if nothing can be written there."
     folder = Path(folder).expanduser().absolute()
@@ -182,6 +182,11 @@ def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise OSError(error.errno, f"nothing can be written to {plain(folder)} ({error.strerror}): choose another --out, or change its permissions") from error
     return folder
+
+def check_name(folder: str | Path) -> None:
+    "Raises ValueError for a folder whose path safetensors could not open again: models would be written there, and never read."
+    try: os.path.abspath(os.path.expanduser(folder)).encode()
+    except UnicodeEncodeError: raise ValueError(f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose another name") from None
 
 _GO_ON = {"lr": float, "clip": float, "weight_decay": float, "precision": str}  # what may change in the middle of a stage
 
@@ -649,6 +654,7 @@ def run(config: RunConfig,           # what to do
        ) -> Report:                  # the table; everything else lies in config.out
     "The main job. Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if another process runs in it."
     check(config)
+    check_name(config.out)
     with claimed(config.out, "runs") as claim:
         if fresh and (aside := claim.put_aside()): print(f"{plain(config.out)} is now {plain(aside)}", flush=True)
         job = prepare(config, base)

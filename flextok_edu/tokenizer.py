@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, identity, load_model, named_generator, noise_like, save_model, weights_hash
+from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, load_model, meaning, named_generator, noise_like, save_model, weights_hash
 from .data import ImageSet
 from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
 from .fsq import FSQ, CodeUse, RunningNorm
@@ -298,6 +298,7 @@ class LatentTokenizer(TokenizerParts):
         noise = _start(self, len(ids), noise, seed, first_index, generator)
         budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
+        if max(map(abs, g)) > 1000: raise ValueError(f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 (at most 1000)")
         velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
         if not verbose: return SOLVERS[solver](velocity, noise, steps, shift)
         with tqdm(total=2 * steps - 1 if solver == "heun" else steps, desc="decoding") as bar:
@@ -381,7 +382,9 @@ class ImageTokenizer(LatentTokenizer):
         steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         latents = self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift, generator=generator, verbose=verbose)
-        return vae.decode(latents.to(vae.latent_std.dtype)).clamp(-1, 1)
+        images = vae.decode(latents.to(vae.latent_std.dtype))
+        if not torch.isfinite(images).all(): raise ValueError("decoding gave NaN or infinity instead of pictures: a lower guidance, or float32 weights?")
+        return images.clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
 class Draws(NamedTuple):
@@ -448,6 +451,7 @@ class LearningTokenizer(DiceThrower):
 class FlexTok(LearningTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
     part = "tokenizer"
+    needs = ("config.json", "model.safetensors", "vae/config.json", "vae/model.safetensors")
 
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
@@ -601,9 +605,9 @@ def train_tokenizer(data: ImageSet | Latents,  # training images, or their laten
 
 # %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
-    "Weights and configuration, without the VAE but with its hash and its identity."
-    weights = weights_hash(tok.vae) if tok.vae is not None else None
-    save_model(folder, tok.own_state(), tok.config, vae=weights, vae_identity=identity(tok.vae, weights) if weights else None, terms=tok.terms, **facts)
+    "Weights and configuration, without the VAE but with its hash and what its weights mean."
+    vae = dict(vae=weights_hash(tok.vae), vae_means=meaning(tok.vae)) if tok.vae is not None else dict(vae=None)
+    save_model(folder, tok.own_state(), tok.config, **vae, terms=tok.terms, **facts)
 
 def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
@@ -611,8 +615,8 @@ def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok,
     if vae is not None:
         weights = weights_hash(vae)
         if facts.get("vae") not in (None, weights): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing")
-        if facts.get("vae_identity") not in (None, identity(vae, weights)):
-            raise ValueError(f"{folder} was trained with VAE {facts['vae_identity']}, not with {identity(vae, weights)}: the weights are the same, but not the configuration, and its tokens would mean nothing")
+        if facts.get("vae_means") not in (None, meaning(vae)):
+            raise ValueError(f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its configuration: its tokens would mean nothing")
         tok.vae = vae.requires_grad_(False).eval()
     tok.terms = facts.get("terms")
     return tok, facts

@@ -45,7 +45,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # ten
         text = conform(known, {"facts": str}, "its header")["facts"]
         facts = conform(parse_json(text, "its text"), dict, "its text")
     except (ValueError, OSError) as error:
-        raise ValueError(f"is damaged ({error})") from error
+        raise ValueError(f"is damaged ({str(error).removeprefix(f'{path} ')})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
         raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
     if bad := _not_finite(tensors):
@@ -189,7 +189,9 @@ class Claim:
         with contextlib.suppress(OSError):  # Windows removes no open file
             (self.folder / _CLAIM).unlink(missing_ok=True)
         self.file.close()
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # somebody has it open; not empty
+            if os.name == "nt":
+                (self.folder / _CLAIM).unlink(missing_ok=True)
             if self.made:
                 self.folder.rmdir()
 
@@ -501,9 +503,12 @@ def _differences(then, now, at: str = "") -> list[tuple]:  # dotted path, value 
 def _said(settings: dict) -> str: return ", ".join(f"{path}={value!r}" for path, value in settings.items())
 
 def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
-    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on."
+    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on. Raises ValueError for a checkpoint that says something else."
     found = Checkpoints(Path(folder) / "checkpoints").newest()
-    return {path: value for change in (found[1].get("changes", []) if found else []) for path, value in change["settings"].items()}
+    if found is None:
+        return {}
+    facts = conform(found[1], {"changes?": _FACTS["changes?"]}, f"the checkpoint in {folder}")
+    return {path: value for change in facts.get("changes", []) for path, value in change["settings"].items()}
 
 # %% ../nbs/11_train.ipynb #11-61d3c8af
 _COUNTED = Range(0, 2 ** 53)

@@ -22,7 +22,7 @@ from flextok_edu.cache import (Cache, CachePlan, DamagedShard, LatentCache, Pict
                                latent_recipe, read_header, shard_path, pictures_of, write_shard)
 from flextok_edu.ar import token_batches, train_ar
 from flextok_edu.core import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import ImageSet
+from flextok_edu.data import ImageSet, leave_out_learned, learned_from, picture_key
 from flextok_edu.tokenizer import FlexTok, cache_latents, fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
@@ -189,7 +189,7 @@ def test_one_build_a_process(tmp_path):
     thread.start()
     inside.wait(10)
     try:
-        with pytest.raises(RuntimeError, match="this very process"):
+        with pytest.raises(ValueError, match="this very process"):
             every_build(tmp_path)
     finally:
         gate.set()
@@ -350,7 +350,10 @@ def answer_in_the_order_of_the_shards(monkeypatch):
 
 def items_not_kept(monkeypatch):
     real = cache._loaded
-    monkeypatch.setattr(cache, "_loaded", lambda found, a, b: (*real(found, a, b)[:2], torch.arange(a, a + len(found[0]))))
+    def loaded(found, a, b):
+        images, about = real(found, a, b)
+        return images, about | {"items": torch.arange(a, a + len(images))}
+    monkeypatch.setattr(cache, "_loaded", loaded)
 
 test_alignment, test_misalignment_is_caught = planted([(check_alignment, shards_assumed_full), (check_alignment, answer_in_the_order_of_the_shards), (check_alignment, items_not_kept)])
 
@@ -618,6 +621,64 @@ def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "token_facts", lambda other: known)
     with pytest.raises(ValueError, match="not the one that you mean: ids .8. there, .4. here"):
         TokenCache(tmp_path / "t", FlexTok(replace(tok.config, registers=4), vae))
+
+
+def test_a_cache_knows_what_it_was_made_of(models, tmp_path):
+    """Keys and rule of the pictures that are there go through latents and tokens; evaluation leaves exactly these out."""
+    vae, tok, data = models
+    keys = torch.tensor([picture_key(x) for x in data.images])
+    known = replace(data, keys=keys, rule="one in eight")
+    latents = cache_latents_to(tmp_path / "l", vae, known, mirror=True, shard=16, progress=False)
+    tokens, again = cache_tokens_to(tmp_path / "t", tok, latents, shard=20, progress=False), cache_tokens_to(tmp_path / "u", tok, known, progress=False)
+    wanted = learned_from(known)
+    for c in (latents, tokens, again, LatentCache(tmp_path / "l", vae, known), LatentCache(tmp_path / "l", vae, data)):
+        assert torch.equal(c.keys, keys) and torch.equal(c.learned.keys, keys.sort().values)
+        assert c.learned.facts == wanted.facts == c.facts["learned"] and c.learned.rule == "one in eight"
+    some = replace(known, images=data.images[40:].repeat(2, 1, 1, 1), labels=data.labels[40:].repeat(2, 1), keys=torch.cat([keys[40:], torch.arange(10)]))
+    left, said = leave_out_learned(some, {"tokenizer": tokens.learned})
+    assert len(left) == 10 and said["tokenizer"]["overlap"] == 10
+
+    class Keyed(Drawer):
+        rule = "own split"
+        keys = torch.arange(50)
+    source = Keyed(data.images)
+    broken = cache_latents_to(tmp_path / "b", vae, decoded_pictures(source, 32, lambda item, size: item.data), shard=4, progress=False)
+    assert broken.learned.keys.tolist() == [i for i in range(50) if i not in (5, 9)] and broken.learned.rule == "own split" and broken.learned.count == 48
+    nothing = cache_latents_to(tmp_path / "n", vae, data, progress=False)
+    assert nothing.learned.keys is None and nothing.learned.rule == "unknown"
+    scenes = cache_latents_to(tmp_path / "s", vae, replace(data, rule="scenes"), progress=False)
+    assert scenes.learned.rule == "scenes" and scenes.learned.hash == data.hash and scenes.learned.count == 50
+
+
+def test_keys_are_checked_without_reading_the_rest(models, tmp_path):
+    vae, _, data = models
+    keys = torch.arange(50)
+    c = cache_latents_to(tmp_path, vae, replace(data, keys=keys, rule="own split"), shard=16, progress=False)
+    header = c.headers[1]["keys"]["data_offsets"][0] + c.data[1]
+    good = c.paths[1].read_bytes()
+    c.paths[1].write_bytes(good[:header] + bytes([good[header] ^ 1]) + good[header + 1:])
+    with pytest.raises(DamagedShard, match="latents-00001.*its keys are not those"):
+        LatentCache(tmp_path, vae).learned
+    c.paths[1].write_bytes(good)
+    assert not c.checked and torch.equal(LatentCache(tmp_path, vae).keys, keys)
+    rewrite(c.paths[1], keys=keys[:3])
+    with pytest.raises(DamagedShard, match="keys must be I64"):
+        LatentCache(tmp_path, vae)
+    for path in c.paths:  # as it was before
+        made, _ = read_header(path)
+        tensors = load_file(path)
+        tensors.pop("keys")
+        write_shard(path, tensors, {k: v for k, v in made.items() if k not in ("learned", "keys_content", "content")})
+    path = tmp_path / "cache.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "learned"}))
+    old = LatentCache(tmp_path, vae, replace(data, keys=keys, rule="own split"))
+    assert old.learned.rule == "unknown" and old.learned.keys is None and old.learned.count == 50
+
+
+@pytest.mark.parametrize("keys,message", [(lambda a, b: torch.arange(a, b - 1), "must be as many"), (lambda a, b: torch.arange(a, b).float(), "int64")])
+def test_keys_that_are_wrong(keys, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        every_build(tmp_path, load=lambda a, b: (*numbers(a, b), torch.arange(a, b), keys(a, b)))
 
 
 # --- feeds -----------------------------------------------------------------------------------------------------

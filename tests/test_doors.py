@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flextok_edu import core
-from flextok_edu.ar import ARModel, check_tokenizer, load_ar, save_ar, tokenizer_hash, tokenizer_identity
+from flextok_edu.ar import ARModel, bind_tokenizer, check_tokenizer, load_ar, save_ar, tokenizer_hash, tokenizer_identity
 from flextok_edu.core import (ARConfig, PRESETS, Preset, Range, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits,
                               conform, drawable, from_dict, identity, load_model, one_of, parse_json, plain, read_json, save_model, to_json,
                               weights_hash, write_text)
@@ -298,13 +298,21 @@ def test_ar_models_know_their_tokenizer(tmp_path):
     tok, model = FlexTok(TOK_SMALL, VAE(VAE_SMALL)), ARModel(AR_SMALL)
     torch.manual_seed(0)
     permuted = FlexTok(replace(TOK_SMALL, levels=(5, 8, 5, 5)), VAE(VAE_SMALL))
-    model.tokenizer, model.tokenizer_identity = tokenizer_hash(tok), tokenizer_identity(tok)
+    bind_tokenizer(model, tok)
+    assert (model.tokenizer, model.tokenizer_identity) == (tokenizer_hash(tok), tokenizer_identity(tok))
     save_ar(tmp_path / "new", model)
     assert load_ar(tmp_path / "new", tok)[0].tokenizer_identity == tokenizer_identity(tok)
     with pytest.raises(ValueError, match="not the configuration"):
         load_ar(tmp_path / "new", permuted)
+    save_ar(tmp_path / "alone", model)  # with the name alone
+    facts = json.loads((tmp_path / "alone" / "config.json").read_text())
+    del facts["tokenizer_means"]
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(facts))
+    assert load_ar(tmp_path / "alone", tok)[0].tokenizer_identity == tokenizer_identity(tok)
+    with pytest.raises(ValueError, match="not the configuration"):
+        load_ar(tmp_path / "alone", permuted)
     facts = json.loads((tmp_path / "new" / "config.json").read_text())
-    del facts["tokenizer_identity"]  # as it was written before
+    del facts["tokenizer_identity"], facts["tokenizer_means"]  # as it was written before
     (tmp_path / "new" / "config.json").write_text(json.dumps(facts))
     old, _ = load_ar(tmp_path / "new", tok)
     assert old.tokenizer_identity is None and old.tokenizer == tokenizer_hash(tok)
@@ -317,6 +325,35 @@ def test_ar_models_know_their_tokenizer(tmp_path):
         check_tokenizer(old, fewer)
     model.tokenizer = "0" * 16  # said by hand: what was known before is forgotten
     assert model.tokenizer_identity is None
+
+
+def test_packed_models_keep_what_their_partners_mean(tmp_path):
+    """Rounded weights have another hash, and are told so; what they mean stays, and so the new identity is known."""
+    torch.manual_seed(0)
+    tok, model = FlexTok(TOK_SMALL, VAE(VAE_SMALL)), ARModel(AR_SMALL)
+    bind_tokenizer(model, tok)
+    save_ar(tmp_path / "a", model)
+    with torch.no_grad():
+        for w in tok.parameters():
+            w.copy_(w.half().float())
+    facts = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(facts | {"tokenizer": tokenizer_hash(tok)}))
+    assert load_ar(tmp_path / "a", tok)[0].tokenizer_identity == tokenizer_identity(tok)
+
+
+def test_tokenizers_know_their_vae(tmp_path):
+    torch.manual_seed(0)
+    tok = FlexTok(TOK_SMALL, VAE(VAE_SMALL))
+    other = VAE(replace(VAE_SMALL, groups=8))
+    other.load_state_dict(tok.vae.state_dict())
+    save_tokenizer(tmp_path, tok)
+    assert load_tokenizer(tmp_path, tok.vae)[0].vae is tok.vae
+    with pytest.raises(ValueError, match="has its weights, but not its configuration"):
+        load_tokenizer(tmp_path, other)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    del facts["vae_means"]  # as it was written before
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    load_tokenizer(tmp_path, tok.vae)
 
 
 # --- names and files ---------------------------------------------------------------------------------------
@@ -339,6 +376,20 @@ def test_drawable_names_can_be_drawn(tmp_path):
         axes.set_title(drawable("$5_to_$10 中 \x1b[31m \udce9"), parse_math=False)
         figure.savefig(tmp_path / "x.png")
     plt.close(figure)
+
+
+def test_titles_are_no_mathematics():
+    import matplotlib.pyplot as plt
+    core.plot_log([{"step": 0, "loss": 1.}, {"step": 1, "loss": .5}], title="$5_to_$10 \x1b").figure.canvas.draw()
+    core.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
+    plt.close("all")
+
+
+def test_terms_of_a_stranger_are_text():
+    model = VAE(VAE_SMALL)
+    model.terms = "<script>alert(1)</script>\x1b[2J"
+    card = str(model.generate_model_card())
+    assert "<script>" not in card and "&lt;script&gt;" in card and "\x1b" not in card
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
@@ -374,3 +425,11 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="model.safetensors could not be written: .*No space left"):
         save_model(tmp_path / "m", nn.Linear(2, 2), AR_SMALL)
     assert not list((tmp_path / "m").iterdir())
+
+
+def test_constraints_agree():
+    """What constraints.txt asks for is what was tested with everything else."""
+    pins = {name: dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")) for name in ("constraints.txt", "constraints-all.txt")}
+    few, all_of_them = ({k.lower().replace("_", "-"): v for k, v in pins[name].items()} for name in pins)
+    missing = {k for k in few if k not in all_of_them and k not in ("torch", "torchvision")}
+    assert not missing and all(all_of_them.get(k, v) == v for k, v in few.items()) and len(all_of_them) > 100

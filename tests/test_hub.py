@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,33 @@ def test_push_and_pull(tmp_path):
     pushed = in_process(setup + f"torch.manual_seed(0)\ntok = FlexTok({TOK_SMALL!r}, VAE({VAE_SMALL!r})).eval()\nprint(tok.push_to_hub('me/mine'))\nprint(tok.tokenize(images).tolist())", hub, tmp_path)
     assert pushed.returncode == 0, pushed.stderr[-2000:]
     assert {"config.json", "model.safetensors", "vae/config.json", "vae/model.safetensors", "README.md"} <= hub.repos["me/mine"].keys()
-    hub.repos["me/mine"]["trap.bin"] = b"a pickle"
+    hub.repos["me/mine"] |= {name: b"{}" for name in ("trap.bin", "trap.json", "trap.safetensors", "vae/trap.json", "checkpoints/trap/model.safetensors", "trap/config.json")}
     pulled = in_process(setup + "tok = FlexTok.from_pretrained('me/mine')\nprint(tok.tokenize(images).tolist())", hub, tmp_path)
     assert pulled.returncode == 0, pulled.stderr[-2000:]
     assert pulled.stdout.splitlines()[-1] == pushed.stdout.splitlines()[-1]
-    assert not any("trap" in request and "resolve" in request for request in hub.asked), "only json and safetensors are downloaded"
+    assert not any("trap" in request and "resolve" in request for request in hub.asked), "only the four files are downloaded"
+
+
+def test_extractors_are_pinned(monkeypatch, tmp_path):
+    """DINOv2 and CLIP by commit, Inception by its whole hash, also where it lies in the cache already."""
+    from flextok_edu import features
+    asked = {}
+    def kind():
+        return type("Kind", (), {"from_pretrained": classmethod(lambda cls, name, **options: asked.update({name: options}) or torch.nn.Identity())})
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(Dinov2Model=kind(), CLIPVisionModelWithProjection=kind()))
+    for name in ("dinov2_small", "clip_b32"):
+        features.extractor(name)
+    features.extractor("dinov2_small", weights=tmp_path)
+    assert {name: len(o.get("revision") or "") for name, o in asked.items()} == {"facebook/dinov2-small": 40, "openai/clip-vit-base-patch32": 40, str(tmp_path): 0} and all(o["weights_only"] for o in asked.values())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = features.OTHER_EYES["inception"][0]
+    assert len(features.PINS[url]) == 64 and features.PINS[url].startswith(url.split("-")[-1].removesuffix(".pth"))
+    fetched = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: fetched.append(hash_prefix) or Path(path).write_bytes(b"other"))
+    for _ in range(2):  # the second time it is in the cache
+        with pytest.raises(ValueError, match="is not torchvision's Inception-v3"):
+            features.extractor("inception")
+    assert fetched == [features.PINS[url]]
 
 
 def test_released_by_name(tmp_path):

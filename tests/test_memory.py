@@ -168,3 +168,12 @@ def test_formats(tmp_path):
     assert {"EPS", "PDF", "WMF", "SVG"}.isdisjoint(data.FORMATS), "nothing that starts other programs"
     images, good = read_squares(data.image_files(tmp_path), 16, progress=False)
     assert good == list(range(len(kinds))) and len(images) == len(kinds)
+
+
+def test_heic_is_read_where_its_plug_in_is(tmp_path):
+    (tmp_path / "pillow_heif.py").write_text("from PIL import Image, PngImagePlugin\ndef register_heif_opener(): Image.register_open('HEIF', PngImagePlugin.PngImageFile, lambda head: head[:8] == b'\\x89PNG\\r\\n\\x1a\\n')\n")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "x.heic").write_bytes(encoded(colours(40), "PNG"))
+    code = "from flextok_edu.data import read_folder, PICTURES; print(PICTURES['.heic'], len(read_folder('set', 16, progress=False).images))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}, timeout=100)
+    assert result.stdout.split() == ["HEIF", "1"], result.stderr[-2000:]

@@ -792,6 +792,18 @@ def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
     assert not recwarn.list, "once"
 
 
+def test_guidance_beyond_all_pictures(dressed):
+    """It gave black pictures, and nobody was told."""
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    for guidance in (1e38, -1e38, lambda t: 1e10):
+        with pytest.raises(ValueError, match="leaves all pictures behind"):
+            dressed.detokenize(ids, 2, guidance=guidance)
+    with torch.no_grad():
+        dressed.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="NaN or infinity instead of pictures"):
+        dressed.detokenize(ids, 2)
+
+
 def test_nan_reaches_the_loss(dressed):
     """A training that goes wrong is stopped by what looks at losses, with its evidence; nothing before may fall over NaN or infinity."""
     for norm in (False, True):

@@ -590,6 +590,23 @@ def test_an_old_checkpoint_is_read_with_a_note(tmp_path):
     assert len(heard) == 1
 
 
+def test_an_old_run_goes_on(tmp_path):
+    """A checkpoint as it was written before there were hashes and changes: the same run, bit for bit."""
+    from safetensors.torch import save_file
+    torch.set_num_threads(1)
+    wanted = long_run.own_hash(long_run.stage("tokenizer", 20)[0])
+    with pytest.raises(Stopped):
+        long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
+    (path,) = Checkpoints(tmp_path / "checkpoints").files()
+    tensors, facts, _ = train._read_checkpoint(path)
+    tensors = {name: x.clone() for name, x in tensors.items()}
+    del facts["changes"]
+    path.unlink()
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+    with pytest.warns(UserWarning, match="read, but not checked"):
+        model, _ = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
+    assert long_run.own_hash(model) == wanted
+
 def test_damaged_checkpoints_do_not_crowd_out_the_sound(tmp_path):
     """Two newer ones are damaged; the run goes on from the third, and what it writes stays."""
     store = Checkpoints(tmp_path, keep=2)

@@ -52,7 +52,7 @@ def one_after_the_other(*runs: Path) -> tuple[dict, list[dict]]:
 
 def facts_of(found: dict) -> dict:
     """What config.json says besides what is written anew."""
-    return {k: v for k, v in found.items() if k not in ("config", "weights", "vae", "tokenizer", "terms")}
+    return {k: v for k, v in found.items() if k not in ("config", "weights", "terms") and not k.startswith(("vae", "tokenizer"))}  # (whose it is goes by hash, identity, and meaning)
 
 
 def classify(folder: Path, p: Preset) -> None:

@@ -1,0 +1,106 @@
+"""How flextok_edu/zoo/mini is put together from what tools/mini_ea3e120.py left on a GPU.
+
+    python tools/ship_mini.py FILES      FILES holds weights_0.safetensors, weights_1.safetensors, …, logs.json, table.json
+
+The script ran with the package as of commit ea3e120 (`git archive ea3e120 flextok_edu`) and, beside it, the file
+lite0_block10.safetensors: of EfficientNet-Lite0 the stem and blocks 0 to 10, which is all that our eyes look through.
+It rounded every part to float16 as soon as it was trained, and the next part learned from the rounded one: the weights
+are packed as they come, bit for bit, and what the rounding changed was measured on the GPU, before it was too late.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from flextok_edu.ar import ARModel, save_ar, tokenizer_hash, tokenizer_identity
+from flextok_edu.core import Preset, from_dict, preset, save_model, weights_hash, write_text
+from flextok_edu.data import KINDS, Learned, save_learned
+from flextok_edu.evaluate import load_report, trained_how
+from flextok_edu.features import AttributeClassifier
+from flextok_edu.tokenizer import FlexTok, save_tokenizer
+from flextok_edu.vae import VAE
+from flextok_edu.zoo import PARTS, model_card, pack, read_facts
+
+SCRIPT = Path(__file__).with_name("mini_ea3e120.py")
+COMMAND = "tools/mini_ea3e120.py cuda 565 120 45 (package of commit ea3e120, one {device}, {seconds:.0f} s with drawing, compiling and measuring; noise drawn on the GPU, bfloat16 autocast)"
+TEXT = """TODO"""
+LIMITS = """TODO"""
+
+
+def read(file: Path):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def weights(files: Path) -> dict[str, dict]:  # part -> its state
+    """All pieces together, divided by the first word of their names."""
+    found = {part: {} for part in ("vae", "tok", "ar", "classifier")}
+    for piece in sorted(files.glob("weights_*.safetensors")):
+        for name, tensor in load_file(piece).items():
+            part, rest = name.split(".", 1)
+            found[part][rest] = tensor
+    return found
+
+
+def models(files: Path, p: Preset) -> tuple[VAE, FlexTok, ARModel, AttributeClassifier]:
+    """In float32, with the values that float16 holds. Raises ValueError for weights that are not those that were measured."""
+    found, vae = weights(files), VAE(p.vae)
+    tok, ar, reader = FlexTok(p.tokenizer), ARModel(p.ar), AttributeClassifier()
+    for model, part in ((vae, "vae"), (tok, "tok"), (ar, "ar"), (reader, "classifier")):
+        model.load_state_dict(found[part])
+        model.eval()
+    tok.vae = vae.requires_grad_(False)
+    ar.tokenizer, ar.tokenizer_identity = tokenizer_hash(tok), tokenizer_identity(tok)
+    hashes = {"vae": weights_hash(vae), "tokenizer": tokenizer_hash(tok), "ar": weights_hash(ar), "classifier": weights_hash(reader)}
+    if hashes != (known := read(files / "logs.json")["hashes"]):
+        raise ValueError(f"the weights in {files} are {hashes}, and {known} were measured")
+    return vae, tok, ar, reader
+
+
+def assemble(files: Path, to: Path) -> None:
+    """Folders as flextok_run leaves them."""
+    logs = read(files / "logs.json")
+    p, stages = from_dict(Preset, logs["preset"]), logs["stages"]
+    if p != preset("mini"):
+        raise ValueError(f"{files} holds a model of another preset than today's mini")
+    if hashlib.sha256(SCRIPT.read_text().replace("import json\n", "import json\nimport math\n", 1).encode()).hexdigest() != logs["script"]:
+        raise ValueError(f"{SCRIPT} is not the script that ran (but for an import that it did not use)")
+    vae, tok, ar, reader = models(files, p)
+    save_model(to / "vae", vae, vae.config, stage=stages["vae"]["stage"])
+    save_tokenizer(to / "tokenizer", tok, stage=stages["tokenizer"]["stage"])
+    save_ar(to / "ar", ar, classes=list(KINDS), stage=stages["ar"]["stage"])
+    save_model(to / "classifier", reader, p.train_classifier, stage=stages["classifier"]["stage"])
+    learned = Learned("scenes", f"ToyScenes train, level {p.level}, seed 0, {p.image_size} px", p.train_images, logs["data"]["train"], None)
+    for part in PARTS:
+        write_text(to / part / "log.json", json.dumps(stages[part]["log"]))
+        save_learned(to / part, learned)
+    command = COMMAND.format(device=logs["device"], seconds=logs["seconds"])
+    versions = logs["versions"] | {"flextok_edu": "commit ea3e120"}
+    write_text(to / "run.json", json.dumps({"command": command, "asked": {"data": "scenes", "seed": 0}, "preset": logs["preset"],
+                                            "data": {"train": logs["data"]["train"], "val": logs["data"]["val"]}, "versions": versions}))
+    report = load_report(files / "table.json")
+    report.card |= trained_how(vae=p, tokenizer=p, ar=p) | {"floor": "other held-out scenes", "device": logs["device"]}
+    report.card |= {"learned": {part: learned.facts | {"overlap": "none"} for part in PARTS}, "versions": versions}
+    report.save(to)
+
+
+def ship(files: Path, zoo: Path) -> Path:
+    """Pack, and say what the rounding changed when it was done."""
+    with tempfile.TemporaryDirectory() as run:
+        assemble(files, Path(run))
+        place = pack(run, "mini", zoo, TEXT, LIMITS, limit=45, again=True)
+    facts, logs = read_facts(place), read(files / "logs.json")
+    facts |= {"rounding": logs["rounding"], "script": logs["script"]}
+    write_text(place / "model.json", json.dumps(facts, indent=1))
+    write_text(place / "README.md", model_card(place, "mini", TEXT, LIMITS))
+    return place
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    ship(Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "flextok_edu" / "zoo")
