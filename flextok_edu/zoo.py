@@ -403,7 +403,7 @@ def reconstruct(o: ReconstructOptions, base: Preset | None = None) -> int:  # ex
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "strip.png"
         _rows(rows, names, drawn, drawable(f"{name}: {steps} steps, guidance {guidance:g}"), tops, max(1, round(144 / size)))
-        with Image.open(drawn) as strip: save_picture(Path(o.out).expanduser(), strip.convert("RGB"))
+        with Image.open(drawn) as strip: save_picture(Path(o.out).expanduser(), strip)
     if broken: print(f"flextok_reconstruct: left out, cannot be read as a picture: {', '.join(map(plain, broken))}", file=sys.stderr, flush=True)
     print(f"{len(good)} of {len(paths)} pictures in {plain(o.out)}", flush=True)
     return int(bool(broken))

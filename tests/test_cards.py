@@ -108,6 +108,17 @@ def test_no_pictures_are_kept(monkeypatch):
     assert tok.most <= 20, f"{tok.most} reconstructions of 200 lived at once"
 
 
+@pytest.mark.parametrize("side, most", ((32, 125), (64, 125), (128, 31), (256, 7)))
+def test_scores_take_as_much_memory_whatever_the_size(side, most, monkeypatch):
+    """SSIM of 125 pictures of 256 px would take 4 GB: there are fewer at a time."""
+    import torchmetrics.functional.image as metrics
+    seen = []
+    monkeypatch.setattr(metrics, "structural_similarity_index_measure", lambda a, b, **how: seen.append(len(a)) or torch.zeros(len(a)))
+    x = torch.zeros(130, 3, side, side)
+    evaluate.image_scores(x, x)
+    assert max(seen) == most and sum(seen) == 130
+
+
 def test_batches_change_nothing():
     data = in_order(10, 4)
     class Mirror(Half):

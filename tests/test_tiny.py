@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from flextok_edu.ar import ARModel, check_tokenizer, sample_images, tokenizer_hash, tokenizer_identity
 from flextok_edu.core import Preset, from_dict, from_uint8, preset, shipped_models, weights_hash
 from flextok_edu.data import ImageSet, ToyScenes, learned_from, leave_out_learned, load_data, load_learned
-from flextok_edu.evaluate import PERCEPTUAL, load_report, split_by_record, token_counts, trained_how
+from flextok_edu.evaluate import PERCEPTUAL, load_report, older_than_the_rule, split_by_record, token_counts, trained_how
 from flextok_edu.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
@@ -174,6 +174,8 @@ def test_what_clipart_learned_from():
     vae, tok = (load_learned(CLIPART / part) for part in ("vae", "tokenizer"))
     keys = tok.keys
     assert vae.facts == tok.facts and torch.equal(vae.keys, keys) and tok.count == len(keys) == 5165 and (keys[1:] > keys[:-1]).all()
+    assert older_than_the_rule({"vae": vae, "tokenizer": tok}) is vae, "its held-out pictures are those that are not on the list"
+    assert older_than_the_rule({part: load_learned(PLACE / part) for part in PARTS} | {"ar": None}) is None, "tiny's are those of the rule"
     assert tok.hash == hashlib.sha256(keys.numpy()).hexdigest()[:16] == load_report(CLIPART).card["learned"]["tokenizer"]["hash"]
     for part in ("vae", "tokenizer"):
         assert (CLIPART / part / "learned.safetensors").stat().st_size < 45_000 and (CLIPART / part / "learned.json").stat().st_size < 1000
