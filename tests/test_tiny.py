@@ -36,8 +36,8 @@ def usual():
 
 
 def test_small_and_whole():
-    """All shipped models together in 25 MB, each with card, table, logs and the facts of its training."""
-    assert "tiny" in shipped_models() and sum(f.stat().st_size for f in (ROOT / "flextok_edu" / "zoo").rglob("*") if f.is_file()) < 25e6
+    """All shipped models together in 80 MB (mini takes more than half of that), each with card, table, logs and the facts of its training."""
+    assert "tiny" in shipped_models() and sum(f.stat().st_size for f in (ROOT / "flextok_edu" / "zoo").rglob("*") if f.is_file()) < 80e6
     facts = json.loads((PLACE / "model.json").read_text())
     for part in ("vae", "tokenizer", "ar", "classifier"):
         assert len(json.loads((PLACE / part / "log.json").read_text())) > 20 and facts["made"][part]["seed"] == 0 and facts["made"][part]["versions"]["torch"]
