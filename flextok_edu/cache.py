@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Pictures', 'pictures_of', 'decoded_pictures', 'DamagedShard', 'shard_path', 'write_shard', 'read_header',
            'check_content', 'Claims', 'encode_span', 'Recipe', 'latent_facts', 'token_facts', 'latent_recipe',
-           'token_recipe', 'CachePlan', 'cache_plan', 'read_facts', 'build_cache', 'OpenCache', 'Cache', 'LatentCache',
-           'TokenCache', 'cache_latents_to', 'cache_tokens_to']
+           'token_recipe', 'CachePlan', 'cache_plan', 'read_facts', 'build_cache', 'OpenCache', 'Cache', 'LearnedCache',
+           'LatentCache', 'TokenCache', 'cache_latents_to', 'cache_tokens_to']
 
 # %% ../nbs/11b_cache.ipynb #11b-1a8191c0
-import contextlib, json, os, shutil, time
+import contextlib, json, math, os, re, shutil, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,36 +18,46 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .ar import tokenizer_hash
-from .core import atomic, from_uint8, weights_hash, write_text
-from .data import ImageSet
+from .core import (Range, atomic, conform, from_uint8, identity, one_of, parse_json, read_json, read_tensors, weights_hash,
+                              write_text)
+from .data import ImageSet, Learned, learned_from
 from .tokenizer import FlexTok
+from .train import lock_byte
 from .vae import VAE
 
 # %% ../nbs/11b_cache.ipynb #11b-13ba7c11
 @dataclass(frozen=True)
 class Pictures:
     "Pictures by number, and a name for exactly these pictures."
-    load: Callable[[int, int], tuple]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); if some items are unusable, also the items that are left (m,), ascending
+    load: Callable[[int, int], tuple]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that are left (m,), ascending; then, if they are known, their keys (m,), int64
     count: int      # items
     size: int       # side in pixels
     crop: str       # how pictures were made square
     source: str     # one line: what this is
     hash: str       # other pictures, another hash
     classes: tuple[str, ...] = ("all",)  # class names
+    keys: Tensor | None = None  # (count,) int64: a key for each picture
+    rule: str = "unknown"       # how they were divided from the held-out ones, as in `ImageSet`
 
+    def __len__(self) -> int: return self.count
     @property
-    def facts(self) -> dict: return {"source": self.source, "source_hash": self.hash, "size": self.size, "crop": self.crop, "classes": list(self.classes)}
+    def facts(self) -> dict:
+        return {"source": self.source, "source_hash": self.hash, "size": self.size, "crop": self.crop, "classes": list(self.classes), "learned": learned_from(self).facts}
 
 def pictures_of(data: ImageSet | Pictures) -> Pictures:
     "A set in memory as numbered pictures; those stay what they are."
     if isinstance(data, Pictures): return data
-    return Pictures(lambda a, b: (data.images[a:b], data.labels[a:b, 0]), len(data), data.images.shape[-1], "as in memory", data.source, data.hash, data.classes)
+    keys = data.keys
+    def load(a, b):
+        known = () if keys is None else (torch.arange(a, b), keys[a:b])
+        return data.images[a:b], data.labels[a:b, 0], *known
+    return Pictures(load, len(data), data.images.shape[-1], "as in memory", data.source, data.hash, data.classes, keys, data.rule)
 
 # %% ../nbs/11b_cache.ipynb #11b-c29d41cc
 def decoded_pictures(source,           # a source of room 01b
@@ -56,6 +66,7 @@ def decoded_pictures(source,           # a source of room 01b
                      threads: int = 8,
                     ) -> Pictures:     # cropped at the centre
     "The pictures of a source, decoded when they are asked for."
+    keys = getattr(source, "keys", None)
     def one(i):
         try: item = source.item(i); image = decode(item, size)
         except Exception: return None
@@ -63,14 +74,18 @@ def decoded_pictures(source,           # a source of room 01b
     def load(start, stop):
         with ThreadPoolExecutor(threads) as pool: found = [f for f in pool.map(one, range(start, stop)) if f]
         items, images, labels = zip(*found) if found else ((), (), ())
-        return torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8), torch.tensor(labels, dtype=torch.long), torch.tensor(items, dtype=torch.long)
-    return Pictures(load, len(source), size, "centre", source.name, source.hash, tuple(source.classes))
+        items = torch.tensor(items, dtype=torch.long)
+        images = torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return images, torch.tensor(labels, dtype=torch.long), items, *(() if keys is None else (keys[items],))
+    return Pictures(load, len(source), size, "centre", source.name, source.hash, tuple(source.classes), keys, getattr(source, "rule", "unknown"))
 
 # %% ../nbs/11b_cache.ipynb #11b-f6123150
 class DamagedShard(ValueError):
     "A shard that is no whole safetensors file, or does not hold what its header says."
 
 _FORMAT, _KEY = 1, "flextok_edu.cache"
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+_TENSOR = {"dtype": one_of(*_BYTES), "shape": [Range(0, 2 ** 40)], "data_offsets": [Range(0, 2 ** 50)]}
 
 def shard_path(folder: Path, kind: str, index: int) -> Path: return folder / f"{kind}-{index:05}.safetensors"
 
@@ -80,76 +95,90 @@ def write_shard(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     whole = save(tensors, {_KEY: json.dumps({**facts, "content": weights_hash(tensors)}, sort_keys=True)})
     with atomic(path) as temporary: temporary.write_bytes(whole)
 
+def _extent(header: dict) -> int:  # bytes of all tensors
+    "Raises ValueError for a header whose tensors are not one after the other, each as long as its shape says."
+    end = 0
+    for name, t in sorted(header.items(), key=lambda item: conform(item[1], _TENSOR, f"tensor {item[0]!r}")["data_offsets"]):
+        need = math.prod(t["shape"]) * _BYTES[t["dtype"]]
+        if t["data_offsets"] != [end, end + need]:
+            raise ValueError(f"tensor {name!r} lies at {t['data_offsets']}, and should at {[end, end + need]}")
+        end += need
+    return end
+
+# %% ../nbs/11b_cache.ipynb #11b-0d5b8e62
 def read_header(path: Path) -> tuple[dict, dict]:  # the shard's facts; name -> dtype, shape and offsets of each tensor
     "Only the first bytes are read. Raises DamagedShard for a file that is not whole, FileNotFoundError if there is none."
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        facts = json.loads(header.pop("__metadata__")[_KEY])
-        end = 8 + length + max(t["data_offsets"][1] for t in header.values())
-    except (KeyError, TypeError, ValueError, AttributeError) as error: raise DamagedShard(f"{path} is damaged, or no shard of a cache (its header cannot be read: {type(error).__name__}): build the cache again, only this shard will be made") from error
+            if length > min(size, 2 ** 26):
+                raise ValueError(f"a header of {length:,} bytes")
+            header = conform(parse_json(file.read(length), "it"), {"__metadata__": {_KEY: str}}, "its header")
+        facts = conform(parse_json(header.pop("__metadata__")[_KEY], "its text"), {"content": str}, "its text")
+        end = 8 + length + _extent(header)
+    except ValueError as error:
+        raise DamagedShard(f"{path} is damaged, or no shard of a cache (its header cannot be read: {error}): "
+                           "build the cache again, only this shard will be made") from error
     if size != end: raise DamagedShard(f"{path} has {size:,} bytes and should have {end:,}: build the cache again, only this shard will be made")
     return facts, header
 
-def check_content(path: Path) -> None:
+def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages of the file
     "Read a whole shard. Raises DamagedShard if its content is not what was written."
     facts, header = read_header(path)
-    with safe_open(path, "pt") as file: found = weights_hash({name: file.get_tensor(name) for name in header})
-    if found != facts["content"]: raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content']} was written: build the cache again with verify=True, only this shard will be made")
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb", buffering=0) as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    try: tensors, _ = read_tensors(path)
+    except ValueError as error: raise DamagedShard(f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made") from error
+    found = weights_hash(tensors)
+    if found != facts["content"]:
+        raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content'][:16]} was written: "
+                           "build the cache again with verify=True (flextok_cache --verify), only this shard will be made")
+    return tensors
 
 # %% ../nbs/11b_cache.ipynb #11b-9237ed22
-def _lock(file, index: int, take: bool) -> bool:  # whether it worked
-    "Lock or release one byte of an open file, without waiting."
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(index); msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN, 1, index)
-    except (BlockingIOError, PermissionError): return False
-    return True
-
 class Claims:
     "Who may write what: byte 0 of one lock file is cache.json, byte i + 1 is shard i. A claim dies with its process."
     _open: set[Path] = set()  # folders that this process is building
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        if self.folder in Claims._open: raise RuntimeError(f"{folder} is being built by this very process: wait, or start another process")
+        if self.folder in Claims._open: raise ValueError(f"{folder} is being built by this very process: wait, or start another process")
         self.file = open(folder / "build.lock", "ab"); Claims._open.add(self.folder)
     def close(self) -> None: Claims._open.discard(self.folder); self.file.close()
 
     @contextlib.contextmanager
     def claim(self, index: int) -> Iterator[bool]:  # yields whether it is ours
         "Ours for the time of a `with` block, unless another process has it."
-        ours = _lock(self.file, index, True)
+        ours = lock_byte(self.file, index, True)
         try: yield ours
-        finally: ours and _lock(self.file, index, False)
+        finally: ours and lock_byte(self.file, index, False)
 
 # %% ../nbs/11b_cache.ipynb #11b-d4d01fd4
-def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:  # images, labels, items
+def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:  # images; labels, items, and keys if there are any
     "What a source returned for items start .. stop - 1, looked at."
     images, labels, *rest = found
     if not rest and len(images) != stop - start: raise ValueError(f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be used, it must also return the items that are left")
     labels, items = torch.as_tensor(labels).long(), torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop)
     if not len(images) == len(labels) == len(items) or labels.ndim != 1: raise ValueError(f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: they must be as many, labels (m,)")
     if len(items) and not (items[0] >= start and items[-1] < stop and bool((items.diff() > 0).all())): raise ValueError(f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, ascending, none twice")
-    return images, labels, items
+    about = {"labels": labels, "items": items}
+    if len(rest) < 2: return images, about
+    keys = torch.as_tensor(rest[1])
+    if keys.shape != items.shape or keys.dtype != torch.int64: raise ValueError(f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be as many, int64")
+    return images, about | {"keys": keys}
 
 def encode_span(encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b …)
                 load: Callable[[int, int], tuple],  # as in Pictures
                 start: int, stop: int,  # items
                 batch: int,             # images at a time
-               ) -> dict[str, Tensor]:  # encode's tensors, and labels and items (m,), int64, on the CPU
+               ) -> dict[str, Tensor]:  # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
     "Load and encode some items; the next batch is loaded while one is encoded."
     parts, spans = [], [(a, min(a + batch, stop)) for a in range(start, stop, batch)]
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(load, *spans[0])
         for j, span in enumerate(spans):
-            images, labels, items = _loaded(coming.result(), *span)
+            images, about = _loaded(coming.result(), *span)
             if j + 1 < len(spans): coming = ahead.submit(load, *spans[j + 1])
-            if len(items): parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | {"labels": labels, "items": items})
+            if len(images): parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | about)
     if not parts: return {"labels": torch.empty(0, dtype=torch.long), "items": torch.empty(0, dtype=torch.long)}
     for name in parts[0]:
         for part in parts:
@@ -172,8 +201,15 @@ def _sides(encode: Callable[[Tensor], Tensor], name: str, mirror: bool, size: in
         return {name: torch.stack([encode(x) for x in ((images, images.flip(-1)) if mirror else (images,))], 1)}
     return both
 
-def latent_facts(vae: VAE) -> dict: return {"kind": "latents", "vae": weights_hash(vae), "latent_mean": vae.latent_mean.tolist(), "latent_std": vae.latent_std.tolist()}
-def token_facts(tok: FlexTok) -> dict: return {"kind": "tokens", "tokenizer": tokenizer_hash(tok), "vocabulary": tok.fsq.vocabulary}
+def latent_facts(vae: VAE) -> dict:
+    "Whose latents: the hash of the VAE's weights, its identity (weights and configuration), its normalisation."
+    weights = weights_hash(vae)
+    return {"kind": "latents", "vae": weights, "vae_identity": identity(vae, weights), "latent_mean": vae.latent_mean.tolist(), "latent_std": vae.latent_std.tolist()}
+
+def token_facts(tok: FlexTok) -> dict:
+    "Whose ids: the hash of the tokenizer's weights, and its identity: other FSQ levels are other ids of equal weights."
+    weights = tokenizer_hash(tok)
+    return {"kind": "tokens", "tokenizer": weights, "tokenizer_identity": identity(tok, weights), "vocabulary": tok.fsq.vocabulary}
 
 def latent_recipe(vae: VAE,
                   data: ImageSet | Pictures,  # pictures
@@ -189,6 +225,8 @@ def latent_recipe(vae: VAE,
     return Recipe(_sides(encode, "latents", mirror, source.size), source.count, source.load, {**latent_facts(vae), **source.facts, "dtype": str(dtype)[6:], "mirror": mirror})
 
 # %% ../nbs/11b_cache.ipynb #11b-93821e19
+_SOURCE = ("source", "source_hash", "size", "crop", "classes")  # which pictures
+
 def token_recipe(tok: FlexTok,  # with its VAE
                  data: "ImageSet | Pictures | LatentCache",  # pictures, or the latents of pictures by the tokenizer's VAE
                  mirror: bool = False,    # mirror images as well (a cache of latents has them or not)
@@ -202,11 +240,11 @@ def token_recipe(tok: FlexTok,  # with its VAE
         return Recipe(encode, source.count, source.load, {**token_facts(tok), **source.facts, "of": "images", "dtype": str(dtype)[6:], "mirror": mirror})
     if mirror and not data.facts["mirror"]: raise ValueError(f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures")
     _refuse(data.facts, latent_facts(tok._need_vae("tokenising latents")), f"the latents of {data.folder} are not of this tokenizer's VAE")
-    count, keep = len(data.items), {k: data.facts[k] for k in ("source", "source_hash", "size", "crop", "classes", "mirror")}
+    count, keep, keys = len(data.items), {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts}, data.keys
     def load(start, stop):
         a, b = torch.searchsorted(data.items, torch.tensor([start, stop])).tolist()
         rows = torch.arange(a, b)
-        return torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1), data.labels[a:b], data.items[a:b]
+        return torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1), data.labels[a:b], data.items[a:b], *(() if keys is None else (keys[a:b],))
     def encode(latents):  # b sides c h w
         return {"ids": tok.encode_latents(latents.flatten(0, 1).to(tok.device)).unflatten(0, latents.shape[:2]).to(dtype)}
     return Recipe(encode, data.facts["count"], load, {**token_facts(tok), **keep, "of": f"latents, {data.facts['dtype']}", "dtype": str(dtype)[6:]})
@@ -268,28 +306,61 @@ def cache_plan(folder: str | Path,
     return CachePlan(count, missing, shards, sum(t.numel() * t.itemsize for t in part.values()) // len(part["items"]), len(part["items"]) / seconds, disk.free, int(margin * disk.total))
 
 # %% ../nbs/11b_cache.ipynb #11b-54711362
+_LATER = ("tokenizer_identity", "vae_identity")  # facts that older caches do not have: nothing there is not something else
+_NOTES = ("learned",)  # said, and not compared
+
 def _refuse(there: dict, here: dict, what: str, advice: str = "") -> None:
     "Raises ValueError if any of `here` is otherwise `there`."
     short = lambda value: text if len(text := json.dumps(value)) < 200 else text[:60] + " …"
-    differ = [f"{k}: {short(there.get(k))} there, {short(v)} here" for k, v in here.items() if there.get(k) != v]
+    differ = [f"{k}: {short(there.get(k))} there, {short(v)} here" for k, v in here.items() if there.get(k) != v and not (k in _LATER and k not in there) and k not in _NOTES]
     if differ: raise ValueError(f"{what}: {'; '.join(differ)}{advice}")
+
+def _kind(value) -> bool:
+    "a short name of letters, digits and _, as the files have it"
+    return re.fullmatch(r"[A-Za-z0-9_]{1,40}", value) is not None
+
+_CACHE = {"kind": _kind, "count": Range(1, 2 ** 40), "shard": Range(1, 2 ** 31), "source?": str, "source_hash?": str, "size?": Range(1, 65536),
+          "crop?": str, "classes?": [str], "mirror?": bool, "dtype?": str, "of?": str, "vae?": str, "tokenizer?": str,
+          "vae_identity?": str, "tokenizer_identity?": str, "vocabulary?": Range(1, 2 ** 31), "latent_mean?": [float], "latent_std?": [float],
+          "learned?": {"rule": str, "source": str, "count": Range(-1, 2 ** 40), "hash": str, "keys": bool}}
 
 def read_facts(folder: str | Path) -> dict:  # what cache.json says
     "What the cache in a folder is to be. Raises FileNotFoundError or ValueError if it holds none."
     path = Path(folder).expanduser() / "cache.json"
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: {folder} holds no cache; build one there")
-    try: facts = json.loads(path.read_text(encoding="utf-8"))
+    try: facts = conform(read_json(path, "cache.json"), dict, "it")
     except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT: raise ValueError(f"{path} has format {facts.get('format') if isinstance(facts, dict) else None}, and this program reads {_FORMAT}: build the cache again in another folder")
-    return facts
+    if facts.get("format") != _FORMAT: raise ValueError(f"{path} has format {str(facts.get('format'))[:20]}, and this program reads {_FORMAT}: build the cache again in another folder")
+    try: return conform(facts, _CACHE, "cache.json")
+    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept") from error
 
 # %% ../nbs/11b_cache.ipynb #11b-f69512be
+_ABOUT = ("labels", "items", "keys")  # what a shard knows of its rows besides what was encoded
+_DTYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
+
+def _odd(header: dict, facts: dict, most: int) -> str | None:  # what is wrong with it
+    "The tensors of a shard against what its cache is: as many labels and items as rows, sides as said, the type as said."
+    for name in _ABOUT if "keys" in header else _ABOUT[:2]:
+        t = header.get(name, {"dtype": None, "shape": []})
+        if t["dtype"] != "I64" or len(t["shape"]) != 1 or t["shape"] != header.get("items", t)["shape"]: return f"{name} must be I64 (m,), as many as items"
+    rows = header["items"]["shape"][0]
+    if rows > most: return f"{rows:,} rows for {most:,} items"
+    for name, t in header.items():
+        if name in _ABOUT: continue
+        if len(t["shape"]) < 2 or t["shape"][0] != rows or t["shape"][1] < 1: return f"{name!r} has shape {t['shape']} for {rows} rows"
+        if "mirror" in facts and t["shape"][1] != 1 + facts["mirror"]: return f"{name!r} has {t['shape'][1]} sides, and the cache {1 + facts['mirror']}"
+        if t["dtype"] != _DTYPES.get(facts.get("dtype"), t["dtype"]): return f"{name!r} is {t['dtype']}, and the cache {facts['dtype']}"
+    return "it has rows, and nothing in them" if rows and not set(header) - set(_ABOUT) else None
+
 def _check_shard(path: Path, facts: dict, index: int) -> dict:  # the headers of its tensors
     "Raises DamagedShard or FileNotFoundError for one that is not whole, ValueError for one of another make."
     made, header = read_header(path)
-    _refuse(made, {**facts, "index": index}, f"{path} belongs to another cache", ": delete that shard (or the folder, if it is the right one), and build again")
+    start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
+    _refuse(made, {**facts, "index": index, "start": start, "stop": stop}, f"{path} belongs to another cache", ": delete that shard (or the folder, if it is the right one), and build again")
+    if odd := _odd(header, facts, stop - start): raise DamagedShard(f"{path} is damaged ({odd}): delete it and build the cache again, only this shard will be made")
     return header
 
+# %% ../nbs/11b_cache.ipynb #11b-e02b61d8
 def _begin(folder: Path, facts: dict) -> Claims:
     "Folder, lock file and cache.json, or an error that says why not."
     def failed(error): return OSError(error.errno, f"{folder} cannot be written to ({error.strerror}): choose another folder, change its permissions, or make room (a finished cache is read with LatentCache or TokenCache)")
@@ -310,12 +381,21 @@ def _begin(folder: Path, facts: dict) -> Claims:
     return claims
 
 # %% ../nbs/11b_cache.ipynb #11b-c1111872
+def _odd_labels(labels: Tensor, facts: dict) -> str | None:  # (m,), int64; what is wrong with them
+    "Labels that are no number of a class. (Where nothing but latents of one class `all` is kept, nobody looks at them.)"
+    most = len(facts.get("classes", ()))
+    if not len(labels) or not most or most == 1 and facts["kind"] != "tokens": return None
+    low, high = int(labels.min()), int(labels.max())
+    return f"labels reach from {low} to {high}, and there are {most} classes" if low < 0 or high >= most else None
+
 def _make(path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]) -> bool:  # whether there was something to do
     "One shard, unless it is there and whole."
     if _good(path, verify): _check_shard(path, facts, index); return False
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
-    try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop})
+    if odd := _odd_labels(tensors["labels"], facts): raise ValueError(f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them")
+    keys = {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}  # so that they can be read without the rest
+    try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} free). The shards that are finished are kept: make room and build again") from error
     return True
@@ -334,7 +414,7 @@ def build_cache(folder: str | Path,
                ) -> int:               # shards that this process made
     "Make what is missing of a cache, together with any other processes that do the same. Raises ValueError if the folder holds another cache, OSError if it cannot be written to or the disk is full."
     folder, recipe, made = Path(folder).expanduser(), (encode, count, load, facts), 0
-    facts = json.loads(json.dumps({**facts, "format": _FORMAT, "count": count, "shard": shard}))
+    facts = conform(json.loads(json.dumps({**facts, "format": _FORMAT, "count": count, "shard": shard})), _CACHE, "facts")
     claims = _begin(folder, facts)
     paths = [shard_path(folder, facts["kind"], i) for i in range(-(-count // shard))]
     try:
@@ -359,38 +439,77 @@ def build_cache(folder: str | Path,
 class OpenCache:
     "A finished cache, looked at. Raises FileNotFoundError or ValueError for one that is unfinished, damaged, mixed, or not what was expected."
     def __init__(self, folder: str | Path,
-                 expected: dict,         # facts that it must have
-                 verify: bool = False):  # read everything and compare it with the content hashes
+                 expected: dict):  # facts that it must have
         self.folder, self.facts = Path(folder).expanduser(), read_facts(folder)
         _refuse(self.facts, expected, f"the cache in {folder} is not the one that you mean", ": open it with what made it, or build another one in a new folder")
-        self.paths = [shard_path(self.folder, self.facts["kind"], i) for i in range(-(-self.facts["count"] // self.facts["shard"]))]
-        missing = [path.name for path in self.paths if not path.exists()]
-        if missing: raise FileNotFoundError(f"the cache in {folder} is not finished: {len(missing)} of {len(self.paths)} shards are missing, the first: {missing[0]}; build it again, only these will be made")
+        kind, shards = self.facts["kind"], -(-self.facts["count"] // self.facts["shard"])
+        there = {path.name for path in self.folder.glob(f"{kind}-*.safetensors")}
+        first = next((i for i in range(min(shards, len(there) + 1)) if shard_path(self.folder, kind, i).name not in there), None)
+        if first is not None:  # (cache.json may say any number: nothing is made of it before as many files are there)
+            there = [name for name in there if re.fullmatch(rf"{kind}-\d{{5,}}\.safetensors", name) and int(name[len(kind) + 1:-12]) < shards]
+            raise FileNotFoundError(f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only these will be made")
+        self.paths = [shard_path(self.folder, kind, i) for i in range(shards)]
         self.headers = [_check_shard(path, self.facts, i) for i, path in enumerate(self.paths)]
-        if verify:
-            for path in self.paths: check_content(path)
         self.data = [path.stat().st_size - max(t["data_offsets"][1] for t in h.values()) for path, h in zip(self.paths, self.headers)]  # where each file's tensors begin
         self.starts = torch.tensor([0] + [h["items"]["shape"][0] for h in self.headers]).cumsum(0)  # first row of each shard, and the end
-        first = next((h for h in self.headers if h["items"]["shape"][0]), None)
-        if first is None: raise ValueError(f"the cache in {folder} is empty: none of the {self.facts['count']:,} images could be used")
-        self.sides = next(h["shape"][1] for name, h in first.items() if name not in ("labels", "items"))  # 2 with mirror images
+        self.row = self._rows()
+        self.sides = next(shape[0] for _, shape in self.row.values())  # 2 with mirror images
         self.maps: dict[tuple[int, str], Tensor] = {}
+        self.checked: set[int] = set()  # shards whose content was looked at
+
+    def _rows(self) -> dict[str, tuple[str, list[int]]]:  # of each tensor: type, shape of a row (sides …)
+        "Raises ValueError for an empty cache, DamagedShard where rows are not alike in all shards."
+        row = None
+        for path, header in zip(self.paths, self.headers):
+            if not header["items"]["shape"][0]: continue
+            found = {name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in _ABOUT}
+            if row is not None and found != row: raise DamagedShard(f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made")
+            row = found
+        if row is None: raise ValueError(f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be used")
+        return row
 
     def __len__(self) -> int: return int(self.starts[-1]) * self.sides
     @property
-    def classes(self) -> tuple[str, ...]: return tuple(self.facts["classes"])
+    def classes(self) -> tuple[str, ...]: return tuple(self.facts.get("classes", ("all",)))
     @property
     def skipped(self) -> int: return self.facts["count"] - int(self.starts[-1])  # items of the source that could not be used
     def __getstate__(self) -> dict: return self.__dict__ | {"maps": {}}  # another process maps the files itself
 
-    def _map(self, shard: int, name: str) -> Tensor:  # a tensor on the file's pages: nothing is read until it is touched
+# %% ../nbs/11b_cache.ipynb #11b-40cf92e7
+class _Checked(OpenCache):
+    "A cache whose shards are held against their hashes, each when it is first touched."
+    def __init__(self, folder: str | Path,
+                 expected: dict,         # facts that it must have
+                 verify: bool = False):  # check all shards now, not each at its first touch
+        super().__init__(folder, expected)
+        if verify:
+            for shard in range(len(self.paths)): self._check(shard)
+
+    def _check(self, shard: int) -> None:
+        "Raises DamagedShard for a shard that is not what was written, or that holds what no cache of this kind may hold."
+        path = self.paths[shard]
+        tensors, facts = check_content(path), self.facts
+        start = shard * facts["shard"]
+        def refuse(what): raise DamagedShard(f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be made")
+        items, labels = tensors["items"], tensors["labels"]
+        if len(items):
+            if items[0] < start or items[-1] >= min(start + facts["shard"], facts["count"]) or not bool((items.diff() > 0).all()): refuse("its items are not in order, or not its own")
+            if odd := _odd_labels(labels, facts): refuse(odd)
+            if "ids" in tensors and "vocabulary" in facts:
+                ids = tensors["ids"].long()
+                if ids.min() < 0 or ids.max() >= facts["vocabulary"]: refuse(f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends at {facts['vocabulary'] - 1}")
+        self.maps |= {(shard, name): t for name, t in tensors.items()}
+        self.checked.add(shard)
+
+    def _map(self, shard: int, name: str) -> Tensor:  # a tensor on the file's pages
         if (shard, name) not in self.maps:
-            with safe_open(self.paths[shard], "pt") as file: self.maps[shard, name] = file.get_tensor(name)
+            if shard not in self.checked: self._check(shard)
+            else: self.maps |= {(shard, n): t for n, t in read_tensors(self.paths[shard])[0].items()}  # in another process
         return self.maps[shard, name]
 
 # %% ../nbs/11b_cache.ipynb #11b-860a9602
-class Cache(OpenCache):
-    "Random access to the rows of a cache: whatever was encoded, labels, and which item each row is."
+class Cache(_Checked):
+    "Random access to the rows of a cache: whatever was encoded, labels, and which item each row is. Raises DamagedShard at the first touch of a shard that is not what was written."
     def _announce(self, shard: int, name: str, rows: list[int]) -> None:
         "Tell the system which rows of a shard come next: it fetches all of them at once, where touching page after page would wait for each."
         h, sides = self.headers[shard][name], self.sides
@@ -402,7 +521,8 @@ class Cache(OpenCache):
              name: str,     # one of the tensors that `encode` gave
              rows: Tensor,  # rows (m,), int64, in any order; from N on, mirror images
             ) -> Tensor:    # (m …), as stored
-        "Rows of a tensor. Raises IndexError for rows that do not exist."
+        "Rows of a tensor. Raises IndexError for rows that do not exist, ValueError for a name that does not, DamagedShard."
+        if name not in self.row: raise ValueError(f"the cache in {self.folder} has no {name!r}; it has: {', '.join(self.row)}")
         rows, n = torch.as_tensor(rows, dtype=torch.long), int(self.starts[-1])
         if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)): raise IndexError(f"rows must lie in 0 .. {len(self) - 1}, not {int(rows.min())} .. {int(rows.max())}")
         side, row = rows // n, rows % n
@@ -422,29 +542,64 @@ class Cache(OpenCache):
     @cached_property
     def items(self) -> Tensor: return torch.cat([self._map(s, "items") for s in range(len(self.paths))])  # which item of the source each row is (mirror images left out)
 
+# %% ../nbs/11b_cache.ipynb #11b-c7d2904f
+class LearnedCache(Cache):
+    "A cache that knows of which pictures it was made."
+    @cached_property
+    def keys(self) -> Tensor | None:  # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out); None: not known
+        "Raises DamagedShard for keys that are not what was written."
+        found = []
+        for path, header in zip(self.paths, self.headers):
+            if not header["items"]["shape"][0]: continue
+            if "keys" not in header: return None
+            try:
+                with safe_open(path, "pt") as file: keys = file.get_tensor("keys")
+            except SafetensorError as error: raise DamagedShard(f"{path} is damaged ({error}): build the cache again, only this shard will be made") from error
+            if read_header(path)[0].get("keys_content") != weights_hash({"keys": keys}):
+                raise DamagedShard(f"{path} is damaged (its keys are not those that were written): build the cache again with verify=True (flextok_cache --verify), only this shard will be made")
+            found.append(keys)
+        return torch.cat(found)
+
+    @property
+    def learned(self) -> Learned:
+        "The pictures that a model learns from, if it learns from this cache; the rule is unknown for what was written before caches said it."
+        there, source = int(self.starts[-1]), self.facts.get("source", "a cache")
+        said = self.facts.get("learned", {"rule": "unknown", "source": source, "hash": self.facts.get("source_hash", "")})
+        if self.keys is None: return Learned(said["rule"], said["source"], there, said["hash"], None)
+        return learned_from(Pictures(None, there, 0, "", said["source"], "", keys=self.keys, rule=said["rule"]))
+
 # %% ../nbs/11b_cache.ipynb #11b-57492a15
 def _of(data: ImageSet | Pictures | None) -> dict:  # the facts of these pictures
     if data is None: return {}
     source = pictures_of(data)
     return {**source.facts, "count": source.count}
 
-class LatentCache(Cache):
+def _shaped(cache: Cache, name: str, row: list[int]) -> None:
+    "Raises ValueError unless a row of this tensor has this shape."
+    found = cache.row[name][1][1:] if name in cache.row else None
+    if found != row: raise ValueError(f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: open it with what made it, or build another one in a new folder")
+
+class LatentCache(LearnedCache):
     "Latents on the disk. It opens only with the VAE that made it and, if they are given, of the same pictures."
     def __init__(self, folder: str | Path, vae: VAE,
                  data: ImageSet | Pictures | None = None,  # the pictures it should be of
                  verify: bool = False):
         super().__init__(folder, latent_facts(vae) | _of(data), verify)
+        if "size" in self.facts:
+            side = self.facts["size"] // vae.config.factor
+            _shaped(self, "latents", [2, vae.config.latent_channels, side, side])
 
     def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # rows (m,) -> normalised posterior means and standard deviations (m c h w), float32
         "The posterior of some rows."
         return self.take("latents", rows).float().unbind(1)
 
-class TokenCache(Cache):
+class TokenCache(LearnedCache):
     "Ids on the disk. It opens only with the tokenizer that made it and, if they are given, of the same pictures."
     def __init__(self, folder: str | Path, tok: FlexTok,
                  data: ImageSet | Pictures | None = None,  # the pictures it should be of
                  verify: bool = False):
         super().__init__(folder, token_facts(tok) | _of(data), verify)
+        _shaped(self, "ids", [tok.config.registers])
 
     def ids(self, rows: Tensor) -> Tensor:  # rows (m,) -> ids (m k), int64
         "The tokens of some rows."

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'setting_names', 'nearest', 'typed', 'override', 'parse_settings', 'Settings', 'read_settings',
-           'command_line', 'Terminated', 'command', 'Common', 'DataOptions', 'watched', 'on_disk', 'open_pictures',
-           'encode_to', 'numbered', 'open_vae', 'open_tokenizer', 'open_ar', 'made_with', 'habits', 'preset_of',
-           'size_of', 'TrainOptions', 'Told', 'train', 'train_main', 'CacheOptions', 'make_cache', 'cache_main',
-           'TokenizeOptions', 'read_ids', 'tokenize', 'tokenize_main', 'DecodeOptions', 'DetokenizeOptions',
-           'detokenize', 'detokenize_main', 'GenerateOptions', 'generate', 'generate_main', 'EvalOptions', 'measure',
-           'eval_main', 'EstimateOptions', 'Estimate', 'counted_memory', 'estimate', 'estimate_line', 'estimate_all',
+           'at_home', 'stored_options', 'command_line', 'Terminated', 'command', 'Common', 'DataOptions', 'open_vae',
+           'open_tokenizer', 'open_ar', 'made_with', 'habits', 'preset_of', 'all_learned', 'size_of', 'TrainOptions',
+           'Told', 'train', 'after', 'train_main', 'CacheOptions', 'make_cache', 'cache_main', 'TokenizeOptions',
+           'read_ids', 'tokenize', 'tokenize_main', 'DecodeOptions', 'DetokenizeOptions', 'detokenize',
+           'detokenize_main', 'GenerateOptions', 'generate', 'generate_main', 'EvalOptions', 'measure', 'eval_main',
+           'EstimateOptions', 'Estimate', 'counted_memory', 'estimate', 'estimate_line', 'estimate_all',
            'estimate_main', 'RunOptions', 'run_main']
 
 # %% ../nbs/15b_commands.ipynb #15b-0d3244e8
@@ -24,17 +24,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tyro.conf import Positional
 
-from .ar import ARModel, load_ar, save_ar, sample_images, train_ar
-from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import PRESETS, EvalConfig, Preset, atomic, compiler_works, from_dict, from_uint8, grid, load_model, pick_device, preset, save_model, seed_everything, shipped_models, weights_hash, write_text
+from .ar import ARModel, load_ar, save_ar, sample_images, tokenizer_identity, train_ar
+from .cache import LatentCache, TokenCache, cache_plan, latent_recipe, token_recipe
+from .core import PRESETS, EvalConfig, Preset, check_limits, compiler_works, conform, from_dict, from_uint8, grid, load_model, noise_like, parse_json, pick_device, plain, preset, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
-from .data import ImageSet, ToyScenes, _memory, image_files, load_data, read_squares
-from .evaluate import Report, evaluate_tokenizer, versions
+from .data import ImageSet, Learned, _hash_keys as hash_keys, _memory, image_files, learned_from, leave_out_learned, load_learned, read_squares, save_learned
+from .evaluate import Report, evaluate_tokenizer, may_replace, save_picture, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, pick_precision, picture_quality, run, throwaway
-from .sources import OnDisk, as_image_set, decode, hold_out, open_source
+from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, for_the_floor, lasting, material, numbered, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
 from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
-from .train import LongRun, Stopped
+from .train import LongRun, Stopped, claimed
 from .vae import VAE, train_vae
 
 # %% ../nbs/15b_commands.ipynb #15b-d5d0a8bf
@@ -77,6 +76,8 @@ def override(config,                     # a configuration dataclass: a Preset, 
             ):                           # the same with these values
     "Change single values anywhere in a configuration. Raises UsageError for names that do not exist and values of another type."
     for name, value in settings.items(): config = _put(config, name.split("."), value, name, setting_names(config))
+    try: check_limits(config)
+    except ValueError as error: raise UsageError(str(error)) from error
     return config
 
 def _put(config, parts: list[str], value, name: str, names: list[str]):
@@ -109,19 +110,56 @@ def read_settings(path: str | Path  # run.json of any run, or a file of your own
     "Read a configuration. Raises FileNotFoundError, or UsageError for what is no configuration."
     file = Path(path).expanduser(); file = file / "run.json" if file.is_dir() else file
     if not file.is_file(): raise FileNotFoundError(f"--config {path}: there is no such file")
-    try: found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error: raise UsageError(f"--config {path} is no json ({error})") from error
-    known = ["command", "options", "preset", "asked", "base", "data", "recipe", "versions"]
-    if not isinstance(found, dict): raise UsageError(f"--config {path} must hold an object with options and preset, not a {type(found).__name__}")
-    if unknown := [k for k in found if k not in known]: raise UsageError(f"--config {path} has a key {unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}")
+    try: found = read_json(file, "json")
+    except ValueError as error: raise UsageError(f"--config {plain(path)} is no json ({error})") from error
+    known = ["command", "options", "preset", "asked", "base", "data", "recipe", "versions", "changes"]
+    if not isinstance(found, dict): raise UsageError(f"--config {plain(path)} must hold an object with options and preset, not a {type(found).__name__}")
+    if unknown := [k for k in found if k not in known]: raise UsageError(f"--config {plain(path)} has a key {unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}")
+    try: conform(found, {"command?": (str, None), "options?": dict, "asked?": dict, "preset?": (str, dict, None)}, f"--config {plain(path)}")
+    except ValueError as error: raise UsageError(str(error)) from error
     p, options = found.get("preset"), {**found.get("asked", {}), **found.get("options", {})}
     if "asked" in found: options = {k: v for k, v in options.items() if k not in ("minutes", "at_most")}  # they were turned into the preset's steps
     if isinstance(p, str): p = preset(p)
-    elif isinstance(p, dict): p = override(preset(p["name"]) if p.get("name") in PRESETS else Preset(p.get("name", "own")), p)
+    elif isinstance(p, dict):
+        name = typed(p.get("name", "own"), str, "preset.name")
+        p = override(preset(name) if name in PRESETS else Preset(name), p)
     if p is not None: options["preset"] = p.name
     return Settings(found.get("command"), options, p)
 
 # %% ../nbs/15b_commands.ipynb #15b-2475d4a0
+_PLACES = ("out", "data", "data_root", "vae", "tokenizer", "ar", "cache", "latents", "classifier", "model", "ids", "images")  # options that may name files or folders
+
+def at_home(options):  # the same dataclass
+    "`~` at the beginning of a path is the home folder: shells do not see it in --out=~/x."
+    def home(value):
+        if isinstance(value, tuple): return tuple(map(home, value))
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    return replace(options, **{f.name: home(getattr(options, f.name)) for f in fields(options) if f.name in _PLACES})
+
+def stored_options(options, *without: str) -> dict:  # json-ready
+    "Options as run.json keeps them: paths are absolute, so that they mean the same from every folder."
+    def there(name, value):
+        if not isinstance(value, str) or name not in _PLACES or value in shipped_models(): return value
+        return lasting(value) if name == "data" else os.path.abspath(value)
+    return {k: there(k, v) for k, v in asdict(options).items() if k not in ("config", "set", *without)}
+
+_ELSEWHERE = {  # what other programs call it: what to write here
+    "lr learning-rate": "--set train_STAGE.lr=1e-3 (STAGE: vae, tokenizer, ar)", "batch-size batch_size bs": "--set train_STAGE.batch=64",
+    "epochs max-epochs num-epochs": "training is counted in steps: --steps N, or --set train_STAGE.steps=N", "max-steps iterations": "--steps N, or --set train_STAGE.steps=N",
+    "resume checkpoint ckpt load": "the same command goes on where it was stopped, nothing need be said (another learning rate from here on: --go-on lr=1e-4)",
+    "warmup weight-decay optimizer ema": "--set train_STAGE.NAME=VALUE", "gpu gpus cuda": "--device cuda", "num-workers": "--workers", "output output-dir outdir": "--out",
+    "image-size resolution size": "the preset decides it (--preset), or --set image_size=…", "fp16 bf16 amp mixed-precision": "--precision fp16 or bf16", "name run-name": "--out", "dataset data-dir data-path": "--data"}
+
+def _hint(cls: type, argv: list[str]) -> None:
+    "Raises UsageError for an option that other programs have under this name."
+    own = {f.name.replace("_", "-") for f in fields(cls)}
+    for word in argv:
+        name = word[2:].split("=")[0] if word.startswith("--") else ""
+        advice = next((text for names, text in _ELSEWHERE.items() if name in names.split()), None)
+        option = re.match(r"--([\w-]+)", advice or "")
+        if advice and name.replace("_", "-") not in own and (option is None or option[1] in own): raise UsageError(f"there is no option --{name}: {advice}")
+
+# %% ../nbs/15b_commands.ipynb #15b-a66fda62
 def _of_file(cls: type, found: Settings, path: str):  # an instance to start from
     kinds, options = typing.get_type_hints(cls), {}
     for name, value in found.options.items():
@@ -137,33 +175,57 @@ def command_line(cls: type,          # dataclass of the options
     "Options from a file and a command line, which goes before it. Leaves with status 2, or 0 after --help."
     import tyro
     argv = list(sys.argv[1:] if argv is None else argv)
+    _hint(cls, argv)
     path = next((a.split("=", 1)[1] if "=" in a else next(iter(argv[i + 1:]), "") for i, a in enumerate(argv) if re.fullmatch(r"--config(=.*)?", a)), None)
-    if path is None or not any(f.name == "config" for f in fields(cls)): return tyro.cli(cls, prog=name, args=argv, config=(tyro.conf.FlagCreatePairsOff,)), None
+    if path is None or not any(f.name == "config" for f in fields(cls)): return at_home(tyro.cli(cls, prog=name, args=argv, config=(tyro.conf.FlagCreatePairsOff,))), None
     found = read_settings(path)
     if found.command and found.command.split()[0] != name: raise UsageError(f"--config {path} is of {found.command}, not of {name}")
     options = tyro.cli(cls, prog=name, args=argv, default=_of_file(cls, found, path), config=(tyro.conf.FlagCreatePairsOff,))
     if found.preset and options.preset != found.preset.name: raise UsageError(f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): give one of them")
-    return options, found.preset
+    return at_home(options), found.preset
 
 # %% ../nbs/15b_commands.ipynb #15b-b39fd0d2
 class Terminated(KeyboardInterrupt):
-    "SIGTERM, while nobody could save anything."
-    number = signal.SIGTERM
+    "A signal that ends the process, while nothing could be saved."
+    def __init__(self, number: int): super().__init__(); self.number = number
+
+def _never_fail_to_print() -> None:
+    "What a terminal or a file cannot show is written as an escape: a finished job must not end in an encoding error."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    "SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays ignored."
+    def end(number, frame): raise Terminated(number)
+    before = {}
+    try:
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN: before[number] = signal.signal(number, end)
+    except ValueError: pass  # not in the main thread
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 @contextlib.contextmanager
 def _manners(name: str) -> Iterator[None]:
-    "SIGTERM becomes an exception, warnings become notes."
-    def end(number, frame): raise Terminated
-    try: before = signal.signal(signal.SIGTERM, end)
-    except ValueError: before = None  # not in the main thread
-    with warnings.catch_warnings():
-        plain = warnings.showwarning
+    "Signals become exceptions, warnings become notes."
+    _never_fail_to_print()
+    with _signals(), warnings.catch_warnings():
+        usual = warnings.showwarning
         def note(message, category, *rest, **more):
-            if category is UserWarning: print(f"{name}: note: {message}", file=sys.stderr, flush=True)
-            else: plain(message, category, *rest, **more)
+            if category is UserWarning: print(f"{name}: note: {plain(message)}", file=sys.stderr, flush=True)
+            else: usual(message, category, *rest, **more)
         warnings.showwarning = note
-        try: yield
-        finally: before is None or signal.signal(signal.SIGTERM, before)
+        yield
+
+def _sentence(error: Exception) -> str:
+    "What went wrong, for a person. Errors that no function announced are named as what they are: a fault of ours, or a damaged file that passed all checks."
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None and text.startswith("[Errno"): return f"{text} (while writing or reading; is the disk full?)"
+    if isinstance(error, (ValueError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError)): return text
+    if isinstance(error, MemoryError): return f"out of memory ({text}): a smaller --preset, batch or number of images"
+    return f"{type(error).__name__}: {text}. Nothing announced this error: a file may be damaged in a way that no check knows, or it is a fault of the package (FLEXTOK_TRACEBACK=1 shows where)"
 
 def command(name: str,        # of the command
             cls: type,        # dataclass of its options
@@ -172,12 +234,16 @@ def command(name: str,        # of the command
             keep: str = "",   # what is kept when it is stopped
            ) -> None:
     "Run a command. Leaves by SystemExit unless all went well."
-    def leave(text: str, status: int): print(f"{name}: {' '.join(text.split())}", file=sys.stderr, flush=True); sys.exit(status)
+    def leave(text: str, status: int):
+        print(f"{name}: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)
+        sys.exit(status)
     try:
         with _manners(name): status = work(*command_line(cls, name, argv))
     except KeyboardInterrupt as stop: leave(str(stop) or f"stopped{keep}", 128 + (getattr(stop, "number", None) or signal.SIGINT))
     except UsageError as error: leave(str(error), 2)
-    except (ValueError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error: leave(str(error) or type(error).__name__, 1)
+    except Exception as error:
+        if os.environ.get("FLEXTOK_TRACEBACK"): raise
+        leave(_sentence(error), 1)
     if status: sys.exit(status)
 
 # %% ../nbs/15b_commands.ipynb #15b-5877e357
@@ -191,13 +257,13 @@ class Common:
     device: str = "auto"
     "auto, cpu, cuda or mps."
     seed: int = 0
-    "Names the scenes, the split, the initialisation, the order, the noise."
+    "Names the scenes, the initialisation, the order, the noise. (What is held out depends on the pictures alone.)"
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Common):
     "Which pictures."
     data: str = "scenes"
-    "scenes; a folder of images, with or without class subfolders; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
+    "scenes; a folder of images, with or without class subfolders, or with train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
     data_root: str | None = None
     "Where named sets lie, or are downloaded to; ~/.cache/flextok_edu by default."
     download: bool = False
@@ -209,37 +275,11 @@ class DataOptions(Common):
     train_images: int | None = None
     "Draw so many scenes for training instead of the preset's number; of anything else, use at most so many images."
 
-# %% ../nbs/15b_commands.ipynb #15b-32536cdd
-def watched() -> bool:  # whether a person looks on: progress bars are for them, and litter the log of a queue
-    "Whether stderr is a terminal."
-    return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
-
-def on_disk(data: str, from_disk: bool = False) -> bool:  # whether these pictures are read while training
-    "What is no set in memory."
-    path = Path(data).expanduser()
-    return data != "scenes" and (from_disk or data.startswith("hf:") or data.endswith(".tar") or path.is_dir() and (any(path.glob("*.tar")) or any((path / f).is_file() for f in ("dataset_dict.json", "state.json"))))
-
-def open_pictures(o: DataOptions, p: Preset) -> tuple[ImageSet | OnDisk, ImageSet]:  # to learn from; held out
-    "The pictures that the options name, at the preset's size. Raises FileNotFoundError or ValueError, with advice."
-    if p.train_images < 2: raise ValueError(f"train_images must be at least 2, not {p.train_images}")
-    if not on_disk(o.data, o.from_disk): return load_data(o.data, p.image_size, p.train_images, p.evaluate.images, p.level, o.seed, watched(), o.data_root, o.download, o.train_images)
-    train, val = hold_out(open_source(o.data, p.image_size, root=o.data_root, download=o.download, limit=o.train_images), p.evaluate.images, o.seed)
-    return OnDisk(train, p.image_size, o.workers), as_image_set(val, p.image_size)
-
-def encode_to(folder: str | Path, recipe, *options) -> None:  # options: shard, batch, verify
-    "`build_cache`, which says what it will cost; with a bar only if somebody looks on."
-    if not watched(): print(cache_plan(folder, *recipe, *options[:2]), flush=True)
-    build_cache(folder, *recipe, *options, progress=watched())
-
-def numbered(data: ImageSet | OnDisk):  # for room 11b
-    "Pictures by number, whatever they come from."
-    if isinstance(data, ImageSet): return pictures_of(data)
-    return decoded_pictures(data.pictures, data.size, decode)
-
 # %% ../nbs/15b_commands.ipynb #15b-69a3e73b
 def _holds(folder: Path, key: str) -> bool:  # whether a model with this setting lies there
-    try: return key in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("config", {})
-    except (OSError, ValueError, AttributeError): return False
+    try: found = read_json(folder / "config.json")
+    except (OSError, ValueError): return False
+    return isinstance(found, dict) and isinstance(found.get("config"), dict) and key in found["config"]
 
 def _find(folder: str | None, what: str, option: str, key: str, below: str) -> Path:
     if not folder: raise UsageError(f"{option} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote")
@@ -262,16 +302,24 @@ def open_tokenizer(folder: str | None, device="cpu") -> FlexTok:
 def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(_find(folder, "AR model", "--ar", "class_dropout", "ar"), tok)
-    return model.to(tok.device), facts.get("classes") or list(map(str, range(model.config.classes)))
+    names = conform(facts.get("classes") or list(map(str, range(model.config.classes))), [str], f"--ar {plain(folder)}: classes")
+    if len(names) != model.config.classes: raise ValueError(f"--ar {plain(folder)} names {len(names)} classes, and its model has {model.config.classes}: config.json is damaged")
+    return model.to(tok.device), names
 
 def made_with(model: str) -> Preset | None:  # model: a folder of a run, or the name of a shipped model
     "The preset with which a model was made; None if nobody noted it."
     shipped, place = shipped_models().get(model), Path(model).expanduser()
     if shipped:
-        facts = json.loads((shipped / "model.json").read_text(encoding="utf-8")) if (shipped / "model.json").is_file() else {}
+        facts = read_json(shipped / "model.json") if (shipped / "model.json").is_file() else {}
         return from_dict(Preset, facts["preset"]) if facts.get("preset") else None
     file = next((f for f in (place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json") if f.is_file()), None)
     return read_settings(file).preset if file else None
+
+def _made_beside(model: str, part: str) -> Preset | None:
+    "The preset of another part of the same model; of a shipped model and a whole run, one preset holds for all."
+    place = Path(model).expanduser()
+    if model in shipped_models() or not (place / "run.json").is_file() or not _holds(place, "registers"): return made_with(model)
+    return None  # flextok_train notes its own stage only
 
 def habits(model: str) -> EvalConfig:  # model: as above
     "How a model is best decoded: steps and guidance with which it was measured."
@@ -285,6 +333,13 @@ def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
         if base is None and folder: base = made_with(folder)
     p = override(base or preset("micro"), parse_settings(o.set))
     return replace(p, train_images=o.train_images) if getattr(o, "train_images", None) else p
+
+def all_learned(tok: str, ar: str | None = None) -> dict:  # part -> what it learned from; None: nobody noted it
+    "What the models behind a tokenizer's folder (or shipped name) have seen."
+    place = _find(tok, "tokenizer", "--tokenizer", "registers", "tokenizer")
+    vae = next((f for f in (place / "vae", place.parent / "vae") if _holds(f, "stem")), place / "vae")
+    found = {"vae": load_learned(vae), "tokenizer": load_learned(place)}
+    return found | ({"ar": load_learned(_find(ar, "AR model", "--ar", "class_dropout", "ar"))} if ar else {})
 
 def size_of(tok: FlexTok) -> int: return tok.config.latent_size * tok.vae.config.factor  # side of its images
 
@@ -328,10 +383,12 @@ class TrainOptions(DataOptions):
     "Checkpoints that are kept."
     track: str = "none"
     "tensorboard, wandb or none: where numbers are also sent."
+    go_on: str | None = None
+    "Go on with an interrupted training under other settings, for example after its loss went wrong: lr=1e-4,precision=fp32. (Also clip and weight_decay.) The folder remembers it: later starts of the same command keep to it."
 
 # %% ../nbs/15b_commands.ipynb #15b-70e8bd6b
 class Told(LongRun):
-    "A long run that says in its log, once a minute, how far it is: for queues, where nobody sees a progress bar."
+    "A long run that says in its log, once a minute, how far it is: for queues, where no progress bar is seen."
     said = 0.
     def note(self, row: dict) -> dict:
         row = super().note(row)
@@ -340,28 +397,38 @@ class Told(LongRun):
             self.said = time.monotonic()
         return row
 
-def _put_aside(folder: Path) -> Path:
-    "Give a folder another name."
-    other = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-    folder.rename(other); return other
+_DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "tokenizer": ("vae", "tokenizer", "train_tokenizer"), "ar": ("tokenizer", "ar", "train_ar")}  # what a stage reads of a preset, besides its sizes
 
-def _begin(out: Path, facts: dict, first: bool) -> bool:  # whether the run is finished
+def _of_stage(recipe: dict) -> dict:
+    "A recipe without the settings of other stages, which change nothing in this one."
+    kept = ("name", "image_size", "level", "train_images", *_DECIDES.get(recipe.get("stage"), ()))
+    p = recipe.get("preset")
+    return recipe | {"preset": {k: v for k, v in p.items() if k in kept}} if isinstance(p, dict) else recipe
+
+def _begin(out: Path, facts: dict, first: bool) -> tuple[bool, dict | None]:  # whether the run is finished; what run.json says, None in a new folder
     "Raises ValueError if the folder holds another run."
     if not (out / "run.json").exists():
-        if first and (out / "config.json").exists(): raise ValueError(f"{out} holds a model that this command did not train: choose another --out")
-        return False
-    try: then = json.loads((out / "run.json").read_text(encoding="utf-8"))["recipe"]
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{out / 'run.json'} is damaged, or of another command: choose another --out, or --fresh") from error
-    names = [k for k in {**then, **facts} if then.get(k) != facts.get(k)]
-    if names:
-        raise ValueError(f"{out} holds another run ({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in _unequal(then, facts)[:4])}): choose another --out, or --fresh, which puts it aside")
-    return (out / "config.json").exists()
+        if first and (out / "config.json").exists(): raise ValueError(f"{plain(out)} holds a model that this command did not train: choose another --out")
+        return False, None
+    shape = {"recipe": {"stage": str, "preset": dict}, "changes?": [dict]}
+    try: stored = conform(read_json(out / "run.json"), shape, out / "run.json")
+    except ValueError as error: raise ValueError(f"{out / 'run.json'} is damaged, or of another command ({error}): choose another --out, or --fresh") from error
+    differs = _unequal(_of_stage(stored["recipe"]), _of_stage(facts))
+    if differs:
+        more = [b for k, a, b in differs if k.endswith(".steps")]
+        advice = f"; for more steps go on from the finished model: --{facts['stage']} {out} --out another{' --part both' if facts['stage'] != 'ar' else ''}" if more and (out / "config.json").exists() else ""
+        raise ValueError(f"{plain(out)} holds another run ({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in differs[:4])}): choose another --out, or --fresh, which puts it aside{advice}")
+    return (out / "config.json").exists(), stored
 
 # %% ../nbs/15b_commands.ipynb #15b-5131712f
-def _fits(vae: VAE, p: Preset) -> None:
+def _fits(vae: VAE, p: Preset, whose: str | None = None) -> None:  # whose: the folder or name that the VAE was asked for by
+    "Raises ValueError if the tokenizer takes other latents."
     c, v = p.tokenizer, vae.config
     if (v.latent_channels, v.factor * c.latent_size) != (c.latent_channels, p.image_size):
-        raise ValueError(f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}")
+        its = made_with(whose) if whose else None
+        its = its.name if its and its.name != p.name and its.name in PRESETS and (its.vae.latent_channels, its.vae.factor * its.tokenizer.latent_size) == (v.latent_channels, its.image_size) else None
+        advice = f"--preset {its}, with which it was made" if its else f"use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}"
+        raise ValueError(f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: {advice}")
 
 def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
     "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
@@ -379,7 +446,7 @@ def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARMode
     if o.vae:
         vae = open_vae(o.vae, device)
         if o.part == "decoder": return with_decoder(tok, vae)
-        _fits(vae, p); tok.vae = vae.requires_grad_(False)
+        _fits(vae, p, o.vae); tok.vae = vae.requires_grad_(False)
     return tok
 
 def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a trained model has in its recipe besides
@@ -387,51 +454,118 @@ def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a
     if isinstance(old, FlexTok): return {"part": o.part, "begun_from": weights_hash(old.own_state())}
     return {"part": o.part} if old is not None and o.part == "both" else {}
 
-def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a cache; what names it
+def _cache_folder(o: TrainOptions, out: Path) -> Path: return out.with_name(f"{out.name}.{'latents' if o.stage == 'tokenizer' else 'tokens'}")
+
+def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a cache; what names it; what it is of
     "What the stage learns from."
     if o.cache:
         if o.stage == "vae": raise UsageError("--cache: a VAE learns from images")
         data = (LatentCache if o.stage == "tokenizer" else TokenCache)(o.cache, made_of)
-        return data, {k: data.facts[k] for k in ("source_hash", "count", "dtype", "mirror")}
+        return data, {k: data.facts[k] for k in ("source_hash", "count", "dtype", "mirror")}, data.learned
     data = open_pictures(o, p)[0]
-    if o.stage == "vae" or isinstance(data, ImageSet): return data, {"source_hash": data.hash}
-    recipe = (latent_recipe if o.stage == "tokenizer" else token_recipe)(made_of, numbered(data), mirror=o.stage == "tokenizer")
-    folder = out.with_name(f"{out.name}.{'latents' if o.stage == 'tokenizer' else 'tokens'}")
-    print(f"images that are read from the disk are encoded once, into {folder}", flush=True)
-    encode_to(folder, recipe)
-    return (LatentCache if o.stage == "tokenizer" else TokenCache)(folder, made_of), {"source_hash": data.hash}
+    named, learned = {"source_hash": data.hash}, learned_from(data)
+    if o.stage == "vae": return data, named, learned
+    return material(data, made_of, _cache_folder(o, out)), named, learned
+
+def _classes_agree(o: TrainOptions, data) -> None:
+    "Raises UsageError if another number of classes was asked for than the pictures have."
+    asked = parse_settings(o.set).get("ar.classes")
+    if o.stage == "ar" and asked is not None and int(asked) != len(data.classes): raise UsageError(f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide")
 
 # %% ../nbs/15b_commands.ipynb #15b-294c924f
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     "Train one stage, or go on with it. Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit."
-    p, out, name = preset_of(o, base), Path(o.out or f"runs/{o.stage}").expanduser(), f"train_{o.stage}"
+    p, out, name = preset_of(o, base), Path(o.out or f"runs/{o.stage}").expanduser().absolute(), f"train_{o.stage}"
     if o.steps is not None: p = override(p, {f"{name}.steps": o.steps})
-    config = getattr(p, name); device, precision = pick_device(o.device), pick_precision(o.precision, o.device if o.device != "auto" else pick_device())
+    config, changes = getattr(p, name), parse_go_on(o.go_on)
+    device, precision = pick_device(o.device), pick_precision(o.precision, o.device if o.device != "auto" else pick_device())
     if config.steps < 1 or config.batch < 1: raise UsageError(f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}")
     if o.compile not in ("auto", "on", "off"): raise UsageError(f"--compile {o.compile}: use auto, on or off")
     if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0: raise UsageError(f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0")
+    check_name(out)
+    if changes and o.fresh: raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
     old = _to_go_on_with(o, p, device)
     made_of = open_tokenizer(o.tokenizer, device) if o.stage == "ar" else old if o.stage == "vae" else old.vae if old is not None else open_vae(o.vae, device)
-    if o.stage == "tokenizer": _fits(made_of, p)
+    if o.stage == "tokenizer": _fits(made_of, p, o.vae)
     if o.stage == "ar": p = replace(p, image_size=size_of(made_of))
     engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
     first = engine.rank == 0
-    with contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
-        data, named = _material(o, p, made_of, out)
-        recipe = json.loads(json.dumps({"stage": o.stage, "seed": o.seed, "precision": str(precision), "preset": asdict(p), "learns_from": named, "after": weights_hash(made_of) if made_of is not None else None} | _begun_from(o, old)))
-        if o.fresh and first and out.exists(): print(f"{out} is now {_put_aside(out)}", flush=True)
+    with contextlib.ExitStack() as held, contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
+        if first: _claim(held, o, out)
         if engine.world > 1: engine.accelerator.wait_for_everyone()
-        finished, engine.recipe = _begin(out, recipe, first), recipe
-        if engine.world > 1: engine.accelerator.wait_for_everyone()
-        if finished: print(f"{o.stage}: finished before, in {out}", flush=True); return out
-        if first: write_text(out / "run.json", json.dumps({"command": f"flextok_train {o.stage}", "options": {k: v for k, v in asdict(o).items() if k not in ("config", "set", "steps", "fresh", "out")}, "preset": asdict(p), "recipe": recipe, "versions": versions()}, indent=1))
-        if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
-        print(f"{o.stage}: {config.steps} steps of {config.batch} from {len(data):,} {getattr(data, 'source', None) or data.facts['source']}; {out}", flush=True)
-        try: model, log = _trained(o, p, data, made_of, old, engine, precision)
-        except Stopped as stop: stop.number = engine.asked; raise
-        if first: _save(o.stage, out, model, log, config, data); shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        if engine.world > 1: engine.accelerator.wait_for_everyone()
+        return _train_in(out, o, p, changes, made_of, old, engine, device, precision)
+
+def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
+    "The folder is ours; with --fresh, what lay there (and the cache beside it) gets another name. Raises ValueError if another process trains there."
+    claim = held.enter_context(claimed(out))
+    if not o.fresh: return
+    if aside := claim.put_aside(): print(f"{plain(out)} is now {plain(aside)}", flush=True)
+    cache = _cache_folder(o, out)
+    if o.stage != "vae" and cache.is_dir():
+        with claimed(cache, "encodes") as claim: print(f"{plain(cache)} is now {plain(claim.put_aside())}", flush=True)
+
+# %% ../nbs/15b_commands.ipynb #15b-574a8307
+def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None) -> Path:
+    "Train in a folder that is ours."
+    first, name = engine.rank == 0, f"train_{o.stage}"
+    data, named, learned = _material(o, p, made_of, out)
+    _classes_agree(o, data)
+    recipe = _recipe(o, p, named, made_of, old, precision)
+    finished, stored = _begin(out, recipe, first)
+    if engine.world > 1: engine.accelerator.wait_for_everyone()
+    if finished and changes: raise UsageError(f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} {out} --out another --set {name}.lr=…")
+    if finished: print(f"{o.stage}: finished before, in {out}", flush=True); return out
+    went_on = (stored or {}).get("changes", [])
+    if changes:
+        if not engine.store.files(): raise UsageError(f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other settings, --set")
+        went_on = went_on + [changes]
+    allowed = {}
+    for settings in went_on:
+        p, precision, changed = with_changes(p, precision, o.stage, settings, device)
+        allowed |= changed
+    engine.precision, engine.changes = precision, allowed
+    engine.recipe = _recipe(o, p, named, made_of, old, precision)
+    if stored and not allowed: engine.recipe = stored["recipe"]  # settings of other stages may differ by now: they change nothing here
+    facts = {"command": f"flextok_train {o.stage}", "options": stored_options(o, "steps", "fresh", "out", "go_on"), "preset": asdict(p),
+             "recipe": stored["recipe"] if stored else recipe, "versions": versions()} | ({"changes": went_on} if went_on else {})
+    if first: write_text(out / "run.json", json.dumps(facts, indent=1))
+    if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
+    config = getattr(p, name)
+    print(f"{o.stage}: {config.steps} steps of {config.batch}, from {plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}", flush=True)
+    try: model, log = _trained(o, p, data, made_of, old, engine, precision)
+    except Stopped as stop: stop.number = engine.asked; raise
+    if first:
+        _save(o.stage, out, model, log, config, data, _seen(o, learned), engine.changed)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if engine.world > 1: engine.accelerator.wait_for_everyone()
     return out
+
+def after(now: Learned, before: Learned | None) -> Learned:  # before: of the model that went on; None: nobody noted it
+    "What a model has learned from that began with the weights of another."
+    told = f"{now.source}; before: {before.source if before else 'not recorded'}"
+    if before is None: return Learned("unknown", told, -1, "", None)
+    count = now.count + before.count if min(now.count, before.count) >= 0 else -1
+    lists = [x.keys for x in (before, now) if x.rule != "scenes"]  # scenes need none
+    if not lists: return replace(now, source=told, count=count)
+    if any(keys is None for keys in lists): return Learned("unknown", told, count, "", None)
+    keys = torch.cat(lists).unique()
+    return Learned(now.rule if now.rule != "scenes" else before.rule, told, len(keys), hash_keys(keys), keys)
+
+def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own", and "vae" of a tokenizer
+    "What a model has learned from: now, and before if it went on."
+    whose = {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]
+    if o.stage == "tokenizer":
+        before = all_learned(whose) if whose else {}
+        vae = load_learned(_find(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
+        return {"own": after(now, before["tokenizer"]) if whose else now, "vae": vae}
+    if not whose: return {"own": now, "vae": None}
+    kind, key = ("VAE", "stem") if o.stage == "vae" else ("AR model", "class_dropout")
+    return {"own": after(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))), "vae": None}
+
+def _recipe(o: TrainOptions, p: Preset, named: dict, made_of, old, precision: torch.dtype | None) -> dict:  # as json gives it back
+    "All that decides the weights."
+    facts = {"stage": o.stage, "seed": o.seed, "precision": str(precision), "preset": asdict(p), "learns_from": named, "after": weights_hash(made_of) if made_of is not None else None}
+    return json.loads(json.dumps(facts | _begun_from(o, old)))
 
 # %% ../nbs/15b_commands.ipynb #15b-9684b091
 def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, precision: torch.dtype | None):
@@ -443,13 +577,18 @@ def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, pr
     if o.stage == "tokenizer": return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
     return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine, old)
 
-def _save(stage: str, out: Path, model, log: list[dict], config, data) -> None:
-    "Model, facts and log."
+def _save(stage: str, out: Path, model, log: list[dict], config, data, learned: dict, changed: list[dict]) -> None:  # learned: "own", and of a tokenizer "vae"
+    "Model, facts, log, and what it learned from."
     own = [w for _, w in model.own_parameters()] if stage == "tokenizer" else list(model.parameters())
-    facts = {"stage": {"stage": stage, "steps": config.steps, "batch": config.batch, "seconds": log[-1]["seconds"], "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in own)}}
+    facts: dict = {"stage": {"stage": stage, "steps": config.steps, "batch": config.batch, "seconds": log[-1]["seconds"], "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in own)}}
+    if changed: facts["changes"] = changed
     write_text(out / "log.json", json.dumps(log))
+    save_learned(out, learned["own"])
     if stage == "vae": save_model(out, model, model.config, **facts)
-    elif stage == "tokenizer": save_model(out / "vae", model.vae, model.vae.config); save_tokenizer(out, model, **facts)
+    elif stage == "tokenizer":
+        save_model(out / "vae", model.vae, model.vae.config)
+        if learned["vae"] is not None: save_learned(out / "vae", learned["vae"])
+        save_tokenizer(out, model, **facts)
     else: save_ar(out, model, classes=list(data.classes), **facts)
     print(f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, {facts['stage']['images_per_second']:.0f} images a second, {facts['stage']['parameters'] / 1e6:.2f} M parameters, weights {weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}", flush=True)
 
@@ -519,26 +658,35 @@ class TokenizeOptions(Common):
     "How many tokens: one number for all pictures, or one for each. By default all."
     batch: int = 64
     "Pictures at a time."
+    force: bool = False
+    "Replace a file that is no file of ids. (Your pictures are never replaced.)"
 
 def read_ids(path: str | Path, tok: FlexTok) -> tuple[list[str], list[Tensor]]:  # names of the pictures; ids (r,) of each
     "Read what `flextok_tokenize` wrote. Raises FileNotFoundError, or ValueError for what is damaged or another tokenizer's."
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"{path} is not there: give a file that flextok_tokenize wrote")
+    if not path.is_file(): raise FileNotFoundError(f"{plain(path)} is not there: give a file that flextok_tokenize wrote")
     try:
-        head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        whose, found = head["tokenizer"], [(str(row["image"]), torch.tensor(row["ids"], dtype=torch.int64)) for row in rows]
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{path} is no file of ids ({type(error).__name__}: {error})") from error
-    if whose != weights_hash(tok): raise ValueError(f"the ids in {path} are of tokenizer {whose}, not of {weights_hash(tok)}: decoded pictures would be nonsense")
-    if not found: raise ValueError(f"{path} holds no ids")
-    return [name for name, _ in found], [ids for _, ids in found]
+        head, *rows = [parse_json(line, f"line {i + 1}") for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()) if line.strip()]
+        conform(head, {"tokenizer": str, "identity?": str, "vocabulary?": int, "registers?": int, "size?": int}, "line 1")
+        for i, row in enumerate(rows): conform(row, {"image": str, "ids": [int]}, f"picture {i + 1}")
+    except ValueError as error: raise ValueError(f"{plain(path)} is no file of ids ({error})") from error
+    whose = {"tokenizer": weights_hash(tok), "identity": tokenizer_identity(tok), "vocabulary": tok.fsq.vocabulary, "registers": tok.config.registers, "size": size_of(tok)}
+    for name, value in whose.items():  # an older file does not say all of it
+        if head.get(name, value) != value: raise ValueError(f"the ids in {plain(path)} are of tokenizer {head['tokenizer']} ({name} {head[name]}), not of {whose['tokenizer']} ({name} {value}): decoded pictures would be nonsense")
+    if not rows: raise ValueError(f"{plain(path)} holds no ids")
+    for row in rows:
+        if not 1 <= len(row["ids"]) <= tok.config.registers or not all(0 <= i < tok.fsq.vocabulary for i in row["ids"]):
+            raise ValueError(f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest {max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 .. {tok.fsq.vocabulary - 1}")
+    return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
 # %% ../nbs/15b_commands.ipynb #15b-1792ea00
 def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:  # exit status: 1 if some pictures could not be read
     "Read, tokenise, write."
+    if missing := [i for i in o.images if not Path(i).exists()]: raise FileNotFoundError(f"{plain(missing[0])} is not there" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    paths = [f for i in map(Path, o.images) for f in (image_files(i) if i.is_dir() else [i])]
+    if not paths: raise ValueError(f"no image files in {', '.join(map(plain, o.images))}")
+    may_replace(Path(o.out), o.force, paths)
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
-    if missing := [i for i in o.images if not Path(i).expanduser().exists()]: raise FileNotFoundError(f"{missing[0]} is not there" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    paths = [f for i in map(lambda i: Path(i).expanduser(), o.images) for f in (image_files(i) if i.is_dir() else [i])]
-    if not paths: raise ValueError(f"no image files in {', '.join(o.images)}")
     if len(o.budgets) > 1 and len(o.budgets) != len(paths): raise UsageError(f"{len(o.budgets)} budgets for {len(paths)} pictures: give one for all, or one for each")
     for k in o.budgets: tok._check_budget(k)
     lines, bad = [], []
@@ -550,7 +698,7 @@ def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:  # exit sta
             budget = o.budgets[0] if len(o.budgets) == 1 else o.budgets[start + i] if o.budgets else None
             lines.append(json.dumps({"image": str(part[i]), "ids": ids[:budget]}))
     if not lines: raise ValueError(f"none of the {len(paths)} pictures could be read, the first: {bad[0]}")
-    head = {"format": "flextok_edu.ids", "tokenizer": weights_hash(tok), "vocabulary": tok.fsq.vocabulary, "registers": tok.config.registers, "size": size_of(tok)}
+    head = {"format": "flextok_edu.ids", "tokenizer": weights_hash(tok), "identity": tokenizer_identity(tok), "vocabulary": tok.fsq.vocabulary, "registers": tok.config.registers, "size": size_of(tok)}
     write_text(o.out, "\n".join([json.dumps(head), *lines]) + "\n")
     print(f"{len(lines)} pictures in {o.out}", flush=True)
     if bad: print(f"flextok_tokenize: {len(bad)} of {len(paths)} pictures could not be read: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}", file=sys.stderr)
@@ -570,24 +718,45 @@ class DecodeOptions(Common):
     "Steps of the flow decoder. By default what the model was measured with."
     guidance: float | None = None
     "Guidance of the flow decoder. The same."
+    force: bool = False
+    "Replace files that this package did not make."
 
     def decoding(self, model: str) -> tuple[int, float]:  # steps, guidance
-        "As asked for, or as this model is used to."
+        "As asked for, or as this model is used to. Raises UsageError for numbers that no decoder can follow."
         usual = habits(model)
-        return usual.steps if self.steps is None else self.steps, usual.guidance if self.guidance is None else self.guidance
+        steps, guidance = usual.steps if self.steps is None else self.steps, usual.guidance if self.guidance is None else self.guidance
+        if steps < 1 or not -1000 <= guidance <= 1000: raise UsageError(f"--steps {steps} --guidance {guidance:g}: at least one step, and a guidance in -1000 .. 1000 (useful: 1 to 8)")
+        return steps, guidance
 
-def _safe(name: str) -> str: return re.sub(r"[^-.\w]+", "_", name)  # for a file name
+def _safe(name: str, most: int = 80) -> str:  # for a file name: at most so many bytes
+    "Words that every file system takes. Different names may become equal: put a number before them."
+    found = re.sub(r"[^-.\w]+", "_", plain(name)).encode()
+    return found[:most].decode("utf-8", "ignore")
 
-def _write_pictures(out: str, names: list[str], rows: list[Tensor], budgets: list[int]) -> None:
-    "A file for each picture and budget, and all on one sheet. rows: for each budget, images (b 3 h w)."
-    from PIL import Image
-    folder = Path(out).expanduser()
-    def put(file, pixels):
-        with atomic(folder / file) as temporary: Image.fromarray(pixels).save(temporary, format="PNG")
-    for images, k in zip(rows, budgets):
-        for image, name in zip(images, names): put(f"{name}_{k:03}.png", grid(image[None], 1, 1, 0))
-    put("sheet.png", grid(torch.stack(rows, 1).flatten(0, 1), len(budgets), max(1, 64 // rows[0].shape[-1])))
-    print(f"{len(names) * len(budgets)} pictures in {folder}, all of them on {folder / 'sheet.png'}", flush=True)
+def _file_name(name: str, k: int) -> str: return f"{name}_{k:03}.png"
+
+def _may_write(out: str, names: list[str], counts: list[int], force: bool) -> Path:  # the folder
+    "Before anything is decoded. Raises OSError or ValueError for a folder, or a file in it, that must not be written to."
+    folder = ready_to_write(out)
+    for file in [_file_name(name, k) for name in names for k in counts] + ["sheet.png"]: may_replace(folder / file, force, [])
+    return folder
+
+def _sheet(rows: list[Tensor | None], columns: int) -> Tensor:  # rows: pictures (m 3 h w), m <= columns, of each name
+    "All on one picture that is about square, names from left to right; white where there is none."
+    side = next(r.shape[-1] for r in rows)
+    filled = [torch.cat([r, torch.ones(columns - len(r), 3, side, side)]) for r in rows]
+    beside = max(1, round(math.sqrt(len(rows) / columns))) if len(rows) > 24 else 1  # so many names in a row
+    return grid(torch.cat(filled), columns * beside, max(1, 64 // side))
+
+def _write_pictures(folder: Path, names: list[str], rows: list[Tensor], counts: list[list[int]], columns: int) -> None:
+    "A file for each picture and count, and all on one sheet. rows: of each name, images (m 3 h w) in [-1, 1]; counts: their tokens."
+    for name, images, ks in zip(names, rows, counts):
+        if not torch.isfinite(images).all(): raise ValueError(f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, or --device cpu; nothing was written of it")
+        for image, k in zip(images, ks): save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
+    shown = rows[:1024 // columns]
+    save_picture(folder / "sheet.png", _sheet(shown, columns))
+    count = sum(map(len, counts))
+    print(f"{count} pictures in {plain(folder)}, {'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on {plain(folder / 'sheet.png')}", flush=True)
 
 # %% ../nbs/15b_commands.ipynb #15b-5fbaebad
 @dataclass(frozen=True, kw_only=True)
@@ -604,11 +773,22 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     "Read ids, decode, write."
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
     names, ids = read_ids(o.ids, tok)
-    budgets = list(o.budgets) or [tok.config.registers]
-    for k in budgets: tok._check_budget(k)
-    names, how = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)], o.decoding(o.tokenizer)
-    rows = [torch.cat([tok.detokenize([row[:k] for row in ids[i:i + 64]], *how, o.seed, first_index=i).cpu() for i in range(0, len(ids), 64)]) for k in budgets]
-    _write_pictures(o.out, names, rows, budgets)
+    for k in o.budgets: tok._check_budget(k)
+    names, (steps, guidance) = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)], o.decoding(o.tokenizer)
+    counts = [sorted({k for k in o.budgets if k <= len(row)} if o.budgets else {len(row)}) for row in ids]
+    if not any(counts): raise UsageError(f"--budgets {' '.join(map(str, o.budgets))}: no picture in {plain(o.ids)} has so many tokens (the most: {max(map(len, ids))})")
+    if short := sum(len(set(o.budgets)) > len(ks) for ks in counts) if o.budgets else 0: print(f"flextok_detokenize: note: {short} of {len(ids)} pictures have fewer tokens than --budgets asks for; those counts are left out", file=sys.stderr, flush=True)
+    folder = _may_write(o.out, names, sorted({k for ks in counts for k in ks}), o.force)
+    asked = [(i, row[:k]) for i, (row, ks) in enumerate(zip(ids, counts)) for k in ks]
+    found = []
+    for start in range(0, len(asked), 64):
+        part = asked[start:start + 64]
+        noise = torch.cat([noise_like(_latent_shape(tok), o.seed, [i]) for i, _ in part])  # that of the picture's number, whatever the batch
+        found.append(tok.detokenize([row for _, row in part], steps, guidance, noise=noise.to(tok.device)).cpu())
+    rows = torch.cat(found).split([len(ks) for ks in counts])
+    _write_pictures(folder, names, list(rows), counts, max(map(len, counts)))
+
+def _latent_shape(tok: FlexTok) -> tuple[int, int, int]: return (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
 
 def detokenize_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_detokenize`."
@@ -617,7 +797,7 @@ def detokenize_main(argv: list[str] | None = None) -> None:
 # %% ../nbs/15b_commands.ipynb #15b-0f28771e
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(DecodeOptions):
-    "New pictures of some classes: CLASS_seedSEED_TOKENS.png for each, and sheet.png with all."
+    "New pictures of some classes: NUMBER_CLASS_seedSEED_TOKENS.png for each, and sheet.png with all."
     classes: Positional[tuple[str, ...]]
     "Names or numbers of classes, or all."
     ar: str
@@ -644,7 +824,11 @@ def _its_tokenizer(ar: str) -> str:  # a folder, or a shipped model
     for file in (place / "run.json", place.parent / "run.json"):
         if not file.is_file(): continue
         found = read_settings(file)
-        if found.options.get("tokenizer"): return found.options["tokenizer"]
+        if whose := found.options.get("tokenizer"):
+            places = [Path(str(whose)).expanduser(), *(place.parent / str(whose), place.parent / Path(str(whose)).name)]  # a path that was stored as it was typed meant another folder
+            if whose in shipped_models(): return whose
+            if there := next((f for f in places if f.is_dir()), None): return str(there)
+            raise UsageError(f"--tokenizer is missing: this AR model was trained with {plain(whose)}, which is not there any more (or was given from another folder): say where its tokenizer lies now")
         if (file.parent / "tokenizer" / "config.json").is_file(): return str(file.parent / "tokenizer")
     raise UsageError("--tokenizer is missing: say which tokenizer this AR model writes for, by its folder")
 
@@ -654,7 +838,7 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     def number(c):
         if c in names: return names.index(c)
         if c.isdecimal() and int(c) < len(names): return int(c)
-        raise ValueError(f"there is no class {c!r}{nearest(c, names)}" + ("" if difflib.get_close_matches(c, names, 1, .6) else f"; there are {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"))
+        raise ValueError(f"there is no class {plain(c)!r}{nearest(c, names)}" + ("" if difflib.get_close_matches(c, names, 1, .6) else f"; there are {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"))
     wanted = list(range(len(names))) if list(o.classes) == ["all"] else [number(c) for c in o.classes]
     if not wanted or not o.seeds: raise UsageError("say which classes, and at least one seed")
     budgets = list(o.budgets) or [tok.config.registers]
@@ -662,8 +846,11 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     labels, seeds = torch.tensor([c for c in wanted for _ in o.seeds]), list(o.seeds) * len(wanted)
     steps, guidance = o.decoding(whose); usual = habits(o.ar)
     g, temperature = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance, usual.temperature if o.temperature is None else o.temperature
+    if not (math.isfinite(g) and math.isfinite(temperature) and temperature >= 0): raise UsageError(f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more")
+    files = [f"{c:03}_{_safe(names[c])}_seed{s}" for c, s in zip(labels.tolist(), seeds)]
+    folder = _may_write(o.out, files, budgets, o.force)
     rows = [sample_images(ar, tok, labels, k, steps, guidance, g, temperature, top_k=o.top_k, top_p=o.top_p, seeds=seeds).cpu() for k in budgets]
-    _write_pictures(o.out, [f"{_safe(names[c])}_seed{s}" for c, s in zip(labels.tolist(), seeds)], rows, budgets)
+    _write_pictures(folder, files, list(torch.stack(rows, 1)), [budgets] * len(files), len(budgets))
 
 def generate_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_generate`."
@@ -686,18 +873,22 @@ class EvalOptions(DataOptions):
 
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
-    device = pick_device(o.device); tok = open_tokenizer(o.tokenizer, device)
+    out, device = ready_to_write(o.out), pick_device(o.device)
+    tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=size_of(tok))
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = load_model(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"), lambda c: AttributeClassifier(), type(p.train_classifier))[0].to(device) if o.classifier else None
-    train, val = open_pictures(o, p)
-    other = ImageSet(*ToyScenes("val", p.image_size, p.level, o.seed + 1, len(val)).render(), train.classes, "", True) if train.scenes else train
-    if not isinstance(other, ImageSet): other = ImageSet(train.head(len(val)), torch.zeros(len(val), 1, dtype=torch.int64), train.classes, train.source)
+    train, val = open_pictures(o, p, only_held_out=True)
+    val, learned = leave_out_learned(val, all_learned(o.tokenizer, o.ar))
+    for part, said in learned.items():
+        if said["overlap"] != "none" and said["overlap"] != 0: print(f"flextok_eval: note: the {part} learned from {said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}", file=sys.stderr, flush=True)
     eyes = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)
-    report = evaluate_tokenizer(tok, val, other, eyes, p.evaluate, reader, ar, o.seed, progress=watched())
-    report.save(o.out); picture_quality(report, Path(o.out) / "quality.png")
-    write_text(Path(o.out) / "run.json", json.dumps({"command": "flextok_eval", "options": {k: v for k, v in asdict(o).items() if k not in ("config", "set")}, "preset": asdict(p), "versions": versions()}, indent=1))
-    print(f"{report}\n\ntable in {o.out}; flextok_compare lays two of them side by side", flush=True)
+    made = {"vae": _made_beside(o.tokenizer, "vae"), "tokenizer": made_with(o.tokenizer)} | ({"ar": made_with(o.ar)} if o.ar else {})
+    report = evaluate_tokenizer(tok, val, eyes=eyes, config=p.evaluate, reader=reader, ar=ar, seed=o.seed, progress=watched(), facts=trained_how(**made) | {"learned": learned}, **for_the_floor(train, val, p, o.seed))
+    report.save(out)
+    picture_quality(report, out / "quality.png")
+    write_text(out / "run.json", json.dumps({"command": "flextok_eval", "options": stored_options(o), "preset": asdict(p), "versions": versions()}, indent=1))
+    print(f"{report}\n\ntable in {plain(out)}; flextok_compare lays two of them side by side", flush=True)
     return report
 
 def eval_main(argv: list[str] | None = None) -> None:
@@ -781,8 +972,7 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     p, device = preset_of(o, base), pick_device(o.device); precision = pick_precision(o.precision, device)
     if o.steps < 1 or not o.seconds > 0: raise UsageError(f"--steps {o.steps} --seconds {o.seconds}: more than 0")
     seed_everything(o.seed)
-    began = time.perf_counter(); n = min(64, p.train_images); few = open_pictures(replace(o, train_images=n), replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)))[0]
-    if not isinstance(few, ImageSet): few = ImageSet(few.head(64), torch.zeros(min(64, len(few)), 1, dtype=torch.int64), few.classes, few.source)
+    began = time.perf_counter(); n = min(64, p.train_images); few = some(open_pictures(replace(o, train_images=n), replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)))[0], 64)
     reading = (time.perf_counter() - began) / len(few)
     count = o.train_images or (p.train_images if o.data == "scenes" else 0)
     print(f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} threads; {few.source}\n"
@@ -811,11 +1001,14 @@ class RunOptions(RunConfig):
     "Start from a file: the run.json of a finished run, or one of your own. What is given besides goes before it."
     set: tuple[str, ...] = ()
     "Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3 tokenizer.encoder.depth=4"
+    fresh: bool = False
+    "Begin anew. What is in the folder is not deleted: the folder gets another name."
 
 def run_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_run`."
     def work(o, base):
         p = override(base or preset(o.preset), parse_settings(o.set))
         if o.steps and any(re.fullmatch(r"train_\w+\.steps", name) for name in parse_settings(o.set)): raise UsageError(f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it comes from --config)")
-        run(RunConfig(**{f.name: getattr(o, f.name) for f in fields(RunConfig)}), p)
+        config = RunConfig(**{f.name: getattr(o, f.name) for f in fields(RunConfig)})
+        run(config, p, o.fresh)
     command("flextok_run", RunOptions, work, argv, "; finished stages are kept: the same command goes on from there")

@@ -177,6 +177,17 @@ PRESETS = {p.name: p for p in (
         train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=.998),
         train_ar=StageConfig(steps=500, batch=128, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.99),
         evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
+    Preset("mini", 128, level=2, train_images=100_000,
+        vae=VAEConfig(latent_channels=4, channels=(48, 96, 192), layers=1, stem=2, groups=8),
+        tokenizer=TokenizerConfig(4, 16, 64, (7, 5, 5, 5, 5), TrunkConfig(192, 6), TrunkConfig(192, 8), dropout_law="half_full",
+                                  zero_noise=.5, norm_before_fsq=True),
+        ar=ARConfig(vocabulary=4375, length=64, classes=12, width=192, depth=6),
+        vae_loss=VAELossConfig(adversarial_start=.7),
+        train_vae=StageConfig(steps=2489, batch=128, lr=3e-3, optimizer="muon", ema=.998),
+        train_classifier=StageConfig(steps=1500, batch=64, lr=2e-3, ema=.995),
+        train_tokenizer=StageConfig(steps=4583, batch=1024, lr=3e-3, optimizer="muon", warmup=100, ema=.998),
+        train_ar=StageConfig(steps=2399, batch=512, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.998),
+        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
     Preset("small", 128, level=3, train_images=100_000,
         vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
         tokenizer=TokenizerConfig(8, 16, 128, encoder=TrunkConfig(512, 8, 1), decoder=TrunkConfig(512, 8, 1)),
@@ -523,7 +534,8 @@ def atomic(path: str | Path):  # yields the temporary path to write to
 
 def write_text(path: str | Path, text: str) -> None:
     "Write a text file, whole or not at all."
-    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    # a name that was no UTF-8 becomes an escape: in json one that reads back
+    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00_core.ipynb #00-9199e6b4
 def weights_hash(module: nn.Module | dict  # a module or a state dict

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .ar import ARModel
 from .core import ARConfig, Feed, Preset, TokenizerConfig, TrunkConfig, VAEConfig, compiled, pick_device, preset, write_text
+from .evaluate import MARK, any_terminal, may_replace
 from .registers import LAWS
 from .tokenizer import Draws, FlexTok, Latents, TokenizerFeed, latent_batches
 from .vae import VAE
@@ -210,6 +211,7 @@ def describe(p: Preset) -> str:  # a page of text
 
 def info_main() -> None:
     "The console command `flextok_info PRESET`."
+    any_terminal()
     names = sys.argv[1:]
     if not names or names[0] in ("-h", "--help"): print("usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."); return
     try: print("\n\n".join(describe(preset(name)) for name in names))
@@ -298,6 +300,8 @@ class BenchConfig:
     "Rounds."
     out: str | None = None
     "Write the rows as json here."
+    force: bool = False
+    "Replace a file of this name that another program wrote."
 
 # %% ../nbs/16_cost.ipynb #16-4d867b3d
 def bench_tokenizer(config: BenchConfig) -> FlexTok:  # random weights, none of them zero
@@ -461,13 +465,17 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
 def bench(what: str, config: BenchConfig, say: Callable = print) -> list[dict]:  # the rows
     "encode, decode or train. The rows are printed as they come, and written to `config.out`."
     if what not in ("encode", "decode", "train"): raise ValueError(f"bench {what!r}: use encode, decode or train")
+    if config.out: may_replace(config.out, config.force)
     say(f"# torch {torch.__version__}, {torch.get_num_threads()} threads, device {pick_device(config.device)}" + (f" ({torch.cuda.get_device_name()})" if pick_device(config.device).type == "cuda" else ""))
     rows = bench_train(config, say) if what == "train" else bench_inference(what, config, say)
-    if config.out: write_text(config.out, json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(pick_device(config.device)), "rows": rows}, indent=1))
+    if config.out:
+        told = {"format": f"{MARK}.bench", "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(pick_device(config.device)), "rows": rows}
+        write_text(config.out, json.dumps(told, indent=1))
     return rows
 
 def bench_main() -> None:
     "The console command `flextok_bench decode|encode|train`."
+    any_terminal()
     import tyro
     what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ("", sys.argv[1:])
     if not what and not any(a in ("-h", "--help") for a in rest): sys.exit("flextok_bench: say what: flextok_bench decode|encode|train [options] (--help lists them)")

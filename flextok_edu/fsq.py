@@ -108,7 +108,9 @@ class CodeUse:
     def collect(self, codes: Tensor,  # (b r l), r <= k
                 keep: Tensor,         # boolean (b r): the positions that count
                ) -> None:
-        "Count a batch."
+        "Count a batch. Codes that are not finite count nothing: the loss will say it, and an index outside would end a run before it can."
+        finite = torch.isfinite(codes).all(-1)  # NaN has no digit (nor a sync: nothing here is read by the CPU)
+        codes, keep = torch.where(finite[..., None], codes, 0.), keep & finite
         fade = math.exp(-len(codes) / self.memory)
         self.words.mul_(fade).index_add_(0, self.fsq.codes_to_ids(codes).flatten(), keep.flatten().float())
         digits = ((codes + 1) * self.fsq.step).round().long()

@@ -340,8 +340,9 @@ def test_only_what_depends_on_it_is_refused(pair):
         assert found.best("mae", tokens=2) == 1 and list(found.mismatches(key)) == [name]
         with pytest.raises(ValueError, match="not ranked"):
             found.best(key, tokens=2)
+    drawn = {"ar_guidance": 1., "samples": 8, "temperature": 1.}  # only a measurement with samples has these
     for name, value in (("ar_guidance", 9.), ("samples", 3), ("temperature", .5)):
-        found = compare(pair[0], other_card(pair[1], **{name: value}))
+        found = compare(other_card(pair[0], **drawn), other_card(pair[1], **drawn | {name: value}))
         assert not found.mismatches("mae") and list(found.mismatches(key, "samples")) == [name] and f"· {name}" in str(found)
     found = compare(pair[0], other_card(pair[1], steps=7))
     assert not found.mismatches("mae", "VAE alone"), "an autoencoder takes no steps"
@@ -418,7 +419,7 @@ def test_the_file_is_as_it_was(pair, tmp_path):
     """Columns and keys of the files that others read."""
     pair[0].save(tmp_path)
     stored = json.loads((tmp_path / "table.json").read_text())
-    assert set(stored) == {"notes", "card", "rows"} and all(row["card"] == pair[0].card for row in stored["rows"])
+    assert set(stored) == {"format", "notes", "card", "rows"} and stored["format"] == "flextok_edu.table" and all(row["card"] == pair[0].card for row in stored["rows"])
     assert [r["what"] for r in stored["rows"]] == ["originals", "real against real", "VAE alone", "tokens", "tokens", "tokens"]
     assert list(stored["rows"][-1])[:3] == ["what", "tokens", "n"] and "frechet_pixels_gain_se" in stored["rows"][-1]
     assert Report(pair[0].rows, pair[0].card, pair[0].notes) == pair[0]

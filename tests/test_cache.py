@@ -22,7 +22,7 @@ from flextok_edu.cache import (Cache, CachePlan, DamagedShard, LatentCache, Pict
                                latent_recipe, read_header, shard_path, pictures_of, write_shard)
 from flextok_edu.ar import token_batches, train_ar
 from flextok_edu.core import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import ImageSet
+from flextok_edu.data import ImageSet, leave_out_learned, learned_from, picture_key
 from flextok_edu.tokenizer import FlexTok, cache_latents, fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
@@ -189,7 +189,7 @@ def test_one_build_a_process(tmp_path):
     thread.start()
     inside.wait(10)
     try:
-        with pytest.raises(RuntimeError, match="this very process"):
+        with pytest.raises(ValueError, match="this very process"):
             every_build(tmp_path)
     finally:
         gate.set()
@@ -350,7 +350,10 @@ def answer_in_the_order_of_the_shards(monkeypatch):
 
 def items_not_kept(monkeypatch):
     real = cache._loaded
-    monkeypatch.setattr(cache, "_loaded", lambda found, a, b: (*real(found, a, b)[:2], torch.arange(a, a + len(found[0]))))
+    def loaded(found, a, b):
+        images, about = real(found, a, b)
+        return images, about | {"items": torch.arange(a, a + len(images))}
+    monkeypatch.setattr(cache, "_loaded", loaded)
 
 test_alignment, test_misalignment_is_caught = planted([(check_alignment, shards_assumed_full), (check_alignment, answer_in_the_order_of_the_shards), (check_alignment, items_not_kept)])
 
@@ -362,6 +365,15 @@ test_alignment, test_misalignment_is_caught = planted([(check_alignment, shards_
 def test_a_source_that_is_wrong(found, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         every_build(tmp_path, load=found)
+def test_labels_of_no_class_are_refused_when_they_are_written(tmp_path):
+    """For tokens always, for other things where there are classes; latents of one class `all` do not look at labels."""
+    for facts in ({**FACTS, "classes": ["a", "b"]}, {**FACTS, "kind": "tokens", "classes": ["all"]}):
+        with pytest.raises(ValueError, match="among items 0 .. 7 of the source labels reach from 0 to 7, and there are . classes"):
+            every_build(tmp_path / str(len(facts["classes"])), facts=facts)
+    every_build(tmp_path / "all", facts={**FACTS, "classes": ["all"]})
+    assert Cache(tmp_path / "all", {}).labels.max() == 9
+
+
 
 def test_an_encode_that_is_wrong(tmp_path):
     for encode, message in ((lambda x: {"latents": torch.zeros(2, 1, 3)}, "2 rows of 'latents' for 4 images"), (lambda x: {"latents": torch.full((len(x), 1, 3), 1e6).half()}, "NaN or infinity.*float16.*wider")):
@@ -455,6 +467,227 @@ def test_pictures_from_a_source(models, tmp_path):
     nothing = decoded_pictures(Drawer(data.images), 32, lambda item, size: "damaged")
     with pytest.raises(ValueError, match="none of the 50 images"):
         cache_latents_to(tmp_path / "n", vae, nothing, progress=False)
+
+
+def rewrite(path, **changes):
+    """A shard with other tensors, and the right hash: somebody meant it."""
+    facts, _ = read_header(path)
+    write_shard(path, load_file(path) | changes, {k: v for k, v in facts.items() if k != "content"})
+
+
+def check_damage_is_met_at_the_first_touch(tmp_path):
+    """The disk changed some numbers, the header is as it was: the cache opens, sound shards can be read, the damaged one is refused by name."""
+    every_build(tmp_path)
+    for i in (3, 7):
+        path = shard_path(tmp_path, "latents", i)
+        data = bytearray(path.read_bytes())
+        data[-2000:] = os.urandom(2000)
+        path.write_bytes(data)
+    c = Cache(tmp_path, FACTS)
+    assert torch.equal(c.take("latents", torch.arange(24))[:, 0], torch.arange(24) * .5)
+    again = pickle.loads(pickle.dumps(c))
+    for reader in (c, again):
+        for _ in range(2):
+            with pytest.raises(DamagedShard, match="latents-00003.*build the cache again"):
+                reader.take("latents", torch.tensor([1, 30]))
+        with pytest.raises(DamagedShard, match="latents-0000"):
+            reader.labels
+    assert every_build(tmp_path, verify=True) == 2 and torch.equal(Cache(tmp_path, FACTS).take("latents", torch.tensor([30]))[:, 0], torch.tensor([15.]))
+
+def never_looked_at(monkeypatch):
+    monkeypatch.setattr(cache, "check_content", lambda path: load_file(path))
+
+def only_the_header(monkeypatch):
+    monkeypatch.setattr(Cache, "_check", lambda self, shard: self.maps.update({(shard, n): t for n, t in load_file(self.paths[shard]).items()}))
+
+@pytest.mark.parametrize("bug", (None, never_looked_at, only_the_header))
+def test_damage_is_met_at_the_first_touch(bug, tmp_path, monkeypatch):
+    if not bug:
+        return check_damage_is_met_at_the_first_touch(tmp_path)
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_damage_is_met_at_the_first_touch(tmp_path)
+
+
+def test_a_shard_is_read_once(tmp_path, monkeypatch):
+    every_build(tmp_path)
+    seen, real = [], cache.check_content
+    monkeypatch.setattr(cache, "check_content", lambda path: seen.append(path.name) or real(path))
+    c = Cache(tmp_path, FACTS)
+    assert not seen
+    for _ in range(3):
+        c.take("latents", torch.tensor([0, 90]))
+    assert seen == ["latents-00000.safetensors", "latents-00011.safetensors"]
+    again = pickle.loads(pickle.dumps(c))
+    again.take("latents", torch.tensor([0]))
+    c.labels
+    assert len(seen) == 12 and len(set(seen)) == 12
+
+
+def test_ids_and_labels_out_of_range(models, tmp_path):
+    """With the right hash: a stranger's cache, or a builder that went wrong."""
+    vae, tok, data = models
+    cache_tokens_to(tmp_path, tok, data, progress=False, shard=32)
+    path = shard_path(tmp_path, "tokens", 1)
+    good = load_file(path)
+    def other(name, value):
+        x = good[name].clone().long()
+        x.view(-1)[3] = value
+        return {name: x.to(good[name].dtype)}
+    for changes, message in ((other("ids", 1000), "ids reach from .* to 1000, and the vocabulary ends at 999"), (other("labels", 7), "labels reach from 0 to 7, and there are 7 classes"),
+                             (other("labels", -1), "labels reach from -1"), (other("items", 60), "items are not in order"), (other("items", 0), "items are not in order")):
+        rewrite(path, **good | changes)
+        c = TokenCache(tmp_path, tok)
+        c.ids(torch.arange(32))
+        with pytest.raises(DamagedShard, match=f"tokens-00001.*{message}"):
+            c.ids(torch.tensor([40]))
+        with pytest.raises(DamagedShard, match=message):
+            train_ar(c, tok, replace(PRESETS["micro"], train_ar=StageConfig(steps=2, batch=4)), progress=False)
+    rewrite(path, **good)
+    for changes, message in (({"ids": good["ids"][:, :, :5].contiguous()}, "rows .*the shards before it"), ({"ids": good["ids"][:5]}, "has shape .* for 18 rows"), ({"ids": good["ids"].to(torch.int32)}, "is I32, and the cache uint16"),
+                             ({"labels": good["labels"][:3]}, "labels must be I64"), ({"items": good["items"].float()}, "items must be I64"), ({"ids": good["ids"].repeat(1, 2, 1)}, "2 sides, and the cache 1")):
+        rewrite(path, **good | changes)
+        with pytest.raises(DamagedShard, match=f"tokens-00001.*{message}"):
+            TokenCache(tmp_path, tok)
+    short = FlexTok(replace(tok.config, registers=4), vae).eval()
+    with pytest.raises(ValueError, match="is not the one that you mean"):
+        TokenCache(tmp_path, short)
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"count": 10 ** 9}, "124,999,988 of 125,000,000 shards are missing"), ({"count": 10 ** 30}, "count is 1000.*must be a whole number"), ({"count": "96"}, "count"), ({"count": True}, "count"),
+    ({"count": 0}, "count"), ({"shard": 1}, "84 of 96 shards are missing"), ({"shard": 10 ** 12}, "shard"), ({"kind": "../latents"}, "kind"), ({"kind": 3}, "kind"), ({"classes": "abc"}, "classes"),
+    ({"classes": [1]}, "classes"), ({"mirror": 2}, "mirror"), ({"format": 2}, "has format 2"), ({"format": None}, "has format None"), ({"latent_mean": ["x"]}, "latent_mean"), ({"vocabulary": -1}, "vocabulary")])
+def test_what_cache_json_may_say(changes, message, tmp_path):
+    """Refused in no time, and before anything is made of a number in it."""
+    import tracemalloc
+    every_build(tmp_path)
+    path = tmp_path / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    tracemalloc.start()
+    try:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Cache(tmp_path, {})
+        assert tracemalloc.get_traced_memory()[1] < 1e8
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", (b"[" * 100_000, b"{", b"null", b"\xff\xfe", b'{"format": ' + b"9" * 5000 + b"}", b'{"format": 1, "count": 1e999}'))
+def test_cache_json_that_is_none(text, tmp_path):
+    every_build(tmp_path)
+    (tmp_path / "cache.json").write_bytes(text)
+    for what in (lambda: Cache(tmp_path, {}), lambda: every_build(tmp_path)):
+        with pytest.raises(ValueError, match="cache.json"):
+            what()
+
+
+def permuted(tok, levels=(5, 5, 5, 8)):
+    """The same weights, other levels with the same product: other ids."""
+    other = FlexTok(replace(tok.config, levels=levels), tok.vae).eval()
+    other.load_state_dict(tok.state_dict())
+    return other
+
+
+def test_other_fsq_levels_are_another_tokenizer(models, tmp_path):
+    vae, tok, data = models
+    other = permuted(tok)
+    assert cache.tokenizer_hash(other) == cache.tokenizer_hash(tok) and other.fsq.vocabulary == tok.fsq.vocabulary
+    assert not torch.equal(other.tokenize(data.images[:8].float() / 127.5 - 1), tok.tokenize(data.images[:8].float() / 127.5 - 1))
+    cache_tokens_to(tmp_path, tok, data, progress=False)
+    with pytest.raises(ValueError, match="tokenizer_identity: "):
+        TokenCache(tmp_path, other)
+    with pytest.raises(ValueError, match="holds another cache: tokenizer_identity"):
+        cache_tokens_to(tmp_path, other, data, progress=False)
+
+
+def without_identities(folder):
+    """As it was written before there were any."""
+    path = folder / "cache.json"
+    facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in cache._LATER}
+    path.write_text(json.dumps(facts))
+    for path in folder.glob("*.safetensors"):
+        made, _ = read_header(path)
+        write_shard(path, load_file(path), {k: v for k, v in made.items() if k not in (*cache._LATER, "content")})
+
+
+def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
+    """By the weights' hash, the vocabulary and the number of tokens; an old cache that is not finished is finished."""
+    vae, tok, data = models
+    cache_latents_to(tmp_path / "l", vae, data, shard=16, progress=False)
+    cache_tokens_to(tmp_path / "t", tok, data, shard=16, progress=False)
+    for kind in "lt":
+        without_identities(tmp_path / kind)
+    latents = LatentCache(tmp_path / "l", vae, data, verify=True)
+    assert len(TokenCache(tmp_path / "t", tok, data, verify=True)) == 50
+    cache_tokens_to(tmp_path / "again", tok, latents, progress=False)
+    shard_path(tmp_path / "t", "tokens", 2).unlink()
+    assert build_cache(tmp_path / "t", *cache.token_recipe(tok, data), shard=16, progress=False) == 1
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match="tokenizer: "):
+        TokenCache(tmp_path / "t", FlexTok(tok.config, vae).eval())
+    known = cache.token_facts(tok)
+    monkeypatch.setattr(cache, "token_facts", lambda other: known)
+    with pytest.raises(ValueError, match="not the one that you mean: ids .8. there, .4. here"):
+        TokenCache(tmp_path / "t", FlexTok(replace(tok.config, registers=4), vae))
+
+
+def test_a_cache_knows_what_it_was_made_of(models, tmp_path):
+    """Keys and rule of the pictures that are there go through latents and tokens; evaluation leaves exactly these out."""
+    vae, tok, data = models
+    keys = torch.tensor([picture_key(x) for x in data.images])
+    known = replace(data, keys=keys, rule="one in eight")
+    latents = cache_latents_to(tmp_path / "l", vae, known, mirror=True, shard=16, progress=False)
+    tokens, again = cache_tokens_to(tmp_path / "t", tok, latents, shard=20, progress=False), cache_tokens_to(tmp_path / "u", tok, known, progress=False)
+    wanted = learned_from(known)
+    for c in (latents, tokens, again, LatentCache(tmp_path / "l", vae, known), LatentCache(tmp_path / "l", vae, data)):
+        assert torch.equal(c.keys, keys) and torch.equal(c.learned.keys, keys.sort().values)
+        assert c.learned.facts == wanted.facts == c.facts["learned"] and c.learned.rule == "one in eight"
+    some = replace(known, images=data.images[40:].repeat(2, 1, 1, 1), labels=data.labels[40:].repeat(2, 1), keys=torch.cat([keys[40:], torch.arange(10)]))
+    left, said = leave_out_learned(some, {"tokenizer": tokens.learned})
+    assert len(left) == 10 and said["tokenizer"]["overlap"] == 10
+
+    class Keyed(Drawer):
+        rule = "own split"
+        keys = torch.arange(50)
+    source = Keyed(data.images)
+    broken = cache_latents_to(tmp_path / "b", vae, decoded_pictures(source, 32, lambda item, size: item.data), shard=4, progress=False)
+    assert broken.learned.keys.tolist() == [i for i in range(50) if i not in (5, 9)] and broken.learned.rule == "own split" and broken.learned.count == 48
+    nothing = cache_latents_to(tmp_path / "n", vae, data, progress=False)
+    assert nothing.learned.keys is None and nothing.learned.rule == "unknown"
+    scenes = cache_latents_to(tmp_path / "s", vae, replace(data, rule="scenes"), progress=False)
+    assert scenes.learned.rule == "scenes" and scenes.learned.hash == data.hash and scenes.learned.count == 50
+
+
+def test_keys_are_checked_without_reading_the_rest(models, tmp_path):
+    vae, _, data = models
+    keys = torch.arange(50)
+    c = cache_latents_to(tmp_path, vae, replace(data, keys=keys, rule="own split"), shard=16, progress=False)
+    header = c.headers[1]["keys"]["data_offsets"][0] + c.data[1]
+    good = c.paths[1].read_bytes()
+    c.paths[1].write_bytes(good[:header] + bytes([good[header] ^ 1]) + good[header + 1:])
+    with pytest.raises(DamagedShard, match="latents-00001.*its keys are not those"):
+        LatentCache(tmp_path, vae).learned
+    c.paths[1].write_bytes(good)
+    assert not c.checked and torch.equal(LatentCache(tmp_path, vae).keys, keys)
+    rewrite(c.paths[1], keys=keys[:3])
+    with pytest.raises(DamagedShard, match="keys must be I64"):
+        LatentCache(tmp_path, vae)
+    for path in c.paths:  # as it was before
+        made, _ = read_header(path)
+        tensors = load_file(path)
+        tensors.pop("keys")
+        write_shard(path, tensors, {k: v for k, v in made.items() if k not in ("learned", "keys_content", "content")})
+    path = tmp_path / "cache.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "learned"}))
+    old = LatentCache(tmp_path, vae, replace(data, keys=keys, rule="own split"))
+    assert old.learned.rule == "unknown" and old.learned.keys is None and old.learned.count == 50
+
+
+@pytest.mark.parametrize("keys,message", [(lambda a, b: torch.arange(a, b - 1), "must be as many"), (lambda a, b: torch.arange(a, b).float(), "int64")])
+def test_keys_that_are_wrong(keys, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        every_build(tmp_path, load=lambda a, b: (*numbers(a, b), torch.arange(a, b), keys(a, b)))
 
 
 # --- feeds -----------------------------------------------------------------------------------------------------

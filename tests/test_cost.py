@@ -14,6 +14,7 @@ from flextok_edu.ar import ARModel
 from flextok_edu.core import AR_SIZES, PRESETS, TokenizerConfig, TrunkConfig, VAEConfig, preset
 from flextok_edu.cost import (BenchConfig, PeakMemory, ar_parameters, bench, bench_tokenizer, decode_positions, describe, encode_positions, in_turns, matmuls, on_meta, peak_bytes,
                               tokenizer_parameters, training_bytes, vae_parameters, variant)
+from flextok_edu.evaluate import is_ours
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -112,6 +113,10 @@ def test_bench_command(tmp_path):
     assert all(r["seconds_low"] <= r["seconds"] <= r["seconds_high"] and r["images_per_second"] > 0 and 0 < r["share_of_matmul"] for r in rows)
     assert all(r["difference"] < 1e-4 for r in rows if "bf16" not in r["variant"]) and rows[3]["difference"] > 0
     assert rows[1]["positions"] == 2 * (16 + 1 + 1 + 16 + 1) and rows[0]["positions"] == 2 * 2 * 32
+    assert is_ours(tmp_path / "b.json"), "so the next measurement may take its place"
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    kept = run("decode", "--preset", "micro", "--device", "cpu", "--out", str(tmp_path / "mine.json"))
+    assert kept.returncode == 1 and "--force" in kept.stderr and not kept.stdout and (tmp_path / "mine.json").read_text() == '{"mine": 1}', "refused before anything is measured"
     for words, says in ((("decode", "--variants", "quick"), "use plain"), (("paint",), "encode, decode or train"), ((), "say what"), (("encode", "--preset", "micro", "--budgets", "17"), "1 .. 16")):
         wrong = run(*words)
         assert wrong.returncode == 1 and says in wrong.stderr and "Traceback" not in wrong.stderr, wrong.stderr[-500:]

@@ -1,4 +1,6 @@
 """Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+import contextlib
+import errno
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import long_run
 from flextok_edu import core, train
 from flextok_edu.core import EMA, Engine, Feed, Player, StageConfig, fit
 from flextok_edu.tokenizer import TokenizerFeed
-from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, recomputed
+from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, claimed, recomputed
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "tests" / "long_run.py")
@@ -171,8 +173,9 @@ def test_bfloat16_trains(name):
 
 # --- killed ------------------------------------------------------------------------------------------------------------
 
-def kill_later(target, when):
-    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has begun. Returns its exit status."""
+def kill_later(target, when, sign):
+    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has made a sign of life, a file. Returns its exit status."""
+    sign.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         try:
@@ -183,8 +186,10 @@ def kill_later(target, when):
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + when
+    deadline = math.inf
     while time.monotonic() < deadline:
+        if deadline == math.inf and sign.exists():
+            deadline = time.monotonic() + when
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -201,14 +206,19 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     plan = dict(steps=120, batch=8, optimizer="muon" if name == "tokenizer" else "adamw")
     wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
 
+    class Alive(LongRun):
+        def ready(self, player, step):
+            (tmp_path / "trains").touch()
+            super().ready(player, step)
+
     def go():
-        model, _ = long_run.stage(name, engine=LongRun(tmp_path / "run", "cpu", steps=2), **plan)
+        model, _ = long_run.stage(name, engine=Alive(tmp_path / "run", "cpu", steps=2), **plan)
         (tmp_path / "hash").write_text(long_run.own_hash(model))
-    dice, statuses, torn, seen = random.Random(0), [], 0, 0
+    dice, statuses, torn, starts = random.Random(0), [], 0, set()
     folder = tmp_path / "run" / "checkpoints"
     while statuses.count(-9) < 20:
-        seen = max([seen, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
-        statuses.append(kill_later(go, .15 + .35 * dice.random() if len(statuses) < 200 else 60))
+        starts.add(max([0, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))]))
+        statuses.append(kill_later(go, .35 * dice.random() if len(statuses) < 200 else 60, tmp_path / "trains"))
         assert statuses[-1] in (-9, 0), statuses
         torn += bool(list(folder.glob(".step-*")))
         for file in folder.glob("step-*.safetensors"):  # whatever has its real name is whole
@@ -217,8 +227,8 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
             assert (tmp_path / "hash").read_text() == wanted
             shutil.rmtree(tmp_path / "run")
             (tmp_path / "hash").unlink()
-    assert kill_later(go, 100) == 0
-    assert (tmp_path / "hash").read_text() == wanted
+    assert kill_later(go, 100, tmp_path / "trains") == 0
+    assert (tmp_path / "hash").read_text() == wanted and len(starts) > 5, "most lives began at a checkpoint"
     print(f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes")
 
 
@@ -339,6 +349,145 @@ def test_signals_save_and_exit(number, tmp_path):
     assert (tmp_path / "checkpoints" / f"step-{step:09}.safetensors").exists()
 
 
+# --- one folder, one training ----------------------------------------------------------------------------------------------
+
+class Holder:
+    """Another process that claims a folder, and keeps it until it is spoken to. (A program of its own does the same in the notebook.)"""
+    def __init__(self, folder):
+        (read, self.say), (self.hear, write) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(self.say)
+            try:
+                with claimed(folder):
+                    os.write(write, b"claimed")
+                    os.read(read, 1)
+            except ValueError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(read)
+        os.close(write)
+        self.said = os.read(self.hear, 1000).decode()
+
+    def end(self, kill=False):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL) if kill else os.close(self.say)
+            os.waitpid(self.pid, 0)
+        self.pid = 0
+
+
+@pytest.fixture
+def hold():
+    """Holders of folders, gone at the end."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    holders = []
+    yield lambda folder: holders.append(Holder(folder)) or holders[-1]
+    for holder in holders:
+        holder.end(kill=True)
+
+
+def test_a_second_process_is_refused_and_told_by_whom(hold, tmp_path):
+    folder = tmp_path / "not there yet"
+    first = hold(folder)
+    assert first.said == "claimed"
+    with pytest.raises(ValueError, match=rf"process {first.pid} on \S+ trains there \(since 20.*choose another folder"):
+        with claimed(folder):
+            pass
+    assert f"process {first.pid}" in hold(folder).said, "a third is refused as well: asking released nothing"
+    with pytest.raises(ValueError, match=f"process {first.pid}"):
+        long_run.stage("ar", 4, engine=LongRun(folder, "cpu"))
+    assert [p.name for p in folder.iterdir()] == [".claim"], "nothing was written"
+    first.end()
+    assert not folder.exists(), "a folder that was only claimed is not left behind"
+
+
+def test_death_releases_a_claim(hold, tmp_path):
+    (tmp_path / "run").mkdir()
+    hold(tmp_path / "run").end(kill=True)
+    assert (tmp_path / "run" / ".claim").exists()
+    with claimed(tmp_path / "run", "evaluates"):
+        with pytest.raises(ValueError, match="this very process evaluates there"):
+            with claimed(tmp_path / "x" / ".." / "run"):
+                pass
+        with claimed(tmp_path / "run" / "vae"):
+            assert (tmp_path / "run" / "vae" / ".claim").exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_whatever_stands_in_a_claim(hold, tmp_path):
+    """The text is for the message; no text, a foreign one, or a bad one changes nothing about who has the folder."""
+    hold(tmp_path)
+    for text in (b"", b"\xff", b"[" * 100_000, b'{"pid": "x"}', b"[1]", b'{"pid": 1e999, "host": 1}'):
+        (tmp_path / ".claim").write_bytes(text)
+        with pytest.raises(ValueError, match="another process trains there"):
+            with claimed(tmp_path):
+                pass
+
+
+def test_a_training_works_under_the_claim_of_its_command(tmp_path):
+    with claimed(tmp_path):
+        with pytest.raises(Stopped):
+            long_run.stage("ar", 8, engine=StopAt(4, tmp_path))
+        long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+
+        class Second(LongRun):
+            def end(self, step, log):
+                long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+        with pytest.raises(ValueError, match="this very process trains there"):
+            long_run.stage("ar", 9, engine=Second(tmp_path, "cpu", recipe={"another": 1}, ignore=("another",)))
+        assert (tmp_path / ".claim").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_putting_a_folder_aside_keeps_the_claim(hold, tmp_path):
+    folder = tmp_path / "run"
+    with claimed(folder) as claim:
+        assert claim.put_aside() is None, "there is nothing in it"
+        (folder / "run.json").write_text("{}")
+        (folder / "vae").mkdir()
+        (folder / "vae" / ".claim").write_text("of a process that was killed")
+        assert claim.put_aside() == tmp_path / "run.old-1"
+        assert [p.name for p in folder.iterdir()] == [".claim"] and not list((tmp_path / "run.old-1").rglob(".claim"))
+        (folder / "run.json").write_text("{}")
+        child = hold(folder / "vae")
+        with pytest.raises(ValueError, match=f"vae is taken: process {child.pid}"):
+            claim.put_aside()
+        child.end(kill=True)
+        assert (folder / "run.json").exists() and claim.put_aside() == tmp_path / "run.old-2"
+    with claimed(tmp_path / "run.old-2"):
+        pass
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(train, "lock_byte", none)
+    with pytest.warns(UserWarning, match="without locks"):
+        with claimed(tmp_path):
+            pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.parametrize("before", (signal.SIG_DFL, signal.SIG_IGN))
+def test_a_closed_terminal(before, tmp_path):
+    """SIGHUP saves and stops; under nohup, which has it ignored, it does nothing."""
+    class HungUp(LongRun):
+        def end(self, step, log):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+            super().end(step, log)
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with pytest.raises(Stopped) if before == signal.SIG_DFL else contextlib.nullcontext():
+            long_run.stage("ar", 8, engine=HungUp(tmp_path, "cpu"))
+        assert [f.stem for f in Checkpoints(tmp_path / "checkpoints").files()] == ["step-000000004" if before == signal.SIG_DFL else "step-000000008"]
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 # --- what is on the disk -------------------------------------------------------------------------------------------------
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -390,6 +539,84 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert Checkpoints(tmp_path / "none").newest() is None
 
 
+def check_a_flipped_bit(tmp_path, whole=None):
+    """Any bit of the newest checkpoint, in its numbers or in its json: the one before is taken, and the warning names the file."""
+    store = Checkpoints(tmp_path, keep=2)
+    facts = {"step": 1, "log": [{"step": 0, "loss": .5}], "recipe": {"lr": .001}}
+    store.write(1, {"weight/w": torch.ones(6), "optimizer/w/exp_avg": torch.ones(6)}, facts)
+    store.write(2, {"weight/w": torch.ones(6) * 2, "optimizer/w/exp_avg": torch.ones(6)}, facts | {"step": 2})
+    newest = store.files()[-1]
+    whole = newest.read_bytes()
+    assert store.newest()[1]["step"] == 2
+    for i in (*range(8, len(whole), 7), len(whole) - 1):
+        for bit in (1, 128):
+            newest.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                tensors, found = store.newest()
+            if (tensors["weight/w"] == 2).all() and found == facts | {"step": 2}:
+                continue  # a name of no meaning in the header
+            assert found == facts and (tensors["weight/w"] == 1).all(), (i, whole[i - 10:i + 10])
+            assert "step-000000002" in str(heard[0].message) and "passed over" in str(heard[0].message)
+
+
+def test_a_flipped_bit_falls_back(tmp_path):
+    check_a_flipped_bit(tmp_path)
+
+
+def test_a_content_that_nobody_looks_at_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_content", lambda *a: "0" * 16)
+    with pytest.raises(AssertionError):
+        check_a_flipped_bit(tmp_path)
+
+
+@pytest.mark.parametrize("name,value", [("weight/a/w", math.nan), ("ema/a/w", math.inf), ("optimizer/a/w/exp_avg_sq", math.nan), ("buffer/a/std", math.nan)])
+def test_a_checkpoint_with_nan_is_not_the_last_good_one(name, value, tmp_path):
+    store = Checkpoints(tmp_path, keep=3)
+    store.write(1, {name: torch.ones(3)}, {"step": 1})
+    store.write(2, {name: torch.tensor([1., value, 1.])}, {"step": 2})
+    with pytest.warns(UserWarning, match=f"step-000000002.*{name} is not finite.*passed over"):
+        assert store.newest()[1]["step"] == 1
+    store.write(2, {"buffer/mask": torch.tensor([-math.inf]), "other": torch.tensor([math.nan]), "n": torch.tensor([1])}, {"step": 2})
+    assert store.newest()[1]["step"] == 2, "a mask may be infinite, and what is not ours may be anything"
+
+
+def test_an_old_checkpoint_is_read_with_a_note(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"weight/w": torch.ones(2)}, tmp_path / "step-000000004.safetensors", metadata={"facts": json.dumps({"step": 4})})
+    store = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match="before checkpoints had a content hash") as heard:
+        assert store.newest()[1] == {"step": 4} == store.newest()[1]
+    assert len(heard) == 1
+
+
+def test_an_old_run_goes_on(tmp_path):
+    """A checkpoint as it was written before there were hashes and changes: the same run, bit for bit."""
+    from safetensors.torch import save_file
+    torch.set_num_threads(1)
+    wanted = long_run.own_hash(long_run.stage("tokenizer", 20)[0])
+    with pytest.raises(Stopped):
+        long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
+    (path,) = Checkpoints(tmp_path / "checkpoints").files()
+    tensors, facts, _ = train._read_checkpoint(path)
+    tensors = {name: x.clone() for name, x in tensors.items()}
+    del facts["changes"]
+    path.unlink()
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+    with pytest.warns(UserWarning, match="read, but not checked"):
+        model, _ = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
+    assert long_run.own_hash(model) == wanted
+
+def test_damaged_checkpoints_do_not_crowd_out_the_sound(tmp_path):
+    """Two newer ones are damaged; the run goes on from the third, and what it writes stays."""
+    store = Checkpoints(tmp_path, keep=2)
+    for step in (20, 30):
+        store.write(step, {"w": torch.ones(1)}, {"step": step})
+        store.files()[-1].write_bytes(b"damaged")
+    (tmp_path / "step-000000010.safetensors").write_bytes(Checkpoints(tmp_path / "x").write(10, {"w": torch.ones(1)}, {"step": 10}).read_bytes())
+    store.write(13, {"w": torch.ones(1)}, {"step": 13})
+    assert [f.stem for f in store.files()] == ["step-000000010", "step-000000013"]
+
 def nan_run(tmp_path, when):
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2)
@@ -401,28 +628,152 @@ def nan_run(tmp_path, when):
 def test_nan_leaves_its_batch(tmp_path):
     from safetensors.torch import load_file
     line, go = nan_run(tmp_path, 7)
-    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of step 6, is in .*--go-on lr=0.003 "):
         go()
     batch = load_file(tmp_path / "failed_batch.safetensors")
     assert batch["part.0.0"].isnan().all() and batch["part.0.1"].item() == 7 and torch.isfinite(line.weight).all()
     assert Checkpoints(tmp_path / "checkpoints").newest()[1]["step"] == 6
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """A weight that the loss does not look at goes wrong after the first checkpoint: the second is refused, the first stays."""
+def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
+    _, go = nan_run(tmp_path, 1)
+    with pytest.raises(FloatingPointError, match="There is no good checkpoint in .*begin again with a lower learning rate than 0.01"):
+        go()
+    _, go = nan_run(tmp_path, 7)
+    with pytest.raises(FloatingPointError):
+        go()
+    for file in Checkpoints(tmp_path / "checkpoints").files():
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    _, go = nan_run(tmp_path, 1)
+    with pytest.warns(UserWarning, match="no checkpoint in .* can be used: the training begins at its first step"), pytest.raises(FloatingPointError, match="There is no good checkpoint"):
+        go()
+
+
+@pytest.mark.parametrize("name", ("weight/line/weight", "optimizer/line/bias/exp_avg_sq"))
+def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
+    """A weight that the loss does not look at, or a moment, goes wrong after the first checkpoint: the second is refused, the first stays."""
     line = nn.Linear(2, 1)
+    def wrong(optimizer):
+        (line.weight.data if name.startswith("weight") else optimizer.state[line.bias]["exp_avg_sq"]).fill_(math.inf)
 
     class Broken(LongRun):
         def move(self, player):
             norm = super().move(player)
             if self.store.files():
-                line.weight.data.fill_(float("inf"))
+                wrong(self.optimizers["line"][0])
             return norm
     player = Player("line", lambda b, _: ((line.bias - b).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
-    with pytest.raises(FloatingPointError, match="weight/line/weight is not finite after 6 steps"):
+    with pytest.raises(FloatingPointError, match=f"{name} is not finite after 6 steps.*The last good checkpoint, of step 3"):
         fit([player], Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)), 20, progress=False, engine=Broken(tmp_path, "cpu", steps=3))
     tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
     assert facts["step"] == 3 and all(torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight"))
+
+
+def go_on(tmp_path, lr, steps=12, stop=None, **options):
+    """A line, with its learning rate in the recipe: (engine, weights)."""
+    torch.manual_seed(0)
+    line, x = nn.Linear(2, 1), torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    rates = []
+    class Engine_(StopAt):
+        def ready(self, player, step):
+            super().ready(player, step)
+            rates.append(self.optimizers["line"][0].param_groups[0]["lr"])
+    options = {"recipe": {"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": lr, "batch": 4}}}, **options}
+    engine = Engine_(stop, tmp_path, **options)
+    player = Player("line", lambda b, _: ((line(b) - 1).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=lr, warmup=1))
+    with pytest.raises(Stopped) if stop else contextlib.nullcontext():
+        fit([player], Feed(50, 4, lambda rows, places, step: x[rows]), steps, progress=False, engine=engine)
+    return engine, line, rates
+
+
+LR = "preset.train_line.lr"
+
+
+def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
+    """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time everything else is refused."""
+    go_on(tmp_path, .01, stop=4)
+    before = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
+    with pytest.raises(ValueError, match=rf"{LR}: 0.01 then, 0.002 now"):
+        go_on(tmp_path, .002)
+    with pytest.raises(ValueError, match="preset.train_line.batch: 4 then, 5 now"):
+        go_on(tmp_path, .002, changes={LR: .002}, recipe={"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": .002, "batch": 5}}})
+    with pytest.raises(ValueError, match="has no preset.train_line.momentum"):
+        go_on(tmp_path, .002, changes={"preset.train_line.momentum": 1})
+    with pytest.raises(ValueError, match="was built with 0.01: build it with the new value"):
+        go_on(tmp_path, .01, changes={LR: .002})
+    assert train.changes_of(tmp_path) == {}
+
+    class Killed(Exception): pass
+    def kill(*args): raise Killed
+    with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):  # just after it began
+        patch.setattr(LongRun, "_count", kill)
+        go_on(tmp_path, .002, changes={LR: .002})
+    assert train.changes_of(tmp_path) == {LR: .002}, "it is written down before the first step"
+    after, facts, _ = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
+    assert facts["step"] == 4 and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if not n.startswith("random"))
+
+    engine, _, rates = go_on(tmp_path, .002, stop=8)  # needs no changes again
+    assert max(rates[1:]) < .002 and engine.changed == [{"step": 4, "settings": {LR: .002}, "before": {LR: .01}}]
+    with pytest.raises(ValueError, match=rf"{LR}: 0.002 then, 0.01 now.*since step 4 it goes on with {LR}=0.002: ask for that"):
+        go_on(tmp_path, .01)
+    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001}, stop=10)
+    assert "goes on after step 8 of 12, with preset.train_line.lr=0.001" in capsys.readouterr().out
+    assert [(c["step"], c["settings"]) for c in engine.changed] == [(4, {LR: .002}), (8, {LR: .001})]
+    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001})  # the same command once more: nothing new
+    assert len(engine.changed) == 2 and train.changes_of(tmp_path) == {LR: .001}
+
+
+def test_changes_need_something_to_go_on_from(tmp_path):
+    with pytest.raises(ValueError, match=rf"no checkpoint in .* that could go on with {LR}=0.002"):
+        go_on(tmp_path, .002, changes={LR: .002})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_to_what_it_was_changes_nothing(tmp_path):
+    """Exact resume, with and without `changes` that change nothing."""
+    _, whole, _ = go_on(tmp_path / "a", .01)
+    go_on(tmp_path / "b", .01, stop=5)
+    engine, parts, _ = go_on(tmp_path / "b", .01, changes={LR: .01})
+    assert torch.equal(whole.weight, parts.weight) and engine.changed == []
+
+
+def test_another_precision(tmp_path):
+    recipe = lambda precision: {"precision": precision}
+    go_on(tmp_path, .01, stop=4, recipe=recipe("torch.bfloat16"), precision=torch.bfloat16)
+    with pytest.raises(ValueError, match="was built with 'torch.bfloat16'"):
+        go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"}, precision=torch.bfloat16)
+    engine, _, _ = go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"})
+    assert engine.changed[0]["settings"] == {"precision": "None"}
+
+
+def classifier(engine):
+    from flextok_edu.data import load_data
+    from flextok_edu.features import train_classifier
+    data, _ = load_data("scenes", 32, 24, 4, progress=False)
+    return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), engine=engine, progress=False)
+
+
+@pytest.mark.parametrize("stage", ("vae", "classifier", "tokenizer", "ar"))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_every_stage_leaves_evidence(stage, value, tmp_path):
+    """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a checkpoint to go on from."""
+    class Broken(LongRun):
+        def move(self, player):
+            norm = super().move(player)
+            if len(self.store.files()):
+                with torch.no_grad():
+                    for _, w in self.players[0].parameters:
+                        w.fill_(value)
+            return norm
+        def end(self, step, log):
+            if step < 4:
+                super().end(step, log)
+    torch.set_num_threads(1)
+    engine = Broken(tmp_path, "cpu", steps=4)
+    with pytest.raises(FloatingPointError, match=rf"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, of step 4, is in .*--go-on lr="):
+        classifier(engine) if stage == "classifier" else long_run.stage(stage, 12, engine=engine)
+    assert (tmp_path / "failed_batch.safetensors").stat().st_size > 100
 
 
 # --- dashboard -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Shipped models: packed small, found by name, and never mixed up. The model here is a stand-in that was trained for a moment."""
+import inspect
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ from PIL import Image
 import flextok_edu.commands as commands
 import flextok_edu.core as core
 import flextok_edu.zoo as zoo
-from flextok_edu.ar import ARModel, check_tokenizer
+from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_identity
 from flextok_edu.core import EvalConfig, Preset, from_dict, preset, save_model, weights_hash
-from flextok_edu.evaluate import load_report
+from flextok_edu.data import Learned, _hash_keys, load_learned, save_learned
+from flextok_edu.evaluate import is_ours, load_report
 from flextok_edu.features import AttributeClassifier
 from flextok_edu.pipeline import RunConfig, run
 from flextok_edu.tokenizer import FlexTok
@@ -75,6 +77,7 @@ def test_they_know_each_other(shipped, trained):
     tok, ar, vae = FlexTok.from_pretrained("standin"), ARModel.from_pretrained("standin"), VAE.from_pretrained("standin")
     check_tokenizer(ar, tok)
     assert weights_hash(vae) == weights_hash(tok.vae) and not tok.training
+    assert ar.tokenizer_identity == tokenizer_identity(tok) != tokenizer_identity(FlexTok.from_pretrained(trained / "tokenizer"))
     assert {w.dtype for m in (tok, ar, vae) for w in m.parameters()} == {torch.float32}
     assert isinstance(AttributeClassifier.from_pretrained("standin"), AttributeClassifier)
     with pytest.raises(ValueError, match="trained with VAE"):
@@ -255,6 +258,8 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
     assert status(zoo.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu") == 0
     page, card = (tmp_path / "demo" / "report.html").read_text(), load_report(tmp_path / "demo").card
     assert card["steps"] == 3 and card["guidance"] == 1.5 and card["images"] == 10 and card["train_hash"] == facts["made"]["tokenizer"]["images"] and "seed 5" in card["trained_on"]
+    assert facts["vae_trained_against"] == card["vae_trained_against"] == "nothing but pixels" and "nothing but pixels" in (packed / "README.md").read_text(), "as its own training said"
+    assert {found["rule"] for found in card["learned"].values()} == {"scenes"} and card["floor"].startswith("other held-out scenes") and load_learned(packed / "vae").count == 40
     assert page.count("data:image/png") == 4 and "# apart" in page and "Intended use" in page
     assert card["weights"]["tokenizer"] == weights_hash(FlexTok.from_pretrained("apart")) and card["weights"]["ar"] == weights_hash(ARModel.from_pretrained("apart"))
 
@@ -320,6 +325,7 @@ def test_reconstruct(shipped, tmp_path, capsys):
     rest = ("--model", "standin", "--budgets", "1,all", "--out", str(tmp_path / "strip.png"), "--device", "cpu")
     assert status(zoo.reconstruct_main, *files[:2], *rest) == 0
     two = Image.open(tmp_path / "strip.png").size
+    assert is_ours(tmp_path / "strip.png"), "so it may be replaced by the next"
     assert status(zoo.reconstruct_main, *files, *rest) == 1, "one could not be read"
     assert Image.open(tmp_path / "strip.png").size == two
     assert status(zoo.reconstruct_main, files[2], *rest) == 1 and "cannot be read" in capsys.readouterr().err
@@ -329,13 +335,19 @@ def test_reconstruct(shipped, tmp_path, capsys):
     for wrong in (["--out", files[1]], ["--out", "strip.jpg"], ["--steps", "0"], ["--guidance", "nan"]):
         assert status(zoo.reconstruct_main, files[1], "--model", "standin", *wrong) == 2, wrong
     assert (tmp_path / "tall.png").read_bytes() == kept
+    assert status(zoo.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--device", "cpu") == 2, "a picture of somebody else's, though not one that is read"
+    assert (tmp_path / "tall.png").read_bytes() == kept and "--force" in capsys.readouterr().err
+    assert status(zoo.reconstruct_main, files[1], *rest[:-4], "--out", files[1], "--force", "--device", "cpu") == 2, "not even by force: it is read"
+    assert (tmp_path / "tall.png").read_bytes() == kept
+    assert status(zoo.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--force", "--device", "cpu") == 0 and is_ours(files[1])
     assert status(zoo.reconstruct_main, files[0], "--model", "standin", "--set", "tokenizer.registers=4") == 2, "an option that would do nothing"
 
 
 def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
     """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the model's own settings."""
     rows = []
-    monkeypatch.setattr(zoo, "_rows", lambda *given: rows.append(given))
+    draw = zoo._rows
+    monkeypatch.setattr(zoo, "_rows", lambda *given: rows.append(given) or draw(*given))
     x = torch.randint(0, 255, (3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     zoo.reconstruct(zoo.ReconstructOptions(images=(str(tmp_path / "a.png"),), model="standin", budgets="1,all", out=str(tmp_path / "s.png"), device="cpu", seed=4))
@@ -358,6 +370,10 @@ def test_no_demo(shipped, tmp_path, capsys, monkeypatch):
     (tmp_path / "demo" / "run.json").write_text("{}")
     assert status(zoo.demo_main, *out) == 1 and "training run" in capsys.readouterr().err
     (tmp_path / "demo" / "run.json").unlink()
+    (tmp_path / "demo" / "quality.png").write_bytes(b"a picture of mine")
+    assert status(zoo.demo_main, *out) == 1 and "--force" in capsys.readouterr().err
+    assert (tmp_path / "demo" / "quality.png").read_bytes() == b"a picture of mine"
+    (tmp_path / "demo" / "quality.png").unlink()
     shutil.copytree(shipped, tmp_path / "other")
     monkeypatch.setattr(zoo, "shipped_models", lambda: {"other": tmp_path / "other"})
     (tmp_path / "other" / "model.json").write_text(json.dumps({"preset": None, "made": {}}))
@@ -400,3 +416,95 @@ def test_from_a_wheel(packed, tmp_path):
     result = subprocess.run([sys.executable, "-I", "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     tok = FlexTok.from_pretrained(packed / "tokenizer")
     assert result.stdout.strip() == weights_hash(tok), result.stderr[-2000:]
+
+
+# --- what a card says, and what it does not do ------------------------------------------------------------------------
+
+def test_what_was_learned_goes_along(trained, packed, tmp_path):
+    """A record beside each part, or one beside all of them, is packed, stands on the card, and a part without one says so."""
+    shutil.copytree(trained, tmp_path / "run")
+    for file in (tmp_path / "run").rglob("learned.*"):
+        file.unlink()
+    bare = (zoo.pack({p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "bare", tmp_path / "zoo", same=0.) / "README.md").read_text()
+    assert "- vae: unknown" in bare and "- tokenizer: unknown" in bare
+    learned = Learned("one in eight", "photos | of `mine` <b>", 3, _hash_keys(torch.tensor([-5, 0, 7])), torch.tensor([-5, 0, 7]))
+    save_learned(tmp_path / "run" / "vae", learned)
+    place = zoo.pack({p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "known", tmp_path / "zoo", same=0.)
+    back, card = load_learned(place / "vae"), (place / "README.md").read_text()
+    assert back.facts == learned.facts and torch.equal(back.keys, learned.keys) and load_learned(place / "tokenizer") is None
+    assert "- vae: 3 pictures of photos \\| of \\`mine\\` \\<b\\>, rule: one in eight" in card and "- tokenizer: unknown" in card
+
+
+def test_labels_are_no_markup(trained, tmp_path):
+    """What a stranger wrote into run.json does not become a table, a link, a tag or a line of its own in the card."""
+    shutil.copytree(trained, tmp_path / "run")
+    told = json.loads((trained / "run.json").read_text())
+    evil = "a|b`c <script>alert(1)</script> [x](http://y)\n## Free money\n\x1b[31m $1$ caf\udce9"
+    told["asked"]["data"], told["preset"]["name"], told["versions"] = evil, evil, {"to|rch": "2\n# x"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    card = (zoo.pack(tmp_path / "run", "evil", tmp_path / "zoo", same=0.) / "README.md").read_text(encoding="utf-8")
+    outside = card.split("## Measured")[0]
+    for bad in ("<script>", "\n## Free", "[x](", "\x1b", "a|b", "$1$", "\n# x"):
+        assert bad not in outside, bad
+    assert "Free money" in outside and [line.count(" | ") for line in outside.splitlines() if line.startswith("| vae")] == [7]
+    assert zoo.markdown("plain words, 64 px: /usr/share/x-1.png") == "plain words, 64 px: /usr/share/x-1.png"
+
+
+def test_the_card_says_what_was_done(trained, tmp_path):
+    """No averages, nothing but pixels: the card follows the presets of the parts."""
+    shutil.copytree(trained, tmp_path / "run")
+    told = json.loads((trained / "run.json").read_text())
+    card = (zoo.pack(tmp_path / "run", "as_is", tmp_path / "zoo", same=0.) / "README.md").read_text()
+    assert "exponential averages" in card and "a critic" in card and "efficientnet" in card
+    for part in ("vae", "tokenizer", "ar"):
+        told["preset"][f"train_{part}"]["ema"] = 0.
+    told["preset"]["vae_loss"] |= {"perceptual": 0., "adversarial": 0.}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    place = zoo.pack(tmp_path / "run", "changed", tmp_path / "zoo", same=0.)
+    card, facts = (place / "README.md").read_text(), json.loads((place / "model.json").read_text())
+    assert "exponential averages" not in card and "of the last step" in card and "nothing but pixels" in card
+    assert facts["vae_trained_against"] == "nothing but pixels" and facts["weights_are"] == "of the last step"
+    (tmp_path / "run" / "run.json").unlink()
+    assert "weights are unknown" in (zoo.pack(tmp_path / "run", "nobody_knows", tmp_path / "zoo", same=0., images=torch.rand(8, 3, 32, 32) * 2 - 1) / "README.md").read_text()
+
+
+def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
+    """Sizes of a stranger's model.json and config.json are refused before anything of that size is made, in words."""
+    place = tmp_path / "stranger"
+    shutil.copytree(packed, place)
+    for module in (core, commands, zoo):
+        monkeypatch.setattr(module, "shipped_models", lambda: {"stranger": place})
+    good = json.loads((place / "model.json").read_text())
+    def described(**changes): (place / "model.json").write_text(json.dumps(good | changes))
+    for keys, value in ((("tokenizer", "registers"), 10 ** 9), (("tokenizer", "encoder", "depth"), 10 ** 9), (("vae", "channels"), [2 ** 40]), (("evaluate", "steps"), -1), (("image_size",), 1.5)):
+        preset_ = json.loads(json.dumps(good["preset"]))
+        inner = preset_
+        for key in keys[:-1]: inner = inner[key]
+        inner[keys[-1]] = value
+        described(preset=preset_)
+        with pytest.raises(ValueError, match="model.json"):
+            zoo.read_facts(place)
+        assert status(zoo.demo_main, "--model", "stranger", "--out", str(tmp_path / "demo"), "--device", "cpu") == 1
+    for changes in ({"made": []}, {"made": {"vae": {"seed": "0"}}}, {"preset": "tiny"}, {"rounding": {"a": None}}):
+        described(**changes)
+        with pytest.raises(ValueError, match="model.json"):
+            zoo.read_facts(place)
+    (place / "model.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        zoo.read_facts(place)
+    (place / "vae" / "config.json").write_text((place / "vae" / "config.json").read_text().replace('"layers": 1', '"layers": 1000000000'))
+    with pytest.raises(ValueError):
+        VAE.from_pretrained("stranger")
+
+
+@pytest.mark.skipif("parse_math" not in inspect.getsource(zoo._rows), reason="room 15 does not draw labels as text yet")
+@pytest.mark.parametrize("name", ("$5_to_$10.png", "a^b_{c.png", "\\frac{.png", "中文.png", os.fsdecode(b"caf\xe9.png"), "tab\there.png"))
+def test_any_file_name(shipped, tmp_path, name):
+    """Dollars, braces, Chinese and bytes that are no text are file names like any other."""
+    try:
+        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "plain.png")
+        os.rename(tmp_path / "plain.png", tmp_path / name)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system cannot hold the name")
+    assert status(zoo.reconstruct_main, str(tmp_path / name), "--model", "standin", "--budgets", "1", "--out", str(tmp_path / "out.png"), "--device", "cpu") == 0
+    assert is_ours(tmp_path / "out.png")

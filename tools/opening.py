@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from flextok_edu.commands import habits, open_tokenizer
-from flextok_edu.core import from_uint8
-from flextok_edu.data import ToyScenes, load_data
-from flextok_edu.evaluate import token_counts
+from flextok_edu.core import from_uint8, shipped_models
+from flextok_edu.data import ToyScenes, load_learned
+from flextok_edu.evaluate import split_by_record, token_counts
 from flextok_edu.pipeline import _rows
 
 SCENES = (5, 12, 17, 19)  # of the held-out ones; chosen by hand, for different kinds and grounds, before any was decoded
@@ -31,7 +31,8 @@ def main() -> None:
         sys.exit(__doc__)
     folder, out = sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else "docs/opening.png")
     torch.set_grad_enabled(False)
-    drawn, (_, held) = ToyScenes("val", 64, 2, length=64), load_data(folder, 64, 0, 5000)
+    drawn = ToyScenes("val", 64, 2, length=64)
+    _, held = split_by_record(folder, 64, load_learned(shipped_models()["clipart"] / "tokenizer"))
     parts = [columns("tiny", torch.stack([drawn[i].image for i in SCENES])), columns("clipart", from_uint8(held.images[list(REAL)]))]
     rows = [torch.stack([column[i] for column in part]) for part in parts for i in range(len(part[0]))]
     counts = token_counts(open_tokenizer("tiny").config.registers)
