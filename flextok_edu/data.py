@@ -928,7 +928,7 @@ def _read_side(items: Sequence, labels: Sequence[int], keys: Tensor | None, size
     names = [(str(items[i]) if isinstance(items[i], (str, Path)) else f"item {i}", reason) for i, reason in why.items()]
     return _Side(images, torch.tensor([labels[i] for i in good], dtype=torch.long), keys[good], names)
 
-def _pixels(images: Tensor) -> list[bytes]:  # equal pictures have equal hashes
+def _keys(images: Tensor) -> list[bytes]:  # equal pictures have equal hashes
     return [hashlib.sha256(image.contiguous().numpy()).digest() for image in images]
 
 def _first(hashes: list[bytes], seen: set[bytes]) -> Tensor:  # (b,) bool
@@ -940,7 +940,7 @@ def _first(hashes: list[bytes], seen: set[bytes]) -> Tensor:  # (b,) bool
 def _two_sides(train: _Side, held: _Side, classes: tuple[str, ...], name: str, rule: str, of: tuple[int, int]) -> tuple[ImageSet, ImageSet]:
     "Warn of what could not be read, drop doubles and what would be on both sides, and say so in each source."
     if broken := train.skipped + held.skipped: warnings.warn(f"{len(broken)} files of {name} could not be read and were skipped: {told(broken)}")
-    ours, theirs = _pixels(train.images), _pixels(held.images)
+    ours, theirs = _keys(train.images), _keys(held.images)
     learned, kept_out = set(ours), set(theirs)
     if rule == "one in eight":
         keep = _first(ours, set())

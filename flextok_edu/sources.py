@@ -8,7 +8,7 @@ __all__ = ['Unreadable', 'Item', 'Source', 'FolderSource', 'SetSource', 'ObjectS
            'StreamFeed', 'Part', 'split_source', 'as_image_set', 'OnDisk', 'open_source']
 
 # %% ../nbs/01b_sources.ipynb #01b-08c3723a
-import copy, glob, hashlib, io, itertools, json, math, os, re, stat, tarfile, time, warnings, weakref
+import copy, glob, hashlib, itertools, json, math, os, re, stat, tarfile, time, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .core import Feed, from_uint8, to_uint8, write_text
-from .data import (LARGEST, SETS, FolderList, ImageSet, ToyScenes, check_memory, decode_square, evenly, find_set, held_out, list_folder,
+from .data import (SETS, ImageSet, ToyScenes, check_memory, decode_square, evenly, find_set, held_out, list_folder,
                               no_random_access, picture_key, picture_keys, spread, told, PASSED_OVER, PICTURES, keys_folder, load_keys, save_keys)
 
 # %% ../nbs/01b_sources.ipynb #01b-3454e786

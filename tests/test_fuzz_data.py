@@ -12,7 +12,7 @@ import torch
 from PIL import Image, features
 
 from flextok_edu import sources
-from flextok_edu.data import decode_square, learned_from, load_data, load_keys, load_learned, save_keys, save_learned
+from flextok_edu.data import learned_from, load_data, load_keys, load_learned, save_keys, save_learned
 from flextok_edu.sources import FolderSource, Item, TarSource, decode
 
 CASES = 2000 * int(os.environ.get("FLEXTOK_FUZZ", 1))

@@ -74,7 +74,7 @@ def test_a_side_depends_on_nothing_but_the_picture(tmp_path):
     for options in ({"seed": 1}, {"val_images": 3}, {"limit": 10}, {"limit": 20, "seed": 5, "val_images": 1}):
         other_train, other_val = loaded(root, **options)
         assert not keys(other_train) & keys(val) and not keys(train) & keys(other_val), options
-        assert len(other_train) <= options.get("limit", 99) and len(other_val) <= options.get("val_images", 99)
+        assert len(other_train) == options.get("limit", len(train)) and len(other_val) == min(len(val), options.get("val_images", 99)), "the limit is one of the training side"
     for i in range(60): (root / "ab"[i % 2] / f"{i:03}.png").rename(root / "ab"[i % 2] / f"{(i * 37) % 60:03} renamed.png")
     assert keys(loaded(root)[1]) == keys(val), "neither order nor names"
 
