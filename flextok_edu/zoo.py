@@ -80,7 +80,7 @@ def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # 
     told = {p: conform(read_json(g, "record of a training"), {"preset?": (dict, None)}, str(g)) if g else {} for p, g in files.items()}
     p = next((told[k]["preset"] for k in ("tokenizer", "vae") if told.get(k, {}).get("preset")), None)
     if p:
-        p = p | {key: told[k]["preset"][key] for k, keys in _DECIDES.items() if told.get(k, {}).get("preset") for key in keys}
+        p = p | {key: told[k]["preset"][key] for k, keys in _DECIDES.items() if told.get(k, {}).get("preset") for key in keys if key in told[k]["preset"]}
         if evaluate: p = p | {"evaluate": asdict(evaluate)}
         from_dict(Preset, p)
     presets = {k: t.get("preset") for k, t in told.items() if k != "classifier"}
@@ -238,10 +238,11 @@ def _learned_from(folder: Path) -> str:  # a sentence for each part
         return f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
     return "\n".join(f"- {part}: {said(facts)}" for part, facts in found.items())
 
-def _decoding(p: dict, writes: bool) -> str:  # p: the preset, as json; whether there is an AR model
-    if not (e := p.get("evaluate")): return ""
-    lists = f", and write new lists with `ar_guidance={e['ar_guidance']:g}`" if writes else ""
-    return f"Decode with `steps={e['steps']}, guidance={e['guidance']:g}`{lists}: the functions' own defaults are other ones, the commands take these. "
+def _decoding(p: Preset | None, writes: bool) -> str:  # p: of its training; whether there is an AR model
+    if p is None: return ""
+    e = p.evaluate
+    lists = f", and write new lists with `ar_guidance={e.ar_guidance:g}`" if writes else ""
+    return f"Decode with `steps={e.steps}, guidance={e.guidance:g}`{lists}: the functions' own defaults are other ones, the commands take these. "
 
 def _measured(folder: Path) -> str:  # the results, with the weights that they are of
     if not (folder / "table.json").exists(): return "Nothing was measured yet."
@@ -286,7 +287,7 @@ def model_card(folder: Path,      # of a packed model, with model.json
               ) -> str:           # markdown
     "What it is, how it was made, how good it is, what it may be used for."
     facts = read_facts(folder)
-    p, made = facts["preset"] or {}, facts["made"]
+    p, made = from_dict(Preset, facts["preset"]) if facts["preset"] else None, facts["made"]
     of = next((m["versions"] for m in made.values() if m.get("versions")), None)
     def said(v): return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
     changes = "; ".join(f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < .1 else '.4f'}}" for k, v in facts.get("rounding", {}).items())
@@ -306,7 +307,7 @@ For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{nam
 
 ## How it was trained
 
-Preset {_known(p.get('name'))}, {_known(p.get('image_size'))} px. The VAE was trained against {markdown(facts.get('vae_trained_against', 'unknown'))}.
+Preset {_known(p and p.name)}, {_known(p and p.image_size)} px. The VAE was trained against {markdown(facts.get('vae_trained_against', 'unknown'))}.
 
 | part | parameters | data | seed | steps x images | hours | file | weights in memory |
 |---|---|---|---|---|---|---|---|
@@ -423,10 +424,9 @@ class TrainedOn(ImageSet):
     @property
     def hash(self) -> str: return self.name
 
-def trained_on(name: str, facts: dict, place: Path) -> TrainedOn:
+def trained_on(name: str, facts: dict, place: Path, size: int) -> TrainedOn:  # size: of its images
     "What a shipped model says of the pictures that its tokenizer learned from."
     made, learned = facts["made"].get("tokenizer", {}), load_learned(place / "tokenizer")
-    size = facts["preset"]["image_size"]
     source = learned.source if learned else f"{made.get('data') or 'unknown data'}, seed {_known(made.get('seed'))}"
     more = dict(keys=learned.keys, rule=learned.rule) if learned else {}
     return TrainedOn(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, 4, dtype=torch.int64), KINDS, f"{source} (the shipped model {name})",
@@ -492,7 +492,7 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     print(f"{name}: {n} held-out scenes, {p.evaluate.samples} new ones", flush=True)
     logs, stages = {part: log for part in PARTS if (log := read_log(place / part))}, [_shown(place, part) for part in PARTS]
     p = replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), steps=s["steps"]) for part, s in zip(PARTS, stages) if s["steps"]})  # all trainings of a part: no usual curves for those
-    train = trained_on(name, facts, place)
+    train = trained_on(name, facts, place, p.image_size)
     job = Job(RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, held_out_scenes(p, o.seed, n), began)
     learned = {part: load_learned(place / part) for part in PARTS}
     report = evaluate_all(job, Models(tok.vae, reader, tok, ar, logs, stages), (place / "README.md").read_text(encoding="utf-8"), learned)

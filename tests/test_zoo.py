@@ -497,6 +497,19 @@ def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
         VAE.from_pretrained("stranger")
 
 
+@pytest.mark.parametrize("told", ('{"preset": {"name": "own"}, "asked": 3, "data": [], "recipe": "x", "versions": {"torch": 2}}', '{"preset": {"registers": 10}}', '{"preset": {"tokenizer": {"registers": 1e99}}}', '[1]', '{"preset": 4}', "[" * 9999, ""))
+def test_a_damaged_record_of_a_training(tmp_path, told):
+    """What cannot be known is unknown, what cannot be is refused in words."""
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "run.json").write_text(told)
+    try:
+        facts = zoo._history({"vae": tmp_path / "vae"}, None)
+    except ValueError as error:
+        assert str(error) and "own" not in told
+    else:
+        assert facts["preset"] == {"name": "own"} and facts["made"]["vae"]["data"] is None and facts["made"]["vae"]["versions"] is None
+
+
 @pytest.mark.skipif("parse_math" not in inspect.getsource(zoo._rows), reason="room 15 does not draw labels as text yet")
 @pytest.mark.parametrize("name", ("$5_to_$10.png", "a^b_{c.png", "\\frac{.png", "中文.png", os.fsdecode(b"caf\xe9.png"), "tab\there.png"))
 def test_any_file_name(shipped, tmp_path, name):
