@@ -432,7 +432,7 @@ def test_what_was_learned_goes_along(trained, packed, tmp_path):
     place = zoo.pack({p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "known", tmp_path / "zoo", same=0.)
     back, card = load_learned(place / "vae"), (place / "README.md").read_text()
     assert back.facts == learned.facts and torch.equal(back.keys, learned.keys) and load_learned(place / "tokenizer") is None
-    assert "- vae: 3 pictures of photos \\| of \\`mine\\` \\<b\\>, rule: one in eight" in card and "- tokenizer: unknown" in card
+    assert "- vae: 3 pictures (photos \\| of \\`mine\\` \\<b\\>), rule: one in eight" in card and "- tokenizer: unknown" in card
 
 
 def test_labels_are_no_markup(trained, tmp_path):
