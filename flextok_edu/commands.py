@@ -29,9 +29,9 @@ from .cache import LatentCache, TokenCache, cache_plan, latent_recipe, token_rec
 from .core import PRESETS, EvalConfig, Preset, check_limits, compiler_works, conform, from_dict, from_uint8, grid, load_model, noise_like, parse_json, pick_device, plain, preset, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
 from .data import ImageSet, Learned, _hash_keys as hash_keys, _memory, image_files, learned_from, leave_out_learned, load_learned, read_squares, save_learned
-from .evaluate import Report, evaluate_tokenizer, may_replace, save_picture, trained_how, versions
+from .evaluate import Report, any_terminal, evaluate_tokenizer, may_replace, older_than_the_rule, save_picture, split_by_record, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, for_the_floor, lasting, material, numbered, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
+from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, for_the_floor, lasting, material, numbered, on_disk, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
 from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
 from .train import LongRun, Stopped, claimed
 from .vae import VAE, train_vae
@@ -159,7 +159,7 @@ def _hint(cls: type, argv: list[str]) -> None:
         option = re.match(r"--([\w-]+)", advice or "")
         if advice and name.replace("_", "-") not in own and (option is None or option[1] in own): raise UsageError(f"there is no option --{name}: {advice}")
 
-# %% ../nbs/15b_commands.ipynb #15b-a66fda62
+# %% ../nbs/15b_commands.ipynb #15b-d1cc9bf4
 def _of_file(cls: type, found: Settings, path: str):  # an instance to start from
     kinds, options = typing.get_type_hints(cls), {}
     for name, value in found.options.items():
@@ -189,11 +189,6 @@ class Terminated(KeyboardInterrupt):
     "A signal that ends the process, while nothing could be saved."
     def __init__(self, number: int): super().__init__(); self.number = number
 
-def _never_fail_to_print() -> None:
-    "What a terminal or a file cannot show is written as an escape: a finished job must not end in an encoding error."
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     "SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays ignored."
@@ -210,7 +205,7 @@ def _signals() -> Iterator[None]:
 @contextlib.contextmanager
 def _manners(name: str) -> Iterator[None]:
     "Signals become exceptions, warnings become notes."
-    _never_fail_to_print()
+    any_terminal()
     with _signals(), warnings.catch_warnings():
         usual = warnings.showwarning
         def note(message, category, *rest, **more):
@@ -310,7 +305,7 @@ def made_with(model: str) -> Preset | None:  # model: a folder of a run, or the 
     "The preset with which a model was made; None if nobody noted it."
     shipped, place = shipped_models().get(model), Path(model).expanduser()
     if shipped:
-        facts = read_json(shipped / "model.json") if (shipped / "model.json").is_file() else {}
+        facts = conform(read_json(shipped / "model.json"), {"preset?": (dict, None)}, shipped / "model.json") if (shipped / "model.json").is_file() else {}
         return from_dict(Preset, facts["preset"]) if facts.get("preset") else None
     file = next((f for f in (place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json") if f.is_file()), None)
     return read_settings(file).preset if file else None
@@ -504,7 +499,7 @@ def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     if o.stage != "vae" and cache.is_dir():
         with claimed(cache, "encodes") as claim: print(f"{plain(cache)} is now {plain(claim.put_aside())}", flush=True)
 
-# %% ../nbs/15b_commands.ipynb #15b-574a8307
+# %% ../nbs/15b_commands.ipynb #15b-64555ff2
 def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None) -> Path:
     "Train in a folder that is ours."
     first, name = engine.rank == 0, f"train_{o.stage}"
@@ -871,6 +866,13 @@ class EvalOptions(DataOptions):
     preset: str = ""
     "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
 
+def _to_measure_on(o: EvalOptions, p: Preset, known: dict[str, Learned | None]) -> tuple:  # as `open_pictures`
+    "Held-out pictures. A model that is older than the rule by which pictures are divided has a record that says which it has not seen."
+    record = older_than_the_rule(known)
+    if record is not None and Path(o.data).is_dir() and not on_disk(o.data, o.from_disk):
+        with contextlib.suppress(ValueError): return split_by_record(o.data, p.image_size, record, progress=watched())  # other pictures than those
+    return open_pictures(o, p, only_held_out=True)
+
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
     out, device = ready_to_write(o.out), pick_device(o.device)
@@ -878,8 +880,9 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     p = replace(preset_of(o, base, o.tokenizer), image_size=size_of(tok))
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = load_model(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"), lambda c: AttributeClassifier(), type(p.train_classifier))[0].to(device) if o.classifier else None
-    train, val = open_pictures(o, p, only_held_out=True)
-    val, learned = leave_out_learned(val, all_learned(o.tokenizer, o.ar))
+    known = all_learned(o.tokenizer, o.ar)
+    train, val = _to_measure_on(o, p, known)
+    val, learned = leave_out_learned(val, known)
     for part, said in learned.items():
         if said["overlap"] != "none" and said["overlap"] != 0: print(f"flextok_eval: note: the {part} learned from {said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}", file=sys.stderr, flush=True)
     eyes = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)

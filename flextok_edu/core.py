@@ -13,7 +13,7 @@ __all__ = ['AR_SIZES', 'PRESETS', 'LIMITS', 'IDENTITY', 'VAEConfig', 'TrunkConfi
            'Engine', 'fit', 'plot_log', 'compiler_works', 'compiled']
 
 # %% ../nbs/00_core.ipynb #00-9f9ad195
-import contextlib, errno, functools, hashlib, html, json, math, os, random, re, reprlib, secrets, stat, tempfile, time, warnings
+import contextlib, errno, functools, hashlib, html, json, math, os, random, re, reprlib, secrets, stat, time, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
@@ -521,10 +521,11 @@ def atomic(path: str | Path):  # yields the temporary path to write to
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
+    mode = stat.S_IMODE((path if path.is_file() else temporary).stat().st_mode)
     try:
         yield temporary
         with open(temporary, "rb+") as f: os.fsync(f.fileno())
-        if path.is_file(): os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.chmod(temporary, mode)  # safetensors puts a file of its own in the place of ours, for us alone
         os.replace(temporary, path)
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", None)):

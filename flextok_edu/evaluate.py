@@ -14,7 +14,7 @@ __all__ = ['RESAMPLES', 'CROP', 'PERCEPTUAL', 'UNKNOWN', 'READS_ORIGINALS', 'MAR
 # %% ../nbs/10_evaluate.ipynb #10-8d00a65c
 import csv, hashlib, io, json, math, platform, re, string, sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch

@@ -26,7 +26,7 @@ from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pic
 from .core import (PRESETS, Preset, StageConfig, VAEConfig, atomic, compiler_works, conform, drawable, from_dict, from_uint8, grid, load_model, pick_device,
                               plain, plot_log, preset, read_json, save_model, seed_everything, weights_hash, write_text)
 from .data import KINDS, SETS, ImageSet, Learned, ToyScenes, learned_from, leave_out_learned, load_data, load_learned, no_random_access, save_learned, spread
-from .evaluate import Report, evaluate_tokenizer, load_report, plot_report, token_counts, trained_how
+from .evaluate import MARK, Report, evaluate_tokenizer, load_report, plot_report, token_counts, trained_how
 from .features import AttributeClassifier, extractor, train_classifier
 from .sources import OnDisk, as_image_set, decode, open_source, split_source
 from .tokenizer import FlexTok, Latents, load_tokenizer, save_tokenizer, train_tokenizer
@@ -104,7 +104,7 @@ def check(config: RunConfig) -> None:
     if config.data not in ("scenes", *SETS) and not on_disk(config.data) and not Path(config.data).expanduser().is_dir():
         raise FileNotFoundError(f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor hf:owner/name nor one of {', '.join(SETS)}")
 
-# %% ../nbs/15_pipeline.ipynb #15-36eb1f75
+# %% ../nbs/15_pipeline.ipynb #15-5f7ef69a
 def watched() -> bool:  # whether a person looks on: progress bars are for them, and litter the log of a queue
     "Whether stderr is a terminal."
     return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
@@ -147,7 +147,7 @@ def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, see
     if val.scenes: return {"other": held_out_scenes(p, seed + 1, len(val)), "other_is": f"other held-out scenes, seed {seed + 1}"}
     return {"other": None} if train is None else {"other": some(train, max(len(val), p.evaluate.samples)), "other_is": "training pictures"}
 
-# %% ../nbs/15_pipeline.ipynb #15-2c9a7b01
+# %% ../nbs/15_pipeline.ipynb #15-32b37714
 def numbered(data: ImageSet | OnDisk):  # what a cache is made of
     "Pictures by number, whatever they come from."
     return pictures_of(data) if isinstance(data, ImageSet) else decoded_pictures(data.pictures, data.size, decode)
@@ -173,7 +173,7 @@ def some(data: ImageSet | OnDisk, count: int) -> ImageSet:  # so many, evenly sp
     if not isinstance(data, ImageSet): return as_image_set(data.pictures, data.size, count, data.workers)
     return data.select(spread(len(data), count))
 
-# %% ../nbs/15_pipeline.ipynb #15-3b7a5453
+# %% ../nbs/15_pipeline.ipynb #15-ea24427d
 def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
     "Raises OSError, naming the folder, if nothing can be written there."
     folder = Path(folder).expanduser().absolute()
@@ -346,7 +346,7 @@ def _rows(rows: list[Tensor], names: list[str], path: Path, title: str, tops: li
     write(title, width / 2, 6, 9, ha="center", va="top")
     for i, name in enumerate(names): write(name, left - 6, top + i * (cell + gap) + cell / 2, 8, ha="right", va="center")
     for j, name in enumerate(tops or []): write(name, left + j * (cell + gap) + cell / 2, top - 3, 7, ha="center", va="bottom")
-    with atomic(path) as temporary: fig.savefig(temporary, format="png")
+    with atomic(path) as temporary: fig.savefig(temporary, format="png", metadata={"Software": MARK})
 
 @torch.no_grad()
 def picture_reconstructions(tok: FlexTok, images: Tensor, path: Path, steps: int, guidance: float, seed: int) -> None:
@@ -367,7 +367,7 @@ def picture_quality(report: Report, path: Path) -> None:
     "Each score against the token count."
     import matplotlib.pyplot as plt
     figure = plot_report(report)
-    with atomic(path) as temporary: figure.savefig(temporary, format="png", dpi=130)
+    with atomic(path) as temporary: figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})
     plt.close(figure)
 
 # %% ../nbs/15_pipeline.ipynb #15-6beba956
@@ -423,7 +423,7 @@ def picture_losses(logs: dict[str, list[dict]], path: Path,
             ax.fill_between(at, low, high, color=colours[key], alpha=.18, lw=0); ax.plot(at, mean, color=colours[key], lw=.8, ls=":", alpha=.8)
         if expected: ax.set_title(f"{name} (band: usual)", fontsize=10)
     fig.tight_layout()
-    with atomic(path) as temporary: fig.savefig(temporary, format="png")
+    with atomic(path) as temporary: fig.savefig(temporary, format="png", metadata={"Software": MARK})
 
 # %% ../nbs/15_pipeline.ipynb #15-1978601a
 PICTURES = {"reconstructions.png": "The same held-out pictures from 1, 2, 4, … tokens. Every row is a complete picture: what the tokens do not say, the decoder invents.",
@@ -439,7 +439,7 @@ def write_report(folder: Path, report: Report, facts: dict, pictures: dict[str, 
         return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
     def cell(value, form): return format(value, form) if value else ""
     stages = "".join(f"<tr><td>{html.escape(s['stage'])}</td><td>{cell(s['steps'], ',')}</td><td>{cell(s['images_per_second'], ',.0f')}</td><td>{s['seconds']:,.0f}</td><td>{cell(s['parameters'] / 1e6, '.2f')}</td></tr>" for s in facts["stages"])
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>FlexTok: {said(facts['title'])}</title>
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="generator" content="{MARK}"><title>FlexTok: {said(facts['title'])}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}h1{{margin-bottom:0}}h2{{margin-top:2.2rem}}
 pre{{background:#f5f5f2;padding:1rem;overflow-x:auto;font-size:12.5px;line-height:1.35}}figure{{margin:1.2rem 0}}img{{max-width:100%}}figcaption,.small{{color:#555;font-size:14px}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .9rem .2rem 0;text-align:right}}td:first-child,th:first-child{{text-align:left}}th{{border-bottom:1px solid #999}}</style>
@@ -630,7 +630,7 @@ def evaluate_all(job: Job, models: Models,
                 ) -> Report:
     "Measure, draw, and write the page."
     began, p, e, seed, out = time.perf_counter(), job.preset, job.preset.evaluate, job.config.seed, job.out
-    if learned is None: learned = {part: load_learned(out / part) for part in ("vae", "tokenizer", "ar")}
+    if learned is None: learned = {part: load_learned(out / part) for part in ("vae", "classifier", "tokenizer", "ar") if part != "classifier" or models.reader is not None}
     val, seen = leave_out_learned(job.val, learned)
     facts = trained_how(vae=p, tokenizer=p, ar=p) | {"learned": seen, "train_hash": job.train.hash, "trained_on": job.train.source, "device": str(job.device), "precision": str(job.precision or torch.float32).removeprefix("torch.")}
     if job.changes: facts["changes"] = job.changes

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import (LIMITS, Range, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits, conform, fit_header, hub_folder,
-                              on_meta, one_of, parse_json, pick_device, plain, read_json, read_tensors, tensor_header, wanted, write_text)
+                              on_meta, one_of, parse_json, pick_device, plain, read_json, read_tensors, tensor_header, write_text)
 from .fsq import FSQ
 from .tokenizer import FlexTok
 from .transformer import TimeEmbedding

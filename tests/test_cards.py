@@ -14,7 +14,7 @@ from torch import nn
 import flextok_edu.evaluate as evaluate
 from flextok_edu.core import EvalConfig, preset
 from flextok_edu.data import ImageSet, Learned, evenly, picture_keys, read_squares
-from flextok_edu.evaluate import CROP, LEFT_OVER, PERCEPTUAL, UNKNOWN, compare, evaluate_tokenizer, make_card, trained_how
+from flextok_edu.evaluate import LEFT_OVER, PERCEPTUAL, UNKNOWN, compare, evaluate_tokenizer, make_card, trained_how
 
 CONFIG = EvalConfig(images=40, steps=2, guidance=1.)
 

@@ -14,9 +14,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzzing
 from flextok_edu import train
-from flextok_edu.cache import Cache, build_cache, read_header, shard_path, write_shard
+from flextok_edu.cache import Cache, build_cache, read_header, shard_path
 from flextok_edu.core import EMA, Feed, Player, StageConfig, fit
-from flextok_edu.train import Checkpoints, LongRun, changes_of
+from flextok_edu.train import LongRun, changes_of
 
 
 def put(path: Path, content: bytes) -> None:

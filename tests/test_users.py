@@ -1,12 +1,10 @@
 """What users hit at the commands: each test is a report that was filed, and fails on the code as it was then."""
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +15,10 @@ from PIL import Image
 
 import flextok_edu.commands as commands
 from flextok_edu.ar import tokenizer_identity
-from flextok_edu.commands import DataOptions, TrainOptions, UsageError
+from flextok_edu.commands import DataOptions
 from flextok_edu.core import preset, weights_hash
 from flextok_edu.data import load_learned
-from flextok_edu.pipeline import RunConfig, open_pictures, parse_go_on, prepare
+from flextok_edu.pipeline import RunConfig, open_pictures, prepare
 from flextok_edu.tokenizer import FlexTok
 from test_commands import TINY, call, refused, weights  # noqa: F401
 
@@ -99,7 +97,6 @@ def test_what_a_model_learned_from_stands_beside_it_and_on_the_card(models, tmp_
 
 
 def _base(r):
-    from flextok_edu.commands import read_settings
     from flextok_edu.core import from_dict, Preset
     return from_dict(Preset, json.loads((r / "run.json").read_text())["base"])
 

@@ -510,7 +510,6 @@ def test_a_damaged_record_of_a_training(tmp_path, told):
         assert facts["preset"] == {"name": "own"} and facts["made"]["vae"]["data"] is None and facts["made"]["vae"]["versions"] is None
 
 
-@pytest.mark.skipif("parse_math" not in inspect.getsource(zoo._rows), reason="room 15 does not draw labels as text yet")
 @pytest.mark.parametrize("name", ("$5_to_$10.png", "a^b_{c.png", "\\frac{.png", "中文.png", os.fsdecode(b"caf\xe9.png"), "tab\there.png"))
 def test_any_file_name(shipped, tmp_path, name):
     """Dollars, braces, Chinese and bytes that are no text are file names like any other."""
