@@ -25,8 +25,8 @@ from .vae import VAE
 _TOKENIZER, _TRUNK = LIMITS[TokenizerConfig], LIMITS[TrunkConfig]
 
 def _word(value) -> bool:
-    "a word"
-    return isinstance(value, str) and value != ""
+    "a word (of at most 200 characters)"
+    return isinstance(value, str) and 0 < len(value) <= 200
 
 def _two_keys(value) -> bool:
     "a list of two keys: patches, registers"
@@ -37,8 +37,8 @@ def _sizes(value) -> bool:
     return isinstance(value, list) and len(value) in (1, 2) and bool(conform(value, [Range(1, 65536)]))
 
 def _some_parts(value) -> bool:
-    "named descriptions"
-    return isinstance(value, dict) and 0 < len(value) <= 1000
+    "1 to 1000 named descriptions (names of at most 200 characters)"
+    return isinstance(value, dict) and 0 < len(value) <= 1000 and all(len(name) <= 200 for name in value)
 
 _RULES = {  # name of a rule: a shape for `conform`
     "key": _word, "keys": _two_keys, "text": _word, "flag": bool, "part": dict, "parts": _some_parts,
@@ -292,11 +292,11 @@ def _read(description,                    # config.json, parsed
     "What a description means. Raises ValueError naming whatever we do not support."
     d = description
     if not isinstance(d, dict) or not {"encoder", "decoder", "regularizer"} <= d.keys():
-        there = list(map(str, d)) if isinstance(d, dict) else [type(d).__name__]
+        there = [plain(name)[:100] for name in d] if isinstance(d, dict) else [type(d).__name__]
         hint = "written by save_tokenizer: use load_tokenizer" if "weights" in there else "a VAE: use load_vae" if "block_out_channels" in there else "of another model family?"
         raise ValueError(f"no FlexTok configuration ({hint}); it has: {', '.join(there[:8])}")
     for name in d:
-        if name not in _SECTIONS: raise ValueError(f"unknown entry {name!r} in the configuration")
+        if name not in _SECTIONS: raise ValueError(f"unknown entry {name[:100]!r} in the configuration")
     for name in _SECTIONS[1:]:
         if name not in d: raise ValueError(f"entry {name!r} is missing in the configuration")
     noise, pipe = _part(d[_SECTIONS[4]], _SECTIONS[4], "MinRFNoiseModule"), _part(d["pipeline"], "pipeline", "MinRFPipeline")
