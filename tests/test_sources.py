@@ -265,7 +265,8 @@ def test_eyes_that_cannot_be_had(tmp_path, monkeypatch):
     def offline(*a, **k):
         raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no copy from before
     with pytest.raises(FileNotFoundError, match="inception could not be downloaded .*efficientnet_lite0"):
         features.extractor("inception")
     monkeypatch.setitem(sys.modules, "transformers", None)
