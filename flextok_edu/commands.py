@@ -345,7 +345,7 @@ class TrainOptions(DataOptions):
     stage: Positional[Literal["vae", "tokenizer", "ar"]]
     "What to train."
     preset: str = "micro"
-    "Sizes and steps: micro, tiny, small, d12_d12, d18_d18, d18_d28."
+    "Sizes and steps: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     vae: str | None = None
     "tokenizer: folder of the trained VAE. vae: of a trained one to go on with."
     tokenizer: str | None = None
@@ -903,7 +903,7 @@ def eval_main(argv: list[str] | None = None) -> None:
 class EstimateOptions(DataOptions):
     "How long, how large: a few steps of each stage with throwaway weights, before anything long is started."
     preset: Positional[str]
-    "micro, tiny, small, d12_d12, d18_d18, d18_d28."
+    "micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     precision: str = "auto"
     "fp32, bf16, fp16, or auto, as in flextok_train."
     recompute: bool = False

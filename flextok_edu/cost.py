@@ -213,7 +213,7 @@ def info_main() -> None:
     "The console command `flextok_info PRESET`."
     any_terminal()
     names = sys.argv[1:]
-    if not names or names[0] in ("-h", "--help"): print("usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."); return
+    if not names or names[0] in ("-h", "--help"): print("usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."); return
     try: print("\n\n".join(describe(preset(name)) for name in names))
     except ValueError as error: sys.exit(f"flextok_info: {error}")
 
@@ -277,7 +277,7 @@ def variant(tok: FlexTok, name: str):
 class BenchConfig:
     "Time encoding, guided decoding or training steps with random weights, latents to latents, in several variants taken in turns."
     preset: str = "d12_d12"
-    "Size: micro, tiny, small, d12_d12, d18_d18, d18_d28."
+    "Size: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     device: str = "auto"
     "auto, cpu, cuda or mps."
     batch: int = 1

@@ -48,7 +48,7 @@ class RunConfig:
     workers: int = 0
     "Processes that decode, if images are read from the disk."
     preset: str = "micro"
-    "Size of everything: micro, tiny, small, d12_d12, d18_d18, d18_d28."
+    "Size of everything: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     out: str = "runs/demo"
     "Where weights, tables, pictures and the report go. A second start in the same folder skips finished stages, and goes on in the middle of the one that was interrupted."
     device: str = "auto"

@@ -438,7 +438,7 @@ def images_that_fit(tok: FlexTok,
                     steps: int,         # of the flow decoder
                     guidance: float,    # of the flow decoder
                     seconds: float,     # that there are for the measurement
-                    least: int = 64,    # so many in any case
+                    least: int = 16,    # so many in any case
                    ) -> int:
     "How many images can be measured at every token count within so many seconds."
     ids, spent = tok.tokenize(few), 0.
