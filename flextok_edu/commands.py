@@ -6,7 +6,7 @@
 __all__ = ['UsageError', 'setting_names', 'nearest', 'typed', 'override', 'parse_settings', 'Settings', 'read_settings',
            'at_home', 'stored_options', 'command_line', 'Terminated', 'command', 'Common', 'DataOptions', 'open_vae',
            'open_tokenizer', 'open_ar', 'made_with', 'habits', 'preset_of', 'all_learned', 'size_of', 'TrainOptions',
-           'Told', 'train', 'after', 'train_main', 'CacheOptions', 'make_cache', 'cache_main', 'TokenizeOptions',
+           'Told', 'train', 'with_earlier', 'train_main', 'CacheOptions', 'make_cache', 'cache_main', 'TokenizeOptions',
            'read_ids', 'tokenize', 'tokenize_main', 'DecodeOptions', 'DetokenizeOptions', 'detokenize',
            'detokenize_main', 'GenerateOptions', 'generate', 'generate_main', 'EvalOptions', 'measure', 'eval_main',
            'EstimateOptions', 'Estimate', 'counted_memory', 'estimate', 'estimate_line', 'estimate_all',
@@ -525,17 +525,17 @@ def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old
              "recipe": stored["recipe"] if stored else recipe, "versions": versions()} | ({"changes": went_on} if went_on else {})
     if first: write_text(out / "run.json", json.dumps(facts, indent=1))
     if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
-    config = getattr(p, name)
+    config, seen = getattr(p, name), _seen(o, learned)  # whatever can go wrong does so before the training
     print(f"{o.stage}: {config.steps} steps of {config.batch}, from {plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}", flush=True)
     try: model, log = _trained(o, p, data, made_of, old, engine, precision)
     except Stopped as stop: stop.number = engine.asked; raise
     if first:
-        _save(o.stage, out, model, log, config, data, _seen(o, learned), engine.changed)
+        _save(o.stage, out, model, log, config, data, seen, engine.changed)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if engine.world > 1: engine.accelerator.wait_for_everyone()
     return out
 
-def after(now: Learned, before: Learned | None) -> Learned:  # before: of the model that went on; None: nobody noted it
+def with_earlier(now: Learned, before: Learned | None) -> Learned:  # before: of the model that went on; None: nobody noted it
     "What a model has learned from that began with the weights of another."
     told = f"{now.source}; before: {before.source if before else 'not recorded'}"
     if before is None: return Learned("unknown", told, -1, "", None)
@@ -552,10 +552,10 @@ def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own",
     if o.stage == "tokenizer":
         before = all_learned(whose) if whose else {}
         vae = load_learned(_find(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
-        return {"own": after(now, before["tokenizer"]) if whose else now, "vae": vae}
+        return {"own": with_earlier(now, before["tokenizer"]) if whose else now, "vae": vae}
     if not whose: return {"own": now, "vae": None}
     kind, key = ("VAE", "stem") if o.stage == "vae" else ("AR model", "class_dropout")
-    return {"own": after(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))), "vae": None}
+    return {"own": with_earlier(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))), "vae": None}
 
 def _recipe(o: TrainOptions, p: Preset, named: dict, made_of, old, precision: torch.dtype | None) -> dict:  # as json gives it back
     "All that decides the weights."

@@ -1,5 +1,4 @@
 """Shipped models: packed small, found by name, and never mixed up. The model here is a stand-in that was trained for a moment."""
-import inspect
 import json
 import os
 import shutil
