@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up a virtual environment in .venv first; nothing else is touched.
-#   make demo                the model that comes with the package: pictures, table, curves on one page, in three minutes
+#   make demo                the model `tiny`, which comes with the package: pictures, table, curves on one page, in three minutes
 #   make demo SCRATCH=1      everything trained from scratch first, in ten (and so, as long as no model comes with the package)
 #   make demo DEMO="--data ~/Pictures --minutes 30 --out runs/mine"    the same job on your own pictures
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    a CPU-only PyTorch (1 GB instead of 6)

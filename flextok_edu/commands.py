@@ -347,7 +347,7 @@ class TrainOptions(DataOptions):
     preset: str = "micro"
     "Sizes and steps: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     vae: str | None = None
-    "tokenizer: folder of the trained VAE. vae: of a trained one to go on with."
+    "tokenizer: folder of the trained VAE, or the name of a shipped model. vae: of a trained one to go on with."
     tokenizer: str | None = None
     "ar: folder of the trained tokenizer. tokenizer: of a trained one to go on with, on its own VAE or on the one of --vae."
     ar: str | None = None
@@ -373,7 +373,7 @@ class TrainOptions(DataOptions):
     compile: str = "auto"
     "torch.compile for the transformer blocks: auto (if a compiler is there and there are 500 steps or more), on, off."
     minutes: float = 10.
-    "Between checkpoints."
+    "Minutes between checkpoints. (How long it trains is said in steps: --steps.)"
     keep: int = 2
     "Checkpoints that are kept."
     track: str = "none"
@@ -606,7 +606,7 @@ class CacheOptions(DataOptions):
     latents: str | None = None
     "tokens: from a cache of latents instead of images."
     preset: str = ""
-    "For the size of the images, the scenes, and how many are held out. By default that of the model given."
+    "For the size of the images, and the scenes. By default that of the model given."
     mirror: bool = False
     "Mirror images as well (for photographs)."
     float32: bool = False
@@ -646,7 +646,7 @@ class TokenizeOptions(Common):
     images: Positional[tuple[str, ...]]
     "Files, or folders of them. Each is cut to a square in the middle and resized."
     tokenizer: str
-    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, clipart."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, mini, clipart."
     out: str = "ids.jsonl"
     "The file that is written."
     budgets: tuple[int, ...] = ()
@@ -760,7 +760,7 @@ class DetokenizeOptions(DecodeOptions):
     ids: Positional[str]
     "A file that flextok_tokenize wrote."
     tokenizer: str
-    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, clipart."
+    "Folder of the tokenizer, or the name of a model that comes with the package: tiny, mini, clipart."
     out: str = "pictures"
     "Folder for the pictures."
 
@@ -796,7 +796,7 @@ class GenerateOptions(DecodeOptions):
     classes: Positional[tuple[str, ...]]
     "Names or numbers of classes, or all."
     ar: str
-    "Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package: tiny."
+    "Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package: tiny, mini."
     tokenizer: str | None = None
     "Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with it."
     seeds: tuple[int, ...] = (0,)
@@ -856,13 +856,13 @@ def generate_main(argv: list[str] | None = None) -> None:
 class EvalOptions(DataOptions):
     "The table of quality against token count, on held-out pictures; with --ar also of new ones."
     tokenizer: Positional[str]
-    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny, clipart."
+    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny, mini, clipart."
     out: str
-    "Folder for table.json, table.csv and quality.png."
+    "Folder for table.json, table.csv, table_scores.safetensors, quality.png and run.json."
     ar: str | None = None
-    "Folder of the AR model."
+    "Folder of the AR model, or tiny, mini."
     classifier: str | None = None
-    "Folder of the classifier that reads scenes (flextok_run trains one)."
+    "Folder of the classifier that reads scenes (flextok_run trains one), or tiny, mini."
     preset: str = ""
     "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
 

@@ -1001,7 +1001,7 @@ def no_random_access(path: str) -> str | None:  # None: nothing of the kind
 def load_data(source: str,              # "scenes", the name of a set (see SETS), or a folder of images (./cifar10 is a folder, cifar10 a set)
               size: int,                # side in pixels
               train_images: int,        # scenes to render for training
-              val_images: int,          # use at most so many of the held-out images, evenly spread (but one)
+              val_images: int,          # draw so many scenes; of anything else use at most so many held-out images, evenly spread
               level: int = 1,           # complexity of the scenes
               seed: int = 0,            # names the scenes; a folder's split depends on the pictures alone
               progress: bool = True,

@@ -58,7 +58,7 @@ class RunConfig:
     at_most: float | None = None
     "The same, but only ever shorten: on a machine that is fast enough the preset's own step counts are kept."
     seed: int = 0
-    "Names data, initialisation, order, noise."
+    "Names the scenes, the initialisation, the order, the noise. (What is held out depends on the pictures alone.)"
     precision: str = "auto"
     "Of the training: fp32, bf16, fp16, or auto: fp32 on CPU and MPS; on CUDA bf16 where the GPU has it (Ampere and later), else fp16 (T4, V100)."
     compile: str = "auto"

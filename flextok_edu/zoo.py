@@ -454,7 +454,7 @@ class DemoOptions(ShowOptions):
     out: str = "runs/demo"
     "Folder for report.html, pictures and table."
     minutes: float = 3.
-    "Be ready after so long; how much is measured depends on it."
+    "Be ready after about so long; how much is measured depends on it. Sixteen scenes are in any case, which takes mini some minutes more on a CPU."
     images: int | None = None
     "Measure on at most so many held-out scenes."
     force: bool = False
