@@ -9,7 +9,7 @@ __all__ = ['Pictures', 'pictures_of', 'decoded_pictures', 'DamagedShard', 'shard
            'LatentCache', 'TokenCache', 'cache_latents_to', 'cache_tokens_to']
 
 # %% ../nbs/11b_cache.ipynb #11b-1a8191c0
-import contextlib, json, math, os, re, shutil, time
+import contextlib, json, math, os, re, shutil, time, warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,7 +72,9 @@ def decoded_pictures(source,           # a source of room 01b
         except Exception: return None
         return (i, image, item.label) if isinstance(image, Tensor) and 0 <= item.label < len(source.classes) else None
     def load(start, stop):
-        with ThreadPoolExecutor(threads) as pool: found = [f for f in pool.map(one, range(start, stop)) if f]
+        with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:  # once, around all threads
+            warnings.simplefilter("ignore")  # Pillow's own notes
+            found = [f for f in pool.map(one, range(start, stop)) if f]
         items, images, labels = zip(*found) if found else ((), (), ())
         items = torch.tensor(items, dtype=torch.long)
         images = torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8)

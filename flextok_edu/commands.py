@@ -29,11 +29,11 @@ from .cache import LatentCache, TokenCache, cache_plan, latent_recipe, token_rec
 from .core import PRESETS, EvalConfig, Preset, check_limits, compiler_works, conform, from_dict, from_uint8, grid, load_model, noise_like, parse_json, pick_device, plain, preset, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text
 from .cost import training_line
 from .data import ImageSet, Learned, _hash_keys as hash_keys, _memory, image_files, learned_from, leave_out_learned, load_learned, read_squares, save_learned
-from .evaluate import Report, any_terminal, evaluate_tokenizer, may_replace, older_than_the_rule, save_picture, split_by_record, trained_how, versions
+from .evaluate import Report, any_terminal, evaluate_tokenizer, may_fill, may_replace, older_than_the_rule, save_picture, split_by_record, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, for_the_floor, lasting, material, numbered, on_disk, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
+from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, inside, known_changes, for_the_floor, lasting, material, numbered, on_disk, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
 from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
-from .train import LongRun, Stopped, claimed
+from .train import LongRun, Stopped, _changed as changed_recipe, claimed
 from .vae import VAE, train_vae
 
 # %% ../nbs/15b_commands.ipynb #15b-d5d0a8bf
@@ -392,7 +392,7 @@ class Told(LongRun):
             self.said = time.monotonic()
         return row
 
-_DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "tokenizer": ("vae", "tokenizer", "train_tokenizer"), "ar": ("tokenizer", "ar", "train_ar")}  # what a stage reads of a preset, besides its sizes
+_DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "tokenizer": ("tokenizer", "train_tokenizer"), "ar": ("ar", "train_ar")}  # what a stage reads of a preset, besides its sizes
 
 def _of_stage(recipe: dict) -> dict:
     "A recipe without the settings of other stages, which change nothing in this one."
@@ -451,13 +451,13 @@ def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a
 
 def _cache_folder(o: TrainOptions, out: Path) -> Path: return out.with_name(f"{out.name}.{'latents' if o.stage == 'tokenizer' else 'tokens'}")
 
-def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a cache; what names it; what it is of
+def _material(o: TrainOptions, p: Preset, made_of, out: Path, pictures):  # images, or a cache; what names it; what it is of
     "What the stage learns from."
     if o.cache:
         if o.stage == "vae": raise UsageError("--cache: a VAE learns from images")
         data = (LatentCache if o.stage == "tokenizer" else TokenCache)(o.cache, made_of)
-        return data, {k: data.facts[k] for k in ("source_hash", "count", "dtype", "mirror")}, data.learned
-    data = open_pictures(o, p)[0]
+        return data, {k: data.facts.get(k) for k in ("source_hash", "count", "dtype", "mirror")}, data.learned
+    data = pictures
     named, learned = {"source_hash": data.hash}, learned_from(data)
     if o.stage == "vae": return data, named, learned
     return material(data, made_of, _cache_folder(o, out)), named, learned
@@ -465,7 +465,7 @@ def _material(o: TrainOptions, p: Preset, made_of, out: Path):  # images, or a c
 def _classes_agree(o: TrainOptions, data) -> None:
     "Raises UsageError if another number of classes was asked for than the pictures have."
     asked = parse_settings(o.set).get("ar.classes")
-    if o.stage == "ar" and asked is not None and int(asked) != len(data.classes): raise UsageError(f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide")
+    if o.stage == "ar" and asked is not None and typed(asked, int, "ar.classes") != len(data.classes): raise UsageError(f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide")
 
 # %% ../nbs/15b_commands.ipynb #15b-294c924f
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
@@ -483,12 +483,14 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     made_of = open_tokenizer(o.tokenizer, device) if o.stage == "ar" else old if o.stage == "vae" else old.vae if old is not None else open_vae(o.vae, device)
     if o.stage == "tokenizer": _fits(made_of, p, o.vae)
     if o.stage == "ar": p = replace(p, image_size=size_of(made_of))
+    pictures = None if o.cache else open_pictures(o, p, "train")[0]
+    if o.fresh: inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
     engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
     first = engine.rank == 0
-    with contextlib.ExitStack() as held, contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w")):
+    with contextlib.ExitStack() as held, contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w", encoding="utf-8", errors="replace")):
         if first: _claim(held, o, out)
         if engine.world > 1: engine.accelerator.wait_for_everyone()
-        return _train_in(out, o, p, changes, made_of, old, engine, device, precision)
+        return _train_in(out, o, p, changes, made_of, old, engine, device, precision, pictures)
 
 def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     "The folder is ours; with --fresh, what lay there (and the cache beside it) gets another name. Raises ValueError if another process trains there."
@@ -497,31 +499,33 @@ def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     if aside := claim.put_aside(): print(f"{plain(out)} is now {plain(aside)}", flush=True)
     cache = _cache_folder(o, out)
     if o.stage != "vae" and cache.is_dir():
-        with claimed(cache, "encodes") as claim: print(f"{plain(cache)} is now {plain(claim.put_aside())}", flush=True)
+        with claimed(cache, "encodes") as claim:
+            if aside := claim.put_aside(): print(f"{plain(cache)} is now {plain(aside)}", flush=True)
 
 # %% ../nbs/15b_commands.ipynb #15b-64555ff2
-def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None) -> Path:
+def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None, pictures) -> Path:
     "Train in a folder that is ours."
     first, name = engine.rank == 0, f"train_{o.stage}"
-    data, named, learned = _material(o, p, made_of, out)
+    data, named, learned = _material(o, p, made_of, out, pictures)
     _classes_agree(o, data)
     recipe = _recipe(o, p, named, made_of, old, precision)
     finished, stored = _begin(out, recipe, first)
     if engine.world > 1: engine.accelerator.wait_for_everyone()
+    went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
+    if any(changes.items() <= c.items() for c in went_on): changes = {}  # the same command in a queue says it again
     if finished and changes: raise UsageError(f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} {out} --out another --set {name}.lr=…")
     if finished: print(f"{o.stage}: finished before, in {out}", flush=True); return out
-    went_on = (stored or {}).get("changes", [])
     if changes:
         if not engine.store.files(): raise UsageError(f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other settings, --set")
         went_on = went_on + [changes]
-    allowed = {}
+    allowed, begun_with = {}, p
     for settings in went_on:
         p, precision, changed = with_changes(p, precision, o.stage, settings, device)
         allowed |= changed
     engine.precision, engine.changes = precision, allowed
-    engine.recipe = _recipe(o, p, named, made_of, old, precision)
-    if stored and not allowed: engine.recipe = stored["recipe"]  # settings of other stages may differ by now: they change nothing here
-    facts = {"command": f"flextok_train {o.stage}", "options": stored_options(o, "steps", "fresh", "out", "go_on"), "preset": asdict(p),
+    # settings of other stages may differ by now: they change nothing here
+    engine.recipe = changed_recipe(stored["recipe"], allowed) if stored else recipe
+    facts = {"command": f"flextok_train {o.stage}", "options": stored_options(o, "steps", "fresh", "out", "go_on"), "preset": asdict(begun_with),
              "recipe": stored["recipe"] if stored else recipe, "versions": versions()} | ({"changes": went_on} if went_on else {})
     if first: write_text(out / "run.json", json.dumps(facts, indent=1))
     if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
@@ -537,6 +541,7 @@ def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old
 
 def with_earlier(now: Learned, before: Learned | None) -> Learned:  # before: of the model that went on; None: nobody noted it
     "What a model has learned from that began with the weights of another."
+    if before is not None and (before.rule, before.hash) == (now.rule, now.hash): return now
     told = f"{now.source}; before: {before.source if before else 'not recorded'}"
     if before is None: return Learned("unknown", told, -1, "", None)
     count = now.count + before.count if min(now.count, before.count) >= 0 else -1
@@ -621,14 +626,15 @@ class CacheOptions(DataOptions):
 # %% ../nbs/15b_commands.ipynb #15b-3da71480
 def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     "Build what is missing of a cache."
+    check_name(o.out)
     device = pick_device(o.device); p = preset_of(o, base, o.vae, o.tokenizer)
     if min(o.shard, o.batch) < 1: raise UsageError(f"--shard {o.shard} --batch {o.batch}: at least 1")
     if o.kind == "latents":
         vae = open_vae(o.vae, device)
-        recipe = latent_recipe(vae, numbered(open_pictures(o, p)[0]), torch.float32 if o.float32 else torch.float16, o.mirror)
+        recipe = latent_recipe(vae, numbered(open_pictures(o, p, "train")[0]), torch.float32 if o.float32 else torch.float16, o.mirror)
     else:
         tok = open_tokenizer(o.tokenizer, device)
-        data = LatentCache(o.latents, tok.vae) if o.latents else numbered(open_pictures(o, replace(p, image_size=size_of(tok)))[0])
+        data = LatentCache(o.latents, tok.vae) if o.latents else numbered(open_pictures(o, replace(p, image_size=size_of(tok)), "train")[0])
         recipe = token_recipe(tok, data, o.mirror)
     encode_to(o.out, recipe, o.shard, o.batch, o.verify)
     rows = len(LatentCache(o.out, vae) if o.kind == "latents" else TokenCache(o.out, tok))
@@ -681,6 +687,7 @@ def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:  # exit sta
     paths = [f for i in map(Path, o.images) for f in (image_files(i) if i.is_dir() else [i])]
     if not paths: raise ValueError(f"no image files in {', '.join(map(plain, o.images))}")
     may_replace(Path(o.out), o.force, paths)
+    ready_to_write(Path(o.out).absolute().parent)
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
     if len(o.budgets) > 1 and len(o.budgets) != len(paths): raise UsageError(f"{len(o.budgets)} budgets for {len(paths)} pictures: give one for all, or one for each")
     for k in o.budgets: tok._check_budget(k)
@@ -838,7 +845,8 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     if not wanted or not o.seeds: raise UsageError("say which classes, and at least one seed")
     budgets = list(o.budgets) or [tok.config.registers]
     for k in budgets: tok._check_budget(k)
-    labels, seeds = torch.tensor([c for c in wanted for _ in o.seeds]), list(o.seeds) * len(wanted)
+    wanted, each = list(dict.fromkeys(wanted)), list(dict.fromkeys(o.seeds))  # whatever is said twice is one file
+    labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
     steps, guidance = o.decoding(whose); usual = habits(o.ar)
     g, temperature = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance, usual.temperature if o.temperature is None else o.temperature
     if not (math.isfinite(g) and math.isfinite(temperature) and temperature >= 0): raise UsageError(f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more")
@@ -863,24 +871,35 @@ class EvalOptions(DataOptions):
     "Folder of the AR model, or tiny, mini."
     classifier: str | None = None
     "Folder of the classifier that reads scenes (flextok_run trains one), or tiny, mini."
+    force: bool = False
+    "Replace files that this package did not write."
     preset: str = ""
     "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
+
+def _only_results(out: Path, force: bool) -> None:
+    "Raises UsageError for the folder of a training or a run, ValueError for files that this package did not write."
+    if (out / "run.json").is_file():
+        try: whose = read_settings(out / "run.json").command
+        except ValueError: whose = "something else"
+        if (whose or "").split()[:1] != ["flextok_eval"]: raise UsageError(f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would be replaced: choose another folder")
+    may_fill(out, ["table.json", "table.csv", "table_scores.safetensors", "quality.png"], force)
 
 def _to_measure_on(o: EvalOptions, p: Preset, known: dict[str, Learned | None]) -> tuple:  # as `open_pictures`
     "Held-out pictures. A model that is older than the rule by which pictures are divided has a record that says which it has not seen."
     record = older_than_the_rule(known)
     if record is not None and Path(o.data).is_dir() and not on_disk(o.data, o.from_disk):
         with contextlib.suppress(ValueError): return split_by_record(o.data, p.image_size, record, progress=watched())  # other pictures than those
-    return open_pictures(o, p, only_held_out=True)
+    return open_pictures(o, p, "val")
 
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
     out, device = ready_to_write(o.out), pick_device(o.device)
+    _only_results(out, o.force)
     tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=size_of(tok))
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = load_model(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"), lambda c: AttributeClassifier(), type(p.train_classifier))[0].to(device) if o.classifier else None
-    known = all_learned(o.tokenizer, o.ar)
+    known = all_learned(o.tokenizer, o.ar) | ({"classifier": load_learned(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"))} if o.classifier else {})
     train, val = _to_measure_on(o, p, known)
     val, learned = leave_out_learned(val, known)
     for part, said in learned.items():
@@ -975,7 +994,7 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     p, device = preset_of(o, base), pick_device(o.device); precision = pick_precision(o.precision, device)
     if o.steps < 1 or not o.seconds > 0: raise UsageError(f"--steps {o.steps} --seconds {o.seconds}: more than 0")
     seed_everything(o.seed)
-    began = time.perf_counter(); n = min(64, p.train_images); few = some(open_pictures(replace(o, train_images=n), replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)))[0], 64)
+    began = time.perf_counter(); n = min(64, p.train_images); few = some(open_pictures(replace(o, train_images=n), replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)), "train")[0], 64)
     reading = (time.perf_counter() - began) / len(few)
     count = o.train_images or (p.train_images if o.data == "scenes" else 0)
     print(f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} threads; {few.source}\n"
@@ -1013,5 +1032,6 @@ def run_main(argv: list[str] | None = None) -> None:
         p = override(base or preset(o.preset), parse_settings(o.set))
         if o.steps and any(re.fullmatch(r"train_\w+\.steps", name) for name in parse_settings(o.set)): raise UsageError(f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it comes from --config)")
         config = RunConfig(**{f.name: getattr(o, f.name) for f in fields(RunConfig)})
-        run(config, p, o.fresh)
+        asked = parse_settings(o.set).get("ar.classes")
+        run(config, p, o.fresh, None if asked is None else typed(asked, int, "ar.classes"))
     command("flextok_run", RunOptions, work, argv, "; finished stages are kept: the same command goes on from there")

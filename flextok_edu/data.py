@@ -806,6 +806,7 @@ class ImageSet:
     source: str               # one line: what this is
     scenes: bool = False      # ToyScenes, with all four label columns
     keys: Tensor | None = None  # (b,) int64, see `picture_key`; None: not known, or needless (scenes)
+    also: Tensor | None = None  # (m,) int64: keys of doubles that were left out; who learned from a picture learned from them
     rule: str = "unknown"     # how it was divided: "scenes" | "own split" | "one in eight" | "train and val folders" | "unknown"
 
     def __len__(self) -> int: return len(self.images)
@@ -956,9 +957,11 @@ def _two_sides(train: _Side, held: _Side, classes: tuple[str, ...], name: str, r
     if count < 8: raise ValueError(f"{name} holds {count} usable images; training needs at least 8")
     if not keep_held.any(): raise ValueError(f"{name} holds no usable picture to hold out" + (f": {told(held.skipped)}; mend or remove them" if held.skipped else ": all that would be are also in the training part"))
     how = {"one in eight": "one in eight held out by content, "}.get(rule, "") + f"short side to {train.images.shape[-1]} px (bicubic), centre crop"
+    used = {h for h, k in zip(ours, keep.tolist()) if k}
+    also = train.keys[~keep & torch.tensor([h in used for h in ours], dtype=torch.bool)]
     sides = ((train, keep, "train", notes[0], of[0]), (held, keep_held, "test" if rule == "own split" else "val", notes[1], of[1]))
     return tuple(ImageSet(*((side.images, side.labels[:, None]) if kept.all() else (side.images[kept], side.labels[kept, None])), classes,
-                          f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken left out), {how}", keys=side.keys[kept], rule=rule)
+                          f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken left out), {how}", keys=side.keys[kept], also=also if which == "train" else None, rule=rule)
                  for side, kept, which, note, there in sides)
 
 # %% ../nbs/01_data.ipynb #01-ea3d807e
@@ -1043,9 +1046,10 @@ def learned_from(data) -> Learned:  # an ImageSet, an OnDisk or a Source (of the
     if getattr(data, "scenes", False): return Learned("scenes", name, len(data), data.hash, None)
     try: count = len(data)
     except TypeError: return Learned(data.rule, name, -1, "", None)
-    if data.keys is None: return Learned(data.rule, name, count, data.hash, None)
-    keys = data.keys.sort().values
-    return Learned(data.rule, name, count, _hash_keys(keys), keys)
+    if data.keys is None: return Learned(data.rule, name, count, data.hash, None)  # (where there are keys, the count is of files: doubles too)
+    also = getattr(data, "also", None)
+    keys = torch.cat([data.keys, *([] if also is None else [also])]).unique()
+    return Learned(data.rule, name, len(keys), _hash_keys(keys), keys)
 
 def save_learned(folder: str | Path, learned: Learned) -> None:
     "Write `learned.json`, and `learned.safetensors` where there are keys, beside a model. Raises OSError."
@@ -1081,7 +1085,9 @@ def _by_rule(val: ImageSet, learned: Learned) -> str | None:  # "none", or "unkn
         if learned.rule == "unknown": return "unknown: nobody knows what it learned from"
         return "unknown: these are training scenes" if learned.rule == "scenes" and name.startswith("ToyScenes") and train else "none"
     if learned.rule == "scenes": return "none"  # scenes against photographs
-    if val.keys is not None and learned.keys is not None: return None
+    if val.keys is not None and learned.keys is not None:
+        arrays = [each in ("cifar10", "fashion_mnist") for each in (name, other)]
+        return None if arrays[0] == arrays[1] else "unknown: one list is of files, the other of arrays"
     if val.rule == learned.rule == "one in eight" and learned.count < 0 and val.keys is not None and (val.keys % 8 == 0).all(): return "none"
     if val.rule == learned.rule and val.rule in ("own split", "train and val folders") and name == other and learned_train and not train: return "none"
     return "unknown: there is no list of " + ("these pictures" if val.keys is None else "what it learned from")

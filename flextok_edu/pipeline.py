@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STAGES', 'SUSTAINED', 'CURVES', 'PICTURES', 'RunConfig', 'pick_precision', 'check', 'watched', 'on_disk',
            'held_out_scenes', 'open_pictures', 'for_the_floor', 'numbered', 'encode_to', 'material', 'some',
-           'ready_to_write', 'check_name', 'parse_go_on', 'with_changes', 'Pace', 'Stopwatch', 'throwaway', 'probe',
-           'plan', 'picture_reconstructions', 'picture_samples', 'picture_quality', 'collect_expected',
-           'expected_curves', 'picture_losses', 'write_report', 'Job', 'lasting', 'prepare', 'Models', 'train_all',
-           'finished_report', 'evaluate_all', 'run', 'main']
+           'ready_to_write', 'check_name', 'inside', 'parse_go_on', 'known_changes', 'with_changes', 'Pace',
+           'Stopwatch', 'throwaway', 'probe', 'plan', 'picture_reconstructions', 'picture_samples', 'picture_quality',
+           'collect_expected', 'expected_curves', 'picture_losses', 'write_report', 'Job', 'lasting', 'prepare',
+           'Models', 'train_all', 'finished_report', 'evaluate_all', 'run', 'main']
 
 # %% ../nbs/15_pipeline.ipynb #15-e8ad23b0
 import base64, contextlib, html, json, math, os, shutil, sys, tempfile, time, warnings
@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ar import ARModel, Tokens, load_ar, sample_images, save_ar, train_ar
 from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import (PRESETS, Preset, StageConfig, VAEConfig, atomic, compiler_works, conform, drawable, from_dict, from_uint8, grid, load_model, pick_device,
+from .core import (Preset, StageConfig, VAEConfig, atomic, check_limits, compiler_works, conform, drawable, from_dict, from_uint8, grid, load_model, pick_device,
                               plain, plot_log, preset, read_json, save_model, seed_everything, weights_hash, write_text)
-from .data import KINDS, SETS, ImageSet, Learned, ToyScenes, learned_from, leave_out_learned, load_data, load_learned, no_random_access, save_learned, spread
-from .evaluate import MARK, Report, evaluate_tokenizer, load_report, plot_report, token_counts, trained_how
+from .data import KINDS, SETS, ImageSet, Learned, ToyScenes, learned_from, leave_out_learned, load_data, load_learned, check_memory, no_random_access, save_learned, split_folders, spread
+from .evaluate import MARK, Report, evaluate_tokenizer, is_ours, load_report, plot_report, token_counts, trained_how
 from .features import AttributeClassifier, extractor, train_classifier
 from .sources import OnDisk, as_image_set, decode, open_source, split_source
 from .tokenizer import FlexTok, Latents, load_tokenizer, save_tokenizer, train_tokenizer
@@ -114,38 +114,39 @@ def on_disk(data: str, from_disk: bool = False) -> bool:  # whether these pictur
     if data == "scenes": return False
     if from_disk or data.startswith("hf:") or data.endswith(".tar"): return True
     path = Path(data).expanduser()
-    return path.is_dir() and (any(path.glob("*.tar")) or any((path / f).is_file() for f in ("dataset_dict.json", "state.json")))
+    return path.is_dir() and (any(path.glob("*.tar")) and not split_folders(path) or any((path / f).is_file() for f in ("dataset_dict.json", "state.json")))
 
 def held_out_scenes(p: Preset,          # size and level
                     seed: int,          # names the scenes
                     count: int,         # how many
                    ) -> ImageSet:       # with all four columns of labels
     "Scenes that no model has learned from, whatever its seed (see *data*)."
+    check_memory(count, p.image_size, "measure fewer (--set evaluate.images=…)")
     scenes = ToyScenes("val", p.image_size, p.level, seed, count)
     return ImageSet(*scenes.render(progress=watched()), KINDS, f"ToyScenes val, level {p.level}, seed {seed}, {p.image_size} px", True, rule="scenes")
 
 def open_pictures(o,                    # options: data, data_root, download, from_disk, workers, train_images, seed
                   p: Preset,            # image size; how many scenes, and how many pictures are measured
-                  only_held_out: bool = False,  # scenes for training are not drawn, then
-                 ) -> tuple[ImageSet | OnDisk | None, ImageSet]:  # to learn from; held out
+                  only: str | None = None,  # "train" or "val": what is not needed is not drawn (and, from the disk, not read)
+                 ) -> tuple[ImageSet | OnDisk | None, ImageSet | None]:  # to learn from; held out
     "The pictures that the options name, at the preset's size. Raises FileNotFoundError or ValueError, with advice."
     if p.train_images < 2: raise ValueError(f"train_images must be at least 2, not {p.train_images}")
     e = p.evaluate
     if o.data == "scenes":
-        train, val = None, held_out_scenes(p, o.seed, e.images)
-        if not only_held_out: train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
+        train, val = None, None if only == "train" else held_out_scenes(p, o.seed, e.images)
+        if only != "val": train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
         return train, val
     held = e.images + max(e.images, e.samples)  # what is not measured is the floor of the distances
     if not on_disk(o.data, o.from_disk):
         return load_data(o.data, p.image_size, 0, held, seed=o.seed, progress=watched(), root=o.data_root, download=o.download, limit=o.train_images)
     source = open_source(o.data, p.image_size, root=o.data_root, download=o.download)
     train, val = split_source(source, watched(), limit=o.train_images, val_images=held)
-    return OnDisk(train, p.image_size, o.workers), as_image_set(val, p.image_size, workers=o.workers)
+    return OnDisk(train, p.image_size, o.workers), None if only == "train" else as_image_set(val, p.image_size, workers=o.workers)
 
 def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int) -> dict:  # other, other_is: for `evaluate_tokenizer`
     "Other real pictures, and what they are. (Held-out pictures that are not measured go before them.)"
     if val.scenes: return {"other": held_out_scenes(p, seed + 1, len(val)), "other_is": f"other held-out scenes, seed {seed + 1}"}
-    return {"other": None} if train is None else {"other": some(train, max(len(val), p.evaluate.samples)), "other_is": "training pictures"}
+    return {"other": None} if train is None else {"other": some(train, max(len(val), p.evaluate.samples)), "other_is": "pictures of the training side of this set"}
 
 # %% ../nbs/15_pipeline.ipynb #15-32b37714
 def numbered(data: ImageSet | OnDisk):  # what a cache is made of
@@ -188,18 +189,31 @@ def check_name(folder: str | Path) -> None:
     try: os.path.abspath(os.path.expanduser(folder)).encode()
     except UnicodeEncodeError: raise ValueError(f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose another name") from None
 
+def inside(out: str | Path, **inputs: str | None) -> None:
+    "Raises ValueError if a folder that is to get another name holds what the work begins with."
+    out = Path(out).expanduser().absolute()
+    for name, place in inputs.items():
+        if place and (out == Path(place).absolute() or out in Path(place).absolute().parents): raise ValueError(f"--fresh: {plain(place)} (--{name.replace('_', '-')}) lies in --out, which would get another name: choose another --out")
+
 _GO_ON = {"lr": float, "clip": float, "weight_decay": float, "precision": str}  # what may change in the middle of a stage
 
 def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value
-    "What stands behind --go-on. Raises ValueError for what may not change in the middle of a stage."
+    "What stands behind --go-on. Raises ValueError for what may not change in the middle of a stage, and for values that are none."
     found = {}
     for word in (text or "").replace(",", " ").split():
         name, _, value = word.partition("=")
         if name not in _GO_ON or not value: raise ValueError(f"--go-on {word}: write name=value, with {', '.join(_GO_ON)}; whatever else changes is another training (choose another --out)")
         try: found[name] = _GO_ON[name](value)
         except ValueError: raise ValueError(f"--go-on {word}: {value!r} is no number") from None
-        if isinstance(found[name], float) and not (math.isfinite(found[name]) and found[name] >= 0): raise ValueError(f"--go-on {word}: a finite number, 0 or more")
-    return found
+    return known_changes(found, "--go-on")
+
+def known_changes(settings: dict, where: str) -> dict:  # the same
+    "Raises ValueError for settings, of --go-on or of a run.json, that cannot be put in place of a training's."
+    for name, value in settings.items():
+        if name not in _GO_ON or type(value) is not _GO_ON[name]: raise ValueError(f"{where}: {plain(name)}={value!r} cannot change in the middle of a stage")
+    if settings.get("precision", "fp32") not in ("auto", "fp32", "bf16", "fp16"): raise ValueError(f"{where}: precision={plain(settings['precision'])}: use auto, fp32, bf16 or fp16")
+    check_limits(replace(StageConfig(), **{k: v for k, v in settings.items() if k != "precision"}), where)
+    return settings
 
 def with_changes(p: Preset, precision: torch.dtype | None, stage: str, settings: dict, device) -> tuple[Preset, torch.dtype | None, dict]:
     "Preset and precision after a change in the middle of a stage, and the entries of its recipe that this changes."
@@ -531,6 +545,11 @@ def _stored(config: RunConfig, base: dict | None = None) -> dict | None:  # what
     return stored
 
 # %% ../nbs/15_pipeline.ipynb #15-94abd884
+def _strangers(out: Path) -> None:
+    "Raises ValueError if a run would replace files that this package did not write."
+    for name in [*PICTURES, "report.html", "table.json", "table.csv", "stages.json"]:
+        if (out / name).exists() and not is_ours(out / name): raise ValueError(f"{plain(out / name)} is there already, and a run would replace it: choose another --out")
+
 def _under_way(out: Path) -> str:  # the stage that was interrupted
     "Raises ValueError if there is none: nothing to go on with under other settings."
     for name in STAGES:
@@ -540,16 +559,21 @@ def _under_way(out: Path) -> str:  # the stage that was interrupted
 
 def prepare(config: RunConfig,
             base: Preset | None = None,  # sizes and steps; by default those of config.preset
+            classes: int | None = None,  # that were asked for; by default as many as the pictures have
+            aside: Callable | None = None,  # begin anew: called when nothing can go wrong any more, gives what lies there another name
            ) -> Job:
     "Check, read the images, decide the step counts. Raises ValueError for settings that make no sense or contradict a run begun in the same folder."
     check(config)
     base, out = base or preset(config.preset), Path(config.out).expanduser()
-    stored, began, device = _stored(config, _plain(base)), time.perf_counter(), pick_device(config.device)
+    stored, began, device = None if aside else _stored(config, _plain(base)), time.perf_counter(), pick_device(config.device)
     p, precision = base, pick_precision(config.precision, device)
-    changes = (stored or {}).get("changes", {})
-    if config.go_on:
+    changes, asked = (stored or {}).get("changes", {}), parse_go_on(config.go_on)
+    for name, settings in changes.items():
+        if name not in STAGES or not isinstance(settings, dict): raise ValueError(f"{out / 'run.json'}: changes of {plain(name)}: there is no such stage")
+        known_changes(settings, f"{out / 'run.json'}: changes of {name}")
+    if asked and not any(asked.items() <= settings.items() for settings in changes.values()):  # (the same command in a queue says it again)
         name = _under_way(out)
-        changes = changes | {name: changes.get(name, {}) | parse_go_on(config.go_on)}
+        changes = changes | {name: changes.get(name, {}) | asked}
     if config.train_images: p = replace(p, train_images=config.train_images)
     if config.images: p = replace(p, evaluate=replace(p.evaluate, images=min(config.images, p.evaluate.images), samples=min(config.images, p.evaluate.samples)))
     seed_everything(config.seed)
@@ -557,8 +581,10 @@ def prepare(config: RunConfig,
     judge = eyes if p.image_size <= 224 else extractor(size=224, device=device)
     train, val = open_pictures(config, p)
     print(f"data: {plain(train.source)}; {len(val)} held out; {len(train.classes)} classes", flush=True)
-    data, usual = {"train": train.hash, "val": val.hash}, PRESETS.get(base.name, Preset(base.name)).ar.classes
-    if base.ar.classes not in (usual, len(train.classes)): raise ValueError(f"ar.classes={base.ar.classes} was asked for, but these pictures have {len(train.classes)} classes: leave it out, the pictures decide")
+    data = {"train": train.hash, "val": val.hash}
+    if classes not in (None, len(train.classes)): raise ValueError(f"ar.classes={classes} was asked for, but these pictures have {len(train.classes)} classes: leave it out, the pictures decide")
+    if aside and (place := aside()): print(f"{plain(out)} is now {plain(place)}", flush=True)
+    if not stored: _strangers(out)
     if stored:
         if stored["data"] != data: raise ValueError(f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was begun with (or it was begun before pictures were divided by their bytes): what it trained on and what it held out would mix; choose another --out")
         p = from_dict(Preset, stored["preset"])
@@ -650,14 +676,16 @@ def evaluate_all(job: Job, models: Models,
 # %% ../nbs/15_pipeline.ipynb #15-a030c3a8
 def run(config: RunConfig,           # what to do
         base: Preset | None = None,  # sizes and steps; by default those of config.preset
-        fresh: bool = False,         # what lies in the folder gets another name first
+        fresh: bool = False,         # begin anew: what lies in the folder gets another name
+        classes: int | None = None,  # that were asked for; by default as many as the pictures have
        ) -> Report:                  # the table; everything else lies in config.out
     "The main job. Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if another process runs in it."
     check(config)
     check_name(config.out)
+    if fresh and config.go_on: raise ValueError("--go-on and --fresh: go on with what is there, or begin anew, not both")
+    if fresh: inside(config.out, data=lasting(config.data))
     with claimed(config.out, "runs") as claim:
-        if fresh and (aside := claim.put_aside()): print(f"{plain(config.out)} is now {plain(aside)}", flush=True)
-        job = prepare(config, base)
+        job = prepare(config, base, classes, claim.put_aside if fresh else None)
         models = train_all(job)
         report = finished_report(job, models) or evaluate_all(job, models)
     print(f"\n{report}\n\neverything is in {job.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - job.began) / 60:.1f} minutes)", flush=True)

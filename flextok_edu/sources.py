@@ -8,7 +8,7 @@ __all__ = ['Unreadable', 'Item', 'Source', 'FolderSource', 'SetSource', 'ObjectS
            'StreamFeed', 'Part', 'split_source', 'as_image_set', 'OnDisk', 'open_source']
 
 # %% ../nbs/01b_sources.ipynb #01b-08c3723a
-import copy, glob, hashlib, itertools, json, math, os, re, stat, tarfile, time, warnings, weakref
+import copy, glob, hashlib, itertools, json, math, os, re, stat, tarfile, threading, time, warnings, weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .core import Feed, from_uint8, to_uint8, write_text
 from .data import (SETS, ImageSet, ToyScenes, check_memory, decode_square, evenly, find_set, held_out, list_folder,
-                              no_random_access, picture_key, picture_keys, spread, told, PASSED_OVER, PICTURES, keys_folder, load_keys, save_keys)
+                              no_random_access, picture_key, picture_keys, split_folders, spread, told, PASSED_OVER, PICTURES, keys_folder, load_keys, save_keys)
 
 # %% ../nbs/01b_sources.ipynb #01b-3454e786
 @dataclass(frozen=True)
@@ -430,6 +430,7 @@ def decode(item: Item,                   # of any source
            where: float | None = None,   # None: the centre, as everywhere in this package; 0 .. 1: a square of the short side, at this place along the long one
           ) -> Tensor | str:             # image (3, size, size) uint8, or the reason why there is none
     "Decode one picture. Nothing that lies in a file makes this raise, wait for ever or fill the memory."
+    if threading.current_thread() is not threading.main_thread(): return _decode(item, size, where)  # filters belong to the whole process: threads that put them back in another order would leave all warnings off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own notes about odd metadata and large pictures
         return _decode(item, size, where)
@@ -962,5 +963,5 @@ def open_source(spec,                         # a folder; a name of SETS; tar sh
     if not path.is_dir() and (why := no_random_access(text)): raise ValueError(why)
     if not path.is_dir(): raise FileNotFoundError(f"{text} is no folder, no tar shards, and none of the sets {', '.join(SETS)}")
     if any((path / f).is_file() for f in ("dataset_dict.json", "state.json")): return _hub_source(None, path, split, streaming, limit, index)
-    if shards := sorted(glob.glob(os.path.join(glob.escape(str(path)), "*.tar"))): return TarSource(shards, index, limit=limit)
+    if not split_folders(path) and (shards := sorted(glob.glob(os.path.join(glob.escape(str(path)), "*.tar")))): return TarSource(shards, index, limit=limit)
     return FolderSource(path, limit, "val" if split == "val" else "train", index)

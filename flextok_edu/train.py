@@ -749,8 +749,10 @@ class LongRun(_Beginning):
             found = self.store.newest()
             fresh = bool(found) and self._agree(found[1], players)
             if not found and self.changes:
-                raise ValueError(f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}")
-            if not found and self.rank == 0 and self.store.files():
+                if not self.store.files(): raise ValueError(f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}")
+                warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {_said(self.changes)}")
+                self.recipe = _changed(json.loads(json.dumps(self.recipe)), self.changes)
+            elif not found and self.rank == 0 and self.store.files():
                 warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step")
             with super().session(players, batches, steps, ema, label), self._listening():
                 yield from self._going(found, fresh, steps, label)

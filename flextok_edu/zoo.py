@@ -74,9 +74,13 @@ def _made(told: dict) -> dict:  # from what run.json says
     return {"command": _text(told.get("command")), "data": _text(asked.get("data")), "seed": _text(asked.get("seed"), int),
             "images": _text(images), "versions": versions or None, **rest}
 
+def _told_by(folder: Path) -> list[Path]:  # the folders whose records are of this model
+    "Its own, and that of the run around it. (A VAE that lies in the folder of a tokenizer was not trained there.)"
+    return [folder] if (folder.parent / "config.json").exists() else [folder, folder.parent]
+
 def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # preset; part -> command, data, seed, images, versions
     "What is known of the training. Unknown things are None; `part` and `begun_from` are there if it went on with a trained model. Raises ValueError for a run.json that is none."
-    files = {p: next((g for g in (f / "run.json", f.parent / "run.json") if g.is_file()), None) for p, f in folders.items()}
+    files = {p: next((g / "run.json" for g in _told_by(f) if (g / "run.json").is_file()), None) for p, f in folders.items()}
     told = {p: conform(read_json(g, "record of a training"), {"preset?": (dict, None)}, str(g)) if g else {} for p, g in files.items()}
     p = next((told[k]["preset"] for k in ("tokenizer", "vae") if told.get(k, {}).get("preset")), None)
     if p:
@@ -101,7 +105,7 @@ def _keep(folder: Path, to: Path, part: str, model: nn.Module, facts: dict, conf
     rest.setdefault("stage", {"stage": part, "steps": None, "batch": None, "seconds": 0, "images_per_second": None, "parameters": sum(w.numel() for w in model.parameters())})
     save_model(to / part, halved(model), config, loaded=weights_hash(model), **rest, **new)
     if log := read_log(folder): write_text(to / part / "log.json", json.dumps(_thin(log)))
-    learned = load_learned(folder) or load_learned(folder.parent)
+    learned = next((found for f in _told_by(folder) if (found := load_learned(f)) is not None), None)
     if learned is not None: save_learned(to / part, learned)
 
 def read_log(folder: Path) -> list[dict] | None:  # rows of numbers; None if there is no log

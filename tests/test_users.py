@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,7 +320,7 @@ def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
     assert call("train", *argv[:1], "--go-on", "lr=1e-5,clip=.5", *argv[1:]) == 0
     assert "goes on after step" in capsys.readouterr().out
     facts = json.loads((tmp_path / "t" / "run.json").read_text())
-    assert facts["changes"] == [{"lr": 1e-5, "clip": .5}] and facts["preset"]["train_tokenizer"]["lr"] == 1e-5 and facts["recipe"]["preset"]["train_tokenizer"]["lr"] == preset("micro").train_tokenizer.lr
+    assert facts["changes"] == [{"lr": 1e-5, "clip": .5}] and facts["preset"] == facts["recipe"]["preset"] and facts["recipe"]["preset"]["train_tokenizer"]["lr"] == preset("micro").train_tokenizer.lr
     assert json.loads((tmp_path / "t" / "config.json").read_text())["changes"][0]["step"] > 0
     assert call("train", *argv) == 0 and "finished before" in capsys.readouterr().out, "the same command, without --go-on, finds its run"
 
@@ -408,3 +409,106 @@ def test_foreign_configurations_are_checked(tmp_path, capsys):
     (tmp_path / "s.json").write_text("[" * 100_000)
     refused(capsys, 2, "is no json", "train", "vae", "--config", tmp_path / "s.json")
     refused(capsys, 2, "tokenizer.registers", "train", "vae", "--out", tmp_path / "x", "--set", "tokenizer.registers=1000000000000")
+
+
+# --- what a reviewer found in the mending ----------------------------------------------------------------------------
+
+def test_results_do_not_replace_a_training(models, tmp_path, capsys):
+    """`flextok_eval runs/x --out runs/x` would have replaced run.json, and made the run unusable."""
+    before = (models / "r" / "run.json").read_bytes()
+    refused(capsys, 2, "holds a run.json of flextok_run", "eval", models / "r", "--data", models / "d", "--out", models / "r", "--device", "cpu")
+    assert (models / "r" / "run.json").read_bytes() == before
+    (tmp_path / "holiday").mkdir()
+    Image.fromarray(np.ones((9, 9, 3), np.uint8)).save(tmp_path / "holiday" / "quality.png")
+    refused(capsys, 1, "did not write it", "eval", models / "r", "--data", models / "d", "--out", tmp_path / "holiday", "--device", "cpu")
+    Image.fromarray(np.ones((9, 9, 3), np.uint8)).save(tmp_path / "holiday" / "samples.png")
+    refused(capsys, 1, "a run would replace it", "run", "--data", models / "d", "--out", tmp_path / "holiday", *Q)
+
+
+def test_nonsense_behind_go_on_is_not_kept(models, capsys):
+    before = (models / "r" / "run.json").read_bytes()
+    for words in ("precision=int8", "lr=-1", "lr=nan", "clip=x", "depth=3", "lr"):
+        refused(capsys, 1, "--go-on", "run", "--data", models / "d", "--out", models / "r", "--go-on", words, *Q)
+    assert (models / "r" / "run.json").read_bytes() == before
+
+
+def test_a_configuration_with_other_data(models, tmp_path):
+    """run.json stores the number of classes that its pictures had: other pictures have another."""
+    make(tmp_path / "e" / "a", tmp_path / "e" / "b")
+    assert call("run", "--config", models / "r" / "run.json", "--data", tmp_path / "e", "--out", tmp_path / "r", "--device", "cpu", "--compile", "off") == 0
+
+
+def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, capsys):
+    argv = ["vae", "--data", models / "d", "--out", tmp_path / "v", "--minutes", "0", *[a if a != "2" else "6" for a in SMALL]]
+    real, count = commands.Told.parts, []
+    def parts(self, step):
+        count.append(step)
+        if len(count) == 4: os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step)
+    monkeypatch.setattr(commands.Told, "parts", parts)
+    assert call("train", *argv) == 143
+    count.clear()
+    assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 143, "stopped once more"
+    monkeypatch.undo()
+    assert call("train", "--config", tmp_path / "v" / "run.json", "--out", tmp_path / "v") == 0
+    assert json.loads((tmp_path / "v" / "config.json").read_text())["changes"][0]["settings"] == {"preset.train_vae.lr": 1e-5}
+    capsys.readouterr()
+    assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 0 and "finished before" in capsys.readouterr().out, "a queue says it again"
+
+
+def test_fresh_moves_nothing_that_is_needed(models, tmp_path, capsys):
+    """What the training begins with lies in the folder, or the pictures cannot be had: nothing is renamed."""
+    argv = ["vae", "--data", models / "d", "--out", tmp_path / "v", *SMALL]
+    assert call("train", *argv) == 0
+    refused(capsys, 1, "would get another name", "train", argv[0], "--vae", tmp_path / "v", "--fresh", *argv[1:])
+    refused(capsys, 1, "nowhere", "train", "vae", "--data", tmp_path / "nowhere", "--fresh", *argv[3:])
+    refused(capsys, 1, "nowhere", "run", "--data", tmp_path / "nowhere", "--out", tmp_path / "v", "--fresh", *Q)
+    refused(capsys, 1, "not both", "run", "--data", models / "d", "--out", tmp_path / "v", "--fresh", "--go-on", "lr=1e-4", *Q)
+    assert (tmp_path / "v" / "config.json").is_file() and not list(tmp_path.glob("*.old-*"))
+
+
+def test_doubles_were_learned_too(tmp_path):
+    """Of files with equal pixels one is trained on; an evaluation on the other one knows."""
+    from flextok_edu.data import learned_from, leave_out_learned, load_data, picture_key
+    make(tmp_path / "d" / "a", count=60)
+    train, _ = load_data(str(tmp_path / "d"), 16, 0, 10, progress=False)
+    twins = []
+    for f in sorted((tmp_path / "d" / "a").iterdir()):
+        Image.open(f).save(tmp_path / f"twin{f.name}", compress_level=1)
+        if picture_key(f) % 8 and picture_key(tmp_path / f"twin{f.name}") % 8: twins.append(f.name)
+    for name in twins: os.rename(tmp_path / f"twin{name}", tmp_path / "d" / "a" / f"z{name}")
+    train, val = load_data(str(tmp_path / "d"), 16, 0, 10, progress=False)
+    known = set(learned_from(train).keys.tolist())
+    assert len(train) < len(known) and all(picture_key(tmp_path / "d" / "a" / f"z{name}") in known for name in twins)
+    seen = replace(val, keys=torch.tensor([picture_key(tmp_path / "d" / "a" / f"z{name}") for name in twins[:2]] + val.keys[2:].tolist()))
+    assert leave_out_learned(seen, {"vae": learned_from(train)})[1]["vae"]["overlap"] == 2
+
+
+def test_a_cache_leaves_warnings_on(models):
+    from flextok_edu.cache import decoded_pictures
+    from flextok_edu.sources import FolderSource, decode
+    before = list(warnings.filters)
+    pictures = decoded_pictures(FolderSource(models / "d"), 16, decode)
+    for _ in range(3): pictures.load(0, 40)
+    assert warnings.filters == before
+
+
+def test_a_stray_archive_is_no_set(tmp_path):
+    import tarfile
+    make(*(tmp_path / "tv" / s / "cat" for s in ("train", "val")))
+    tarfile.open(tmp_path / "tv" / "backup.tar", "w").close()
+    for route in (False, True):
+        assert len(open_pictures(DataOptions(data=str(tmp_path / "tv"), from_disk=route), preset("micro"))[1]) == 20
+
+
+def test_what_is_said_twice_is_one_file(models, tmp_path, capsys):
+    assert call("generate", "0", "0", "--seeds", 1, 1, "--ar", models / "r", "--steps", 1, "--device", "cpu", "--out", tmp_path / "g") == 0
+    assert "1 pictures in" in capsys.readouterr().out and len(list((tmp_path / "g").iterdir())) == 2
+
+
+def test_a_vae_in_the_folder_of_a_tokenizer_was_not_trained_there(models, tmp_path):
+    from flextok_edu.zoo import _history
+    assert call("train", "vae", "--data", models / "d", "--out", tmp_path / "v", *SMALL) == 0
+    assert call("train", "tokenizer", "--data", models / "d", "--vae", tmp_path / "v", "--out", tmp_path / "t", "--seed", 7, *SMALL) == 0
+    made = _history({"vae": tmp_path / "t" / "vae", "tokenizer": tmp_path / "t"}, None)["made"]
+    assert made["tokenizer"]["seed"] == 7 and made["vae"]["seed"] is None
