@@ -830,7 +830,7 @@ def spread(count: int, most: int | None) -> Tensor:  # row numbers
 
 # %% ../nbs/01_data.ipynb #01-faf25b2e
 def picture_key(picture: bytes | str | Path | np.ndarray | Tensor | Image.Image) -> int:  # -2^63 .. 2^63 - 1
-    "The first eight bytes of the SHA-256 of a picture: of a file's or record's bytes, of an array's shape and values. Raises OSError for a file that cannot be read."
+    "The first eight bytes of the SHA-256 of a picture: of a file's or record's bytes, of an array's shape and values. Raises OSError for a file that cannot be read, TypeError for what is no picture."
     digest = hashlib.sha256()
     if isinstance(picture, bytes): digest.update(picture)
     elif isinstance(picture, (str, Path)):
@@ -839,6 +839,7 @@ def picture_key(picture: bytes | str | Path | np.ndarray | Tensor | Image.Image)
             while part := f.read(2**20): digest.update(part)
     else:
         values = np.ascontiguousarray(picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture))
+        if values.dtype.hasobject: raise TypeError(f"{type(picture).__name__} is no picture")  # its bytes would be addresses
         digest.update(f"{values.dtype.str} {values.shape}".encode())
         digest.update(values)
     return int.from_bytes(digest.digest()[:8], "little", signed=True)

@@ -484,7 +484,8 @@ def _stage(folder: Path, name: str, load, train, save, notes: list[dict], parame
     except Stopped as stop: stop.number = long.asked; raise  # which signal: the exit status says it
     seconds = max(time.perf_counter() - began, log[-1]["seconds"])
     facts = {"stage": name, "steps": config.steps, "batch": config.batch, "seconds": seconds, "training_seconds": log[-1]["seconds"],
-             "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in parameters(model))}
+             "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in parameters(model)),
+             "device": str(long.device), "precision": str(long.precision or torch.float32).removeprefix("torch.")}
     if long.changed: facts["changes"] = long.changed
     write_text(folder / name / "log.json", json.dumps(log))
     save_learned(folder / name, learned)
@@ -650,6 +651,11 @@ def finished_report(job: Job, models: Models) -> Report | None:  # None if there
     print("evaluation: finished before", flush=True)
     return saved
 
+def _trained_in(stages: list[dict]) -> str:  # facts of each stage
+    "In which precision the stages were trained (evaluation is in float32), whatever this start was asked for."
+    found = {s["stage"]: s.get("precision", "unknown") for s in stages if s["stage"] in ("vae", "tokenizer", "ar")}
+    return next(iter(found.values()), "unknown") if len(set(found.values())) < 2 else ", ".join(f"{stage} {x}" for stage, x in found.items())
+
 def evaluate_all(job: Job, models: Models,
                  about: str = "",  # more for the page: the card of a model that was not trained here
                  learned: dict[str, Learned | None] | None = None,  # part -> what it learned from; by default what lies beside the run's stages
@@ -658,7 +664,7 @@ def evaluate_all(job: Job, models: Models,
     began, p, e, seed, out = time.perf_counter(), job.preset, job.preset.evaluate, job.config.seed, job.out
     if learned is None: learned = {part: load_learned(out / part) for part in ("vae", "classifier", "tokenizer", "ar") if part != "classifier" or models.reader is not None}
     val, seen = leave_out_learned(job.val, learned)
-    facts = trained_how(vae=p, tokenizer=p, ar=p) | {"learned": seen, "train_hash": job.train.hash, "trained_on": job.train.source, "device": str(job.device), "precision": str(job.precision or torch.float32).removeprefix("torch.")}
+    facts = trained_how(vae=p, tokenizer=p, ar=p) | {"learned": seen, "train_hash": job.train.hash, "trained_on": job.train.source, "device": str(job.device), "precision": _trained_in(models.stages)}
     if job.changes: facts["changes"] = job.changes
     report = evaluate_tokenizer(models.tok, val, eyes=job.judge, config=e, reader=models.reader, ar=models.ar, seed=seed, progress=watched(), facts=facts, **for_the_floor(job.train if len(job.train) else None, val, p, seed))
     report.save(out)

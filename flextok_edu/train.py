@@ -44,7 +44,11 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # ten
         tensors, known = read_tensors(path)
         text = conform(known, {"facts": str}, "its header")["facts"]
         facts = conform(parse_json(text, "its text"), dict, "its text")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno != errno.EIO:  # no right to read it, too many open files, …: a person can mend that, and it says nothing about the content
+            raise
+        raise ValueError(f"is damaged ({error.strerror})") from error
+    except ValueError as error:
         raise ValueError(f"is damaged ({str(error).removeprefix(f'{path} ')})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
         raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
@@ -86,8 +90,10 @@ class Checkpoints:
                           f"Earlier checkpoints are untouched; make room (or choose another folder) and resume") from error
         files = self.files()
         now = files.index(path)
-        for old in (*files[:max(0, now + 1 - self.keep)], *files[now + 1:]):  # what lies ahead was passed over when this run went on: it must not crowd out what is sound
+        for old in files[:max(0, now + 1 - self.keep)]:
             old.unlink(missing_ok=True)
+        for ahead in files[now + 1:]:  # passed over when this run went on: it must not crowd out what is sound, and is kept as evidence
+            ahead.replace(ahead.with_name(f"passed-over-{ahead.name}"))
         return path
 
     def newest(self) -> tuple[dict, dict] | None:  # tensors, facts; None if there is none

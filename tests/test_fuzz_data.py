@@ -210,6 +210,9 @@ def test_rows_may_not_name_files_of_this_machine(tmp_path, monkeypatch):
     assert sources.survey(source, 16).skipped == {"names a local file": 3} and len(source.hash) == 16
     stream = sources.open_source(rows.to_iterable_dataset())
     assert sorted(isinstance(decode(item, 16), str) for item in stream) == [False, True, True, True] and len(list(sources.split_source(stream)[0])) + len(list(sources.split_source(stream)[1])) == 4
+    for _ in range(20):  # what cannot be read has a key too, and always the same
+        assert len(list(sources.split_source(stream)[0])) == 4 - len(list(sources.split_source(stream)[1])), "each on one side"
+        assert sources.HubSource(rows).find_keys().tolist() == source.find_keys().tolist()
     assert sources.survey(sources.HubSource(rows, files=tmp_path), 16).skipped == {"names a local file": 2}
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     assert sources.survey(source, 16).skipped == {"names a local file": 2}, "what `datasets` itself unpacked is read"

@@ -104,6 +104,7 @@ def _base(r):
 
 def test_the_card_says_what_the_vae_was_trained_against(models):
     assert "efficientnet" not in json.loads((models / "r" / "table.json").read_text())["card"]["vae_trained_against"], "vae_loss.perceptual was 0"
+    assert json.loads((models / "r" / "table.json").read_text())["card"]["precision"] == "float32"
 
 
 def test_other_numbers_of_classes_are_refused(tmp_path, capsys):
