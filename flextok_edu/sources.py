@@ -822,6 +822,7 @@ class Part(Source):
         return None if every is None else every[self.rows]
     def listed(self) -> Iterator[bytes]: yield self.source.hash.encode() + self.rows.tobytes()
 
+# %% ../nbs/01b_sources.ipynb #01b-9d04b3f6
 def split_source(source: "Source | StreamSource",
                  progress: bool = False,          # show how far the hashing is
                  limit: int | None = None,        # use at most so many of the training side, evenly spread

@@ -24,7 +24,7 @@ from .core import (EvalConfig, Preset, Range, StageConfig, VAEConfig, conform, d
 from .data import KINDS, ImageSet, Learned, ToyScenes, load_learned, read_squares, save_learned, spread
 from .evaluate import Report, load_report, may_fill, may_replace, save_picture, token_counts, trained_how, versions
 from .features import AttributeClassifier, extractor
-from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all, held_out_scenes
+from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all, held_out_scenes, ready_to_write
 from .tokenizer import FlexTok, load_tokenizer
 from .vae import VAE
 
@@ -486,6 +486,7 @@ def _shown(place: Path, part: str) -> dict:  # a line of the page's table
 def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     "Load, measure, draw."
     began, (name, place, facts), device = time.perf_counter(), _shipped(o), pick_device(o.device)
+    ready_to_write(o.out)  # better known now than after the measurement
     p = from_dict(Preset, facts["preset"])
     seed_everything(o.seed)
     tok = FlexTok.from_pretrained(name, device=device); ar = ARModel.from_pretrained(name, device=device, tokenizer=tok); reader = AttributeClassifier.from_pretrained(name, device=device)

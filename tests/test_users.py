@@ -233,6 +233,15 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(models, tmp_path, caps
     refused(capsys, 1, "nothing can be written to", "eval", models / "r", "--out", tmp_path / "file" / "t", "--device", "cpu")
 
 
+def test_a_demo_notices_it_first_too(tmp_path, monkeypatch, capsys):
+    import flextok_edu.zoo as zoo
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(zoo.FlexTok, "from_pretrained", lambda *a, **k: pytest.fail("it began to work"))
+    with pytest.raises(SystemExit) as leave:
+        zoo.demo_main(["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "file" / "page")])
+    assert leave.value.code == 1 and "nothing can be written to" in capsys.readouterr().err
+
+
 def test_evaluation_draws_no_training_scenes(models, tmp_path, monkeypatch):
     drawn = []
     from flextok_edu.data import ToyScenes
