@@ -47,7 +47,7 @@ def pixels(images):
 def models(tmp_path_factory):
     """A run on a folder whose classes have names that mean something to matplotlib, HTML, markdown and terminals."""
     root = tmp_path_factory.mktemp("users")
-    make(root / "d" / "$5_to_$10", root / "d" / "b|<i>*x*\x1b[31m", root / "d" / "家")
+    make(root / "d" / "$5_to_$10", root / "d" / "b|<i>*x*\x1b[31m", root / "d" / "家", root / "d" / "€5_to_€10")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(os.fsencode(root / "d" / "家") + b"/caf\xe9.png", format="PNG")
     assert call("run", "--data", root / "d", "--out", root / "r", *Q) == 0
     return root
@@ -105,6 +105,7 @@ def _base(r):
 def test_the_card_says_what_the_vae_was_trained_against(models):
     assert "efficientnet" not in json.loads((models / "r" / "table.json").read_text())["card"]["vae_trained_against"], "vae_loss.perceptual was 0"
     assert json.loads((models / "r" / "table.json").read_text())["card"]["precision"] == "float32"
+    assert json.loads((models / "r" / "table.json").read_text())["card"]["floor"] in ("pictures of the training side of this set", "held-out pictures that are not measured")
 
 
 def test_other_numbers_of_classes_are_refused(tmp_path, capsys):
@@ -123,6 +124,7 @@ def test_names_are_never_markup(models, tmp_path, capsys):
     assert call("tokenize", odd, models / "d" / "$5_to_$10" / "0.png", "--tokenizer", models / "r", "--out", tmp_path / "i.jsonl", "--device", "cpu") == 0
     assert call("detokenize", tmp_path / "i.jsonl", "--tokenizer", models / "r", "--out", tmp_path / "p", "--device", "cpu", "--steps", 1) == 0
     assert call("generate", "all", "--ar", models / "r", "--out", tmp_path / "g", "--device", "cpu", "--steps", 1) == 0
+    assert len(list((tmp_path / "g").iterdir())) == 5, "two of the four classes have the same letters"
     capsys.readouterr()
     assert call("generate", "b\x1b[31m", "--ar", models / "r", "--out", tmp_path / "g", "--device", "cpu") == 1
     assert "\x1b" not in capsys.readouterr().err
@@ -207,7 +209,7 @@ def test_one_process_trains_in_a_folder(models, tmp_path, capsys):
 def test_every_terminal_can_show_it(models, tmp_path, encoding):
     """A table with ± and é ends in status 0 whatever the terminal's encoding."""
     code = f"import sys; sys.argv[0] = 'x'; from flextok_edu.commands import eval_main, train_main; (eval_main if sys.argv[1] != '--help' else train_main)(sys.argv[1:])"
-    argv = [str(models / "r"), "--data", str(models / "d"), "--out", str(tmp_path / "t"), "--device", "cpu"] if encoding == "cp437" else ["--help"]
+    argv = [str(models / "r"), "--data", str(models / "d"), "--out", str(tmp_path / "t"), "--device", "cpu"] if encoding == "ascii" else ["--help"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, env={**ENV, "PYTHONIOENCODING": encoding}, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-800:]
 
@@ -492,6 +494,17 @@ def test_doubles_were_learned_too(tmp_path):
     assert len(train) < len(known) and all(picture_key(tmp_path / "d" / "a" / f"z{name}") in known for name in twins)
     seen = replace(val, keys=torch.tensor([picture_key(tmp_path / "d" / "a" / f"z{name}") for name in twins[:2]] + val.keys[2:].tolist()))
     assert leave_out_learned(seen, {"vae": learned_from(train)})[1]["vae"]["overlap"] == 2
+
+
+def test_a_model_that_goes_on_has_seen_both():
+    from flextok_edu.commands import with_earlier
+    from flextok_edu.data import Learned
+    keys = lambda *k: torch.tensor(k)
+    a, b, scenes = Learned("one in eight", "a", 2, "x", keys(1, 2)), Learned("one in eight", "b", 2, "y", keys(2, 3)), Learned("scenes", "s", 9, "z", None)
+    assert with_earlier(b, a).keys.tolist() == [1, 2, 3] and with_earlier(b, a).count == 3 and with_earlier(b, a).rule == "one in eight"
+    assert with_earlier(b, scenes).keys.tolist() == with_earlier(scenes, b).keys.tolist() == [2, 3] and with_earlier(scenes, b).rule == "one in eight"
+    assert with_earlier(scenes, replace(scenes, hash="w")).rule == "scenes" and with_earlier(b, b) == b
+    for unknown in (None, replace(a, keys=None)): assert with_earlier(b, unknown).rule == "unknown" and with_earlier(b, unknown).keys is None
 
 
 def test_a_cache_leaves_warnings_on(models):
