@@ -19,7 +19,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import ARConfig, EMA, Engine, Feed, Player, Preset, Pretrained, compiled, fit, from_uint8, identity, identity_of, load_model, meaning, named_generator, noise_like, save_model, weights_hash
+from flextok_edu.core import (
+    ARConfig,
+    EMA,
+    Engine,
+    Feed,
+    Player,
+    Preset,
+    Pretrained,
+    compiled,
+    fit,
+    from_uint8,
+    identity,
+    identity_of,
+    load_model,
+    meaning,
+    named_generator,
+    noise_like,
+    save_model,
+    weights_hash,
+)
 from .data import ImageSet
 from .tokenizer import FlexTok
 from .transformer import SwiGLU
@@ -27,25 +46,35 @@ from .transformer import SwiGLU
 # %% ../nbs/09_ar.ipynb #09-ea894d3e
 class RMSNorm(nn.Module):
     "x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019)."
+
     def __init__(self, d: int, eps: float = 1e-6):
-        super().__init__(); self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
     def forward(self, x: Tensor) -> Tensor:  # (… d) -> (… d)
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(
+            x.dtype
+        )
+
 
 class CausalAttention(nn.Module):
     "Multi-head attention to the present and the past, no biases."
+
     def __init__(self, d: int, head_dim: int = 64):
         super().__init__()
-        if d % head_dim: raise ValueError(f"width {d} is not a multiple of head_dim {head_dim}")
+        if d % head_dim:
+            raise ValueError(f"width {d} is not a multiple of head_dim {head_dim}")
         self.heads = d // head_dim
         self.q, self.k, self.v, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
-    def forward(self,
-                x: Tensor,                     # new positions (b m d)
-                cache: tuple[Tensor, Tensor] | None = None,  # keys and values (b heads length e), filled up to `position`; the new ones are written into it
-                position: int = 0,             # number of the first new position
-               ) -> Tensor:                    # (b m d)
+    def forward(
+        self,
+        x: Tensor,  # new positions (b m d)
+        cache: tuple[Tensor, Tensor]
+        | None = None,  # keys and values (b heads length e), filled up to `position`; the new ones are written into it
+        position: int = 0,  # number of the first new position
+    ) -> Tensor:  # (b m d)
         q, k, v = (rearrange(f(x), "b m (h e) -> b h m e", h=self.heads) for f in (self.q, self.k, self.v))
         if cache is not None:
             end = position + x.shape[1]
@@ -53,13 +82,22 @@ class CausalAttention(nn.Module):
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
         m, n = q.shape[2], k.shape[2]
         mask = torch.ones(m, n, dtype=torch.bool, device=x.device).tril(n - m) if m > 1 else None
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h m e -> b m (h e)"))
+        return self.out(
+            rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h m e -> b m (h e)")
+        )
+
 
 class ARBlock(nn.Module):
     "Pre-norm block with RMSNorm and SwiGLU."
-    def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4.):
+
+    def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1, self.attention, self.norm2, self.mlp = RMSNorm(d), CausalAttention(d, head_dim), RMSNorm(d), SwiGLU(d, mlp_ratio)
+        self.norm1, self.attention, self.norm2, self.mlp = (
+            RMSNorm(d),
+            CausalAttention(d, head_dim),
+            RMSNorm(d),
+            SwiGLU(d, mlp_ratio),
+        )
 
     def forward(self, x: Tensor, cache=None, position: int = 0) -> Tensor:  # (b m d) -> (b m d)
         x = x + self.attention(self.norm1(x), cache, position)
@@ -68,84 +106,116 @@ class ARBlock(nn.Module):
 # %% ../nbs/09_ar.ipynb #09-3223514d
 class GPT(nn.Module):
     "Class-conditional GPT over ids. Class number `classes` means: no class."
+
     def __init__(self, config: ARConfig):
         super().__init__()
         c = self.config = config
-        self.start = nn.Parameter(torch.randn(c.width) * .02)
+        self.start = nn.Parameter(torch.randn(c.width) * 0.02)
         self.class_table = nn.Embedding(c.classes + 1, c.width)
         self.token_table = nn.Embedding(c.vocabulary, c.width)
-        self.positions = nn.Parameter(torch.randn(c.length, c.width) * .02)
+        self.positions = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
         self.blocks = nn.ModuleList(ARBlock(c.width, c.head_dim, c.mlp_ratio) for _ in range(c.depth))
         self.norm, self.head = RMSNorm(c.width), nn.Linear(c.width, c.vocabulary, bias=False)
         for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
         for block in self.blocks:  # residual branches start small: the sum over depth keeps its size
-            for w in (block.attention.out.weight, block.mlp.down.weight): nn.init.normal_(w, std=.02 / math.sqrt(2 * c.depth))
+            for w in (block.attention.out.weight, block.mlp.down.weight):
+                nn.init.normal_(w, std=0.02 / math.sqrt(2 * c.depth))
 
-    def forward(self,
-                ids: Tensor,      # ids (b k), int64; the last is never looked at
-                labels: Tensor,   # classes (b,), int64
-               ) -> Tensor:       # logits (b k v): row j predicts ids[:, j]
+    def forward(
+        self,
+        ids: Tensor,  # ids (b k), int64; the last is never looked at
+        labels: Tensor,  # classes (b,), int64
+    ) -> Tensor:  # logits (b k v): row j predicts ids[:, j]
         "All positions at once, for training."
-        start = self.start + self.class_table(labels)                            # b d
-        x = torch.cat([start[:, None], self.token_table(ids[:, :-1])], 1)        # b k d: shifted by one
-        x = x + self.positions[:x.shape[1]]
-        for block in self.blocks: x = block(x)
+        start = self.start + self.class_table(labels)  # b d
+        x = torch.cat([start[:, None], self.token_table(ids[:, :-1])], 1)  # b k d: shifted by one
+        x = x + self.positions[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x)
         return self.head(self.norm(x))
 
-    def loss(self,
-             ids: Tensor,      # ids (b k)
-             labels: Tensor,   # classes (b,)
-             hidden: Tensor | None = None,  # boolean (b,): samples that are not told their class; drawn if not given
-            ) -> tuple[Tensor, dict]:  # mean cross-entropy in nats per token; numbers to log
+    def loss(
+        self,
+        ids: Tensor,  # ids (b k)
+        labels: Tensor,  # classes (b,)
+        hidden: Tensor
+        | None = None,  # boolean (b,): samples that are not told their class; drawn if not given
+    ) -> tuple[Tensor, dict]:  # mean cross-entropy in nats per token; numbers to log
         "Next-token loss; the class is hidden in a share of the samples."
-        if hidden is None: hidden = torch.rand(len(ids), device=ids.device) < self.config.class_dropout
+        if hidden is None:
+            hidden = torch.rand(len(ids), device=ids.device) < self.config.class_dropout
         logits = self(ids, torch.where(hidden, self.config.classes, labels)).float()
         each = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
-        return each.mean(), {"first": each[:, 0].mean(), "last": each[:, -1].mean(), "accuracy": lambda: (logits.argmax(-1) == ids).float().mean()}
+        return each.mean(), {
+            "first": each[:, 0].mean(),
+            "last": each[:, -1].mean(),
+            "accuracy": lambda: (logits.argmax(-1) == ids).float().mean(),
+        }
 
 # %% ../nbs/09_ar.ipynb #09-3436ae1b
 class CachedGPT(GPT):
     "A GPT that can also go one position at a time."
+
     def new_cache(self, b: int, length: int) -> list[tuple[Tensor, Tensor]]:  # one pair a block
         "Room for keys and values of `length` positions."
         c, w = self.config, self.start
-        return [tuple(torch.zeros(b, c.width // c.head_dim, length, c.head_dim, device=w.device, dtype=w.dtype) for _ in range(2)) for _ in self.blocks]
+        return [
+            tuple(
+                torch.zeros(b, c.width // c.head_dim, length, c.head_dim, device=w.device, dtype=w.dtype)
+                for _ in range(2)
+            )
+            for _ in self.blocks
+        ]
 
-    def step(self,
-             x: Tensor,       # one new position, embedded (b 1 d)
-             cache: list,     # from `new_cache`, filled up to `position`
-             position: int,   # number of the new position
-            ) -> Tensor:      # logits (b v)
+    def step(
+        self,
+        x: Tensor,  # one new position, embedded (b 1 d)
+        cache: list,  # from `new_cache`, filled up to `position`
+        position: int,  # number of the new position
+    ) -> Tensor:  # logits (b v)
         "One position, using the cache."
         x = x + self.positions[position]
-        for block, kv in zip(self.blocks, cache): x = block(x, kv, position)
+        for block, kv in zip(self.blocks, cache):
+            x = block(x, kv, position)
         return self.head(self.norm(x))[:, 0]
 
     @torch.no_grad()
-    def write(self,
-              labels: Tensor,   # classes (b,)
-              guidance: list[float],  # g at each position, as many as tokens are wanted; all 1: no second pass
-              pick: Callable[[int, Tensor], Tensor],  # (position, logits (b v)) -> tokens (b,)
-             ) -> Tensor:       # ids (b length)
+    def write(
+        self,
+        labels: Tensor,  # classes (b,)
+        guidance: list[float],  # g at each position, as many as tokens are wanted; all 1: no second pass
+        pick: Callable[[int, Tensor], Tensor],  # (position, logits (b v)) -> tokens (b,)
+    ) -> Tensor:  # ids (b length)
         "Write one token after the other, each chosen by `pick`."
         b, twice = len(labels), any(g != 1 for g in guidance)
-        if twice: labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])  # with and without the class, side by side
-        x, cache, ids = (self.start + self.class_table(labels))[:, None], self.new_cache(len(labels), len(guidance)), []
+        if twice:
+            labels = torch.cat(
+                [labels, torch.full_like(labels, self.config.classes)]
+            )  # with and without the class, side by side
+        x, cache, ids = (
+            (self.start + self.class_table(labels))[:, None],
+            self.new_cache(len(labels), len(guidance)),
+            [],
+        )
         for j, g in enumerate(guidance):
             logits = self.step(x, cache, j).float()
-            if g != 1: logits = logits[b:] + g * (logits[:b] - logits[b:])
+            if g != 1:
+                logits = logits[b:] + g * (logits[:b] - logits[b:])
             ids.append(pick(j, logits[:b]))
             x = self.token_table(ids[-1])[:, None]
-            if twice: x = torch.cat([x, x])
+            if twice:
+                x = torch.cat([x, x])
         return torch.stack(ids, 1)
 
 # %% ../nbs/09_ar.ipynb #09-fac92313
 @torch.no_grad()
-def cached_logits(model: CachedGPT,
-                  ids: Tensor,      # ids (b k)
-                  labels: Tensor,   # classes (b,)
-                 ) -> Tensor:       # logits (b k v), computed step by step with the cache
+def cached_logits(
+    model: CachedGPT,
+    ids: Tensor,  # ids (b k)
+    labels: Tensor,  # classes (b,)
+) -> Tensor:  # logits (b k v), computed step by step with the cache
     "What `forward` gives, the way `generate` computes it: to hold one against the other."
     cache, x, rows = model.new_cache(*ids.shape), (model.start + model.class_table(labels))[:, None], []
     for j in range(ids.shape[1]):
@@ -154,29 +224,40 @@ def cached_logits(model: CachedGPT,
     return torch.stack(rows, 1)
 
 # %% ../nbs/09_ar.ipynb #09-bb26fc48
-def token_chances(length: int,          # positions
-                  indices: Sequence[int],  # numbers of the samples
-                  seed: int = 0,        # names the random numbers
-                  seeds: Sequence[int] | Tensor | None = None,  # or a seed for each sample (b,): then its number is 0
-                 ) -> Tensor:           # uniform in (0, 1), (b length), float32, on the CPU
+def token_chances(
+    length: int,  # positions
+    indices: Sequence[int],  # numbers of the samples
+    seed: int = 0,  # names the random numbers
+    seeds: Sequence[int] | Tensor | None = None,  # or a seed for each sample (b,): then its number is 0
+) -> Tensor:  # uniform in (0, 1), (b length), float32, on the CPU
     "One uniform number for each sample and position. Raises ValueError for a wrong number of seeds, or seeds that are no whole numbers."
-    if seeds is None: noise = noise_like((length,), seed, indices, stream="tokens")
+    if seeds is None:
+        noise = noise_like((length,), seed, indices, stream="tokens")
     else:
         seeds = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
-        if len(seeds) != len(indices) or not all(isinstance(s, int) for s in seeds): raise ValueError(f"seeds must be {len(indices)} whole numbers, one for each sample, not {seeds[:8]}")
+        if len(seeds) != len(indices) or not all(isinstance(s, int) for s in seeds):
+            raise ValueError(
+                f"seeds must be {len(indices)} whole numbers, one for each sample, not {seeds[:8]}"
+            )
         noise = torch.cat([noise_like((length,), s, [0], stream="tokens") for s in seeds])
-    return (.5 * (1 + torch.erf(noise.double() / math.sqrt(2)))).float()  # the normal distribution function makes them uniform
+    return (
+        0.5 * (1 + torch.erf(noise.double() / math.sqrt(2)))
+    ).float()  # the normal distribution function makes them uniform
 
 # %% ../nbs/09_ar.ipynb #09-215ef2ec
-def keep_likely(logits: Tensor,             # (… v)
-                top_k: int | None = None,   # keep so many; None or 0: all
-                top_p: float | None = None, # keep the fewest that reach this probability; None, 0 or 1: all
-               ) -> Tensor:                 # (… v): -inf for what is dropped
+def keep_likely(
+    logits: Tensor,  # (… v)
+    top_k: int | None = None,  # keep so many; None or 0: all
+    top_p: float | None = None,  # keep the fewest that reach this probability; None, 0 or 1: all
+) -> Tensor:  # (… v): -inf for what is dropped
     "Logits without the unlikely tokens: first the `top_k` (equals: the lower id first), then of those the top `top_p`. The likeliest always stays. Raises ValueError for settings that are none."
     v = logits.shape[-1]
-    if top_k and not (isinstance(top_k, int) and 1 <= top_k <= v): raise ValueError(f"top_k must be a whole number from 1 to {v} (None or 0: all), not {top_k}")
-    if top_p and not 0 < top_p <= 1: raise ValueError(f"top_p must lie in 0 .. 1 (None, 0 or 1: all), not {top_p}")
-    if not top_k and (not top_p or top_p == 1): return logits
+    if top_k and not (isinstance(top_k, int) and 1 <= top_k <= v):
+        raise ValueError(f"top_k must be a whole number from 1 to {v} (None or 0: all), not {top_k}")
+    if top_p and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in 0 .. 1 (None, 0 or 1: all), not {top_p}")
+    if not top_k and (not top_p or top_p == 1):
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     kept = (torch.arange(v, device=logits.device) < (top_k or v)).expand_as(ordered)
     if top_p:
@@ -184,35 +265,47 @@ def keep_likely(logits: Tensor,             # (… v)
         kept = kept & (p.cumsum(-1) - p < top_p)  # what comes before has not reached top_p yet
     return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -math.inf)
 
-def choose(logits: Tensor,                  # (b v)
-           chance: Tensor,                  # uniform in (0, 1), (b 1)
-           temperature: float = 1.,         # 0 takes the likeliest
-           top_k: int | None = None,        # as in `keep_likely`
-           top_p: float | None = None,      # as in `keep_likely`
-          ) -> Tensor:                      # ids (b,), int64
+
+def choose(
+    logits: Tensor,  # (b v)
+    chance: Tensor,  # uniform in (0, 1), (b 1)
+    temperature: float = 1.0,  # 0 takes the likeliest
+    top_k: int | None = None,  # as in `keep_likely`
+    top_p: float | None = None,  # as in `keep_likely`
+) -> Tensor:  # ids (b,), int64
     "The token on whose piece of [0, 1] the chance falls."
     kept = keep_likely(logits / temperature if temperature else logits, top_k, top_p)
-    if temperature == 0: return logits.argmax(-1)
+    if temperature == 0:
+        return logits.argmax(-1)
     cumulative = kept.softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulative, chance * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
 
 # %% ../nbs/09_ar.ipynb #09-63e3333a
-def guidance_at(guidance: float | Callable[[int], float] | Sequence[float] | Tensor,  # a number, a function position -> number, or one number for each position
-                length: int,      # positions
-               ) -> list[float]:  # g at each position
+def guidance_at(
+    guidance: float
+    | Callable[[int], float]
+    | Sequence[float]
+    | Tensor,  # a number, a function position -> number, or one number for each position
+    length: int,  # positions
+) -> list[float]:  # g at each position
     "Guidance as a list. Raises ValueError for lists that are too short and for numbers that are not finite."
-    if callable(guidance): g = [float(guidance(j)) for j in range(length)]
+    if callable(guidance):
+        g = [float(guidance(j)) for j in range(length)]
     else:
         g = guidance.tolist() if isinstance(guidance, Tensor) else guidance
         g = [float(x) for x in g] if isinstance(g, (list, tuple)) else float(g)
-        if isinstance(g, float): g = [g] * length
-        elif len(g) < length: raise ValueError(f"guidance needs one number for each of {length} positions, not {len(g)}")
-    if not all(abs(x) <= 1000 for x in g): raise ValueError(f"guidance must be finite, and at most 1000, not {g[:8]}")
+        if isinstance(g, float):
+            g = [g] * length
+        elif len(g) < length:
+            raise ValueError(f"guidance needs one number for each of {length} positions, not {len(g)}")
+    if not all(abs(x) <= 1000 for x in g):
+        raise ValueError(f"guidance must be finite, and at most 1000, not {g[:8]}")
     return g[:length]
 
 # %% ../nbs/09_ar.ipynb #09-4e4b4d84
 class ARModel(CachedGPT, Pretrained):
     "Class-conditional GPT that writes ids. Class number `classes` means: no class."
+
     part = "ar"
 
     def __init__(self, config: ARConfig):
@@ -220,59 +313,91 @@ class ARModel(CachedGPT, Pretrained):
         self.tokenizer = None
 
     @property
-    def tokenizer(self) -> str | None: return self._tokenizer  # hash of the weights of the tokenizer whose ids it was trained on
+    def tokenizer(self) -> str | None:
+        return self._tokenizer  # hash of the weights of the tokenizer whose ids it was trained on
+
     @tokenizer.setter
     def tokenizer(self, name: str | None) -> None:
         self._tokenizer = name
-        self.tokenizer_identity: str | None = None  # its identity; None for what was written before there were any
-        self.tokenizer_means: dict | None = None    # what its weights mean, see `meaning`
+        self.tokenizer_identity: str | None = (
+            None  # its identity; None for what was written before there were any
+        )
+        self.tokenizer_means: dict | None = None  # what its weights mean, see `meaning`
 
     @classmethod
     def _load_pretrained(cls, folder: Path, tokenizer: FlexTok | None = None) -> "ARModel":
         "Held against the tokenizer that is given, else (of a shipped model) against the one beside it."
-        if tokenizer is None and (folder.parent / "model.json").exists(): tokenizer = FlexTok.from_pretrained(folder.parent / "tokenizer")
+        if tokenizer is None and (folder.parent / "model.json").exists():
+            tokenizer = FlexTok.from_pretrained(folder.parent / "tokenizer")
         return load_ar(folder, tokenizer)[0]
-    def _save_pretrained(self, save_directory: Path) -> None: save_ar(save_directory, self)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_ar(save_directory, self)
 
     @torch.no_grad()
-    def generate(self,
-                 labels: Tensor,            # classes (b,), int64; `config.classes` for no class
-                 length: int | None = None, # tokens to write; all by default
-                 guidance: float | Callable[[int], float] | Sequence[float] | Tensor = 1.,  # l = l_u + g (l_c - l_u); a number, a function of the position, or one number for each; 1 needs no second pass
-                 temperature: float = 1.,   # below 1 is more careful; 0 takes the likeliest token
-                 seed: int = 0,             # names the random numbers
-                 first_index: int = 0,      # number of the first sample, for its random numbers
-                 top_k: int | None = None,  # choose among so many likeliest tokens; None or 0: all
-                 top_p: float | None = None,  # choose among the fewest that reach this probability; None, 0 or 1: all
-                 seeds: Sequence[int] | Tensor | None = None,  # instead of seed and first_index: a seed for each sample (b,)
-                ) -> Tensor:                # ids (b length), int64
+    def generate(
+        self,
+        labels: Tensor,  # classes (b,), int64; `config.classes` for no class
+        length: int | None = None,  # tokens to write; all by default
+        guidance: float
+        | Callable[[int], float]
+        | Sequence[float]
+        | Tensor = 1.0,  # l = l_u + g (l_c - l_u); a number, a function of the position, or one number for each; 1 needs no second pass
+        temperature: float = 1.0,  # below 1 is more careful; 0 takes the likeliest token
+        seed: int = 0,  # names the random numbers
+        first_index: int = 0,  # number of the first sample, for its random numbers
+        top_k: int | None = None,  # choose among so many likeliest tokens; None or 0: all
+        top_p: float | None = None,  # choose among the fewest that reach this probability; None, 0 or 1: all
+        seeds: Sequence[int]
+        | Tensor
+        | None = None,  # instead of seed and first_index: a seed for each sample (b,)
+    ) -> Tensor:  # ids (b length), int64
         "Write ids, one position at a time. A sample depends on (seed, index) alone, not on its batch. Raises ValueError for classes, lengths or other settings that are none."
         c, b, length = self.config, len(labels), self.config.length if length is None else length
-        if not 1 <= length <= c.length: raise ValueError(f"length must lie in 1 .. {c.length}, not {length}")
-        if labels.numel() == 0 or labels.min() < 0 or labels.max() > c.classes: raise ValueError(f"classes must lie in 0 .. {c.classes - 1} (or {c.classes} for none), not {labels.tolist()[:8]}")
-        if not temperature >= 0: raise ValueError(f"temperature must be 0 or more, not {temperature}")
-        if seeds is not None and (seed or first_index): raise ValueError(f"give seeds, or seed and first_index, not both (seed {seed}, first_index {first_index})")
+        if not 1 <= length <= c.length:
+            raise ValueError(f"length must lie in 1 .. {c.length}, not {length}")
+        if labels.numel() == 0 or labels.min() < 0 or labels.max() > c.classes:
+            raise ValueError(
+                f"classes must lie in 0 .. {c.classes - 1} (or {c.classes} for none), not {labels.tolist()[:8]}"
+            )
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if seeds is not None and (seed or first_index):
+            raise ValueError(
+                f"give seeds, or seed and first_index, not both (seed {seed}, first_index {first_index})"
+            )
         g = guidance_at(guidance, length)
-        chance = token_chances(c.length, range(first_index, first_index + b), seed, seeds).to(self.start.device)
-        return self.write(labels.to(chance.device), g, lambda j, logits: choose(logits, chance[:, j:j + 1], temperature, top_k, top_p))
+        chance = token_chances(c.length, range(first_index, first_index + b), seed, seeds).to(
+            self.start.device
+        )
+        return self.write(
+            labels.to(chance.device),
+            g,
+            lambda j, logits: choose(logits, chance[:, j : j + 1], temperature, top_k, top_p),
+        )
 
 # %% ../nbs/09_ar.ipynb #09-260f5ea1
 @torch.no_grad()
-def position_losses(model: GPT,
-                    ids: Tensor,       # ids (b k)
-                    labels: Tensor,    # classes (b,); `config.classes` for no class
-                    batch: int = 250,  # samples at a time
-                   ) -> Tensor:        # mean cross-entropy in nats at each position (k,), on the CPU
+def position_losses(
+    model: GPT,
+    ids: Tensor,  # ids (b k)
+    labels: Tensor,  # classes (b,); `config.classes` for no class
+    batch: int = 250,  # samples at a time
+) -> Tensor:  # mean cross-entropy in nats at each position (k,), on the CPU
     "What each token costs."
     device, total = model.start.device, torch.zeros(ids.shape[1], device=model.start.device)
     for part, c in zip(ids.split(batch), labels.split(batch)):
         part = part.to(device)
-        total += F.cross_entropy(rearrange(model(part, c.to(device)).float(), "b k v -> b v k"), part, reduction="none").sum(0)
+        total += F.cross_entropy(
+            rearrange(model(part, c.to(device)).float(), "b k v -> b v k"), part, reduction="none"
+        ).sum(0)
     return total.cpu() / len(ids)
 
-def unigram_entropies(ids: Tensor,      # ids (b k)
-                      vocabulary: int,  # v
-                     ) -> Tensor:       # entropy in nats of the words at each position (k,), on the CPU
+
+def unigram_entropies(
+    ids: Tensor,  # ids (b k)
+    vocabulary: int,  # v
+) -> Tensor:  # entropy in nats of the words at each position (k,), on the CPU
     "What each token costs if nothing is known but how often its words occur. (A little too low if there are few samples for each word.)"
     share = F.one_hot(ids.cpu(), vocabulary).float().mean(0)  # k v
     return -(share * share.clamp(min=1e-30).log()).sum(-1)
@@ -282,122 +407,205 @@ def tokenizer_hash(tok: FlexTok) -> str:  # 16 hexadecimal digits
     "A name for exactly the weights of this tokenizer and of its VAE."
     return weights_hash(tok)
 
+
 def tokenizer_identity(tok: FlexTok) -> str:  # 16 hexadecimal digits
     "A name for exactly this tokenizer with exactly this VAE: weights, and what they mean."
     return identity(tok)
+
 
 def bind_tokenizer(ar: ARModel, tok: FlexTok) -> None:
     "Note on the AR model whose ids it writes."
     ar.tokenizer, ar.tokenizer_means = tokenizer_hash(tok), meaning(tok)
     ar.tokenizer_identity = identity_of(ar.tokenizer, ar.tokenizer_means)
 
+
 def check_tokenizer(ar: ARModel, tok: FlexTok) -> None:
     """Raises ValueError if the AR model was trained on ids of another tokenizer. A model that knows no identity (written before
     there were any) is recognised by the weights' hash, and by its own vocabulary and length."""
     if ar.tokenizer is None and ar.tokenizer_identity is None:
-        raise ValueError("this AR model does not say whose ids it was trained on: set ar.tokenizer = tokenizer_hash(tok) if you know")
+        raise ValueError(
+            "this AR model does not say whose ids it was trained on: set ar.tokenizer = tokenizer_hash(tok) if you know"
+        )
     weights = tokenizer_hash(tok)
     if ar.tokenizer is not None and ar.tokenizer != weights:
-        raise ValueError(f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures would be nonsense")
+        raise ValueError(
+            f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures would be nonsense"
+        )
     whole = identity(tok, weights)
     if ar.tokenizer_identity is not None and ar.tokenizer_identity != whole:
-        raise ValueError(f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights may be the same, but not the "
-                         "configuration that gives them a meaning (FSQ levels, for example), and decoded pictures would be nonsense")
+        raise ValueError(
+            f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights may be the same, but not the "
+            "configuration that gives them a meaning (FSQ levels, for example), and decoded pictures would be nonsense"
+        )
     c, k, v = ar.config, tok.config.registers, tok.fsq.vocabulary
     if c.vocabulary != v or c.length > k:
-        raise ValueError(f"this AR model writes {c.length} tokens out of {c.vocabulary}, and this tokenizer has {k} out of {v}: a configuration was changed")
+        raise ValueError(
+            f"this AR model writes {c.length} tokens out of {c.vocabulary}, and this tokenizer has {k} out of {v}: a configuration was changed"
+        )
+
 
 def save_ar(folder: str | Path, model: ARModel, **facts) -> None:
     "Weights, configuration, and whose ids they are."
-    save_model(folder, model, model.config, tokenizer=model.tokenizer, tokenizer_identity=model.tokenizer_identity, tokenizer_means=model.tokenizer_means, **facts)
+    save_model(
+        folder,
+        model,
+        model.config,
+        tokenizer=model.tokenizer,
+        tokenizer_identity=model.tokenizer_identity,
+        tokenizer_means=model.tokenizer_means,
+        **facts,
+    )
 
-def load_ar(folder: str | Path,
-            tok: FlexTok | None = None,  # if given, it must be the one
-           ) -> tuple[ARModel, dict]:    # model in eval mode; what config.json says
+
+def load_ar(
+    folder: str | Path,
+    tok: FlexTok | None = None,  # if given, it must be the one
+) -> tuple[ARModel, dict]:  # model in eval mode; what config.json says
     "Read an AR model. Raises ValueError if it belongs to another tokenizer."
     model, facts = load_model(folder, ARModel, ARConfig)
     model.tokenizer, model.tokenizer_means = facts.get("tokenizer"), facts.get("tokenizer_means")
-    known = model.tokenizer is not None and model.tokenizer_means is not None  # of a packed model the tokenizer's weights were rounded, and this is its new identity
-    model.tokenizer_identity = identity_of(model.tokenizer, model.tokenizer_means) if known else facts.get("tokenizer_identity")
-    if tok is not None: check_tokenizer(model, tok)
+    known = (
+        model.tokenizer is not None and model.tokenizer_means is not None
+    )  # of a packed model the tokenizer's weights were rounded, and this is its new identity
+    model.tokenizer_identity = (
+        identity_of(model.tokenizer, model.tokenizer_means) if known else facts.get("tokenizer_identity")
+    )
+    if tok is not None:
+        check_tokenizer(model, tok)
     return model, facts
 
 # %% ../nbs/09_ar.ipynb #09-afcc35d0
 @torch.no_grad()
-def tokenize_all(tok: FlexTok,
-                 images: Tensor,     # images (b 3 h w), uint8
-                 batch: int = 250,   # images at a time
-                ) -> Tensor:         # ids (b k), int64, on the CPU
+def tokenize_all(
+    tok: FlexTok,
+    images: Tensor,  # images (b 3 h w), uint8
+    batch: int = 250,  # images at a time
+) -> Tensor:  # ids (b k), int64, on the CPU
     "The whole set as ids."
     return torch.cat([tok.tokenize(from_uint8(part)).cpu() for part in images.split(batch)])
+
 
 @dataclass
 class Tokens:
     "Ids and classes of images, in memory. Room 11b keeps them on the disk, behind the same methods."
-    all: Tensor                # ids (N k)
-    labels: Tensor             # classes (N,)
-    classes: tuple[str, ...]   # class names
-    def __len__(self) -> int: return len(self.all)
-    def ids(self, rows: Tensor) -> Tensor: return self.all[rows]
 
-def token_batches(data: Tokens,        # or what room 11b keeps on the disk
-                  batch: int,          # lists a batch
-                  class_dropout: float = 0.,  # share of samples that are not told their class
-                  seed: int = 0,
-                  device="cpu",        # where the batch goes
-                 ) -> Feed:            # of ids (b k), classes (b,), and which are hidden (b,)
+    all: Tensor  # ids (N k)
+    labels: Tensor  # classes (N,)
+    classes: tuple[str, ...]  # class names
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def ids(self, rows: Tensor) -> Tensor:
+        return self.all[rows]
+
+
+def token_batches(
+    data: Tokens,  # or what room 11b keeps on the disk
+    batch: int,  # lists a batch
+    class_dropout: float = 0.0,  # share of samples that are not told their class
+    seed: int = 0,
+    device="cpu",  # where the batch goes
+) -> Feed:  # of ids (b k), classes (b,), and which are hidden (b,)
     "Shuffled lists of ids without end."
+
     def make(rows, places, step):
         hidden = (torch.rand(batch, generator=named_generator(seed, "hidden", step)) < class_dropout)[places]
         return data.ids(rows).to(device), data.labels[rows].to(device), hidden.to(device)
+
     return Feed(len(data), batch, make, seed)
 
 # %% ../nbs/09_ar.ipynb #09-90f2614f
-def train_ar(data: ImageSet | Tokens,  # training images with classes in label column 0, or their ids
-             tok: FlexTok,        # trained tokenizer
-             preset: Preset,      # sizes and steps
-             seed: int = 0,
-             device="cpu",
-             precision: torch.dtype | None = None,
-             use_compiler: bool = False,  # torch.compile the blocks
-             progress: bool = True,
-             engine: Engine | None = None,  # the machine, see room 00; by default this one device
-             ar: ARModel | None = None,     # a trained one to go on with, changed in place; the ids may be of another tokenizer than it learnt
-            ) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
+def train_ar(
+    data: ImageSet | Tokens,  # training images with classes in label column 0, or their ids
+    tok: FlexTok,  # trained tokenizer
+    preset: Preset,  # sizes and steps
+    seed: int = 0,
+    device="cpu",
+    precision: torch.dtype | None = None,
+    use_compiler: bool = False,  # torch.compile the blocks
+    progress: bool = True,
+    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+    ar: ARModel
+    | None = None,  # a trained one to go on with, changed in place; the ids may be of another tokenizer than it learnt
+) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
     "Tokenise the training images once, then learn to write their ids: from scratch, or from what another model knows. Raises ValueError for labels without a class, and for a model to go on with of another shape."
-    config, tokens = preset.train_ar, data if hasattr(data, "ids") else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes)
-    if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes): raise ValueError(f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and {len(tokens.classes)} class names: every label needs its class")
-    shape = replace(preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes))
-    if ar is not None and ar.config != shape: raise ValueError(f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and these {len(tokens.classes)} classes has {shape}: choose the preset, the tokenizer and the classes that it was made with")
+    config, tokens = (
+        preset.train_ar,
+        data
+        if hasattr(data, "ids")
+        else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes),
+    )
+    if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes):
+        raise ValueError(
+            f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and {len(tokens.classes)} class names: every label needs its class"
+        )
+    shape = replace(
+        preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes)
+    )
+    if ar is not None and ar.config != shape:
+        raise ValueError(
+            f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and these {len(tokens.classes)} classes has {shape}: choose the preset, the tokenizer and the classes that it was made with"
+        )
     torch.manual_seed(seed)
     model = (ARModel(shape) if ar is None else ar.train()).to(device)
-    ema, stream = EMA(model, config.ema), token_batches(tokens, config.batch, model.config.class_dropout, seed, device)
+    ema, stream = (
+        EMA(model, config.ema),
+        token_batches(tokens, config.batch, model.config.class_dropout, seed, device),
+    )
     with compiled(model.blocks, use_compiler):
-        log = fit([Player("ar", lambda batch, progress: model.loss(*batch), list(model.named_parameters()), config, modules=[model])], stream, config.steps, ema, precision, device, "AR", progress=progress, engine=engine)
+        log = fit(
+            [
+                Player(
+                    "ar",
+                    lambda batch, progress: model.loss(*batch),
+                    list(model.named_parameters()),
+                    config,
+                    modules=[model],
+                )
+            ],
+            stream,
+            config.steps,
+            ema,
+            precision,
+            device,
+            "AR",
+            progress=progress,
+            engine=engine,
+        )
     ema.apply()
     bind_tokenizer(model, tok)
     return model.eval(), log
 
 # %% ../nbs/09_ar.ipynb #09-5c3dad90
 @torch.no_grad()
-def sample_images(ar: ARModel,
-                  tok: FlexTok,
-                  labels: Tensor,            # classes (b,)
-                  budget: int | None = None, # tokens to use; all by default
-                  steps: int = 10,           # Euler steps of the decoder
-                  guidance: float = 1.,      # of the decoder
-                  ar_guidance: float | Callable[[int], float] | Sequence[float] | Tensor = 1.,  # of the AR model: a number, a function of the position, or one number for each
-                  temperature: float = 1.,   # of the AR model
-                  seed: int = 0,             # names ids and noise
-                  first_index: int = 0,      # number of the first sample
-                  top_k: int | None = None,  # of the AR model; None or 0: all
-                  top_p: float | None = None,  # of the AR model; None, 0 or 1: all
-                  seeds: Sequence[int] | Tensor | None = None,  # instead of seed and first_index: a seed for each sample (b,), of ids and noise
-                 ) -> Tensor:                # images (b 3 H W) in [-1, 1]
+def sample_images(
+    ar: ARModel,
+    tok: FlexTok,
+    labels: Tensor,  # classes (b,)
+    budget: int | None = None,  # tokens to use; all by default
+    steps: int = 10,  # Euler steps of the decoder
+    guidance: float = 1.0,  # of the decoder
+    ar_guidance: float
+    | Callable[[int], float]
+    | Sequence[float]
+    | Tensor = 1.0,  # of the AR model: a number, a function of the position, or one number for each
+    temperature: float = 1.0,  # of the AR model
+    seed: int = 0,  # names ids and noise
+    first_index: int = 0,  # number of the first sample
+    top_k: int | None = None,  # of the AR model; None or 0: all
+    top_p: float | None = None,  # of the AR model; None, 0 or 1: all
+    seeds: Sequence[int]
+    | Tensor
+    | None = None,  # instead of seed and first_index: a seed for each sample (b,), of ids and noise
+) -> Tensor:  # images (b 3 H W) in [-1, 1]
     "Class to ids to images. The same seed at another budget gives the same ids, longer or shorter."
     check_tokenizer(ar, tok)
     ids = ar.generate(labels, budget, ar_guidance, temperature, seed, first_index, top_k, top_p, seeds)
-    if seeds is None: return tok.detokenize(ids, steps, guidance, seed, first_index=first_index)
+    if seeds is None:
+        return tok.detokenize(ids, steps, guidance, seed, first_index=first_index)
     c = tok.config
-    noise = torch.cat([noise_like((c.latent_channels, c.latent_size, c.latent_size), int(s), [0]) for s in seeds])
+    noise = torch.cat(
+        [noise_like((c.latent_channels, c.latent_size, c.latent_size), int(s), [0]) for s in seeds]
+    )
     return tok.detokenize(ids, steps, guidance, noise=noise.to(tok.device))

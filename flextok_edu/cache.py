@@ -24,8 +24,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .ar import tokenizer_hash
-from .core import (Range, atomic, conform, from_uint8, identity, one_of, parse_json, read_json, read_tensors, weights_hash,
-                              write_text)
+from flextok_edu.core import (
+    Range,
+    atomic,
+    conform,
+    from_uint8,
+    identity,
+    one_of,
+    parse_json,
+    read_json,
+    read_tensors,
+    weights_hash,
+    write_text,
+)
 from .data import ImageSet, Learned, learned_from
 from .tokenizer import FlexTok
 from .train import lock_byte
@@ -35,42 +46,78 @@ from .vae import VAE
 @dataclass(frozen=True)
 class Pictures:
     "Pictures by number, and a name for exactly these pictures."
-    load: Callable[[int, int], tuple]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that are left (m,), ascending; then, if they are known, their keys (m,), int64
-    count: int      # items
-    size: int       # side in pixels
-    crop: str       # how pictures were made square
-    source: str     # one line: what this is
-    hash: str       # other pictures, another hash
+
+    load: Callable[
+        [int, int], tuple
+    ]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that are left (m,), ascending; then, if they are known, their keys (m,), int64
+    count: int  # items
+    size: int  # side in pixels
+    crop: str  # how pictures were made square
+    source: str  # one line: what this is
+    hash: str  # other pictures, another hash
     classes: tuple[str, ...] = ("all",)  # class names
     keys: Tensor | None = None  # (count,) int64: a key for each picture
-    rule: str = "unknown"       # how they were divided from the held-out ones, as in `ImageSet`
+    rule: str = "unknown"  # how they were divided from the held-out ones, as in `ImageSet`
 
-    def __len__(self) -> int: return self.count
+    def __len__(self) -> int:
+        return self.count
+
     @property
     def facts(self) -> dict:
-        return {"source": self.source, "source_hash": self.hash, "size": self.size, "crop": self.crop, "classes": list(self.classes), "learned": learned_from(self).facts}
+        return {
+            "source": self.source,
+            "source_hash": self.hash,
+            "size": self.size,
+            "crop": self.crop,
+            "classes": list(self.classes),
+            "learned": learned_from(self).facts,
+        }
+
 
 def pictures_of(data: ImageSet | Pictures) -> Pictures:
     "A set in memory as numbered pictures; those stay what they are."
-    if isinstance(data, Pictures): return data
+    if isinstance(data, Pictures):
+        return data
     keys = data.keys
+
     def load(a, b):
         known = () if keys is None else (torch.arange(a, b), keys[a:b])
         return data.images[a:b], data.labels[a:b, 0], *known
-    return Pictures(load, len(data), data.images.shape[-1], "as in memory", data.source, data.hash, data.classes, keys, data.rule)
+
+    return Pictures(
+        load,
+        len(data),
+        data.images.shape[-1],
+        "as in memory",
+        data.source,
+        data.hash,
+        data.classes,
+        keys,
+        data.rule,
+    )
 
 # %% ../nbs/11b_cache.ipynb #11b-c29d41cc
-def decoded_pictures(source,           # a source of room 01b
-                     size: int,        # side of the squares
-                     decode: Callable, # (item, size) -> image (3 size size) uint8, or a text that says why not: room 01b's `decode`
-                     threads: int = 8,
-                    ) -> Pictures:     # cropped at the centre
+def decoded_pictures(
+    source,  # a source of room 01b
+    size: int,  # side of the squares
+    decode: Callable,  # (item, size) -> image (3 size size) uint8, or a text that says why not: room 01b's `decode`
+    threads: int = 8,
+) -> Pictures:  # cropped at the centre
     "The pictures of a source, decoded when they are asked for."
     keys = getattr(source, "keys", None)
+
     def one(i):
-        try: item = source.item(i); image = decode(item, size)
-        except Exception: return None
-        return (i, image, item.label) if isinstance(image, Tensor) and 0 <= item.label < len(source.classes) else None
+        try:
+            item = source.item(i)
+            image = decode(item, size)
+        except Exception:
+            return None
+        return (
+            (i, image, item.label)
+            if isinstance(image, Tensor) and 0 <= item.label < len(source.classes)
+            else None
+        )
+
     def load(start, stop):
         with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:  # once, around all threads
             warnings.simplefilter("ignore")  # Pillow's own notes
@@ -78,197 +125,372 @@ def decoded_pictures(source,           # a source of room 01b
         items, images, labels = zip(*found) if found else ((), (), ())
         items = torch.tensor(items, dtype=torch.long)
         images = torch.stack(images) if found else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return images, torch.tensor(labels, dtype=torch.long), items, *(() if keys is None else (keys[items],))
-    return Pictures(load, len(source), size, "centre", source.name, source.hash, tuple(source.classes), keys, getattr(source, "rule", "unknown"))
+        return (
+            images,
+            torch.tensor(labels, dtype=torch.long),
+            items,
+            *(() if keys is None else (keys[items],)),
+        )
+
+    return Pictures(
+        load,
+        len(source),
+        size,
+        "centre",
+        source.name,
+        source.hash,
+        tuple(source.classes),
+        keys,
+        getattr(source, "rule", "unknown"),
+    )
 
 # %% ../nbs/11b_cache.ipynb #11b-f6123150
 class DamagedShard(ValueError):
     "A shard that is no whole safetensors file, or does not hold what its header says."
 
-_FORMAT, _KEY = 1, "flextok_edu.cache"
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
-_TENSOR = {"dtype": one_of(*_BYTES), "shape": [Range(0, 2 ** 40)], "data_offsets": [Range(0, 2 ** 50)]}
 
-def shard_path(folder: Path, kind: str, index: int) -> Path: return folder / f"{kind}-{index:05}.safetensors"
+_FORMAT, _KEY = 1, "flextok_edu.cache"
+_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+_TENSOR = {"dtype": one_of(*_BYTES), "shape": [Range(0, 2**40)], "data_offsets": [Range(0, 2**50)]}
+
+
+def shard_path(folder: Path, kind: str, index: int) -> Path:
+    return folder / f"{kind}-{index:05}.safetensors"
+
 
 def write_shard(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     "A safetensors file with facts and content hash in its header, whole or not at all."
-    for old in path.parent.glob(f".{path.name}.*"): old.unlink(missing_ok=True)  # left by a process that was killed while it wrote
+    for old in path.parent.glob(f".{path.name}.*"):
+        old.unlink(missing_ok=True)  # left by a process that was killed while it wrote
     whole = save(tensors, {_KEY: json.dumps({**facts, "content": weights_hash(tensors)}, sort_keys=True)})
-    with atomic(path) as temporary: temporary.write_bytes(whole)
+    with atomic(path) as temporary:
+        temporary.write_bytes(whole)
+
 
 def _extent(header: dict) -> int:  # bytes of all tensors
     "Raises ValueError for a header whose tensors are not one after the other, each as long as its shape says."
     end = 0
-    for name, t in sorted(header.items(), key=lambda item: conform(item[1], _TENSOR, f"tensor {item[0]!r}")["data_offsets"]):
+    for name, t in sorted(
+        header.items(), key=lambda item: conform(item[1], _TENSOR, f"tensor {item[0]!r}")["data_offsets"]
+    ):
         need = math.prod(t["shape"]) * _BYTES[t["dtype"]]
         if t["data_offsets"] != [end, end + need]:
-            raise ValueError(f"tensor {name!r} lies at {t['data_offsets']}, and should at {[end, end + need]}")
+            raise ValueError(
+                f"tensor {name!r} lies at {t['data_offsets']}, and should at {[end, end + need]}"
+            )
         end += need
     return end
 
 # %% ../nbs/11b_cache.ipynb #11b-0d5b8e62
-def read_header(path: Path) -> tuple[dict, dict]:  # the shard's facts; name -> dtype, shape and offsets of each tensor
+def read_header(
+    path: Path,
+) -> tuple[dict, dict]:  # the shard's facts; name -> dtype, shape and offsets of each tensor
     "Only the first bytes are read. Raises DamagedShard for a file that is not whole, FileNotFoundError if there is none."
     try:
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            if length > min(size, 2 ** 26):
+            if length > min(size, 2**26):
                 raise ValueError(f"a header of {length:,} bytes")
             header = conform(parse_json(file.read(length), "it"), {"__metadata__": {_KEY: str}}, "its header")
-        facts = conform(parse_json(header.pop("__metadata__")[_KEY], "its text"), {"content": str}, "its text")
+        facts = conform(
+            parse_json(header.pop("__metadata__")[_KEY], "its text"), {"content": str}, "its text"
+        )
         end = 8 + length + _extent(header)
     except ValueError as error:
-        raise DamagedShard(f"{path} is damaged, or no shard of a cache (its header cannot be read: {error}): "
-                           "build the cache again, only this shard will be made") from error
-    if size != end: raise DamagedShard(f"{path} has {size:,} bytes and should have {end:,}: build the cache again, only this shard will be made")
+        raise DamagedShard(
+            f"{path} is damaged, or no shard of a cache (its header cannot be read: {error}): "
+            "build the cache again, only this shard will be made"
+        ) from error
+    if size != end:
+        raise DamagedShard(
+            f"{path} has {size:,} bytes and should have {end:,}: build the cache again, only this shard will be made"
+        )
     return facts, header
+
 
 def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages of the file
     "Read a whole shard. Raises DamagedShard if its content is not what was written."
     facts, header = read_header(path)
     if hasattr(os, "posix_fadvise"):
-        with open(path, "rb", buffering=0) as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    try: tensors, _ = read_tensors(path)
-    except ValueError as error: raise DamagedShard(f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made") from error
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    try:
+        tensors, _ = read_tensors(path)
+    except ValueError as error:
+        raise DamagedShard(
+            f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made"
+        ) from error
     found = weights_hash(tensors)
     if found != facts["content"]:
-        raise DamagedShard(f"{path} is damaged: its content has hash {found}, and {facts['content'][:16]} was written: "
-                           "build the cache again with verify=True (flextok_cache --verify), only this shard will be made")
+        raise DamagedShard(
+            f"{path} is damaged: its content has hash {found}, and {facts['content'][:16]} was written: "
+            "build the cache again with verify=True (flextok_cache --verify), only this shard will be made"
+        )
     return tensors
 
 # %% ../nbs/11b_cache.ipynb #11b-9237ed22
 class Claims:
     "Who may write what: byte 0 of one lock file is cache.json, byte i + 1 is shard i. A claim dies with its process."
+
     _open: set[Path] = set()  # folders that this process is building
+
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        if self.folder in Claims._open: raise ValueError(f"{folder} is being built by this very process: wait, or start another process")
-        self.file = open(folder / "build.lock", "ab"); Claims._open.add(self.folder)
-    def close(self) -> None: Claims._open.discard(self.folder); self.file.close()
+        if self.folder in Claims._open:
+            raise ValueError(f"{folder} is being built by this very process: wait, or start another process")
+        self.file = open(folder / "build.lock", "ab")
+        Claims._open.add(self.folder)
+
+    def close(self) -> None:
+        Claims._open.discard(self.folder)
+        self.file.close()
 
     @contextlib.contextmanager
     def claim(self, index: int) -> Iterator[bool]:  # yields whether it is ours
         "Ours for the time of a `with` block, unless another process has it."
         ours = lock_byte(self.file, index, True)
-        try: yield ours
-        finally: ours and lock_byte(self.file, index, False)
+        try:
+            yield ours
+        finally:
+            ours and lock_byte(self.file, index, False)
 
 # %% ../nbs/11b_cache.ipynb #11b-d4d01fd4
-def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:  # images; labels, items, and keys if there are any
+def _loaded(
+    found: tuple, start: int, stop: int
+) -> tuple[Tensor, dict[str, Tensor]]:  # images; labels, items, and keys if there are any
     "What a source returned for items start .. stop - 1, looked at."
     images, labels, *rest = found
-    if not rest and len(images) != stop - start: raise ValueError(f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be used, it must also return the items that are left")
-    labels, items = torch.as_tensor(labels).long(), torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop)
-    if not len(images) == len(labels) == len(items) or labels.ndim != 1: raise ValueError(f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: they must be as many, labels (m,)")
-    if len(items) and not (items[0] >= start and items[-1] < stop and bool((items.diff() > 0).all())): raise ValueError(f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, ascending, none twice")
+    if not rest and len(images) != stop - start:
+        raise ValueError(
+            f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be used, it must also return the items that are left"
+        )
+    labels, items = (
+        torch.as_tensor(labels).long(),
+        torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop),
+    )
+    if not len(images) == len(labels) == len(items) or labels.ndim != 1:
+        raise ValueError(
+            f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: they must be as many, labels (m,)"
+        )
+    if len(items) and not (items[0] >= start and items[-1] < stop and bool((items.diff() > 0).all())):
+        raise ValueError(
+            f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, ascending, none twice"
+        )
     about = {"labels": labels, "items": items}
-    if len(rest) < 2: return images, about
+    if len(rest) < 2:
+        return images, about
     keys = torch.as_tensor(rest[1])
-    if keys.shape != items.shape or keys.dtype != torch.int64: raise ValueError(f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be as many, int64")
+    if keys.shape != items.shape or keys.dtype != torch.int64:
+        raise ValueError(
+            f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be as many, int64"
+        )
     return images, about | {"keys": keys}
 
-def encode_span(encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b …)
-                load: Callable[[int, int], tuple],  # as in Pictures
-                start: int, stop: int,  # items
-                batch: int,             # images at a time
-               ) -> dict[str, Tensor]:  # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
+
+def encode_span(
+    encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b …)
+    load: Callable[[int, int], tuple],  # as in Pictures
+    start: int,
+    stop: int,  # items
+    batch: int,  # images at a time
+) -> dict[
+    str, Tensor
+]:  # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
     "Load and encode some items; the next batch is loaded while one is encoded."
     parts, spans = [], [(a, min(a + batch, stop)) for a in range(start, stop, batch)]
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(load, *spans[0])
         for j, span in enumerate(spans):
             images, about = _loaded(coming.result(), *span)
-            if j + 1 < len(spans): coming = ahead.submit(load, *spans[j + 1])
-            if len(images): parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | about)
-    if not parts: return {"labels": torch.empty(0, dtype=torch.long), "items": torch.empty(0, dtype=torch.long)}
+            if j + 1 < len(spans):
+                coming = ahead.submit(load, *spans[j + 1])
+            if len(images):
+                parts.append({name: t.cpu().contiguous() for name, t in encode(images).items()} | about)
+    if not parts:
+        return {"labels": torch.empty(0, dtype=torch.long), "items": torch.empty(0, dtype=torch.long)}
     for name in parts[0]:
         for part in parts:
-            if len(part[name]) != len(part["items"]): raise ValueError(f"encode gave {len(part[name])} rows of {name!r} for {len(part['items'])} images")
-            if part[name].is_floating_point() and not torch.isfinite(part[name]).all(): raise ValueError(f"encode gave NaN or infinity in {name!r}, {part[name].dtype}, among items {int(part['items'][0])} .. {int(part['items'][-1])}: a wider dtype (float32), or sound weights")
+            if len(part[name]) != len(part["items"]):
+                raise ValueError(
+                    f"encode gave {len(part[name])} rows of {name!r} for {len(part['items'])} images"
+                )
+            if part[name].is_floating_point() and not torch.isfinite(part[name]).all():
+                raise ValueError(
+                    f"encode gave NaN or infinity in {name!r}, {part[name].dtype}, among items {int(part['items'][0])} .. {int(part['items'][-1])}: a wider dtype (float32), or sound weights"
+                )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../nbs/11b_cache.ipynb #11b-5f34a6a3
 class Recipe(NamedTuple):
     "How to make a cache: the first arguments of `cache_plan` and `build_cache`."
-    encode: Callable  # images (b 3 h w) uint8 -> named tensors (b sides …)
-    count: int        # items
-    load: Callable    # as in Pictures
-    facts: dict       # what another cache would have otherwise; "kind" names the files
 
-def _sides(encode: Callable[[Tensor], Tensor], name: str, mirror: bool, size: int) -> Callable:  # images -> {name: (b sides …)}
+    encode: Callable  # images (b 3 h w) uint8 -> named tensors (b sides …)
+    count: int  # items
+    load: Callable  # as in Pictures
+    facts: dict  # what another cache would have otherwise; "kind" names the files
+
+
+def _sides(
+    encode: Callable[[Tensor], Tensor], name: str, mirror: bool, size: int
+) -> Callable:  # images -> {name: (b sides …)}
     "One side, or the picture and its mirror image."
+
     def both(images):
-        if tuple(images.shape[1:]) != (3, size, size): raise ValueError(f"the source gave images {tuple(images.shape)}, but says that they are (m, 3, {size}, {size})")
-        return {name: torch.stack([encode(x) for x in ((images, images.flip(-1)) if mirror else (images,))], 1)}
+        if tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"the source gave images {tuple(images.shape)}, but says that they are (m, 3, {size}, {size})"
+            )
+        return {
+            name: torch.stack([encode(x) for x in ((images, images.flip(-1)) if mirror else (images,))], 1)
+        }
+
     return both
+
 
 def latent_facts(vae: VAE) -> dict:
     "Whose latents: the hash of the VAE's weights, its identity (weights and configuration), its normalisation."
     weights = weights_hash(vae)
-    return {"kind": "latents", "vae": weights, "vae_identity": identity(vae, weights), "latent_mean": vae.latent_mean.tolist(), "latent_std": vae.latent_std.tolist()}
+    return {
+        "kind": "latents",
+        "vae": weights,
+        "vae_identity": identity(vae, weights),
+        "latent_mean": vae.latent_mean.tolist(),
+        "latent_std": vae.latent_std.tolist(),
+    }
+
 
 def token_facts(tok: FlexTok) -> dict:
     "Whose ids: the hash of the tokenizer's weights, and its identity: other FSQ levels are other ids of equal weights."
     weights = tokenizer_hash(tok)
-    return {"kind": "tokens", "tokenizer": weights, "tokenizer_identity": identity(tok, weights), "vocabulary": tok.fsq.vocabulary}
+    return {
+        "kind": "tokens",
+        "tokenizer": weights,
+        "tokenizer_identity": identity(tok, weights),
+        "vocabulary": tok.fsq.vocabulary,
+    }
 
-def latent_recipe(vae: VAE,
-                  data: ImageSet | Pictures,  # pictures
-                  dtype: torch.dtype = torch.float16,  # of what is stored: float16 or float32
-                  mirror: bool = False,     # mirror images as well
-                 ) -> Recipe:
+
+def latent_recipe(
+    vae: VAE,
+    data: ImageSet | Pictures,  # pictures
+    dtype: torch.dtype = torch.float16,  # of what is stored: float16 or float32
+    mirror: bool = False,  # mirror images as well
+) -> Recipe:
     "Normalised posterior means and standard deviations: latents (b sides 2 c h w)."
     source = pictures_of(data)
+
     @torch.no_grad()
     def encode(images):
         mean, logvar = vae.posterior(from_uint8(images.to(vae.latent_mean.device)))
-        return torch.stack([vae.normalize(mean), (.5 * logvar).exp() / vae.latent_std[:, None, None]], 1).to(dtype)
-    return Recipe(_sides(encode, "latents", mirror, source.size), source.count, source.load, {**latent_facts(vae), **source.facts, "dtype": str(dtype)[6:], "mirror": mirror})
+        return torch.stack([vae.normalize(mean), (0.5 * logvar).exp() / vae.latent_std[:, None, None]], 1).to(
+            dtype
+        )
+
+    return Recipe(
+        _sides(encode, "latents", mirror, source.size),
+        source.count,
+        source.load,
+        {**latent_facts(vae), **source.facts, "dtype": str(dtype)[6:], "mirror": mirror},
+    )
 
 # %% ../nbs/11b_cache.ipynb #11b-93821e19
 _SOURCE = ("source", "source_hash", "size", "crop", "classes")  # which pictures
 
-def token_recipe(tok: FlexTok,  # with its VAE
-                 data: "ImageSet | Pictures | LatentCache",  # pictures, or the latents of pictures by the tokenizer's VAE
-                 mirror: bool = False,    # mirror images as well (a cache of latents has them or not)
-                ) -> Recipe:
+
+def token_recipe(
+    tok: FlexTok,  # with its VAE
+    data: "ImageSet | Pictures | LatentCache",  # pictures, or the latents of pictures by the tokenizer's VAE
+    mirror: bool = False,  # mirror images as well (a cache of latents has them or not)
+) -> Recipe:
     "Ids (b sides k) in the smallest integer type that holds the vocabulary."
     v = tok.fsq.vocabulary
-    dtype = next(kind for kind, most in ((torch.uint8, 2 ** 8), (torch.uint16, 2 ** 16), (torch.int32, 2 ** 31)) if v <= most)
+    dtype = next(
+        kind for kind, most in ((torch.uint8, 2**8), (torch.uint16, 2**16), (torch.int32, 2**31)) if v <= most
+    )
     if not isinstance(data, LatentCache):
         source = pictures_of(data)
         encode = _sides(lambda images: tok.tokenize(from_uint8(images)).to(dtype), "ids", mirror, source.size)
-        return Recipe(encode, source.count, source.load, {**token_facts(tok), **source.facts, "of": "images", "dtype": str(dtype)[6:], "mirror": mirror})
-    if mirror and not data.facts["mirror"]: raise ValueError(f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures")
-    _refuse(data.facts, latent_facts(tok._need_vae("tokenising latents")), f"the latents of {data.folder} are not of this tokenizer's VAE")
-    count, keep, keys = len(data.items), {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts}, data.keys
+        return Recipe(
+            encode,
+            source.count,
+            source.load,
+            {**token_facts(tok), **source.facts, "of": "images", "dtype": str(dtype)[6:], "mirror": mirror},
+        )
+    if mirror and not data.facts["mirror"]:
+        raise ValueError(
+            f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures"
+        )
+    _refuse(
+        data.facts,
+        latent_facts(tok._need_vae("tokenising latents")),
+        f"the latents of {data.folder} are not of this tokenizer's VAE",
+    )
+    count, keep, keys = (
+        len(data.items),
+        {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts},
+        data.keys,
+    )
+
     def load(start, stop):
         a, b = torch.searchsorted(data.items, torch.tensor([start, stop])).tolist()
         rows = torch.arange(a, b)
-        return torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1), data.labels[a:b], data.items[a:b], *(() if keys is None else (keys[a:b],))
+        return (
+            torch.stack([data.latents(rows + side * count)[0] for side in range(data.sides)], 1),
+            data.labels[a:b],
+            data.items[a:b],
+            *(() if keys is None else (keys[a:b],)),
+        )
+
     def encode(latents):  # b sides c h w
-        return {"ids": tok.encode_latents(latents.flatten(0, 1).to(tok.device)).unflatten(0, latents.shape[:2]).to(dtype)}
-    return Recipe(encode, data.facts["count"], load, {**token_facts(tok), **keep, "of": f"latents, {data.facts['dtype']}", "dtype": str(dtype)[6:]})
+        return {
+            "ids": tok.encode_latents(latents.flatten(0, 1).to(tok.device))
+            .unflatten(0, latents.shape[:2])
+            .to(dtype)
+        }
+
+    return Recipe(
+        encode,
+        data.facts["count"],
+        load,
+        {**token_facts(tok), **keep, "of": f"latents, {data.facts['dtype']}", "dtype": str(dtype)[6:]},
+    )
 
 # %% ../nbs/11b_cache.ipynb #11b-56c12767
 def _bytes(n: float) -> str:  # "84.0 GB"
     unit, name = next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n >= u[0]), (1e3, "kB"))
     return f"{n / unit:,.1f} {name}"
+
+
 def _duration(seconds: float) -> str:  # "21 min"
     unit, name = next((u for u in ((3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))
     return f"{seconds / unit:,.{0 if seconds > 20 * unit else 1}f} {name}"
 
+
 @dataclass(frozen=True)
 class CachePlan:
     "What a cache will cost."
-    images: int      # in all
-    missing: int     # images in shards that are still to be made
-    shards: int      # files in all
-    row_bytes: int   # bytes an image
-    rate: float      # images a second, one process
-    free: int        # bytes free on that disk
-    margin: int      # bytes that shall stay free
+
+    images: int  # in all
+    missing: int  # images in shards that are still to be made
+    shards: int  # files in all
+    row_bytes: int  # bytes an image
+    rate: float  # images a second, one process
+    free: int  # bytes free on that disk
+    margin: int  # bytes that shall stay free
 
     def __str__(self) -> str:
         part = lambda n: f"{n:,} images, {_bytes(n * self.row_bytes)}"
@@ -277,183 +499,353 @@ class CachePlan:
     def check(self) -> None:
         "Raises OSError if the disk would be full."
         need = self.missing * self.row_bytes
-        if need + self.margin > self.free: raise OSError(f"the cache needs {_bytes(need)} more, and {_bytes(self.margin)} should stay free, but only {_bytes(self.free)} are: make room, choose another disk, float16, no mirror images, or fewer pictures")
+        if need + self.margin > self.free:
+            raise OSError(
+                f"the cache needs {_bytes(need)} more, and {_bytes(self.margin)} should stay free, but only {_bytes(self.free)} are: make room, choose another disk, float16, no mirror images, or fewer pictures"
+            )
 
 # %% ../nbs/11b_cache.ipynb #11b-d080791b
 def _good(path: Path, verify: bool) -> bool:
     "Whether this shard is there and whole."
-    try: read_header(path); verify and check_content(path)
-    except (FileNotFoundError, DamagedShard): return False
+    try:
+        read_header(path)
+        verify and check_content(path)
+    except (FileNotFoundError, DamagedShard):
+        return False
     return True
 
-def cache_plan(folder: str | Path,
-               encode: Callable, count: int, load: Callable, facts: dict,  # a recipe
-               shard: int = 1024,     # items a shard
-               batch: int = 64,       # images at a time
-               margin: float = .02,   # share of the disk that shall stay free
-              ) -> CachePlan:
+
+def cache_plan(
+    folder: str | Path,
+    encode: Callable,
+    count: int,
+    load: Callable,
+    facts: dict,  # a recipe
+    shard: int = 1024,  # items a shard
+    batch: int = 64,  # images at a time
+    margin: float = 0.02,  # share of the disk that shall stay free
+) -> CachePlan:
     "Measure a recipe on its first batches. Nothing is written."
     folder, shards = Path(folder).expanduser(), -(-count // shard)
-    if count < 1 or shard < 1 or batch < 1: raise ValueError(f"count {count}, shard {shard} and batch {batch} must be at least 1")
+    if count < 1 or shard < 1 or batch < 1:
+        raise ValueError(f"count {count}, shard {shard} and batch {batch} must be at least 1")
     disk = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir()))
-    missing = sum(min(shard, count - i * shard) for i in range(shards) if not _good(shard_path(folder, facts["kind"], i), False))
+    missing = sum(
+        min(shard, count - i * shard)
+        for i in range(shards)
+        if not _good(shard_path(folder, facts["kind"], i), False)
+    )
     probes = []
     for a in range(0, count, batch):
         began = time.perf_counter()
         part = encode_span(encode, load, a, min(a + batch, count), batch)
-        if len(part["items"]): probes.append((time.perf_counter() - began, part))
-        if len(probes) == 2: break
-    if not probes: raise ValueError(f"none of the {count:,} images of the source can be used")
+        if len(part["items"]):
+            probes.append((time.perf_counter() - began, part))
+        if len(probes) == 2:
+            break
+    if not probes:
+        raise ValueError(f"none of the {count:,} images of the source can be used")
     seconds, part = probes[-1]
-    return CachePlan(count, missing, shards, sum(t.numel() * t.itemsize for t in part.values()) // len(part["items"]), len(part["items"]) / seconds, disk.free, int(margin * disk.total))
+    return CachePlan(
+        count,
+        missing,
+        shards,
+        sum(t.numel() * t.itemsize for t in part.values()) // len(part["items"]),
+        len(part["items"]) / seconds,
+        disk.free,
+        int(margin * disk.total),
+    )
 
 # %% ../nbs/11b_cache.ipynb #11b-54711362
-_LATER = ("tokenizer_identity", "vae_identity")  # facts that older caches do not have: nothing there is not something else
+_LATER = (
+    "tokenizer_identity",
+    "vae_identity",
+)  # facts that older caches do not have: nothing there is not something else
 _NOTES = ("learned",)  # said, and not compared
+
 
 def _refuse(there: dict, here: dict, what: str, advice: str = "") -> None:
     "Raises ValueError if any of `here` is otherwise `there`."
     short = lambda value: text if len(text := json.dumps(value)) < 200 else text[:60] + " …"
-    differ = [f"{k}: {short(there.get(k))} there, {short(v)} here" for k, v in here.items() if there.get(k) != v and not (k in _LATER and k not in there) and k not in _NOTES]
-    if differ: raise ValueError(f"{what}: {'; '.join(differ)}{advice}")
+    differ = [
+        f"{k}: {short(there.get(k))} there, {short(v)} here"
+        for k, v in here.items()
+        if there.get(k) != v and not (k in _LATER and k not in there) and k not in _NOTES
+    ]
+    if differ:
+        raise ValueError(f"{what}: {'; '.join(differ)}{advice}")
+
 
 def _kind(value) -> bool:
     "a short name of letters, digits and _, as the files have it"
     return re.fullmatch(r"[A-Za-z0-9_]{1,40}", value) is not None
 
-_CACHE = {"kind": _kind, "count": Range(1, 2 ** 40), "shard": Range(1, 2 ** 31), "source?": str, "source_hash?": str, "size?": Range(1, 65536),
-          "crop?": str, "classes?": [str], "mirror?": bool, "dtype?": str, "of?": str, "vae?": str, "tokenizer?": str,
-          "vae_identity?": str, "tokenizer_identity?": str, "vocabulary?": Range(1, 2 ** 31), "latent_mean?": [float], "latent_std?": [float],
-          "learned?": {"rule": str, "source": str, "count": Range(-1, 2 ** 40), "hash": str, "keys": bool}}
+
+_CACHE = {
+    "kind": _kind,
+    "count": Range(1, 2**40),
+    "shard": Range(1, 2**31),
+    "source?": str,
+    "source_hash?": str,
+    "size?": Range(1, 65536),
+    "crop?": str,
+    "classes?": [str],
+    "mirror?": bool,
+    "dtype?": str,
+    "of?": str,
+    "vae?": str,
+    "tokenizer?": str,
+    "vae_identity?": str,
+    "tokenizer_identity?": str,
+    "vocabulary?": Range(1, 2**31),
+    "latent_mean?": [float],
+    "latent_std?": [float],
+    "learned?": {"rule": str, "source": str, "count": Range(-1, 2**40), "hash": str, "keys": bool},
+}
+
 
 def read_facts(folder: str | Path) -> dict:  # what cache.json says
     "What the cache in a folder is to be. Raises FileNotFoundError or ValueError if it holds none."
     path = Path(folder).expanduser() / "cache.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: {folder} holds no cache; build one there")
-    try: facts = conform(read_json(path, "cache.json"), dict, "it")
-    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept") from error
-    if facts.get("format") != _FORMAT: raise ValueError(f"{path} has format {str(facts.get('format'))[:20]}, and this program reads {_FORMAT}: build the cache again in another folder")
-    try: return conform(facts, _CACHE, "cache.json")
-    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} holds no cache; build one there")
+    try:
+        facts = conform(read_json(path, "cache.json"), dict, "it")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept"
+        ) from error
+    if facts.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has format {str(facts.get('format'))[:20]}, and this program reads {_FORMAT}: build the cache again in another folder"
+        )
+    try:
+        return conform(facts, _CACHE, "cache.json")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it and build the cache again, whole shards are kept"
+        ) from error
 
 # %% ../nbs/11b_cache.ipynb #11b-f69512be
 _ABOUT = ("labels", "items", "keys")  # what a shard knows of its rows besides what was encoded
 _DTYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
 
+
 def _odd(header: dict, facts: dict, most: int) -> str | None:  # what is wrong with it
     "The tensors of a shard against what its cache is: as many labels and items as rows, sides as said, the type as said."
     for name in _ABOUT if "keys" in header else _ABOUT[:2]:
         t = header.get(name, {"dtype": None, "shape": []})
-        if t["dtype"] != "I64" or len(t["shape"]) != 1 or t["shape"] != header.get("items", t)["shape"]: return f"{name} must be I64 (m,), as many as items"
+        if t["dtype"] != "I64" or len(t["shape"]) != 1 or t["shape"] != header.get("items", t)["shape"]:
+            return f"{name} must be I64 (m,), as many as items"
     rows = header["items"]["shape"][0]
-    if rows > most: return f"{rows:,} rows for {most:,} items"
+    if rows > most:
+        return f"{rows:,} rows for {most:,} items"
     for name, t in header.items():
-        if name in _ABOUT: continue
-        if len(t["shape"]) < 2 or t["shape"][0] != rows or t["shape"][1] < 1: return f"{name!r} has shape {t['shape']} for {rows} rows"
-        if "mirror" in facts and t["shape"][1] != 1 + facts["mirror"]: return f"{name!r} has {t['shape'][1]} sides, and the cache {1 + facts['mirror']}"
-        if t["dtype"] != _DTYPES.get(facts.get("dtype"), t["dtype"]): return f"{name!r} is {t['dtype']}, and the cache {facts['dtype']}"
+        if name in _ABOUT:
+            continue
+        if len(t["shape"]) < 2 or t["shape"][0] != rows or t["shape"][1] < 1:
+            return f"{name!r} has shape {t['shape']} for {rows} rows"
+        if "mirror" in facts and t["shape"][1] != 1 + facts["mirror"]:
+            return f"{name!r} has {t['shape'][1]} sides, and the cache {1 + facts['mirror']}"
+        if t["dtype"] != _DTYPES.get(facts.get("dtype"), t["dtype"]):
+            return f"{name!r} is {t['dtype']}, and the cache {facts['dtype']}"
     return "it has rows, and nothing in them" if rows and not set(header) - set(_ABOUT) else None
+
 
 def _check_shard(path: Path, facts: dict, index: int) -> dict:  # the headers of its tensors
     "Raises DamagedShard or FileNotFoundError for one that is not whole, ValueError for one of another make."
     made, header = read_header(path)
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
-    _refuse(made, {**facts, "index": index, "start": start, "stop": stop}, f"{path} belongs to another cache", ": delete that shard (or the folder, if it is the right one), and build again")
-    if odd := _odd(header, facts, stop - start): raise DamagedShard(f"{path} is damaged ({odd}): delete it and build the cache again, only this shard will be made")
+    _refuse(
+        made,
+        {**facts, "index": index, "start": start, "stop": stop},
+        f"{path} belongs to another cache",
+        ": delete that shard (or the folder, if it is the right one), and build again",
+    )
+    if odd := _odd(header, facts, stop - start):
+        raise DamagedShard(
+            f"{path} is damaged ({odd}): delete it and build the cache again, only this shard will be made"
+        )
     return header
 
 # %% ../nbs/11b_cache.ipynb #11b-e02b61d8
 def _begin(folder: Path, facts: dict) -> Claims:
     "Folder, lock file and cache.json, or an error that says why not."
-    def failed(error): return OSError(error.errno, f"{folder} cannot be written to ({error.strerror}): choose another folder, change its permissions, or make room (a finished cache is read with LatentCache or TokenCache)")
-    try: folder.mkdir(parents=True, exist_ok=True); claims = Claims(folder)
-    except OSError as error: raise failed(error) from error
+
+    def failed(error):
+        return OSError(
+            error.errno,
+            f"{folder} cannot be written to ({error.strerror}): choose another folder, change its permissions, or make room (a finished cache is read with LatentCache or TokenCache)",
+        )
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claims = Claims(folder)
+    except OSError as error:
+        raise failed(error) from error
     try:
         written = (folder / "cache.json").exists()
         while not written:
             with claims.claim(0) as ours:
                 if ours:
-                    for old in folder.glob(".cache.json.*"): old.unlink(missing_ok=True)
-                    if not (folder / "cache.json").exists(): write_text(folder / "cache.json", json.dumps(facts, indent=1, sort_keys=True))
+                    for old in folder.glob(".cache.json.*"):
+                        old.unlink(missing_ok=True)
+                    if not (folder / "cache.json").exists():
+                        write_text(folder / "cache.json", json.dumps(facts, indent=1, sort_keys=True))
                     written = True
-                else: time.sleep(.01)
-    except OSError as error: claims.close(); raise failed(error) from error
-    try: _refuse(read_facts(folder), facts, f"{folder} holds another cache", ": build in another folder, or delete that one")
-    except ValueError: claims.close(); raise
+                else:
+                    time.sleep(0.01)
+    except OSError as error:
+        claims.close()
+        raise failed(error) from error
+    try:
+        _refuse(
+            read_facts(folder),
+            facts,
+            f"{folder} holds another cache",
+            ": build in another folder, or delete that one",
+        )
+    except ValueError:
+        claims.close()
+        raise
     return claims
 
 # %% ../nbs/11b_cache.ipynb #11b-c1111872
 def _odd_labels(labels: Tensor, facts: dict) -> str | None:  # (m,), int64; what is wrong with them
     "Labels that are no number of a class. (Where nothing but latents of one class `all` is kept, nobody looks at them.)"
     most = len(facts.get("classes", ()))
-    if not len(labels) or not most or most == 1 and facts["kind"] != "tokens": return None
+    if not len(labels) or not most or most == 1 and facts["kind"] != "tokens":
+        return None
     low, high = int(labels.min()), int(labels.max())
-    return f"labels reach from {low} to {high}, and there are {most} classes" if low < 0 or high >= most else None
+    return (
+        f"labels reach from {low} to {high}, and there are {most} classes"
+        if low < 0 or high >= most
+        else None
+    )
 
-def _make(path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]) -> bool:  # whether there was something to do
+
+def _make(
+    path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]
+) -> bool:  # whether there was something to do
     "One shard, unless it is there and whole."
-    if _good(path, verify): _check_shard(path, facts, index); return False
+    if _good(path, verify):
+        _check_shard(path, facts, index)
+        return False
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
-    if odd := _odd_labels(tensors["labels"], facts): raise ValueError(f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them")
-    keys = {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}  # so that they can be read without the rest
-    try: write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
+    if odd := _odd_labels(tensors["labels"], facts):
+        raise ValueError(
+            f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them"
+        )
+    keys = (
+        {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}
+    )  # so that they can be read without the rest
+    try:
+        write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} free). The shards that are finished are kept: make room and build again") from error
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} free). The shards that are finished are kept: make room and build again",
+        ) from error
     return True
 
 # %% ../nbs/11b_cache.ipynb #11b-37e8885f
-def build_cache(folder: str | Path,
-                encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b sides …)
-                count: int,            # items of the source
-                load: Callable[[int, int], tuple],  # (start, stop) -> images, labels, and the items if some are unusable: see Pictures
-                facts: dict,           # everything that would make it another cache, for json; "kind" names the files
-                shard: int = 1024,     # items a shard
-                batch: int = 64,       # images at a time
-                verify: bool = False,  # read shards that are there, and make those anew whose content is damaged
-                margin: float = .02,   # share of the disk that shall stay free
-                progress: bool = True, # say the plan, show a bar
-               ) -> int:               # shards that this process made
+def build_cache(
+    folder: str | Path,
+    encode: Callable[[Tensor], dict[str, Tensor]],  # images (b 3 h w) uint8 -> named tensors (b sides …)
+    count: int,  # items of the source
+    load: Callable[
+        [int, int], tuple
+    ],  # (start, stop) -> images, labels, and the items if some are unusable: see Pictures
+    facts: dict,  # everything that would make it another cache, for json; "kind" names the files
+    shard: int = 1024,  # items a shard
+    batch: int = 64,  # images at a time
+    verify: bool = False,  # read shards that are there, and make those anew whose content is damaged
+    margin: float = 0.02,  # share of the disk that shall stay free
+    progress: bool = True,  # say the plan, show a bar
+) -> int:  # shards that this process made
     "Make what is missing of a cache, together with any other processes that do the same. Raises ValueError if the folder holds another cache, OSError if it cannot be written to or the disk is full."
     folder, recipe, made = Path(folder).expanduser(), (encode, count, load, facts), 0
-    facts = conform(json.loads(json.dumps({**facts, "format": _FORMAT, "count": count, "shard": shard})), _CACHE, "facts")
+    facts = conform(
+        json.loads(json.dumps({**facts, "format": _FORMAT, "count": count, "shard": shard})), _CACHE, "facts"
+    )
     claims = _begin(folder, facts)
     paths = [shard_path(folder, facts["kind"], i) for i in range(-(-count // shard))]
     try:
         if not all(_good(path, False) for path in paths):
             plan = cache_plan(folder, *recipe, shard, batch, margin)
-            if progress: print(plan)
+            if progress:
+                print(plan)
             plan.check()
         todo = list(range(len(paths)))
-        with tqdm(total=len(todo), desc=f"caching {facts['kind']}", disable=not progress, unit="shard") as bar:
+        with tqdm(
+            total=len(todo), desc=f"caching {facts['kind']}", disable=not progress, unit="shard"
+        ) as bar:
             while todo:
                 later = []
                 for i in todo:
                     with claims.claim(i + 1) as ours:
-                        if ours: made += _make(paths[i], facts, i, verify, lambda a, b: encode_span(encode, load, a, b, batch)); bar.update()
-                        else: later.append(i)
+                        if ours:
+                            made += _make(
+                                paths[i],
+                                facts,
+                                i,
+                                verify,
+                                lambda a, b: encode_span(encode, load, a, b, batch),
+                            )
+                            bar.update()
+                        else:
+                            later.append(i)
                 todo = later
-                if todo: time.sleep(.1)  # others are making these; if one dies, its shard comes to us
-    finally: claims.close()
+                if todo:
+                    time.sleep(0.1)  # others are making these; if one dies, its shard comes to us
+    finally:
+        claims.close()
     return made
 
 # %% ../nbs/11b_cache.ipynb #11b-d8c20f96
 class OpenCache:
     "A finished cache, looked at. Raises FileNotFoundError or ValueError for one that is unfinished, damaged, mixed, or not what was expected."
-    def __init__(self, folder: str | Path,
-                 expected: dict):  # facts that it must have
+
+    def __init__(self, folder: str | Path, expected: dict):  # facts that it must have
         self.folder, self.facts = Path(folder).expanduser(), read_facts(folder)
-        _refuse(self.facts, expected, f"the cache in {folder} is not the one that you mean", ": open it with what made it, or build another one in a new folder")
+        _refuse(
+            self.facts,
+            expected,
+            f"the cache in {folder} is not the one that you mean",
+            ": open it with what made it, or build another one in a new folder",
+        )
         kind, shards = self.facts["kind"], -(-self.facts["count"] // self.facts["shard"])
         there = {path.name for path in self.folder.glob(f"{kind}-*.safetensors")}
-        first = next((i for i in range(min(shards, len(there) + 1)) if shard_path(self.folder, kind, i).name not in there), None)
-        if first is not None:  # (cache.json may say any number: nothing is made of it before as many files are there)
-            there = [name for name in there if re.fullmatch(rf"{kind}-\d{{5,}}\.safetensors", name) and int(name[len(kind) + 1:-12]) < shards]
-            raise FileNotFoundError(f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only these will be made")
+        first = next(
+            (
+                i
+                for i in range(min(shards, len(there) + 1))
+                if shard_path(self.folder, kind, i).name not in there
+            ),
+            None,
+        )
+        if (
+            first is not None
+        ):  # (cache.json may say any number: nothing is made of it before as many files are there)
+            there = [
+                name
+                for name in there
+                if re.fullmatch(rf"{kind}-\d{{5,}}\.safetensors", name)
+                and int(name[len(kind) + 1 : -12]) < shards
+            ]
+            raise FileNotFoundError(
+                f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only these will be made"
+            )
         self.paths = [shard_path(self.folder, kind, i) for i in range(shards)]
         self.headers = [_check_shard(path, self.facts, i) for i, path in enumerate(self.paths)]
-        self.data = [path.stat().st_size - max(t["data_offsets"][1] for t in h.values()) for path, h in zip(self.paths, self.headers)]  # where each file's tensors begin
-        self.starts = torch.tensor([0] + [h["items"]["shape"][0] for h in self.headers]).cumsum(0)  # first row of each shard, and the end
+        self.data = [
+            path.stat().st_size - max(t["data_offsets"][1] for t in h.values())
+            for path, h in zip(self.paths, self.headers)
+        ]  # where each file's tensors begin
+        self.starts = torch.tensor([0] + [h["items"]["shape"][0] for h in self.headers]).cumsum(
+            0
+        )  # first row of each shard, and the end
         self.row = self._rows()
         self.sides = next(shape[0] for _, shape in self.row.values())  # 2 with mirror images
         self.maps: dict[tuple[int, str], Tensor] = {}
@@ -463,102 +855,181 @@ class OpenCache:
         "Raises ValueError for an empty cache, DamagedShard where rows are not alike in all shards."
         row = None
         for path, header in zip(self.paths, self.headers):
-            if not header["items"]["shape"][0]: continue
+            if not header["items"]["shape"][0]:
+                continue
             found = {name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in _ABOUT}
-            if row is not None and found != row: raise DamagedShard(f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made")
+            if row is not None and found != row:
+                raise DamagedShard(
+                    f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made"
+                )
             row = found
-        if row is None: raise ValueError(f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be used")
+        if row is None:
+            raise ValueError(
+                f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be used"
+            )
         return row
 
-    def __len__(self) -> int: return int(self.starts[-1]) * self.sides
+    def __len__(self) -> int:
+        return int(self.starts[-1]) * self.sides
+
     @property
-    def classes(self) -> tuple[str, ...]: return tuple(self.facts.get("classes", ("all",)))
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.facts.get("classes", ("all",)))
+
     @property
-    def skipped(self) -> int: return self.facts["count"] - int(self.starts[-1])  # items of the source that could not be used
-    def __getstate__(self) -> dict: return self.__dict__ | {"maps": {}}  # another process maps the files itself
+    def skipped(self) -> int:
+        return self.facts["count"] - int(self.starts[-1])  # items of the source that could not be used
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"maps": {}}  # another process maps the files itself
 
 # %% ../nbs/11b_cache.ipynb #11b-40cf92e7
 class _Checked(OpenCache):
     "A cache whose shards are held against their hashes, each when it is first touched."
-    def __init__(self, folder: str | Path,
-                 expected: dict,         # facts that it must have
-                 verify: bool = False):  # check all shards now, not each at its first touch
+
+    def __init__(
+        self,
+        folder: str | Path,
+        expected: dict,  # facts that it must have
+        verify: bool = False,
+    ):  # check all shards now, not each at its first touch
         super().__init__(folder, expected)
         if verify:
-            for shard in range(len(self.paths)): self._check(shard)
+            for shard in range(len(self.paths)):
+                self._check(shard)
 
     def _check(self, shard: int) -> None:
         "Raises DamagedShard for a shard that is not what was written, or that holds what no cache of this kind may hold."
         path = self.paths[shard]
         tensors, facts = check_content(path), self.facts
         start = shard * facts["shard"]
-        def refuse(what): raise DamagedShard(f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be made")
+
+        def refuse(what):
+            raise DamagedShard(
+                f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be made"
+            )
+
         items, labels = tensors["items"], tensors["labels"]
         if len(items):
-            if items[0] < start or items[-1] >= min(start + facts["shard"], facts["count"]) or not bool((items.diff() > 0).all()): refuse("its items are not in order, or not its own")
-            if odd := _odd_labels(labels, facts): refuse(odd)
+            if (
+                items[0] < start
+                or items[-1] >= min(start + facts["shard"], facts["count"])
+                or not bool((items.diff() > 0).all())
+            ):
+                refuse("its items are not in order, or not its own")
+            if odd := _odd_labels(labels, facts):
+                refuse(odd)
             if "ids" in tensors and "vocabulary" in facts:
                 ids = tensors["ids"].long()
-                if ids.min() < 0 or ids.max() >= facts["vocabulary"]: refuse(f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends at {facts['vocabulary'] - 1}")
+                if ids.min() < 0 or ids.max() >= facts["vocabulary"]:
+                    refuse(
+                        f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends at {facts['vocabulary'] - 1}"
+                    )
         self.maps |= {(shard, name): t for name, t in tensors.items()}
         self.checked.add(shard)
 
     def _map(self, shard: int, name: str) -> Tensor:  # a tensor on the file's pages
         if (shard, name) not in self.maps:
-            if shard not in self.checked: self._check(shard)
-            else: self.maps |= {(shard, n): t for n, t in read_tensors(self.paths[shard])[0].items()}  # in another process
+            if shard not in self.checked:
+                self._check(shard)
+            else:
+                self.maps |= {
+                    (shard, n): t for n, t in read_tensors(self.paths[shard])[0].items()
+                }  # in another process
         return self.maps[shard, name]
 
 # %% ../nbs/11b_cache.ipynb #11b-860a9602
 class Cache(_Checked):
     "Random access to the rows of a cache: whatever was encoded, labels, and which item each row is. Raises DamagedShard at the first touch of a shard that is not what was written."
+
     def _announce(self, shard: int, name: str, rows: list[int]) -> None:
         "Tell the system which rows of a shard come next: it fetches all of them at once, where touching page after page would wait for each."
         h, sides = self.headers[shard][name], self.sides
         size = (h["data_offsets"][1] - h["data_offsets"][0]) // (h["shape"][0] * sides)
         with open(self.paths[shard], "rb", buffering=0) as file:
-            for r in rows: os.posix_fadvise(file.fileno(), self.data[shard] + h["data_offsets"][0] + r * size, size, os.POSIX_FADV_WILLNEED)
+            for r in rows:
+                os.posix_fadvise(
+                    file.fileno(),
+                    self.data[shard] + h["data_offsets"][0] + r * size,
+                    size,
+                    os.POSIX_FADV_WILLNEED,
+                )
 
-    def take(self,
-             name: str,     # one of the tensors that `encode` gave
-             rows: Tensor,  # rows (m,), int64, in any order; from N on, mirror images
-            ) -> Tensor:    # (m …), as stored
+    def take(
+        self,
+        name: str,  # one of the tensors that `encode` gave
+        rows: Tensor,  # rows (m,), int64, in any order; from N on, mirror images
+    ) -> Tensor:  # (m …), as stored
         "Rows of a tensor. Raises IndexError for rows that do not exist, ValueError for a name that does not, DamagedShard."
-        if name not in self.row: raise ValueError(f"the cache in {self.folder} has no {name!r}; it has: {', '.join(self.row)}")
+        if name not in self.row:
+            raise ValueError(f"the cache in {self.folder} has no {name!r}; it has: {', '.join(self.row)}")
         rows, n = torch.as_tensor(rows, dtype=torch.long), int(self.starts[-1])
-        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)): raise IndexError(f"rows must lie in 0 .. {len(self) - 1}, not {int(rows.min())} .. {int(rows.max())}")
+        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)):
+            raise IndexError(
+                f"rows must lie in 0 .. {len(self) - 1}, not {int(rows.min())} .. {int(rows.max())}"
+            )
         side, row = rows // n, rows % n
         shard = torch.searchsorted(self.starts, row, right=True) - 1
         order = shard.argsort(stable=True)
         which, counts = shard[order].unique_consecutive(return_counts=True)
-        pieces = [(s, row[here] - self.starts[s], side[here]) for s, here in zip(which.tolist(), order.split(counts.tolist()))]
+        pieces = [
+            (s, row[here] - self.starts[s], side[here])
+            for s, here in zip(which.tolist(), order.split(counts.tolist()))
+        ]
         if hasattr(os, "posix_fadvise"):
-            for s, r, k in pieces: self._announce(s, name, (r * self.sides + k).tolist())
-        like = self._map(int(torch.searchsorted(self.starts, 0, right=True)) - 1, name)  # the first shard that has rows
-        out, bits = like.new_empty(len(rows), *like.shape[2:]), torch.int16 if like.dtype == torch.uint16 else like.dtype  # PyTorch indexes int16, and uint16 only here and there
-        for (s, r, k), here in zip(pieces, order.split(counts.tolist())): out.view(bits)[here] = self._map(s, name).view(bits)[r, k]
+            for s, r, k in pieces:
+                self._announce(s, name, (r * self.sides + k).tolist())
+        like = self._map(
+            int(torch.searchsorted(self.starts, 0, right=True)) - 1, name
+        )  # the first shard that has rows
+        out, bits = (
+            like.new_empty(len(rows), *like.shape[2:]),
+            torch.int16 if like.dtype == torch.uint16 else like.dtype,
+        )  # PyTorch indexes int16, and uint16 only here and there
+        for (s, r, k), here in zip(pieces, order.split(counts.tolist())):
+            out.view(bits)[here] = self._map(s, name).view(bits)[r, k]
         return out
 
     @cached_property
-    def labels(self) -> Tensor: return torch.cat([self._map(s, "labels") for s in range(len(self.paths))]).repeat(self.sides)  # (N,), int64: the class of each row
+    def labels(self) -> Tensor:
+        return torch.cat([self._map(s, "labels") for s in range(len(self.paths))]).repeat(
+            self.sides
+        )  # (N,), int64: the class of each row
+
     @cached_property
-    def items(self) -> Tensor: return torch.cat([self._map(s, "items") for s in range(len(self.paths))])  # which item of the source each row is (mirror images left out)
+    def items(self) -> Tensor:
+        return torch.cat(
+            [self._map(s, "items") for s in range(len(self.paths))]
+        )  # which item of the source each row is (mirror images left out)
 
 # %% ../nbs/11b_cache.ipynb #11b-c7d2904f
 class LearnedCache(Cache):
     "A cache that knows of which pictures it was made."
+
     @cached_property
-    def keys(self) -> Tensor | None:  # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out); None: not known
+    def keys(
+        self,
+    ) -> (
+        Tensor | None
+    ):  # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out); None: not known
         "Raises DamagedShard for keys that are not what was written."
         found = []
         for path, header in zip(self.paths, self.headers):
-            if not header["items"]["shape"][0]: continue
-            if "keys" not in header: return None
+            if not header["items"]["shape"][0]:
+                continue
+            if "keys" not in header:
+                return None
             try:
-                with safe_open(path, "pt") as file: keys = file.get_tensor("keys")
-            except SafetensorError as error: raise DamagedShard(f"{path} is damaged ({error}): build the cache again, only this shard will be made") from error
+                with safe_open(path, "pt") as file:
+                    keys = file.get_tensor("keys")
+            except SafetensorError as error:
+                raise DamagedShard(
+                    f"{path} is damaged ({error}): build the cache again, only this shard will be made"
+                ) from error
             if read_header(path)[0].get("keys_content") != weights_hash({"keys": keys}):
-                raise DamagedShard(f"{path} is damaged (its keys are not those that were written): build the cache again with verify=True (flextok_cache --verify), only this shard will be made")
+                raise DamagedShard(
+                    f"{path} is damaged (its keys are not those that were written): build the cache again with verify=True (flextok_cache --verify), only this shard will be made"
+                )
             found.append(keys)
         return torch.cat(found)
 
@@ -566,40 +1037,66 @@ class LearnedCache(Cache):
     def learned(self) -> Learned:
         "The pictures that a model learns from, if it learns from this cache; the rule is unknown for what was written before caches said it."
         there, source = int(self.starts[-1]), self.facts.get("source", "a cache")
-        said = self.facts.get("learned", {"rule": "unknown", "source": source, "hash": self.facts.get("source_hash", "")})
-        if self.keys is None: return Learned(said["rule"], said["source"], there, said["hash"], None)
-        return learned_from(Pictures(None, there, 0, "", said["source"], "", keys=self.keys, rule=said["rule"]))
+        said = self.facts.get(
+            "learned", {"rule": "unknown", "source": source, "hash": self.facts.get("source_hash", "")}
+        )
+        if self.keys is None:
+            return Learned(said["rule"], said["source"], there, said["hash"], None)
+        return learned_from(
+            Pictures(None, there, 0, "", said["source"], "", keys=self.keys, rule=said["rule"])
+        )
 
 # %% ../nbs/11b_cache.ipynb #11b-57492a15
 def _of(data: ImageSet | Pictures | None) -> dict:  # the facts of these pictures
-    if data is None: return {}
+    if data is None:
+        return {}
     source = pictures_of(data)
     return {**source.facts, "count": source.count}
+
 
 def _shaped(cache: Cache, name: str, row: list[int]) -> None:
     "Raises ValueError unless a row of this tensor has this shape."
     found = cache.row[name][1][1:] if name in cache.row else None
-    if found != row: raise ValueError(f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: open it with what made it, or build another one in a new folder")
+    if found != row:
+        raise ValueError(
+            f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: open it with what made it, or build another one in a new folder"
+        )
+
 
 class LatentCache(LearnedCache):
     "Latents on the disk. It opens only with the VAE that made it and, if they are given, of the same pictures."
-    def __init__(self, folder: str | Path, vae: VAE,
-                 data: ImageSet | Pictures | None = None,  # the pictures it should be of
-                 verify: bool = False):
+
+    def __init__(
+        self,
+        folder: str | Path,
+        vae: VAE,
+        data: ImageSet | Pictures | None = None,  # the pictures it should be of
+        verify: bool = False,
+    ):
         super().__init__(folder, latent_facts(vae) | _of(data), verify)
         if "size" in self.facts:
             side = self.facts["size"] // vae.config.factor
             _shaped(self, "latents", [2, vae.config.latent_channels, side, side])
 
-    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # rows (m,) -> normalised posterior means and standard deviations (m c h w), float32
+    def latents(
+        self, rows: Tensor
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # rows (m,) -> normalised posterior means and standard deviations (m c h w), float32
         "The posterior of some rows."
         return self.take("latents", rows).float().unbind(1)
 
+
 class TokenCache(LearnedCache):
     "Ids on the disk. It opens only with the tokenizer that made it and, if they are given, of the same pictures."
-    def __init__(self, folder: str | Path, tok: FlexTok,
-                 data: ImageSet | Pictures | None = None,  # the pictures it should be of
-                 verify: bool = False):
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tok: FlexTok,
+        data: ImageSet | Pictures | None = None,  # the pictures it should be of
+        verify: bool = False,
+    ):
         super().__init__(folder, token_facts(tok) | _of(data), verify)
         _shaped(self, "ids", [tok.config.registers])
 
@@ -608,26 +1105,33 @@ class TokenCache(LearnedCache):
         return self.take("ids", rows).long()
 
 # %% ../nbs/11b_cache.ipynb #11b-33be6bf7
-def cache_latents_to(folder: str | Path,
-                     vae: VAE,
-                     data: ImageSet | Pictures,             # pictures
-                     dtype: torch.dtype = torch.float16,  # or float32
-                     mirror: bool = False,                # mirror images as well: rows N .. 2N - 1
-                     shard: int = 1024, batch: int = 64,  # items a shard; images at a time
-                     verify: bool = False, progress: bool = True,
-                    ) -> LatentCache:
+def cache_latents_to(
+    folder: str | Path,
+    vae: VAE,
+    data: ImageSet | Pictures,  # pictures
+    dtype: torch.dtype = torch.float16,  # or float32
+    mirror: bool = False,  # mirror images as well: rows N .. 2N - 1
+    shard: int = 1024,
+    batch: int = 64,  # items a shard; images at a time
+    verify: bool = False,
+    progress: bool = True,
+) -> LatentCache:
     "Build what is missing of a cache of latents, and open it."
     data = pictures_of(data)  # once: the hash of a set in memory takes a moment
     build_cache(folder, *latent_recipe(vae, data, dtype, mirror), shard, batch, verify, progress=progress)
     return LatentCache(folder, vae, data)
 
-def cache_tokens_to(folder: str | Path,
-                    tok: FlexTok,                         # with its VAE
-                    data: ImageSet | Pictures | LatentCache,  # pictures, or their latents
-                    mirror: bool = False,                 # mirror images as well
-                    shard: int = 16_384, batch: int = 64, # items a shard; images at a time
-                    verify: bool = False, progress: bool = True,
-                   ) -> TokenCache:
+
+def cache_tokens_to(
+    folder: str | Path,
+    tok: FlexTok,  # with its VAE
+    data: ImageSet | Pictures | LatentCache,  # pictures, or their latents
+    mirror: bool = False,  # mirror images as well
+    shard: int = 16_384,
+    batch: int = 64,  # items a shard; images at a time
+    verify: bool = False,
+    progress: bool = True,
+) -> TokenCache:
     "Build what is missing of a cache of tokens, and open it."
     data = data if isinstance(data, LatentCache) else pictures_of(data)
     build_cache(folder, *token_recipe(tok, data, mirror), shard, batch, verify, progress=progress)

@@ -26,129 +26,307 @@ from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, save_ar, sample_images, tokenizer_identity, train_ar
 from .cache import LatentCache, TokenCache, cache_plan, latent_recipe, token_recipe
-from .core import PRESETS, EvalConfig, Preset, check_limits, compiler_works, conform, from_dict, from_uint8, grid, load_model, noise_like, parse_json, pick_device, plain, preset, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text
+from flextok_edu.core import (
+    PRESETS,
+    EvalConfig,
+    Preset,
+    check_limits,
+    compiler_works,
+    conform,
+    from_dict,
+    from_uint8,
+    grid,
+    load_model,
+    noise_like,
+    parse_json,
+    pick_device,
+    plain,
+    preset,
+    read_json,
+    save_model,
+    seed_everything,
+    shipped_models,
+    weights_hash,
+    write_text,
+)
 from .cost import training_line
-from .data import ImageSet, Learned, _hash_keys as hash_keys, _memory, image_files, learned_from, leave_out_learned, load_learned, read_squares, save_learned
-from .evaluate import Report, any_terminal, evaluate_tokenizer, may_fill, may_replace, older_than_the_rule, save_picture, split_by_record, trained_how, versions
+from flextok_edu.data import (
+    ImageSet,
+    Learned,
+    _hash_keys as hash_keys,
+    _memory,
+    image_files,
+    learned_from,
+    leave_out_learned,
+    load_learned,
+    read_squares,
+    save_learned,
+)
+from flextok_edu.evaluate import (
+    Report,
+    any_terminal,
+    evaluate_tokenizer,
+    may_fill,
+    may_replace,
+    older_than_the_rule,
+    save_picture,
+    split_by_record,
+    trained_how,
+    versions,
+)
 from .features import AttributeClassifier, extractor
-from .pipeline import STAGES, SUSTAINED, Pace, RunConfig, Stopwatch, _unequal, check_name, encode_to, inside, known_changes, for_the_floor, lasting, material, numbered, on_disk, open_pictures, parse_go_on, pick_precision, picture_quality, ready_to_write, run, some, throwaway, watched, with_changes
+from flextok_edu.pipeline import (
+    STAGES,
+    SUSTAINED,
+    Pace,
+    RunConfig,
+    Stopwatch,
+    _unequal,
+    check_name,
+    encode_to,
+    inside,
+    known_changes,
+    for_the_floor,
+    lasting,
+    material,
+    numbered,
+    on_disk,
+    open_pictures,
+    parse_go_on,
+    pick_precision,
+    picture_quality,
+    ready_to_write,
+    run,
+    some,
+    throwaway,
+    watched,
+    with_changes,
+)
 from .tokenizer import FlexTok, fit_tokenizer, save_tokenizer, train_tokenizer, with_decoder
 from .train import LongRun, Stopped, _changed as changed_recipe, claimed
 from .vae import VAE, train_vae
 
 # %% ../nbs/15b_commands.ipynb #15b-d5d0a8bf
-class UsageError(ValueError): "A mistake in the command itself: exit status 2."
+class UsageError(ValueError):
+    "A mistake in the command itself: exit status 2."
+
 
 def setting_names(config, path: str = "") -> list[str]:  # "train_tokenizer.lr", …
     "The dotted names of all single values in a configuration dataclass."
-    return [name for f in fields(config) for name in (setting_names(getattr(config, f.name), f"{path}{f.name}.") if is_dataclass(getattr(config, f.name)) else [path + f.name])]
+    return [
+        name
+        for f in fields(config)
+        for name in (
+            setting_names(getattr(config, f.name), f"{path}{f.name}.")
+            if is_dataclass(getattr(config, f.name))
+            else [path + f.name]
+        )
+    ]
+
 
 def nearest(name: str, names: list[str]) -> str:  # ": did you mean …?", or nothing
     "What might have been meant."
-    last = [n for n in names if "." in n and n.rsplit(".", 1)[1] == name.rsplit(".", 1)[-1]] if name not in names else []
-    close = list(dict.fromkeys(difflib.get_close_matches(name, names, 2, .6) + last))[:2]
+    last = (
+        [n for n in names if "." in n and n.rsplit(".", 1)[1] == name.rsplit(".", 1)[-1]]
+        if name not in names
+        else []
+    )
+    close = list(dict.fromkeys(difflib.get_close_matches(name, names, 2, 0.6) + last))[:2]
     return f": did you mean {' or '.join(close)}?" if close else ""
+
 
 def typed(value, kind, name: str):  # the value in its type
     "A value of json, or the text of a command line, as what a field takes. Raises UsageError."
     origin, inner, text = typing.get_origin(kind), typing.get_args(kind), isinstance(value, str)
-    wrong = UsageError(f"{name}={value if text else json.dumps(value)}: this must be {getattr(kind, '__name__', kind) if not origin else str(kind).replace('typing.', '')}")
+    wrong = UsageError(
+        f"{name}={value if text else json.dumps(value)}: this must be {getattr(kind, '__name__', kind) if not origin else str(kind).replace('typing.', '')}"
+    )
     if origin is Literal:
-        if value in inner: return value
+        if value in inner:
+            return value
         raise UsageError(f"{name}={value}: use {', '.join(map(str, inner))}")
-    if type(None) in inner: return None if value is None or text and value.lower() == "none" else typed(value, next(k for k in inner if k is not type(None)), name)
+    if type(None) in inner:
+        return (
+            None
+            if value is None or text and value.lower() == "none"
+            else typed(value, next(k for k in inner if k is not type(None)), name)
+        )
     if origin is tuple:
         parts = [x for x in re.split(r"[\s,]+", value.strip("()[] ")) if x] if text else value
-        if not isinstance(parts, (list, tuple)): raise wrong
+        if not isinstance(parts, (list, tuple)):
+            raise wrong
         return tuple(typed(x, inner[0], name) for x in parts)
-    if kind is bool and text and value.lower() in ("true", "false"): return value.lower() == "true"
+    if kind is bool and text and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if kind in (int, float) and text:
-        try: value = float(value) if kind is float or not re.fullmatch(r"[+-]?[\d_]+", value) else int(value)
-        except ValueError: raise wrong from None
-    if kind is int and isinstance(value, float) and value.is_integer(): return int(value)  # 1e5
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    if kind in (bool, int, float, str) and type(value) is kind and not (kind is float and not math.isfinite(value)): return value
+        try:
+            value = float(value) if kind is float or not re.fullmatch(r"[+-]?[\d_]+", value) else int(value)
+        except ValueError:
+            raise wrong from None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e5
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        kind in (bool, int, float, str)
+        and type(value) is kind
+        and not (kind is float and not math.isfinite(value))
+    ):
+        return value
     raise wrong
 
 # %% ../nbs/15b_commands.ipynb #15b-c820e56c
-def override(config,                     # a configuration dataclass: a Preset, for example
-             settings: dict[str, object],  # dotted name -> value: text, what json gives, or a dictionary for a group
-            ):                           # the same with these values
+def override(
+    config,  # a configuration dataclass: a Preset, for example
+    settings: dict[str, object],  # dotted name -> value: text, what json gives, or a dictionary for a group
+):  # the same with these values
     "Change single values anywhere in a configuration. Raises UsageError for names that do not exist and values of another type."
-    for name, value in settings.items(): config = _put(config, name.split("."), value, name, setting_names(config))
-    try: check_limits(config)
-    except ValueError as error: raise UsageError(str(error)) from error
+    for name, value in settings.items():
+        config = _put(config, name.split("."), value, name, setting_names(config))
+    try:
+        check_limits(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return config
+
 
 def _put(config, parts: list[str], value, name: str, names: list[str]):
     (head, *rest), kinds = parts, typing.get_type_hints(type(config))
-    if head not in kinds: raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
+    if head not in kinds:
+        raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
     now = getattr(config, head)
-    if rest and not is_dataclass(now): raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
-    if rest: return replace(config, **{head: _put(now, rest, value, name, names)})
-    if not is_dataclass(now): return replace(config, **{head: typed(value, kinds[head], name)})
-    if not isinstance(value, dict): raise UsageError(f"{name} is a group; set one of {', '.join(f'{name}.{f.name}' for f in fields(now))}")
-    for k, v in value.items(): now = _put(now, [k], v, f"{name}.{k}", names)
+    if rest and not is_dataclass(now):
+        raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
+    if rest:
+        return replace(config, **{head: _put(now, rest, value, name, names)})
+    if not is_dataclass(now):
+        return replace(config, **{head: typed(value, kinds[head], name)})
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{name} is a group; set one of {', '.join(f'{name}.{f.name}' for f in fields(now))}"
+        )
+    for k, v in value.items():
+        now = _put(now, [k], v, f"{name}.{k}", names)
     return replace(config, **{head: now})
+
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:  # name -> text
     "What stands behind --set. Raises UsageError for what is no name=value."
     for text in texts:
-        if not re.match(r"[\w.]+=", text): raise UsageError(f"--set {text}: write it as name=value, for example train_tokenizer.lr=1e-3")
+        if not re.match(r"[\w.]+=", text):
+            raise UsageError(f"--set {text}: write it as name=value, for example train_tokenizer.lr=1e-3")
     return dict(text.split("=", 1) for text in texts)
 
 # %% ../nbs/15b_commands.ipynb #15b-47994d5b
 @dataclass(frozen=True)
 class Settings:
     "What a --config file says."
-    command: str | None          # whose file it is; None if it does not say
-    options: dict                # of the command
-    preset: Preset | None        # None if it does not say
 
-def read_settings(path: str | Path  # run.json of any run, or a file of your own
-                 ) -> Settings:
+    command: str | None  # whose file it is; None if it does not say
+    options: dict  # of the command
+    preset: Preset | None  # None if it does not say
+
+
+def read_settings(
+    path: str | Path,  # run.json of any run, or a file of your own
+) -> Settings:
     "Read a configuration. Raises FileNotFoundError, or UsageError for what is no configuration."
-    file = Path(path).expanduser(); file = file / "run.json" if file.is_dir() else file
-    if not file.is_file(): raise FileNotFoundError(f"--config {path}: there is no such file")
-    try: found = read_json(file, "json")
-    except ValueError as error: raise UsageError(f"--config {plain(path)} is no json ({error})") from error
+    file = Path(path).expanduser()
+    file = file / "run.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file")
+    try:
+        found = read_json(file, "json")
+    except ValueError as error:
+        raise UsageError(f"--config {plain(path)} is no json ({error})") from error
     known = ["command", "options", "preset", "asked", "base", "data", "recipe", "versions", "changes"]
-    if not isinstance(found, dict): raise UsageError(f"--config {plain(path)} must hold an object with options and preset, not a {type(found).__name__}")
-    if unknown := [k for k in found if k not in known]: raise UsageError(f"--config {plain(path)} has a key {unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}")
-    try: conform(found, {"command?": (str, None), "options?": dict, "asked?": dict, "preset?": (str, dict, None)}, f"--config {plain(path)}")
-    except ValueError as error: raise UsageError(str(error)) from error
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"--config {plain(path)} must hold an object with options and preset, not a {type(found).__name__}"
+        )
+    if unknown := [k for k in found if k not in known]:
+        raise UsageError(
+            f"--config {plain(path)} has a key {unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}"
+        )
+    try:
+        conform(
+            found,
+            {"command?": (str, None), "options?": dict, "asked?": dict, "preset?": (str, dict, None)},
+            f"--config {plain(path)}",
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     p, options = found.get("preset"), {**found.get("asked", {}), **found.get("options", {})}
-    if "asked" in found: options = {k: v for k, v in options.items() if k not in ("minutes", "at_most")}  # they were turned into the preset's steps
-    if isinstance(p, str): p = preset(p)
+    if "asked" in found:
+        options = {
+            k: v for k, v in options.items() if k not in ("minutes", "at_most")
+        }  # they were turned into the preset's steps
+    if isinstance(p, str):
+        p = preset(p)
     elif isinstance(p, dict):
         name = typed(p.get("name", "own"), str, "preset.name")
         p = override(preset(name) if name in PRESETS else Preset(name), p)
-    if p is not None: options["preset"] = p.name
+    if p is not None:
+        options["preset"] = p.name
     return Settings(found.get("command"), options, p)
 
 # %% ../nbs/15b_commands.ipynb #15b-2475d4a0
-_PLACES = ("out", "data", "data_root", "vae", "tokenizer", "ar", "cache", "latents", "classifier", "model", "ids", "images")  # options that may name files or folders
+_PLACES = (
+    "out",
+    "data",
+    "data_root",
+    "vae",
+    "tokenizer",
+    "ar",
+    "cache",
+    "latents",
+    "classifier",
+    "model",
+    "ids",
+    "images",
+)  # options that may name files or folders
+
 
 def at_home(options):  # the same dataclass
     "`~` at the beginning of a path is the home folder: shells do not see it in --out=~/x."
+
     def home(value):
-        if isinstance(value, tuple): return tuple(map(home, value))
+        if isinstance(value, tuple):
+            return tuple(map(home, value))
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-    return replace(options, **{f.name: home(getattr(options, f.name)) for f in fields(options) if f.name in _PLACES})
+
+    return replace(
+        options, **{f.name: home(getattr(options, f.name)) for f in fields(options) if f.name in _PLACES}
+    )
+
 
 def stored_options(options, *without: str) -> dict:  # json-ready
     "Options as run.json keeps them: paths are absolute, so that they mean the same from every folder."
+
     def there(name, value):
-        if not isinstance(value, str) or name not in _PLACES or value in shipped_models(): return value
+        if not isinstance(value, str) or name not in _PLACES or value in shipped_models():
+            return value
         return lasting(value) if name == "data" else os.path.abspath(value)
+
     return {k: there(k, v) for k, v in asdict(options).items() if k not in ("config", "set", *without)}
 
+
 _ELSEWHERE = {  # what other programs call it: what to write here
-    "lr learning-rate": "--set train_STAGE.lr=1e-3 (STAGE: vae, tokenizer, ar)", "batch-size batch_size bs": "--set train_STAGE.batch=64",
-    "epochs max-epochs num-epochs": "training is counted in steps: --steps N, or --set train_STAGE.steps=N", "max-steps iterations": "--steps N, or --set train_STAGE.steps=N",
+    "lr learning-rate": "--set train_STAGE.lr=1e-3 (STAGE: vae, tokenizer, ar)",
+    "batch-size batch_size bs": "--set train_STAGE.batch=64",
+    "epochs max-epochs num-epochs": "training is counted in steps: --steps N, or --set train_STAGE.steps=N",
+    "max-steps iterations": "--steps N, or --set train_STAGE.steps=N",
     "resume checkpoint ckpt load": "the same command goes on where it was stopped, nothing need be said (another learning rate from here on: --go-on lr=1e-4)",
-    "warmup weight-decay optimizer ema": "--set train_STAGE.NAME=VALUE", "gpu gpus cuda": "--device cuda", "num-workers": "--workers", "output output-dir outdir": "--out",
-    "image-size resolution size": "the preset decides it (--preset), or --set image_size=…", "fp16 bf16 amp mixed-precision": "--precision fp16 or bf16", "name run-name": "--out", "dataset data-dir data-path": "--data"}
+    "warmup weight-decay optimizer ema": "--set train_STAGE.NAME=VALUE",
+    "gpu gpus cuda": "--device cuda",
+    "num-workers": "--workers",
+    "output output-dir outdir": "--out",
+    "image-size resolution size": "the preset decides it (--preset), or --set image_size=…",
+    "fp16 bf16 amp mixed-precision": "--precision fp16 or bf16",
+    "name run-name": "--out",
+    "dataset data-dir data-path": "--data",
+}
+
 
 def _hint(cls: type, argv: list[str]) -> None:
     "Raises UsageError for an option that other programs have under this name."
@@ -157,50 +335,84 @@ def _hint(cls: type, argv: list[str]) -> None:
         name = word[2:].split("=")[0] if word.startswith("--") else ""
         advice = next((text for names, text in _ELSEWHERE.items() if name in names.split()), None)
         option = re.match(r"--([\w-]+)", advice or "")
-        if advice and name.replace("_", "-") not in own and (option is None or option[1] in own): raise UsageError(f"there is no option --{name}: {advice}")
+        if advice and name.replace("_", "-") not in own and (option is None or option[1] in own):
+            raise UsageError(f"there is no option --{name}: {advice}")
 
 # %% ../nbs/15b_commands.ipynb #15b-d1cc9bf4
 def _of_file(cls: type, found: Settings, path: str):  # an instance to start from
     kinds, options = typing.get_type_hints(cls), {}
     for name, value in found.options.items():
-        if name not in kinds: raise UsageError(f"--config {path} has an option {name!r}, which this command does not have{nearest(name, list(kinds))}")
+        if name not in kinds:
+            raise UsageError(
+                f"--config {path} has an option {name!r}, which this command does not have{nearest(name, list(kinds))}"
+            )
         options[name] = typed(value, kinds[name], name)
     import tyro
+
     return cls(**{f.name: tyro.MISSING for f in fields(cls) if f.default is MISSING} | options)
 
-def command_line(cls: type,          # dataclass of the options
-                 name: str,          # of the command
-                 argv: list[str] | None = None,  # arguments; those of this process by default
-                ) -> tuple:          # an instance of cls; the preset that --config brought, or None
+
+def command_line(
+    cls: type,  # dataclass of the options
+    name: str,  # of the command
+    argv: list[str] | None = None,  # arguments; those of this process by default
+) -> tuple:  # an instance of cls; the preset that --config brought, or None
     "Options from a file and a command line, which goes before it. Leaves with status 2, or 0 after --help."
     import tyro
+
     argv = list(sys.argv[1:] if argv is None else argv)
     _hint(cls, argv)
-    path = next((a.split("=", 1)[1] if "=" in a else next(iter(argv[i + 1:]), "") for i, a in enumerate(argv) if re.fullmatch(r"--config(=.*)?", a)), None)
-    if path is None or not any(f.name == "config" for f in fields(cls)): return at_home(tyro.cli(cls, prog=name, args=argv, config=(tyro.conf.FlagCreatePairsOff,))), None
+    path = next(
+        (
+            a.split("=", 1)[1] if "=" in a else next(iter(argv[i + 1 :]), "")
+            for i, a in enumerate(argv)
+            if re.fullmatch(r"--config(=.*)?", a)
+        ),
+        None,
+    )
+    if path is None or not any(f.name == "config" for f in fields(cls)):
+        return at_home(tyro.cli(cls, prog=name, args=argv, config=(tyro.conf.FlagCreatePairsOff,))), None
     found = read_settings(path)
-    if found.command and found.command.split()[0] != name: raise UsageError(f"--config {path} is of {found.command}, not of {name}")
-    options = tyro.cli(cls, prog=name, args=argv, default=_of_file(cls, found, path), config=(tyro.conf.FlagCreatePairsOff,))
-    if found.preset and options.preset != found.preset.name: raise UsageError(f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): give one of them")
+    if found.command and found.command.split()[0] != name:
+        raise UsageError(f"--config {path} is of {found.command}, not of {name}")
+    options = tyro.cli(
+        cls, prog=name, args=argv, default=_of_file(cls, found, path), config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    if found.preset and options.preset != found.preset.name:
+        raise UsageError(
+            f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): give one of them"
+        )
     return at_home(options), found.preset
 
 # %% ../nbs/15b_commands.ipynb #15b-b39fd0d2
 class Terminated(KeyboardInterrupt):
     "A signal that ends the process, while nothing could be saved."
-    def __init__(self, number: int): super().__init__(); self.number = number
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     "SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays ignored."
-    def end(number, frame): raise Terminated(number)
+
+    def end(number, frame):
+        raise Terminated(number)
+
     before = {}
     try:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN: before[number] = signal.signal(number, end)
-    except ValueError: pass  # not in the main thread
-    try: yield
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, end)
+    except ValueError:
+        pass  # not in the main thread
+    try:
+        yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
 
 @contextlib.contextmanager
 def _manners(name: str) -> Iterator[None]:
@@ -208,43 +420,66 @@ def _manners(name: str) -> Iterator[None]:
     any_terminal()
     with _signals(), warnings.catch_warnings():
         usual = warnings.showwarning
+
         def note(message, category, *rest, **more):
-            if category is UserWarning: print(f"{name}: note: {plain(message)}", file=sys.stderr, flush=True)
-            else: usual(message, category, *rest, **more)
+            if category is UserWarning:
+                print(f"{name}: note: {plain(message)}", file=sys.stderr, flush=True)
+            else:
+                usual(message, category, *rest, **more)
+
         warnings.showwarning = note
         yield
+
 
 def _sentence(error: Exception) -> str:
     "What went wrong, for a person. Errors that no function announced are named as what they are: a fault of ours, or a damaged file that passed all checks."
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None and text.startswith("[Errno"): return f"{text} (while writing or reading; is the disk full?)"
-    if isinstance(error, (ValueError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError)): return text
-    if isinstance(error, MemoryError): return f"out of memory ({text}): a smaller --preset, batch or number of images"
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and error.filename is None
+        and text.startswith("[Errno")
+    ):
+        return f"{text} (while writing or reading; is the disk full?)"
+    if isinstance(error, (ValueError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError)):
+        return text
+    if isinstance(error, MemoryError):
+        return f"out of memory ({text}): a smaller --preset, batch or number of images"
     return f"{type(error).__name__}: {text}. Nothing announced this error: a file may be damaged in a way that no check knows, or it is a fault of the package (FLEXTOK_TRACEBACK=1 shows where)"
 
-def command(name: str,        # of the command
-            cls: type,        # dataclass of its options
-            work: Callable,   # (options, preset of --config or None) -> exit status; None is 0
-            argv: list[str] | None = None,
-            keep: str = "",   # what is kept when it is stopped
-           ) -> None:
+
+def command(
+    name: str,  # of the command
+    cls: type,  # dataclass of its options
+    work: Callable,  # (options, preset of --config or None) -> exit status; None is 0
+    argv: list[str] | None = None,
+    keep: str = "",  # what is kept when it is stopped
+) -> None:
     "Run a command. Leaves by SystemExit unless all went well."
+
     def leave(text: str, status: int):
         print(f"{name}: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)
         sys.exit(status)
+
     try:
-        with _manners(name): status = work(*command_line(cls, name, argv))
-    except KeyboardInterrupt as stop: leave(str(stop) or f"stopped{keep}", 128 + (getattr(stop, "number", None) or signal.SIGINT))
-    except UsageError as error: leave(str(error), 2)
+        with _manners(name):
+            status = work(*command_line(cls, name, argv))
+    except KeyboardInterrupt as stop:
+        leave(str(stop) or f"stopped{keep}", 128 + (getattr(stop, "number", None) or signal.SIGINT))
+    except UsageError as error:
+        leave(str(error), 2)
     except Exception as error:
-        if os.environ.get("FLEXTOK_TRACEBACK"): raise
+        if os.environ.get("FLEXTOK_TRACEBACK"):
+            raise
         leave(_sentence(error), 1)
-    if status: sys.exit(status)
+    if status:
+        sys.exit(status)
 
 # %% ../nbs/15b_commands.ipynb #15b-5877e357
 @dataclass(frozen=True, kw_only=True)
 class Common:
     "What every command takes."
+
     config: str | None = None
     "Start from a file: the run.json of a finished run, or one of your own. What is given besides goes before it."
     set: tuple[str, ...] = ()
@@ -254,9 +489,11 @@ class Common:
     seed: int = 0
     "Names the scenes, the initialisation, the order, the noise. (What is held out depends on the pictures alone.)"
 
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Common):
     "Which pictures."
+
     data: str = "scenes"
     "scenes; a folder of images, with or without class subfolders, or with train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
     data_root: str | None = None
@@ -272,76 +509,123 @@ class DataOptions(Common):
 
 # %% ../nbs/15b_commands.ipynb #15b-69a3e73b
 def _holds(folder: Path, key: str) -> bool:  # whether a model with this setting lies there
-    try: found = read_json(folder / "config.json")
-    except (OSError, ValueError): return False
+    try:
+        found = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
     return isinstance(found, dict) and isinstance(found.get("config"), dict) and key in found["config"]
 
+
 def _find(folder: str | None, what: str, option: str, key: str, below: str) -> Path:
-    if not folder: raise UsageError(f"{option} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote")
+    if not folder:
+        raise UsageError(
+            f"{option} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote"
+        )
     place = shipped_models().get(folder) or Path(folder).expanduser()
     found = next((f for f in (place, place / below) if _holds(f, key)), None)
-    if found is None: raise FileNotFoundError(f"{option} {folder}: there is no {what} in it" + ("" if place.is_dir() else "; there is no such folder"))
+    if found is None:
+        raise FileNotFoundError(
+            f"{option} {folder}: there is no {what} in it"
+            + ("" if place.is_dir() else "; there is no such folder")
+        )
     return found
+
 
 def open_vae(folder: str | None, device="cpu") -> VAE:
     "A VAE by its folder."
     return VAE.from_pretrained(_find(folder, "VAE", "--vae", "stem", "vae"), device=device)
 
+
 def open_tokenizer(folder: str | None, device="cpu") -> FlexTok:
     "A tokenizer with its VAE, by its folder."
     place = _find(folder, "tokenizer", "--tokenizer", "registers", "tokenizer")
     vae = next((f for f in (place / "vae", place.parent / "vae") if _holds(f, "stem")), None)
-    if vae is None: raise FileNotFoundError(f"--tokenizer {folder}: its VAE is neither in {place / 'vae'} nor in {place.parent / 'vae'}")
+    if vae is None:
+        raise FileNotFoundError(
+            f"--tokenizer {folder}: its VAE is neither in {place / 'vae'} nor in {place.parent / 'vae'}"
+        )
     return FlexTok.from_pretrained(place, vae=VAE.from_pretrained(vae), device=device)
+
 
 def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(_find(folder, "AR model", "--ar", "class_dropout", "ar"), tok)
-    names = conform(facts.get("classes") or list(map(str, range(model.config.classes))), [str], f"--ar {plain(folder)}: classes")
-    if len(names) != model.config.classes: raise ValueError(f"--ar {plain(folder)} names {len(names)} classes, and its model has {model.config.classes}: config.json is damaged")
+    names = conform(
+        facts.get("classes") or list(map(str, range(model.config.classes))),
+        [str],
+        f"--ar {plain(folder)}: classes",
+    )
+    if len(names) != model.config.classes:
+        raise ValueError(
+            f"--ar {plain(folder)} names {len(names)} classes, and its model has {model.config.classes}: config.json is damaged"
+        )
     return model.to(tok.device), names
+
 
 def made_with(model: str) -> Preset | None:  # model: a folder of a run, or the name of a shipped model
     "The preset with which a model was made; None if nobody noted it."
     shipped, place = shipped_models().get(model), Path(model).expanduser()
     if shipped:
-        facts = conform(read_json(shipped / "model.json"), {"preset?": (dict, None)}, shipped / "model.json") if (shipped / "model.json").is_file() else {}
+        facts = (
+            conform(read_json(shipped / "model.json"), {"preset?": (dict, None)}, shipped / "model.json")
+            if (shipped / "model.json").is_file()
+            else {}
+        )
         return from_dict(Preset, facts["preset"]) if facts.get("preset") else None
-    file = next((f for f in (place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json") if f.is_file()), None)
+    file = next(
+        (
+            f
+            for f in (place / "run.json", place / "tokenizer" / "run.json", place.parent / "run.json")
+            if f.is_file()
+        ),
+        None,
+    )
     return read_settings(file).preset if file else None
+
 
 def _made_beside(model: str, part: str) -> Preset | None:
     "The preset of another part of the same model; of a shipped model and a whole run, one preset holds for all."
     place = Path(model).expanduser()
-    if model in shipped_models() or not (place / "run.json").is_file() or not _holds(place, "registers"): return made_with(model)
+    if model in shipped_models() or not (place / "run.json").is_file() or not _holds(place, "registers"):
+        return made_with(model)
     return None  # flextok_train notes its own stage only
+
 
 def habits(model: str) -> EvalConfig:  # model: as above
     "How a model is best decoded: steps and guidance with which it was measured."
     p = made_with(model)
-    return p.evaluate if p else EvalConfig(guidance=1.)
+    return p.evaluate if p else EvalConfig(guidance=1.0)
+
 
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
     "The preset of --config; else --preset; else that with which one of these folders (or shipped models) was made; else micro. Then --set."
-    if base is None and o.preset: base = preset(o.preset)
+    if base is None and o.preset:
+        base = preset(o.preset)
     for folder in folders:
-        if base is None and folder: base = made_with(folder)
+        if base is None and folder:
+            base = made_with(folder)
     p = override(base or preset("micro"), parse_settings(o.set))
     return replace(p, train_images=o.train_images) if getattr(o, "train_images", None) else p
 
-def all_learned(tok: str, ar: str | None = None) -> dict:  # part -> what it learned from; None: nobody noted it
+
+def all_learned(
+    tok: str, ar: str | None = None
+) -> dict:  # part -> what it learned from; None: nobody noted it
     "What the models behind a tokenizer's folder (or shipped name) have seen."
     place = _find(tok, "tokenizer", "--tokenizer", "registers", "tokenizer")
     vae = next((f for f in (place / "vae", place.parent / "vae") if _holds(f, "stem")), place / "vae")
     found = {"vae": load_learned(vae), "tokenizer": load_learned(place)}
     return found | ({"ar": load_learned(_find(ar, "AR model", "--ar", "class_dropout", "ar"))} if ar else {})
 
-def size_of(tok: FlexTok) -> int: return tok.config.latent_size * tok.vae.config.factor  # side of its images
+
+def size_of(tok: FlexTok) -> int:
+    return tok.config.latent_size * tok.vae.config.factor  # side of its images
 
 # %% ../nbs/15b_commands.ipynb #15b-7d93bd8c
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
     "Train one stage of FlexTok. The same command goes on where it was stopped. Runs alone, or under `torchrun` and `accelerate launch`."
+
     stage: Positional[Literal["vae", "tokenizer", "ar"]]
     "What to train."
     preset: str = "micro"
@@ -372,7 +656,7 @@ class TrainOptions(DataOptions):
     "Spread weights and optimiser over the processes (FSDP), not only the batch."
     compile: str = "auto"
     "torch.compile for the transformer blocks: auto (if a compiler is there and there are 500 steps or more), on, off."
-    minutes: float = 10.
+    minutes: float = 10.0
     "Minutes between checkpoints. (How long it trains is said in steps: --steps.)"
     keep: int = 2
     "Checkpoints that are kept."
@@ -384,15 +668,27 @@ class TrainOptions(DataOptions):
 # %% ../nbs/15b_commands.ipynb #15b-70e8bd6b
 class Told(LongRun):
     "A long run that says in its log, once a minute, how far it is: for queues, where no progress bar is seen."
-    said = 0.
+
+    said = 0.0
+
     def note(self, row: dict) -> dict:
         row = super().note(row)
         if self.rank == 0 and not sys.stderr.isatty() and time.monotonic() - self.said > 60:
-            if self.said: print(f"{self.label}: step {row['step']:,} of {self.steps:,}, loss {row[self.players[0].name]:.4f}, {row['images_per_second']:.1f} images a second, {(self.steps - row['step']) * self.batches.batch / row['images_per_second'] / 3600:.1f} h to go", flush=True)
+            if self.said:
+                print(
+                    f"{self.label}: step {row['step']:,} of {self.steps:,}, loss {row[self.players[0].name]:.4f}, {row['images_per_second']:.1f} images a second, {(self.steps - row['step']) * self.batches.batch / row['images_per_second'] / 3600:.1f} h to go",
+                    flush=True,
+                )
             self.said = time.monotonic()
         return row
 
-_DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "tokenizer": ("tokenizer", "train_tokenizer"), "ar": ("ar", "train_ar")}  # what a stage reads of a preset, besides its sizes
+
+_DECIDES = {
+    "vae": ("vae", "vae_loss", "train_vae"),
+    "tokenizer": ("tokenizer", "train_tokenizer"),
+    "ar": ("ar", "train_ar"),
+}  # what a stage reads of a preset, besides its sizes
+
 
 def _of_stage(recipe: dict) -> dict:
     "A recipe without the settings of other stages, which change nothing in this one."
@@ -400,123 +696,243 @@ def _of_stage(recipe: dict) -> dict:
     p = recipe.get("preset")
     return recipe | {"preset": {k: v for k, v in p.items() if k in kept}} if isinstance(p, dict) else recipe
 
-def _begin(out: Path, facts: dict, first: bool) -> tuple[bool, dict | None]:  # whether the run is finished; what run.json says, None in a new folder
+
+def _begin(
+    out: Path, facts: dict, first: bool
+) -> tuple[bool, dict | None]:  # whether the run is finished; what run.json says, None in a new folder
     "Raises ValueError if the folder holds another run."
     if not (out / "run.json").exists():
-        if first and (out / "config.json").exists(): raise ValueError(f"{plain(out)} holds a model that this command did not train: choose another --out")
+        if first and (out / "config.json").exists():
+            raise ValueError(
+                f"{plain(out)} holds a model that this command did not train: choose another --out"
+            )
         return False, None
     shape = {"recipe": {"stage": str, "preset": dict}, "changes?": [dict]}
-    try: stored = conform(read_json(out / "run.json"), shape, out / "run.json")
-    except ValueError as error: raise ValueError(f"{out / 'run.json'} is damaged, or of another command ({error}): choose another --out, or --fresh") from error
+    try:
+        stored = conform(read_json(out / "run.json"), shape, out / "run.json")
+    except ValueError as error:
+        raise ValueError(
+            f"{out / 'run.json'} is damaged, or of another command ({error}): choose another --out, or --fresh"
+        ) from error
     differs = _unequal(_of_stage(stored["recipe"]), _of_stage(facts))
     if differs:
         more = [b for k, a, b in differs if k.endswith(".steps")]
-        advice = f"; for more steps go on from the finished model: --{facts['stage']} {out} --out another{' --part both' if facts['stage'] != 'ar' else ''}" if more and (out / "config.json").exists() else ""
-        raise ValueError(f"{plain(out)} holds another run ({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in differs[:4])}): choose another --out, or --fresh, which puts it aside{advice}")
+        advice = (
+            f"; for more steps go on from the finished model: --{facts['stage']} {out} --out another{' --part both' if facts['stage'] != 'ar' else ''}"
+            if more and (out / "config.json").exists()
+            else ""
+        )
+        raise ValueError(
+            f"{plain(out)} holds another run ({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in differs[:4])}): choose another --out, or --fresh, which puts it aside{advice}"
+        )
     return (out / "config.json").exists(), stored
 
 # %% ../nbs/15b_commands.ipynb #15b-5131712f
-def _fits(vae: VAE, p: Preset, whose: str | None = None) -> None:  # whose: the folder or name that the VAE was asked for by
+def _fits(
+    vae: VAE, p: Preset, whose: str | None = None
+) -> None:  # whose: the folder or name that the VAE was asked for by
     "Raises ValueError if the tokenizer takes other latents."
     c, v = p.tokenizer, vae.config
     if (v.latent_channels, v.factor * c.latent_size) != (c.latent_channels, p.image_size):
         its = made_with(whose) if whose else None
-        its = its.name if its and its.name != p.name and its.name in PRESETS and (its.vae.latent_channels, its.vae.factor * its.tokenizer.latent_size) == (v.latent_channels, its.image_size) else None
-        advice = f"--preset {its}, with which it was made" if its else f"use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}"
-        raise ValueError(f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: {advice}")
+        its = (
+            its.name
+            if its
+            and its.name != p.name
+            and its.name in PRESETS
+            and (its.vae.latent_channels, its.vae.factor * its.tokenizer.latent_size)
+            == (v.latent_channels, its.image_size)
+            else None
+        )
+        advice = (
+            f"--preset {its}, with which it was made"
+            if its
+            else f"use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}"
+        )
+        raise ValueError(
+            f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: {advice}"
+        )
+
 
 def _to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
     "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
-    if o.part not in ("both", "decoder"): raise UsageError(f"--part {o.part}: use decoder or both")
-    if o.ar and o.stage != "ar": raise UsageError(f"--ar: a {o.stage} learns nothing from an AR model")
+    if o.part not in ("both", "decoder"):
+        raise UsageError(f"--part {o.part}: use decoder or both")
+    if o.ar and o.stage != "ar":
+        raise UsageError(f"--ar: a {o.stage} learns nothing from an AR model")
     if not {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]:
-        if o.part == "both": raise UsageError("--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model has no parts)")
+        if o.part == "both":
+            raise UsageError(
+                "--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model has no parts)"
+            )
         return None
     if o.stage == "ar":
-        if o.part == "both": raise UsageError("--part both: an AR model has no parts, all of it goes on")
+        if o.part == "both":
+            raise UsageError("--part both: an AR model has no parts, all of it goes on")
         return load_ar(_find(o.ar, "AR model", "--ar", "class_dropout", "ar"))[0]
-    if o.stage == "vae": return open_vae(o.vae, device)
+    if o.stage == "vae":
+        return open_vae(o.vae, device)
     tok = open_tokenizer(o.tokenizer, device)
-    if tok.config != p.tokenizer: raise ValueError(f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose the --preset that it was made with")
+    if tok.config != p.tokenizer:
+        raise ValueError(
+            f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose the --preset that it was made with"
+        )
     if o.vae:
         vae = open_vae(o.vae, device)
-        if o.part == "decoder": return with_decoder(tok, vae)
-        _fits(vae, p, o.vae); tok.vae = vae.requires_grad_(False)
+        if o.part == "decoder":
+            return with_decoder(tok, vae)
+        _fits(vae, p, o.vae)
+        tok.vae = vae.requires_grad_(False)
     return tok
 
-def _begun_from(o: TrainOptions, old) -> dict:  # what a run that goes on with a trained model has in its recipe besides
-    if isinstance(old, ARModel): return {"begun_from": weights_hash(old)}
-    if isinstance(old, FlexTok): return {"part": o.part, "begun_from": weights_hash(old.own_state())}
+
+def _begun_from(
+    o: TrainOptions, old
+) -> dict:  # what a run that goes on with a trained model has in its recipe besides
+    if isinstance(old, ARModel):
+        return {"begun_from": weights_hash(old)}
+    if isinstance(old, FlexTok):
+        return {"part": o.part, "begun_from": weights_hash(old.own_state())}
     return {"part": o.part} if old is not None and o.part == "both" else {}
 
-def _cache_folder(o: TrainOptions, out: Path) -> Path: return out.with_name(f"{out.name}.{'latents' if o.stage == 'tokenizer' else 'tokens'}")
 
-def _material(o: TrainOptions, p: Preset, made_of, out: Path, pictures):  # images, or a cache; what names it; what it is of
+def _cache_folder(o: TrainOptions, out: Path) -> Path:
+    return out.with_name(f"{out.name}.{'latents' if o.stage == 'tokenizer' else 'tokens'}")
+
+
+def _material(
+    o: TrainOptions, p: Preset, made_of, out: Path, pictures
+):  # images, or a cache; what names it; what it is of
     "What the stage learns from."
     if o.cache:
-        if o.stage == "vae": raise UsageError("--cache: a VAE learns from images")
+        if o.stage == "vae":
+            raise UsageError("--cache: a VAE learns from images")
         data = (LatentCache if o.stage == "tokenizer" else TokenCache)(o.cache, made_of)
         return data, {k: data.facts.get(k) for k in ("source_hash", "count", "dtype", "mirror")}, data.learned
     data = pictures
     named, learned = {"source_hash": data.hash}, learned_from(data)
-    if o.stage == "vae": return data, named, learned
+    if o.stage == "vae":
+        return data, named, learned
     return material(data, made_of, _cache_folder(o, out)), named, learned
+
 
 def _classes_agree(o: TrainOptions, data) -> None:
     "Raises UsageError if another number of classes was asked for than the pictures have."
     asked = parse_settings(o.set).get("ar.classes")
-    if o.stage == "ar" and asked is not None and typed(asked, int, "ar.classes") != len(data.classes): raise UsageError(f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide")
+    if o.stage == "ar" and asked is not None and typed(asked, int, "ar.classes") != len(data.classes):
+        raise UsageError(
+            f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide"
+        )
 
 # %% ../nbs/15b_commands.ipynb #15b-294c924f
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     "Train one stage, or go on with it. Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit."
-    p, out, name = preset_of(o, base), Path(o.out or f"runs/{o.stage}").expanduser().absolute(), f"train_{o.stage}"
-    if o.steps is not None: p = override(p, {f"{name}.steps": o.steps})
+    p, out, name = (
+        preset_of(o, base),
+        Path(o.out or f"runs/{o.stage}").expanduser().absolute(),
+        f"train_{o.stage}",
+    )
+    if o.steps is not None:
+        p = override(p, {f"{name}.steps": o.steps})
     config, changes = getattr(p, name), parse_go_on(o.go_on)
-    device, precision = pick_device(o.device), pick_precision(o.precision, o.device if o.device != "auto" else pick_device())
-    if config.steps < 1 or config.batch < 1: raise UsageError(f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}")
-    if o.compile not in ("auto", "on", "off"): raise UsageError(f"--compile {o.compile}: use auto, on or off")
-    if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0: raise UsageError(f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0")
+    device, precision = (
+        pick_device(o.device),
+        pick_precision(o.precision, o.device if o.device != "auto" else pick_device()),
+    )
+    if config.steps < 1 or config.batch < 1:
+        raise UsageError(
+            f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}"
+        )
+    if o.compile not in ("auto", "on", "off"):
+        raise UsageError(f"--compile {o.compile}: use auto, on or off")
+    if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0:
+        raise UsageError(
+            f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0"
+        )
     check_name(out)
-    if changes and o.fresh: raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
+    if changes and o.fresh:
+        raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
     old = _to_go_on_with(o, p, device)
-    made_of = open_tokenizer(o.tokenizer, device) if o.stage == "ar" else old if o.stage == "vae" else old.vae if old is not None else open_vae(o.vae, device)
-    if o.stage == "tokenizer": _fits(made_of, p, o.vae)
-    if o.stage == "ar": p = replace(p, image_size=size_of(made_of))
+    made_of = (
+        open_tokenizer(o.tokenizer, device)
+        if o.stage == "ar"
+        else old
+        if o.stage == "vae"
+        else old.vae
+        if old is not None
+        else open_vae(o.vae, device)
+    )
+    if o.stage == "tokenizer":
+        _fits(made_of, p, o.vae)
+    if o.stage == "ar":
+        p = replace(p, image_size=size_of(made_of))
     pictures = None if o.cache else open_pictures(o, p, "train")[0]
-    if o.fresh: inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
+    if o.fresh:
+        inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
     engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
     first = engine.rank == 0
-    with contextlib.ExitStack() as held, contextlib.redirect_stdout(sys.stdout if first else open(os.devnull, "w", encoding="utf-8", errors="replace")):
-        if first: _claim(held, o, out)
-        if engine.world > 1: engine.accelerator.wait_for_everyone()
+    with (
+        contextlib.ExitStack() as held,
+        contextlib.redirect_stdout(
+            sys.stdout if first else open(os.devnull, "w", encoding="utf-8", errors="replace")
+        ),
+    ):
+        if first:
+            _claim(held, o, out)
+        if engine.world > 1:
+            engine.accelerator.wait_for_everyone()
         return _train_in(out, o, p, changes, made_of, old, engine, device, precision, pictures)
+
 
 def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     "The folder is ours; with --fresh, what lay there (and the cache beside it) gets another name. Raises ValueError if another process trains there."
     claim = held.enter_context(claimed(out))
-    if not o.fresh: return
-    if aside := claim.put_aside(): print(f"{plain(out)} is now {plain(aside)}", flush=True)
+    if not o.fresh:
+        return
+    if aside := claim.put_aside():
+        print(f"{plain(out)} is now {plain(aside)}", flush=True)
     cache = _cache_folder(o, out)
     if o.stage != "vae" and cache.is_dir():
         with claimed(cache, "encodes") as claim:
-            if aside := claim.put_aside(): print(f"{plain(cache)} is now {plain(aside)}", flush=True)
+            if aside := claim.put_aside():
+                print(f"{plain(cache)} is now {plain(aside)}", flush=True)
 
 # %% ../nbs/15b_commands.ipynb #15b-64555ff2
-def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old, engine: "Told", device, precision: torch.dtype | None, pictures) -> Path:
+def _train_in(
+    out: Path,
+    o: TrainOptions,
+    p: Preset,
+    changes: dict,
+    made_of,
+    old,
+    engine: "Told",
+    device,
+    precision: torch.dtype | None,
+    pictures,
+) -> Path:
     "Train in a folder that is ours."
     first, name = engine.rank == 0, f"train_{o.stage}"
     data, named, learned = _material(o, p, made_of, out, pictures)
     _classes_agree(o, data)
     recipe = _recipe(o, p, named, made_of, old, precision)
     finished, stored = _begin(out, recipe, first)
-    if engine.world > 1: engine.accelerator.wait_for_everyone()
+    if engine.world > 1:
+        engine.accelerator.wait_for_everyone()
     went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
-    if any(changes.items() <= c.items() for c in went_on): changes = {}  # the same command in a queue says it again
-    if finished and changes: raise UsageError(f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} {out} --out another --set {name}.lr=…")
-    if finished: print(f"{o.stage}: finished before, in {out}", flush=True); return out
+    if any(changes.items() <= c.items() for c in went_on):
+        changes = {}  # the same command in a queue says it again
+    if finished and changes:
+        raise UsageError(
+            f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} {out} --out another --set {name}.lr=…"
+        )
+    if finished:
+        print(f"{o.stage}: finished before, in {out}", flush=True)
+        return out
     if changes:
-        if not engine.store.files(): raise UsageError(f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other settings, --set")
+        if not engine.store.files():
+            raise UsageError(
+                f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other settings, --set"
+            )
         went_on = went_on + [changes]
     allowed, begun_with = {}, p
     for settings in went_on:
@@ -525,31 +941,54 @@ def _train_in(out: Path, o: TrainOptions, p: Preset, changes: dict, made_of, old
     engine.precision, engine.changes = precision, allowed
     # settings of other stages may differ by now: they change nothing here
     engine.recipe = changed_recipe(stored["recipe"], allowed) if stored else recipe
-    facts = {"command": f"flextok_train {o.stage}", "options": stored_options(o, "steps", "fresh", "out", "go_on"), "preset": asdict(begun_with),
-             "recipe": stored["recipe"] if stored else recipe, "versions": versions()} | ({"changes": went_on} if went_on else {})
-    if first: write_text(out / "run.json", json.dumps(facts, indent=1))
-    if o.track != "none": engine.track = o.track; engine._start_tracker(o.track, out)
+    facts = {
+        "command": f"flextok_train {o.stage}",
+        "options": stored_options(o, "steps", "fresh", "out", "go_on"),
+        "preset": asdict(begun_with),
+        "recipe": stored["recipe"] if stored else recipe,
+        "versions": versions(),
+    } | ({"changes": went_on} if went_on else {})
+    if first:
+        write_text(out / "run.json", json.dumps(facts, indent=1))
+    if o.track != "none":
+        engine.track = o.track
+        engine._start_tracker(o.track, out)
     config, seen = getattr(p, name), _seen(o, learned)  # whatever can go wrong does so before the training
-    print(f"{o.stage}: {config.steps} steps of {config.batch}, from {plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}", flush=True)
-    try: model, log = _trained(o, p, data, made_of, old, engine, precision)
-    except Stopped as stop: stop.number = engine.asked; raise
+    print(
+        f"{o.stage}: {config.steps} steps of {config.batch}, from {plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
+        flush=True,
+    )
+    try:
+        model, log = _trained(o, p, data, made_of, old, engine, precision)
+    except Stopped as stop:
+        stop.number = engine.asked
+        raise
     if first:
         _save(o.stage, out, model, log, config, data, seen, engine.changed)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if engine.world > 1: engine.accelerator.wait_for_everyone()
+    if engine.world > 1:
+        engine.accelerator.wait_for_everyone()
     return out
 
-def with_earlier(now: Learned, before: Learned | None) -> Learned:  # before: of the model that went on; None: nobody noted it
+
+def with_earlier(
+    now: Learned, before: Learned | None
+) -> Learned:  # before: of the model that went on; None: nobody noted it
     "What a model has learned from that began with the weights of another."
-    if before is not None and (before.rule, before.hash) == (now.rule, now.hash): return now
+    if before is not None and (before.rule, before.hash) == (now.rule, now.hash):
+        return now
     told = f"{now.source}; before: {before.source if before else 'not recorded'}"
-    if before is None: return Learned("unknown", told, -1, "", None)
+    if before is None:
+        return Learned("unknown", told, -1, "", None)
     count = now.count + before.count if min(now.count, before.count) >= 0 else -1
     lists = [x.keys for x in (before, now) if x.rule != "scenes"]  # scenes need none
-    if not lists: return replace(now, source=told, count=count)
-    if any(keys is None for keys in lists): return Learned("unknown", told, count, "", None)
+    if not lists:
+        return replace(now, source=told, count=count)
+    if any(keys is None for keys in lists):
+        return Learned("unknown", told, count, "", None)
     keys = torch.cat(lists).unique()
     return Learned(now.rule if now.rule != "scenes" else before.rule, told, len(keys), hash_keys(keys), keys)
+
 
 def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own", and "vae" of a tokenizer
     "What a model has learned from: now, and before if it went on."
@@ -558,39 +997,95 @@ def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own",
         before = all_learned(whose) if whose else {}
         vae = load_learned(_find(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
         return {"own": with_earlier(now, before["tokenizer"]) if whose else now, "vae": vae}
-    if not whose: return {"own": now, "vae": None}
+    if not whose:
+        return {"own": now, "vae": None}
     kind, key = ("VAE", "stem") if o.stage == "vae" else ("AR model", "class_dropout")
-    return {"own": with_earlier(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))), "vae": None}
+    return {
+        "own": with_earlier(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))),
+        "vae": None,
+    }
 
-def _recipe(o: TrainOptions, p: Preset, named: dict, made_of, old, precision: torch.dtype | None) -> dict:  # as json gives it back
+
+def _recipe(
+    o: TrainOptions, p: Preset, named: dict, made_of, old, precision: torch.dtype | None
+) -> dict:  # as json gives it back
     "All that decides the weights."
-    facts = {"stage": o.stage, "seed": o.seed, "precision": str(precision), "preset": asdict(p), "learns_from": named, "after": weights_hash(made_of) if made_of is not None else None}
+    facts = {
+        "stage": o.stage,
+        "seed": o.seed,
+        "precision": str(precision),
+        "preset": asdict(p),
+        "learns_from": named,
+        "after": weights_hash(made_of) if made_of is not None else None,
+    }
     return json.loads(json.dumps(facts | _begun_from(o, old)))
 
 # %% ../nbs/15b_commands.ipynb #15b-9684b091
 def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, precision: torch.dtype | None):
     "The trainer of the stage."
     flip, device, bar = not getattr(data, "scenes", True), engine.device, watched()
-    compile = o.stage != "vae" and (o.compile == "on" or o.compile == "auto" and getattr(p, f"train_{o.stage}").steps >= 500) and device.type != "mps" and compiler_works(device)
-    if o.stage == "vae": return train_vae(data, p, extractor(device=device) if p.vae_loss.perceptual else None, o.seed, device, flip, precision, bar, engine, old, o.part)
-    if o.stage == "tokenizer" and old is not None: return fit_tokenizer(old, data, p.train_tokenizer, o.part, o.seed, device, flip, precision, compile, bar, engine=engine)
-    if o.stage == "tokenizer": return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
+    compile = (
+        o.stage != "vae"
+        and (o.compile == "on" or o.compile == "auto" and getattr(p, f"train_{o.stage}").steps >= 500)
+        and device.type != "mps"
+        and compiler_works(device)
+    )
+    if o.stage == "vae":
+        return train_vae(
+            data,
+            p,
+            extractor(device=device) if p.vae_loss.perceptual else None,
+            o.seed,
+            device,
+            flip,
+            precision,
+            bar,
+            engine,
+            old,
+            o.part,
+        )
+    if o.stage == "tokenizer" and old is not None:
+        return fit_tokenizer(
+            old, data, p.train_tokenizer, o.part, o.seed, device, flip, precision, compile, bar, engine=engine
+        )
+    if o.stage == "tokenizer":
+        return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
     return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine, old)
 
-def _save(stage: str, out: Path, model, log: list[dict], config, data, learned: dict, changed: list[dict]) -> None:  # learned: "own", and of a tokenizer "vae"
+
+def _save(
+    stage: str, out: Path, model, log: list[dict], config, data, learned: dict, changed: list[dict]
+) -> None:  # learned: "own", and of a tokenizer "vae"
     "Model, facts, log, and what it learned from."
     own = [w for _, w in model.own_parameters()] if stage == "tokenizer" else list(model.parameters())
-    facts: dict = {"stage": {"stage": stage, "steps": config.steps, "batch": config.batch, "seconds": log[-1]["seconds"], "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in own)}}
-    if changed: facts["changes"] = changed
+    facts: dict = {
+        "stage": {
+            "stage": stage,
+            "steps": config.steps,
+            "batch": config.batch,
+            "seconds": log[-1]["seconds"],
+            "images_per_second": config.steps * config.batch / log[-1]["seconds"],
+            "parameters": sum(w.numel() for w in own),
+        }
+    }
+    if changed:
+        facts["changes"] = changed
     write_text(out / "log.json", json.dumps(log))
     save_learned(out, learned["own"])
-    if stage == "vae": save_model(out, model, model.config, **facts)
+    if stage == "vae":
+        save_model(out, model, model.config, **facts)
     elif stage == "tokenizer":
         save_model(out / "vae", model.vae, model.vae.config)
-        if learned["vae"] is not None: save_learned(out / "vae", learned["vae"])
+        if learned["vae"] is not None:
+            save_learned(out / "vae", learned["vae"])
         save_tokenizer(out, model, **facts)
-    else: save_ar(out, model, classes=list(data.classes), **facts)
-    print(f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, {facts['stage']['images_per_second']:.0f} images a second, {facts['stage']['parameters'] / 1e6:.2f} M parameters, weights {weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}", flush=True)
+    else:
+        save_ar(out, model, classes=list(data.classes), **facts)
+    print(
+        f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, {facts['stage']['images_per_second']:.0f} images a second, {facts['stage']['parameters'] / 1e6:.2f} M parameters, weights {weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}",
+        flush=True,
+    )
+
 
 def train_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_train vae|tokenizer|ar`."
@@ -600,6 +1095,7 @@ def train_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(DataOptions):
     "Encode a data set once, for flextok_train --cache. Can be stopped and started again, and run by several processes at once."
+
     kind: Positional[Literal["latents", "tokens"]]
     "What to make."
     out: str
@@ -627,28 +1123,47 @@ class CacheOptions(DataOptions):
 def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     "Build what is missing of a cache."
     check_name(o.out)
-    device = pick_device(o.device); p = preset_of(o, base, o.vae, o.tokenizer)
-    if min(o.shard, o.batch) < 1: raise UsageError(f"--shard {o.shard} --batch {o.batch}: at least 1")
+    device = pick_device(o.device)
+    p = preset_of(o, base, o.vae, o.tokenizer)
+    if min(o.shard, o.batch) < 1:
+        raise UsageError(f"--shard {o.shard} --batch {o.batch}: at least 1")
     if o.kind == "latents":
         vae = open_vae(o.vae, device)
-        recipe = latent_recipe(vae, numbered(open_pictures(o, p, "train")[0]), torch.float32 if o.float32 else torch.float16, o.mirror)
+        recipe = latent_recipe(
+            vae,
+            numbered(open_pictures(o, p, "train")[0]),
+            torch.float32 if o.float32 else torch.float16,
+            o.mirror,
+        )
     else:
         tok = open_tokenizer(o.tokenizer, device)
-        data = LatentCache(o.latents, tok.vae) if o.latents else numbered(open_pictures(o, replace(p, image_size=size_of(tok)), "train")[0])
+        data = (
+            LatentCache(o.latents, tok.vae)
+            if o.latents
+            else numbered(open_pictures(o, replace(p, image_size=size_of(tok)), "train")[0])
+        )
         recipe = token_recipe(tok, data, o.mirror)
     encode_to(o.out, recipe, o.shard, o.batch, o.verify)
     rows = len(LatentCache(o.out, vae) if o.kind == "latents" else TokenCache(o.out, tok))
     print(f"{o.kind}: {rows:,} rows in {o.out}", flush=True)
     return rows
 
+
 def cache_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_cache latents|tokens`."
-    command("flextok_cache", CacheOptions, lambda o, base: make_cache(o, base) and None, argv, "; finished files are kept: the same command goes on from there")
+    command(
+        "flextok_cache",
+        CacheOptions,
+        lambda o, base: make_cache(o, base) and None,
+        argv,
+        "; finished files are kept: the same command goes on from there",
+    )
 
 # %% ../nbs/15b_commands.ipynb #15b-7d0e6279
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions(Common):
-    "Pictures to ids, as JSON lines: a line about the tokenizer, then {\"image\": …, \"ids\": […]} for each picture."
+    'Pictures to ids, as JSON lines: a line about the tokenizer, then {"image": …, "ids": […]} for each picture.'
+
     images: Positional[tuple[str, ...]]
     "Files, or folders of them. Each is cut to a square in the middle and resized."
     tokenizer: str
@@ -662,49 +1177,101 @@ class TokenizeOptions(Common):
     force: bool = False
     "Replace a file that is no file of ids. (Your pictures are never replaced.)"
 
-def read_ids(path: str | Path, tok: FlexTok) -> tuple[list[str], list[Tensor]]:  # names of the pictures; ids (r,) of each
+
+def read_ids(
+    path: str | Path, tok: FlexTok
+) -> tuple[list[str], list[Tensor]]:  # names of the pictures; ids (r,) of each
     "Read what `flextok_tokenize` wrote. Raises FileNotFoundError, or ValueError for what is damaged or another tokenizer's."
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"{plain(path)} is not there: give a file that flextok_tokenize wrote")
+    if not path.is_file():
+        raise FileNotFoundError(f"{plain(path)} is not there: give a file that flextok_tokenize wrote")
     try:
-        head, *rows = [parse_json(line, f"line {i + 1}") for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()) if line.strip()]
-        conform(head, {"tokenizer": str, "identity?": str, "vocabulary?": int, "registers?": int, "size?": int}, "line 1")
-        for i, row in enumerate(rows): conform(row, {"image": str, "ids": [int]}, f"picture {i + 1}")
-    except ValueError as error: raise ValueError(f"{plain(path)} is no file of ids ({error})") from error
-    whose = {"tokenizer": weights_hash(tok), "identity": tokenizer_identity(tok), "vocabulary": tok.fsq.vocabulary, "registers": tok.config.registers, "size": size_of(tok)}
+        head, *rows = [
+            parse_json(line, f"line {i + 1}")
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines())
+            if line.strip()
+        ]
+        conform(
+            head,
+            {"tokenizer": str, "identity?": str, "vocabulary?": int, "registers?": int, "size?": int},
+            "line 1",
+        )
+        for i, row in enumerate(rows):
+            conform(row, {"image": str, "ids": [int]}, f"picture {i + 1}")
+    except ValueError as error:
+        raise ValueError(f"{plain(path)} is no file of ids ({error})") from error
+    whose = {
+        "tokenizer": weights_hash(tok),
+        "identity": tokenizer_identity(tok),
+        "vocabulary": tok.fsq.vocabulary,
+        "registers": tok.config.registers,
+        "size": size_of(tok),
+    }
     for name, value in whose.items():  # an older file does not say all of it
-        if head.get(name, value) != value: raise ValueError(f"the ids in {plain(path)} are of tokenizer {head['tokenizer']} ({name} {head[name]}), not of {whose['tokenizer']} ({name} {value}): decoded pictures would be nonsense")
-    if not rows: raise ValueError(f"{plain(path)} holds no ids")
+        if head.get(name, value) != value:
+            raise ValueError(
+                f"the ids in {plain(path)} are of tokenizer {head['tokenizer']} ({name} {head[name]}), not of {whose['tokenizer']} ({name} {value}): decoded pictures would be nonsense"
+            )
+    if not rows:
+        raise ValueError(f"{plain(path)} holds no ids")
     for row in rows:
-        if not 1 <= len(row["ids"]) <= tok.config.registers or not all(0 <= i < tok.fsq.vocabulary for i in row["ids"]):
-            raise ValueError(f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest {max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 .. {tok.fsq.vocabulary - 1}")
+        if not 1 <= len(row["ids"]) <= tok.config.registers or not all(
+            0 <= i < tok.fsq.vocabulary for i in row["ids"]
+        ):
+            raise ValueError(
+                f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest {max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 .. {tok.fsq.vocabulary - 1}"
+            )
     return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
 # %% ../nbs/15b_commands.ipynb #15b-1792ea00
-def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:  # exit status: 1 if some pictures could not be read
+def tokenize(
+    o: TokenizeOptions, base: Preset | None = None
+) -> int:  # exit status: 1 if some pictures could not be read
     "Read, tokenise, write."
-    if missing := [i for i in o.images if not Path(i).exists()]: raise FileNotFoundError(f"{plain(missing[0])} is not there" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    if missing := [i for i in o.images if not Path(i).exists()]:
+        raise FileNotFoundError(
+            f"{plain(missing[0])} is not there"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
     paths = [f for i in map(Path, o.images) for f in (image_files(i) if i.is_dir() else [i])]
-    if not paths: raise ValueError(f"no image files in {', '.join(map(plain, o.images))}")
+    if not paths:
+        raise ValueError(f"no image files in {', '.join(map(plain, o.images))}")
     may_replace(Path(o.out), o.force, paths)
     ready_to_write(Path(o.out).absolute().parent)
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
-    if len(o.budgets) > 1 and len(o.budgets) != len(paths): raise UsageError(f"{len(o.budgets)} budgets for {len(paths)} pictures: give one for all, or one for each")
-    for k in o.budgets: tok._check_budget(k)
+    if len(o.budgets) > 1 and len(o.budgets) != len(paths):
+        raise UsageError(
+            f"{len(o.budgets)} budgets for {len(paths)} pictures: give one for all, or one for each"
+        )
+    for k in o.budgets:
+        tok._check_budget(k)
     lines, bad = [], []
     for start in range(0, len(paths), max(1, o.batch)):
-        part = paths[start:start + max(1, o.batch)]
+        part = paths[start : start + max(1, o.batch)]
         squares, good = read_squares(part, size_of(tok), False)
         bad += [str(f) for i, f in enumerate(part) if i not in set(good)]
         for i, ids in zip(good, tok.tokenize(from_uint8(squares)).tolist() if good else []):
             budget = o.budgets[0] if len(o.budgets) == 1 else o.budgets[start + i] if o.budgets else None
             lines.append(json.dumps({"image": str(part[i]), "ids": ids[:budget]}))
-    if not lines: raise ValueError(f"none of the {len(paths)} pictures could be read, the first: {bad[0]}")
-    head = {"format": "flextok_edu.ids", "tokenizer": weights_hash(tok), "identity": tokenizer_identity(tok), "vocabulary": tok.fsq.vocabulary, "registers": tok.config.registers, "size": size_of(tok)}
+    if not lines:
+        raise ValueError(f"none of the {len(paths)} pictures could be read, the first: {bad[0]}")
+    head = {
+        "format": "flextok_edu.ids",
+        "tokenizer": weights_hash(tok),
+        "identity": tokenizer_identity(tok),
+        "vocabulary": tok.fsq.vocabulary,
+        "registers": tok.config.registers,
+        "size": size_of(tok),
+    }
     write_text(o.out, "\n".join([json.dumps(head), *lines]) + "\n")
     print(f"{len(lines)} pictures in {o.out}", flush=True)
-    if bad: print(f"flextok_tokenize: {len(bad)} of {len(paths)} pictures could not be read: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}", file=sys.stderr)
+    if bad:
+        print(
+            f"flextok_tokenize: {len(bad)} of {len(paths)} pictures could not be read: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}",
+            file=sys.stderr,
+        )
     return int(bool(bad))
+
 
 def tokenize_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_tokenize`."
@@ -714,6 +1281,7 @@ def tokenize_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Common):
     "How ids become pictures."
+
     budgets: tuple[int, ...] = ()
     "Use the first so many tokens; several numbers give several pictures of each. By default all."
     steps: int | None = None
@@ -726,44 +1294,69 @@ class DecodeOptions(Common):
     def decoding(self, model: str) -> tuple[int, float]:  # steps, guidance
         "As asked for, or as this model is used to. Raises UsageError for numbers that no decoder can follow."
         usual = habits(model)
-        steps, guidance = usual.steps if self.steps is None else self.steps, usual.guidance if self.guidance is None else self.guidance
-        if steps < 1 or not -1000 <= guidance <= 1000: raise UsageError(f"--steps {steps} --guidance {guidance:g}: at least one step, and a guidance in -1000 .. 1000 (useful: 1 to 8)")
+        steps, guidance = (
+            usual.steps if self.steps is None else self.steps,
+            usual.guidance if self.guidance is None else self.guidance,
+        )
+        if steps < 1 or not -1000 <= guidance <= 1000:
+            raise UsageError(
+                f"--steps {steps} --guidance {guidance:g}: at least one step, and a guidance in -1000 .. 1000 (useful: 1 to 8)"
+            )
         return steps, guidance
+
 
 def _safe(name: str, most: int = 80) -> str:  # for a file name: at most so many bytes
     "Words that every file system takes. Different names may become equal: put a number before them."
     found = re.sub(r"[^-.\w]+", "_", plain(name)).encode()
     return found[:most].decode("utf-8", "ignore")
 
-def _file_name(name: str, k: int) -> str: return f"{name}_{k:03}.png"
+
+def _file_name(name: str, k: int) -> str:
+    return f"{name}_{k:03}.png"
+
 
 def _may_write(out: str, names: list[str], counts: list[int], force: bool) -> Path:  # the folder
     "Before anything is decoded. Raises OSError or ValueError for a folder, or a file in it, that must not be written to."
     folder = ready_to_write(out)
-    for file in [_file_name(name, k) for name in names for k in counts] + ["sheet.png"]: may_replace(folder / file, force, [])
+    for file in [_file_name(name, k) for name in names for k in counts] + ["sheet.png"]:
+        may_replace(folder / file, force, [])
     return folder
 
-def _sheet(rows: list[Tensor | None], columns: int) -> Tensor:  # rows: pictures (m 3 h w), m <= columns, of each name
+
+def _sheet(
+    rows: list[Tensor | None], columns: int
+) -> Tensor:  # rows: pictures (m 3 h w), m <= columns, of each name
     "All on one picture that is about square, names from left to right; white where there is none."
     side = next(r.shape[-1] for r in rows)
     filled = [torch.cat([r, torch.ones(columns - len(r), 3, side, side)]) for r in rows]
     beside = max(1, round(math.sqrt(len(rows) / columns))) if len(rows) > 24 else 1  # so many names in a row
     return grid(torch.cat(filled), columns * beside, max(1, 64 // side))
 
-def _write_pictures(folder: Path, names: list[str], rows: list[Tensor], counts: list[list[int]], columns: int) -> None:
+
+def _write_pictures(
+    folder: Path, names: list[str], rows: list[Tensor], counts: list[list[int]], columns: int
+) -> None:
     "A file for each picture and count, and all on one sheet. rows: of each name, images (m 3 h w) in [-1, 1]; counts: their tokens."
     for name, images, ks in zip(names, rows, counts):
-        if not torch.isfinite(images).all(): raise ValueError(f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, or --device cpu; nothing was written of it")
-        for image, k in zip(images, ks): save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
-    shown = rows[:1024 // columns]
+        if not torch.isfinite(images).all():
+            raise ValueError(
+                f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, or --device cpu; nothing was written of it"
+            )
+        for image, k in zip(images, ks):
+            save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
+    shown = rows[: 1024 // columns]
     save_picture(folder / "sheet.png", _sheet(shown, columns))
     count = sum(map(len, counts))
-    print(f"{count} pictures in {plain(folder)}, {'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on {plain(folder / 'sheet.png')}", flush=True)
+    print(
+        f"{count} pictures in {plain(folder)}, {'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on {plain(folder / 'sheet.png')}",
+        flush=True,
+    )
 
 # %% ../nbs/15b_commands.ipynb #15b-5fbaebad
 @dataclass(frozen=True, kw_only=True)
 class DetokenizeOptions(DecodeOptions):
     "Ids back to pictures: NUMBER_NAME_TOKENS.png for each, and sheet.png with all."
+
     ids: Positional[str]
     "A file that flextok_tokenize wrote."
     tokenizer: str
@@ -771,26 +1364,46 @@ class DetokenizeOptions(DecodeOptions):
     out: str = "pictures"
     "Folder for the pictures."
 
+
 def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     "Read ids, decode, write."
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
     names, ids = read_ids(o.ids, tok)
-    for k in o.budgets: tok._check_budget(k)
-    names, (steps, guidance) = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)], o.decoding(o.tokenizer)
+    for k in o.budgets:
+        tok._check_budget(k)
+    names, (steps, guidance) = (
+        [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)],
+        o.decoding(o.tokenizer),
+    )
     counts = [sorted({k for k in o.budgets if k <= len(row)} if o.budgets else {len(row)}) for row in ids]
-    if not any(counts): raise UsageError(f"--budgets {' '.join(map(str, o.budgets))}: no picture in {plain(o.ids)} has so many tokens (the most: {max(map(len, ids))})")
-    if short := sum(len(set(o.budgets)) > len(ks) for ks in counts) if o.budgets else 0: print(f"flextok_detokenize: note: {short} of {len(ids)} pictures have fewer tokens than --budgets asks for; those counts are left out", file=sys.stderr, flush=True)
+    if not any(counts):
+        raise UsageError(
+            f"--budgets {' '.join(map(str, o.budgets))}: no picture in {plain(o.ids)} has so many tokens (the most: {max(map(len, ids))})"
+        )
+    if short := sum(len(set(o.budgets)) > len(ks) for ks in counts) if o.budgets else 0:
+        print(
+            f"flextok_detokenize: note: {short} of {len(ids)} pictures have fewer tokens than --budgets asks for; those counts are left out",
+            file=sys.stderr,
+            flush=True,
+        )
     folder = _may_write(o.out, names, sorted({k for ks in counts for k in ks}), o.force)
     asked = [(i, row[:k]) for i, (row, ks) in enumerate(zip(ids, counts)) for k in ks]
     found = []
     for start in range(0, len(asked), 64):
-        part = asked[start:start + 64]
-        noise = torch.cat([noise_like(_latent_shape(tok), o.seed, [i]) for i, _ in part])  # that of the picture's number, whatever the batch
-        found.append(tok.detokenize([row for _, row in part], steps, guidance, noise=noise.to(tok.device)).cpu())
+        part = asked[start : start + 64]
+        noise = torch.cat(
+            [noise_like(_latent_shape(tok), o.seed, [i]) for i, _ in part]
+        )  # that of the picture's number, whatever the batch
+        found.append(
+            tok.detokenize([row for _, row in part], steps, guidance, noise=noise.to(tok.device)).cpu()
+        )
     rows = torch.cat(found).split([len(ks) for ks in counts])
     _write_pictures(folder, names, list(rows), counts, max(map(len, counts)))
 
-def _latent_shape(tok: FlexTok) -> tuple[int, int, int]: return (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
+
+def _latent_shape(tok: FlexTok) -> tuple[int, int, int]:
+    return (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
+
 
 def detokenize_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_detokenize`."
@@ -800,6 +1413,7 @@ def detokenize_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(DecodeOptions):
     "New pictures of some classes: NUMBER_CLASS_seedSEED_TOKENS.png for each, and sheet.png with all."
+
     classes: Positional[tuple[str, ...]]
     "Names or numbers of classes, or all."
     ar: str
@@ -821,39 +1435,81 @@ class GenerateOptions(DecodeOptions):
 
 # %% ../nbs/15b_commands.ipynb #15b-a7278892
 def _its_tokenizer(ar: str) -> str:  # a folder, or a shipped model
-    if ar in shipped_models(): return ar
+    if ar in shipped_models():
+        return ar
     place = Path(ar).expanduser()
     for file in (place / "run.json", place.parent / "run.json"):
-        if not file.is_file(): continue
+        if not file.is_file():
+            continue
         found = read_settings(file)
         if whose := found.options.get("tokenizer"):
-            places = [Path(str(whose)).expanduser(), *(place.parent / str(whose), place.parent / Path(str(whose)).name)]  # a path that was stored as it was typed meant another folder
-            if whose in shipped_models(): return whose
-            if there := next((f for f in places if f.is_dir()), None): return str(there)
-            raise UsageError(f"--tokenizer is missing: this AR model was trained with {plain(whose)}, which is not there any more (or was given from another folder): say where its tokenizer lies now")
-        if (file.parent / "tokenizer" / "config.json").is_file(): return str(file.parent / "tokenizer")
+            places = [
+                Path(str(whose)).expanduser(),
+                *(place.parent / str(whose), place.parent / Path(str(whose)).name),
+            ]  # a path that was stored as it was typed meant another folder
+            if whose in shipped_models():
+                return whose
+            if there := next((f for f in places if f.is_dir()), None):
+                return str(there)
+            raise UsageError(
+                f"--tokenizer is missing: this AR model was trained with {plain(whose)}, which is not there any more (or was given from another folder): say where its tokenizer lies now"
+            )
+        if (file.parent / "tokenizer" / "config.json").is_file():
+            return str(file.parent / "tokenizer")
     raise UsageError("--tokenizer is missing: say which tokenizer this AR model writes for, by its folder")
+
 
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     "Write ids, decode, write pictures."
-    whose = o.tokenizer or _its_tokenizer(o.ar); tok = open_tokenizer(whose, pick_device(o.device)); ar, names = open_ar(o.ar, tok)
+    whose = o.tokenizer or _its_tokenizer(o.ar)
+    tok = open_tokenizer(whose, pick_device(o.device))
+    ar, names = open_ar(o.ar, tok)
+
     def number(c):
-        if c in names: return names.index(c)
-        if c.isdecimal() and int(c) < len(names): return int(c)
-        raise ValueError(f"there is no class {plain(c)!r}{nearest(c, names)}" + ("" if difflib.get_close_matches(c, names, 1, .6) else f"; there are {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"))
+        if c in names:
+            return names.index(c)
+        if c.isdecimal() and int(c) < len(names):
+            return int(c)
+        raise ValueError(
+            f"there is no class {plain(c)!r}{nearest(c, names)}"
+            + (
+                ""
+                if difflib.get_close_matches(c, names, 1, 0.6)
+                else f"; there are {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
+            )
+        )
+
     wanted = list(range(len(names))) if list(o.classes) == ["all"] else [number(c) for c in o.classes]
-    if not wanted or not o.seeds: raise UsageError("say which classes, and at least one seed")
+    if not wanted or not o.seeds:
+        raise UsageError("say which classes, and at least one seed")
     budgets = list(o.budgets) or [tok.config.registers]
-    for k in budgets: tok._check_budget(k)
-    wanted, each = list(dict.fromkeys(wanted)), list(dict.fromkeys(o.seeds))  # whatever is said twice is one file
+    for k in budgets:
+        tok._check_budget(k)
+    wanted, each = (
+        list(dict.fromkeys(wanted)),
+        list(dict.fromkeys(o.seeds)),
+    )  # whatever is said twice is one file
     labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
-    steps, guidance = o.decoding(whose); usual = habits(o.ar)
-    g, temperature = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance, usual.temperature if o.temperature is None else o.temperature
-    if not (math.isfinite(g) and math.isfinite(temperature) and temperature >= 0): raise UsageError(f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more")
+    steps, guidance = o.decoding(whose)
+    usual = habits(o.ar)
+    g, temperature = (
+        usual.ar_guidance if o.ar_guidance is None else o.ar_guidance,
+        usual.temperature if o.temperature is None else o.temperature,
+    )
+    if not (math.isfinite(g) and math.isfinite(temperature) and temperature >= 0):
+        raise UsageError(
+            f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more"
+        )
     files = [f"{c:03}_{_safe(names[c])}_seed{s}" for c, s in zip(labels.tolist(), seeds)]
     folder = _may_write(o.out, files, budgets, o.force)
-    rows = [sample_images(ar, tok, labels, k, steps, guidance, g, temperature, top_k=o.top_k, top_p=o.top_p, seeds=seeds).cpu() for k in budgets]
+    rows = [
+        sample_images(
+            ar, tok, labels, k, steps, guidance, g, temperature, top_k=o.top_k, top_p=o.top_p, seeds=seeds
+        ).cpu()
+        for k in budgets
+    ]
     _write_pictures(folder, files, list(torch.stack(rows, 1)), [budgets] * len(files), len(budgets))
+
 
 def generate_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_generate`."
@@ -863,6 +1519,7 @@ def generate_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(DataOptions):
     "The table of quality against token count, on held-out pictures; with --ar also of new ones."
+
     tokenizer: Positional[str]
     "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny, mini, clipart."
     out: str
@@ -876,20 +1533,33 @@ class EvalOptions(DataOptions):
     preset: str = ""
     "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
 
+
 def _only_results(out: Path, force: bool) -> None:
     "Raises UsageError for the folder of a training or a run, ValueError for files that this package did not write."
     if (out / "run.json").is_file():
-        try: whose = read_settings(out / "run.json").command
-        except ValueError: whose = "something else"
-        if (whose or "").split()[:1] != ["flextok_eval"]: raise UsageError(f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would be replaced: choose another folder")
+        try:
+            whose = read_settings(out / "run.json").command
+        except ValueError:
+            whose = "something else"
+        if (whose or "").split()[:1] != ["flextok_eval"]:
+            raise UsageError(
+                f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would be replaced: choose another folder"
+            )
     may_fill(out, ["table.json", "table.csv", "table_scores.safetensors", "quality.png"], force)
 
-def _to_measure_on(o: EvalOptions, p: Preset, known: dict[str, Learned | None]) -> tuple:  # as `open_pictures`
+
+def _to_measure_on(
+    o: EvalOptions, p: Preset, known: dict[str, Learned | None]
+) -> tuple:  # as `open_pictures`
     "Held-out pictures. A model that is older than the rule by which pictures are divided has a record that says which it has not seen."
     record = older_than_the_rule(known)
     if record is not None and Path(o.data).is_dir() and not on_disk(o.data, o.from_disk):
-        with contextlib.suppress(ValueError): return split_by_record(o.data, p.image_size, record, progress=watched())  # other pictures than those
+        with contextlib.suppress(ValueError):
+            return split_by_record(
+                o.data, p.image_size, record, progress=watched()
+            )  # other pictures than those
     return open_pictures(o, p, "val")
+
 
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
@@ -898,20 +1568,62 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=size_of(tok))
     ar = open_ar(o.ar, tok)[0] if o.ar else None
-    reader = load_model(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"), lambda c: AttributeClassifier(), type(p.train_classifier))[0].to(device) if o.classifier else None
-    known = all_learned(o.tokenizer, o.ar) | ({"classifier": load_learned(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"))} if o.classifier else {})
+    reader = (
+        load_model(
+            _find(o.classifier, "classifier", "--classifier", "steps", "classifier"),
+            lambda c: AttributeClassifier(),
+            type(p.train_classifier),
+        )[0].to(device)
+        if o.classifier
+        else None
+    )
+    known = all_learned(o.tokenizer, o.ar) | (
+        {"classifier": load_learned(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"))}
+        if o.classifier
+        else {}
+    )
     train, val = _to_measure_on(o, p, known)
     val, learned = leave_out_learned(val, known)
     for part, said in learned.items():
-        if said["overlap"] != "none" and said["overlap"] != 0: print(f"flextok_eval: note: the {part} learned from {said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}", file=sys.stderr, flush=True)
+        if said["overlap"] != "none" and said["overlap"] != 0:
+            print(
+                f"flextok_eval: note: the {part} learned from {said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}",
+                file=sys.stderr,
+                flush=True,
+            )
     eyes = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)
-    made = {"vae": _made_beside(o.tokenizer, "vae"), "tokenizer": made_with(o.tokenizer)} | ({"ar": made_with(o.ar)} if o.ar else {})
-    report = evaluate_tokenizer(tok, val, eyes=eyes, config=p.evaluate, reader=reader, ar=ar, seed=o.seed, progress=watched(), facts=trained_how(**made) | {"learned": learned}, **for_the_floor(train, val, p, o.seed))
+    made = {"vae": _made_beside(o.tokenizer, "vae"), "tokenizer": made_with(o.tokenizer)} | (
+        {"ar": made_with(o.ar)} if o.ar else {}
+    )
+    report = evaluate_tokenizer(
+        tok,
+        val,
+        eyes=eyes,
+        config=p.evaluate,
+        reader=reader,
+        ar=ar,
+        seed=o.seed,
+        progress=watched(),
+        facts=trained_how(**made) | {"learned": learned},
+        **for_the_floor(train, val, p, o.seed),
+    )
     report.save(out)
     picture_quality(report, out / "quality.png")
-    write_text(out / "run.json", json.dumps({"command": "flextok_eval", "options": stored_options(o), "preset": asdict(p), "versions": versions()}, indent=1))
+    write_text(
+        out / "run.json",
+        json.dumps(
+            {
+                "command": "flextok_eval",
+                "options": stored_options(o),
+                "preset": asdict(p),
+                "versions": versions(),
+            },
+            indent=1,
+        ),
+    )
     print(f"{report}\n\ntable in {plain(out)}; flextok_compare lays two of them side by side", flush=True)
     return report
+
 
 def eval_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_eval`."
@@ -921,6 +1633,7 @@ def eval_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, kw_only=True)
 class EstimateOptions(DataOptions):
     "How long, how large: a few steps of each stage with throwaway weights, before anything long is started."
+
     preset: Positional[str]
     "micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     precision: str = "auto"
@@ -929,87 +1642,197 @@ class EstimateOptions(DataOptions):
     "As in flextok_train."
     steps: int = 20
     "Steps to time, at most."
-    seconds: float = 30.
+    seconds: float = 30.0
     "Measure each stage about so long, at most; but one step at least."
     stages: tuple[Literal["vae", "classifier", "tokenizer", "ar"], ...] = ()
     "Only these."
 
+
 @dataclass(frozen=True)
 class Estimate:
     "What was measured of a stage, and what follows for the preset."
+
     stage: str
-    pace: Pace         # with the images that were measured
-    batch: int         # of the preset
-    steps: int         # of the preset
-    memory: float      # bytes at the preset's batch, counted (room 16): float32, all activations kept
+    pace: Pace  # with the images that were measured
+    batch: int  # of the preset
+    steps: int  # of the preset
+    memory: float  # bytes at the preset's batch, counted (room 16): float32, all activations kept
+
     @property
-    def seconds(self) -> float:  # a step of the preset: gradients grow with the batch, the optimiser's work does not
+    def seconds(
+        self,
+    ) -> float:  # a step of the preset: gradients grow with the batch, the optimiser's work does not
         return self.pace.seconds - self.pace.gradient + self.pace.gradient * self.batch / self.pace.batch
+
     @property
-    def images_per_second(self) -> float: return self.batch / self.seconds
+    def images_per_second(self) -> float:
+        return self.batch / self.seconds
+
     @property
-    def hours(self) -> float: return SUSTAINED * self.steps * self.seconds / 3600
+    def hours(self) -> float:
+        return SUSTAINED * self.steps * self.seconds / 3600
 
 # %% ../nbs/15b_commands.ipynb #15b-9966a18a
 def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
     "A training step with fake tensors (room 16): nothing is allocated. (The VAE without critic and perceptual network.)"
     c = p.tokenizer
-    if stage == "vae": return training_line(lambda: VAE(p.vae), lambda m, b: m.decoder(m.encoder(torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)).chunk(2, 1)[0]).square().mean())
-    if stage == "classifier": return training_line(AttributeClassifier, lambda m, b: sum(x.square().mean() for x in tree_leaves(m(torch.empty(b, 3, p.image_size, p.image_size)))))
-    if stage == "tokenizer": return training_line(lambda: FlexTok(c), lambda m, b: m.loss(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0])
-    return training_line(lambda: ARModel(replace(p.ar, vocabulary=c.vocabulary, length=c.registers)), lambda m, b: m.loss(torch.zeros(b, c.registers, dtype=torch.int64), torch.zeros(b, dtype=torch.int64))[0])
+    if stage == "vae":
+        return training_line(
+            lambda: VAE(p.vae),
+            lambda m, b: (
+                m.decoder(
+                    m.encoder(torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)).chunk(2, 1)[0]
+                )
+                .square()
+                .mean()
+            ),
+        )
+    if stage == "classifier":
+        return training_line(
+            AttributeClassifier,
+            lambda m, b: sum(
+                x.square().mean() for x in tree_leaves(m(torch.empty(b, 3, p.image_size, p.image_size)))
+            ),
+        )
+    if stage == "tokenizer":
+        return training_line(
+            lambda: FlexTok(c),
+            lambda m, b: m.loss(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
+        )
+    return training_line(
+        lambda: ARModel(replace(p.ar, vocabulary=c.vocabulary, length=c.registers)),
+        lambda m, b: m.loss(
+            torch.zeros(b, c.registers, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+        )[0],
+    )
+
 
 def _room(device: torch.device) -> float:  # bytes that may be used
-    if device.type == "cuda": return .9 * torch.cuda.get_device_properties(device).total_memory
-    return .6 * _memory()
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+    return 0.6 * _memory()
 
-def estimate(p: Preset, few: ImageSet, device="cpu", precision: torch.dtype | None = None, steps: int = 20, seconds: float = 30., recompute: bool = False, only: tuple[str, ...] = (), say: Callable = print) -> list[Estimate]:
+
+def estimate(
+    p: Preset,
+    few: ImageSet,
+    device="cpu",
+    precision: torch.dtype | None = None,
+    steps: int = 20,
+    seconds: float = 30.0,
+    recompute: bool = False,
+    only: tuple[str, ...] = (),
+    say: Callable = print,
+) -> list[Estimate]:
     "Measure each stage with as many images a step as time and memory allow."
     device, found = pick_device(str(device)), []
     eyes = extractor(device=device) if p.vae_loss.perceptual else None
     for name in [s for s in STAGES if (not only or s in only) and (s != "classifier" or few.scenes)]:
         config, half = getattr(p, f"train_{name}"), None if name == "classifier" else precision
+
         def pace(batch, steps, seconds):
             q = override(p, {f"train_{name}.batch": batch})
-            return Stopwatch(device, half, steps, seconds, recompute=recompute).watch(throwaway(q, few, eyes, device)[name])
+            return Stopwatch(device, half, steps, seconds, recompute=recompute).watch(
+                throwaway(q, few, eyes, device)[name]
+            )
+
         (fixed, each), began = counted_memory(p, name), time.perf_counter()
-        one = pace(1, 2, seconds / 4); left = seconds - (time.perf_counter() - began)
+        one = pace(1, 2, seconds / 4)
+        left = seconds - (time.perf_counter() - began)
         batch = max(1, min(config.batch, int(left / 4 / one.seconds), int((_room(device) - fixed) / each)))
         while batch > 1 or left > 3 * one.seconds:
-            try: one = pace(batch, steps, max(left, one.seconds)); break
-            except torch.OutOfMemoryError: batch //= 2; torch.cuda.empty_cache(); left = left if batch else 0
-        found.append(Estimate(name, one, config.batch, config.steps, fixed + config.batch * each)); say(estimate_line(found[-1]))
+            try:
+                one = pace(batch, steps, max(left, one.seconds))
+                break
+            except torch.OutOfMemoryError:
+                batch //= 2
+                torch.cuda.empty_cache()
+                left = left if batch else 0
+        found.append(Estimate(name, one, config.batch, config.steps, fixed + config.batch * each))
+        say(estimate_line(found[-1]))
     return found
 
 # %% ../nbs/15b_commands.ipynb #15b-26c5c4c6
-def _hours(hours: float) -> str: return f"{hours:,.2f} h" if hours < 1000 else f"{hours / 24:,.0f} days" if hours < 24_000 else f"{hours / 8766:,.0f} years"
+def _hours(hours: float) -> str:
+    return (
+        f"{hours:,.2f} h"
+        if hours < 1000
+        else f"{hours / 24:,.0f} days"
+        if hours < 24_000
+        else f"{hours / 8766:,.0f} years"
+    )
+
 
 def estimate_line(e: Estimate) -> str:
     "A line of the table."
     scaled = "" if e.pace.batch == e.batch else f", measured with {e.pace.batch} a step and scaled"
     return f"{e.stage:10} {e.images_per_second:10,.2f} {e.pace.share:6.0%} {e.pace.peak / 1e9:8.2f} GB {e.memory / 1e9:8.2f} GB {e.steps:9,} x {e.batch:<4} {_hours(e.hours):>14}   ({e.pace.steps} step{'s' * (e.pace.steps > 1)}{scaled})"
 
+
 def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimate]:
     "Print everything that is known before a start."
-    p, device = preset_of(o, base), pick_device(o.device); precision = pick_precision(o.precision, device)
-    if o.steps < 1 or not o.seconds > 0: raise UsageError(f"--steps {o.steps} --seconds {o.seconds}: more than 0")
+    p, device = preset_of(o, base), pick_device(o.device)
+    precision = pick_precision(o.precision, device)
+    if o.steps < 1 or not o.seconds > 0:
+        raise UsageError(f"--steps {o.steps} --seconds {o.seconds}: more than 0")
     seed_everything(o.seed)
-    began = time.perf_counter(); n = min(64, p.train_images); few = some(open_pictures(replace(o, train_images=n), replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)), "train")[0], 64)
+    began = time.perf_counter()
+    n = min(64, p.train_images)
+    few = some(
+        open_pictures(
+            replace(o, train_images=n),
+            replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)),
+            "train",
+        )[0],
+        64,
+    )
     reading = (time.perf_counter() - began) / len(few)
     count = o.train_images or (p.train_images if o.data == "scenes" else 0)
-    print(f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} threads; {few.source}\n"
-          f"{'stage':10} {'images/s':>10} {'matmul':>6} {'memory':>11} {'preset':>11} {'steps x batch':>16} {'time':>14}", flush=True)
-    found = estimate(p, few, device, precision, o.steps, o.seconds, o.recompute, o.stages, lambda line: print(line, flush=True))
-    print(f"{'in all':10} {'':10} {'':6} {max(e.pace.peak for e in found) / 1e9:8.2f} GB {max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}", flush=True)
-    vae = VAE(p.vae).to(device).eval(); tok = FlexTok(p.tokenizer, vae).to(device).eval()
+    print(
+        f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} threads; {few.source}\n"
+        f"{'stage':10} {'images/s':>10} {'matmul':>6} {'memory':>11} {'preset':>11} {'steps x batch':>16} {'time':>14}",
+        flush=True,
+    )
+    found = estimate(
+        p,
+        few,
+        device,
+        precision,
+        o.steps,
+        o.seconds,
+        o.recompute,
+        o.stages,
+        lambda line: print(line, flush=True),
+    )
+    print(
+        f"{'in all':10} {'':10} {'':6} {max(e.pace.peak for e in found) / 1e9:8.2f} GB {max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}",
+        flush=True,
+    )
+    vae = VAE(p.vae).to(device).eval()
+    tok = FlexTok(p.tokenizer, vae).to(device).eval()
     two = ImageSet(few.images[:2], few.labels[:2], few.classes, few.source)
     for what, recipe in (("latents", latent_recipe(vae, two)), ("tokens", token_recipe(tok, two))):
         plan = cache_plan(Path.cwd() / ".no_such_cache", *recipe, batch=1)
-        all_ = f"; all {count:,}: {count * plan.row_bytes / 1e9:,.2f} GB, {count / plan.rate / 3600:,.2f} h" if count else ""
-        print(f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a time{all_}", flush=True)
-    if o.data == "scenes": print(f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are {count * 3 * p.image_size ** 2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size ** 2 > _memory() / 2 else ''}", flush=True)
-    print(f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix products alone reach here. Times are {SUSTAINED:g} times those of the first steps; compilation makes them somewhat shorter.", flush=True)
+        all_ = (
+            f"; all {count:,}: {count * plan.row_bytes / 1e9:,.2f} GB, {count / plan.rate / 3600:,.2f} h"
+            if count
+            else ""
+        )
+        print(
+            f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a time{all_}",
+            flush=True,
+        )
+    if o.data == "scenes":
+        print(
+            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are {count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > _memory() / 2 else ''}",
+            flush=True,
+        )
+    print(
+        f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix products alone reach here. Times are {SUSTAINED:g} times those of the first steps; compilation makes them somewhat shorter.",
+        flush=True,
+    )
     return found
+
 
 def estimate_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_estimate`."
@@ -1019,6 +1842,7 @@ def estimate_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True)
 class RunOptions(RunConfig):
     "Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures, report."
+
     config: str | None = None
     "Start from a file: the run.json of a finished run, or one of your own. What is given besides goes before it."
     set: tuple[str, ...] = ()
@@ -1026,12 +1850,24 @@ class RunOptions(RunConfig):
     fresh: bool = False
     "Begin anew. What is in the folder is not deleted: the folder gets another name."
 
+
 def run_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_run`."
+
     def work(o, base):
         p = override(base or preset(o.preset), parse_settings(o.set))
-        if o.steps and any(re.fullmatch(r"train_\w+\.steps", name) for name in parse_settings(o.set)): raise UsageError(f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it comes from --config)")
+        if o.steps and any(re.fullmatch(r"train_\w+\.steps", name) for name in parse_settings(o.set)):
+            raise UsageError(
+                f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it comes from --config)"
+            )
         config = RunConfig(**{f.name: getattr(o, f.name) for f in fields(RunConfig)})
         asked = parse_settings(o.set).get("ar.classes")
         run(config, p, o.fresh, None if asked is None else typed(asked, int, "ar.classes"))
-    command("flextok_run", RunOptions, work, argv, "; finished stages are kept: the same command goes on from there")
+
+    command(
+        "flextok_run",
+        RunOptions,
+        work,
+        argv,
+        "; finished stages are kept: the same command goes on from there",
+    )

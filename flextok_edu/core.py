@@ -31,110 +31,139 @@ from tqdm.auto import tqdm
 @dataclass(frozen=True)
 class VAEConfig:
     "Stage 0. The defaults are the paper's: the SDXL-shaped autoencoder, f8, about 84 M parameters."
-    in_channels: int = 3                              # channels of the image
-    latent_channels: int = 16                         # channels of the latents: 4, 8 or 16
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level; between two levels the side halves
-    layers: int = 2                                   # residual blocks a level in the encoder; the decoder has one more
-    stem: int = 1                                     # space-to-depth before the first convolution: 2 quarters the cost of level one
-    groups: int = 32                                  # groups of the GroupNorms
-    attention: bool = True                            # one attention block in the middle
+
+    in_channels: int = 3  # channels of the image
+    latent_channels: int = 16  # channels of the latents: 4, 8 or 16
+    channels: tuple[int, ...] = (
+        128,
+        256,
+        512,
+        512,
+    )  # width of each level; between two levels the side halves
+    layers: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    stem: int = 1  # space-to-depth before the first convolution: 2 quarters the cost of level one
+    groups: int = 32  # groups of the GroupNorms
+    attention: bool = True  # one attention block in the middle
 
     @property
     def factor(self) -> int:  # image side / latent side: the f of "f8"
         return self.stem * 2 ** (len(self.channels) - 1)
 
+
 @dataclass(frozen=True)
 class TrunkConfig:
     "One transformer over patches and registers: the encoder's, or the decoder's. The defaults are the paper's d12."
-    width: int = 768                          # d
-    depth: int = 12                           # blocks
-    patch: int = 2                            # side of a patch, in latents
-    head_dim: int = 64                        # width of one attention head
-    mlp_ratio: float = 4.0                    # hidden width of a SwiGLU = 2/3 of this x d
+
+    width: int = 768  # d
+    depth: int = 12  # blocks
+    patch: int = 2  # side of a patch, in latents
+    head_dim: int = 64  # width of one attention head
+    mlp_ratio: float = 4.0  # hidden width of a SwiGLU = 2/3 of this x d
 
 # %% ../nbs/00_core.ipynb #00-31a57466
 @dataclass(frozen=True)
 class TokenizerConfig:
     "Stage 1: encoder, FSQ and flow decoder. The defaults are the paper's d12-d12."
-    latent_channels: int = 16                 # channels of the latents
-    latent_size: int = 32                     # height and width of the latents
-    registers: int = 256                      # k, the largest number of tokens
+
+    latent_channels: int = 16  # channels of the latents
+    latent_size: int = 32  # height and width of the latents
+    registers: int = 256  # k, the largest number of tokens
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # FSQ levels; their product is the vocabulary
-    encoder: TrunkConfig = TrunkConfig()      # latents -> registers
-    decoder: TrunkConfig = TrunkConfig()      # noise and registers -> velocity
-    modulations: int = 2                      # 2: patches and registers have adaLN modulations of their own; 1: they share
-    max_timestep: float = 1.0                 # largest time that the time embedding is given
-    time_features: int = 256                  # sines and cosines in the time embedding
-    encoder_mask: str = "causal_last"         # "causal_last" | "causal" | "full"
-    dropout_law: str = "powers_of_two"        # law of the budget in training, see room 06
-    null_probability: float = 0.1             # share of samples trained with the null condition
-    time_law: str = "logit_normal"            # law of t in training, see room 07
-    mode_scale: float = .25                   # of the time law "mode"
-    sample_posterior: bool = True             # train on samples of the VAE's posterior, not on its mean
-    zero_noise: float = 0.0                   # share of a batch trained on t = 1 with zero noise (helps small models)
-    norm_before_fsq: bool = False             # running unit-variance norm before the quantiser (helps small models)
+    encoder: TrunkConfig = TrunkConfig()  # latents -> registers
+    decoder: TrunkConfig = TrunkConfig()  # noise and registers -> velocity
+    modulations: int = 2  # 2: patches and registers have adaLN modulations of their own; 1: they share
+    max_timestep: float = 1.0  # largest time that the time embedding is given
+    time_features: int = 256  # sines and cosines in the time embedding
+    encoder_mask: str = "causal_last"  # "causal_last" | "causal" | "full"
+    dropout_law: str = "powers_of_two"  # law of the budget in training, see room 06
+    null_probability: float = 0.1  # share of samples trained with the null condition
+    time_law: str = "logit_normal"  # law of t in training, see room 07
+    mode_scale: float = 0.25  # of the time law "mode"
+    sample_posterior: bool = True  # train on samples of the VAE's posterior, not on its mean
+    zero_noise: float = 0.0  # share of a batch trained on t = 1 with zero noise (helps small models)
+    norm_before_fsq: bool = False  # running unit-variance norm before the quantiser (helps small models)
 
     @property
-    def vocabulary(self) -> int: return math.prod(self.levels)  # v
-    def patches(self, side: str) -> int: return (self.latent_size // getattr(self, side).patch) ** 2  # n of "encoder" or "decoder"
+    def vocabulary(self) -> int:
+        return math.prod(self.levels)  # v
+
+    def patches(self, side: str) -> int:
+        return (self.latent_size // getattr(self, side).patch) ** 2  # n of "encoder" or "decoder"
 
 # %% ../nbs/00_core.ipynb #00-3be6ccaa
 @dataclass(frozen=True)
 class ARConfig:
     "Stage 2: a GPT over ids. The defaults are the paper's smallest class-conditional model (49 M without embeddings)."
-    vocabulary: int = 64_000        # v
-    length: int = 256               # k
-    classes: int = 1000             # classes it can be asked for
-    width: int = 640                # d
-    depth: int = 10                 # blocks
-    head_dim: int = 64              # width of one attention head
-    mlp_ratio: float = 4.0          # hidden width of a SwiGLU = 2/3 of this x d
-    class_dropout: float = 0.1      # share of samples trained without their class, for guidance
 
-AR_SIZES = {name: ARConfig(width=width, depth=depth) for name, width, depth in (  # class-conditional sizes that the paper trained, by their parameters without embeddings
-    ("49M", 640, 10), ("85M", 768, 12), ("201M", 1024, 16), ("393M", 1280, 20), ("679M", 1536, 24), ("1.33B", 1920, 30))}
+    vocabulary: int = 64_000  # v
+    length: int = 256  # k
+    classes: int = 1000  # classes it can be asked for
+    width: int = 640  # d
+    depth: int = 10  # blocks
+    head_dim: int = 64  # width of one attention head
+    mlp_ratio: float = 4.0  # hidden width of a SwiGLU = 2/3 of this x d
+    class_dropout: float = 0.1  # share of samples trained without their class, for guidance
+
+
+AR_SIZES = {
+    name: ARConfig(width=width, depth=depth)
+    for name, width, depth in (  # class-conditional sizes that the paper trained, by their parameters without embeddings
+        ("49M", 640, 10),
+        ("85M", 768, 12),
+        ("201M", 1024, 16),
+        ("393M", 1280, 20),
+        ("679M", 1536, 24),
+        ("1.33B", 1920, 30),
+    )
+}
 
 # %% ../nbs/00_core.ipynb #00-24dc8b3a
 @dataclass(frozen=True)
 class StageConfig:
     "How one stage is trained."
-    steps: int = 1000              # optimiser steps
-    batch: int = 64                # images a step
-    lr: float = 1e-3               # peak learning rate
-    optimizer: str = "adamw"       # "adamw" | "muon" (hidden matrices and filters by Muon, the rest by AdamW)
-    warmup: int = 50               # steps of linear warm-up; cosine decay follows
-    weight_decay: float = 0.01     # decoupled weight decay
-    clip: float = 1.0              # largest gradient norm
-    ema: float = 0.999             # decay of the averaged weights; 0 switches them off
+
+    steps: int = 1000  # optimiser steps
+    batch: int = 64  # images a step
+    lr: float = 1e-3  # peak learning rate
+    optimizer: str = "adamw"  # "adamw" | "muon" (hidden matrices and filters by Muon, the rest by AdamW)
+    warmup: int = 50  # steps of linear warm-up; cosine decay follows
+    weight_decay: float = 0.01  # decoupled weight decay
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay of the averaged weights; 0 switches them off
+
 
 @dataclass(frozen=True)
 class VAELossConfig:
     "Weights of the VAE's losses."
-    l1: float = 1.0                # mean absolute error of pixels
-    perceptual: float = 0.1        # distance of EfficientNet-Lite0 features
-    kl: float = 1e-4               # mean KL per latent element
-    adversarial: float = 0.02      # patch discriminator, hinge
-    adversarial_start: float = 0.6 # share of the steps before the discriminator starts
-    learned_logvar: bool = False   # learn the scale of the reconstruction term: rec / exp(s) + s
+
+    l1: float = 1.0  # mean absolute error of pixels
+    perceptual: float = 0.1  # distance of EfficientNet-Lite0 features
+    kl: float = 1e-4  # mean KL per latent element
+    adversarial: float = 0.02  # patch discriminator, hinge
+    adversarial_start: float = 0.6  # share of the steps before the discriminator starts
+    learned_logvar: bool = False  # learn the scale of the reconstruction term: rec / exp(s) + s
+
 
 @dataclass(frozen=True)
 class EvalConfig:
     "How results are measured."
-    images: int = 2000             # held-out images: reconstructions and Fréchet distance
-    samples: int = 1000            # class-conditional samples at each token count
-    steps: int = 10                # Euler steps of the flow decoder
-    guidance: float = 2.0          # guidance of the flow decoder
-    ar_guidance: float = 2.0       # guidance of the AR model
-    temperature: float = 1.0       # temperature of the AR model
+
+    images: int = 2000  # held-out images: reconstructions and Fréchet distance
+    samples: int = 1000  # class-conditional samples at each token count
+    steps: int = 10  # Euler steps of the flow decoder
+    guidance: float = 2.0  # guidance of the flow decoder
+    ar_guidance: float = 2.0  # guidance of the AR model
+    temperature: float = 1.0  # temperature of the AR model
 
 # %% ../nbs/00_core.ipynb #00-0b9f96e4
 @dataclass(frozen=True)
 class Preset:
     "Everything that a size means."
-    name: str                                  # how it is asked for
-    image_size: int = 256                      # side of the square images
-    level: int = 2                             # complexity of ToyScenes, 1 to 3
-    train_images: int = 20_000                 # scenes rendered for training (a folder uses all its images)
+
+    name: str  # how it is asked for
+    image_size: int = 256  # side of the square images
+    level: int = 2  # complexity of ToyScenes, 1 to 3
+    train_images: int = 20_000  # scenes rendered for training (a folder uses all its images)
     vae: VAEConfig = VAEConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     ar: ARConfig = ARConfig()
@@ -148,105 +177,201 @@ class Preset:
 # %% ../nbs/00_core.ipynb #00-a0fc491f
 def _paper(name: str, encoder: int, decoder: int) -> Preset:
     "A size of the paper: width = 64 x depth, 256 px, f8 with 16 channels."
-    return Preset(name, 256, level=3, train_images=1_000_000,
-        tokenizer=TokenizerConfig(encoder=TrunkConfig(64 * encoder, encoder), decoder=TrunkConfig(64 * decoder, decoder)),
-        train_vae=StageConfig(steps=300_000, batch=32, lr=1e-4, warmup=1000, ema=.9999),
-        train_tokenizer=StageConfig(steps=500_000, batch=256, lr=2e-4, warmup=5000, ema=.9999),
-        train_ar=StageConfig(steps=300_000, batch=256, lr=3e-4, warmup=5000, weight_decay=.05, ema=.9999),
-        evaluate=EvalConfig(images=50_000, samples=50_000, steps=25, guidance=7.5, ar_guidance=1.5))
+    return Preset(
+        name,
+        256,
+        level=3,
+        train_images=1_000_000,
+        tokenizer=TokenizerConfig(
+            encoder=TrunkConfig(64 * encoder, encoder), decoder=TrunkConfig(64 * decoder, decoder)
+        ),
+        train_vae=StageConfig(steps=300_000, batch=32, lr=1e-4, warmup=1000, ema=0.9999),
+        train_tokenizer=StageConfig(steps=500_000, batch=256, lr=2e-4, warmup=5000, ema=0.9999),
+        train_ar=StageConfig(steps=300_000, batch=256, lr=3e-4, warmup=5000, weight_decay=0.05, ema=0.9999),
+        evaluate=EvalConfig(images=50_000, samples=50_000, steps=25, guidance=7.5, ar_guidance=1.5),
+    )
 
-PRESETS = {p.name: p for p in (
-    Preset("micro", 32, level=1, train_images=20_000,
-        vae=VAEConfig(latent_channels=4, channels=(32, 64), layers=1, stem=2, groups=8),
-        tokenizer=TokenizerConfig(4, 8, 16, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 4), dropout_law="half_full",
-                                  zero_noise=.5, norm_before_fsq=True),
-        ar=ARConfig(vocabulary=1000, length=16, classes=12, width=192, depth=4),
-        train_vae=StageConfig(steps=1000, batch=32, lr=2e-3, ema=.995),
-        train_classifier=StageConfig(steps=700, batch=32, lr=2e-3, ema=.99),
-        train_tokenizer=StageConfig(steps=1000, batch=64, lr=3e-3, optimizer="muon", ema=.995),
-        train_ar=StageConfig(steps=180, batch=128, lr=2e-3, weight_decay=.05, ema=.99),
-        evaluate=EvalConfig(samples=500, steps=6, guidance=1.)),
-    Preset("tiny", 64, level=2, train_images=80_000,
-        vae=VAEConfig(latent_channels=4, channels=(48, 96), layers=1, stem=4, groups=8),
-        tokenizer=TokenizerConfig(4, 8, 32, (8, 5, 5, 5), TrunkConfig(128, 3), TrunkConfig(128, 5), dropout_law="half_full",
-                                  zero_noise=.5, norm_before_fsq=True),
-        ar=ARConfig(vocabulary=1000, length=32, classes=12, width=192, depth=4),
-        vae_loss=VAELossConfig(perceptual=0., adversarial=0.),
-        train_vae=StageConfig(steps=3600, batch=32, lr=3e-3, optimizer="muon", ema=.998),
-        train_classifier=StageConfig(steps=4000, batch=32, lr=2e-3, ema=.995),
-        train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=.998),
-        train_ar=StageConfig(steps=500, batch=128, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.99),
-        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
-    Preset("mini", 128, level=2, train_images=100_000,
-        vae=VAEConfig(latent_channels=4, channels=(48, 96, 192), layers=1, stem=2, groups=8),
-        tokenizer=TokenizerConfig(4, 16, 64, (7, 5, 5, 5, 5), TrunkConfig(192, 6), TrunkConfig(192, 8), dropout_law="half_full",
-                                  zero_noise=.5, norm_before_fsq=True),
-        ar=ARConfig(vocabulary=4375, length=64, classes=12, width=192, depth=6),
-        vae_loss=VAELossConfig(adversarial_start=.7),
-        train_vae=StageConfig(steps=2489, batch=128, lr=3e-3, optimizer="muon", ema=.998),
-        train_classifier=StageConfig(steps=1500, batch=64, lr=2e-3, ema=.995),
-        train_tokenizer=StageConfig(steps=4583, batch=1024, lr=3e-3, optimizer="muon", warmup=100, ema=.998),
-        train_ar=StageConfig(steps=2399, batch=512, lr=2e-3, optimizer="muon", weight_decay=.05, ema=.998),
-        evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2., ar_guidance=2.)),
-    Preset("small", 128, level=3, train_images=100_000,
-        vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
-        tokenizer=TokenizerConfig(8, 16, 128, encoder=TrunkConfig(512, 8, 1), decoder=TrunkConfig(512, 8, 1)),
-        ar=ARConfig(length=128),
-        train_vae=StageConfig(steps=60_000, batch=32, lr=2e-4, warmup=1000),
-        train_tokenizer=StageConfig(steps=200_000, batch=128, lr=5e-4, warmup=2000, ema=.9999),
-        train_ar=StageConfig(steps=100_000, batch=256, lr=5e-4, warmup=2000, weight_decay=.05, ema=.9999),
-        evaluate=EvalConfig(images=5000, samples=5000, steps=20, guidance=3.)),
-    _paper("d12_d12", 12, 12), _paper("d18_d18", 18, 18), _paper("d18_d28", 18, 28))}
+
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset(
+            "micro",
+            32,
+            level=1,
+            train_images=20_000,
+            vae=VAEConfig(latent_channels=4, channels=(32, 64), layers=1, stem=2, groups=8),
+            tokenizer=TokenizerConfig(
+                4,
+                8,
+                16,
+                (8, 5, 5, 5),
+                TrunkConfig(128, 2),
+                TrunkConfig(128, 4),
+                dropout_law="half_full",
+                zero_noise=0.5,
+                norm_before_fsq=True,
+            ),
+            ar=ARConfig(vocabulary=1000, length=16, classes=12, width=192, depth=4),
+            train_vae=StageConfig(steps=1000, batch=32, lr=2e-3, ema=0.995),
+            train_classifier=StageConfig(steps=700, batch=32, lr=2e-3, ema=0.99),
+            train_tokenizer=StageConfig(steps=1000, batch=64, lr=3e-3, optimizer="muon", ema=0.995),
+            train_ar=StageConfig(steps=180, batch=128, lr=2e-3, weight_decay=0.05, ema=0.99),
+            evaluate=EvalConfig(samples=500, steps=6, guidance=1.0),
+        ),
+        Preset(
+            "tiny",
+            64,
+            level=2,
+            train_images=80_000,
+            vae=VAEConfig(latent_channels=4, channels=(48, 96), layers=1, stem=4, groups=8),
+            tokenizer=TokenizerConfig(
+                4,
+                8,
+                32,
+                (8, 5, 5, 5),
+                TrunkConfig(128, 3),
+                TrunkConfig(128, 5),
+                dropout_law="half_full",
+                zero_noise=0.5,
+                norm_before_fsq=True,
+            ),
+            ar=ARConfig(vocabulary=1000, length=32, classes=12, width=192, depth=4),
+            vae_loss=VAELossConfig(perceptual=0.0, adversarial=0.0),
+            train_vae=StageConfig(steps=3600, batch=32, lr=3e-3, optimizer="muon", ema=0.998),
+            train_classifier=StageConfig(steps=4000, batch=32, lr=2e-3, ema=0.995),
+            train_tokenizer=StageConfig(steps=3100, batch=128, lr=3e-3, optimizer="muon", ema=0.998),
+            train_ar=StageConfig(
+                steps=500, batch=128, lr=2e-3, optimizer="muon", weight_decay=0.05, ema=0.99
+            ),
+            evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2.0, ar_guidance=2.0),
+        ),
+        Preset(
+            "mini",
+            128,
+            level=2,
+            train_images=100_000,
+            vae=VAEConfig(latent_channels=4, channels=(48, 96, 192), layers=1, stem=2, groups=8),
+            tokenizer=TokenizerConfig(
+                4,
+                16,
+                64,
+                (7, 5, 5, 5, 5),
+                TrunkConfig(192, 6),
+                TrunkConfig(192, 8),
+                dropout_law="half_full",
+                zero_noise=0.5,
+                norm_before_fsq=True,
+            ),
+            ar=ARConfig(vocabulary=4375, length=64, classes=12, width=192, depth=6),
+            vae_loss=VAELossConfig(adversarial_start=0.7),
+            train_vae=StageConfig(steps=2489, batch=128, lr=3e-3, optimizer="muon", ema=0.998),
+            train_classifier=StageConfig(steps=1500, batch=64, lr=2e-3, ema=0.995),
+            train_tokenizer=StageConfig(
+                steps=4583, batch=1024, lr=3e-3, optimizer="muon", warmup=100, ema=0.998
+            ),
+            train_ar=StageConfig(
+                steps=2399, batch=512, lr=2e-3, optimizer="muon", weight_decay=0.05, ema=0.998
+            ),
+            evaluate=EvalConfig(images=5000, samples=1000, steps=5, guidance=2.0, ar_guidance=2.0),
+        ),
+        Preset(
+            "small",
+            128,
+            level=3,
+            train_images=100_000,
+            vae=VAEConfig(latent_channels=8, channels=(64, 128, 256, 256)),
+            tokenizer=TokenizerConfig(
+                8, 16, 128, encoder=TrunkConfig(512, 8, 1), decoder=TrunkConfig(512, 8, 1)
+            ),
+            ar=ARConfig(length=128),
+            train_vae=StageConfig(steps=60_000, batch=32, lr=2e-4, warmup=1000),
+            train_tokenizer=StageConfig(steps=200_000, batch=128, lr=5e-4, warmup=2000, ema=0.9999),
+            train_ar=StageConfig(
+                steps=100_000, batch=256, lr=5e-4, warmup=2000, weight_decay=0.05, ema=0.9999
+            ),
+            evaluate=EvalConfig(images=5000, samples=5000, steps=20, guidance=3.0),
+        ),
+        _paper("d12_d12", 12, 12),
+        _paper("d18_d18", 18, 18),
+        _paper("d18_d28", 18, 28),
+    )
+}
 
 # %% ../nbs/00_core.ipynb #00-89dff180
 def preset(name: str) -> Preset:  # the preset
     "A preset by name. Raises ValueError for a name that is none."
-    if name not in PRESETS: raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 # %% ../nbs/00_core.ipynb #00-3663875a
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
+
 
 def _no_pointer(path: Path, start: bytes) -> None:
     "Raises ValueError for the small text that git-lfs leaves in place of a large file."
     if start.startswith(_POINTER):
         raise ValueError(f"{path} is a git-lfs pointer, not the file: git lfs pull")
 
+
 def _deep(value, limit: int = 100) -> bool:  # whether lists and objects are nested more than `limit` times
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(limit):
-        if not level: return False
-        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, (dict, list))]
+        if not level:
+            return False
+        level = [
+            v
+            for c in level
+            for v in (c.values() if isinstance(c, dict) else c)
+            if isinstance(v, (dict, list))
+        ]
     return bool(level)
 
-def parse_json(text: str | bytes,    # json; bytes are UTF-8
-               where,                # how errors call the text: a path, or words
-               what: str = "json",   # what it should be: "configuration"
-               limit: int = 2 ** 26, # longer text is not read
-              ) -> object:           # what it says
+
+def parse_json(
+    text: str | bytes,  # json; bytes are UTF-8
+    where,  # how errors call the text: a path, or words
+    what: str = "json",  # what it should be: "configuration"
+    limit: int = 2**26,  # longer text is not read
+) -> object:  # what it says
     "Json text as Python objects. Raises ValueError, and nothing else, for whatever is none."
-    if len(text) > limit: raise ValueError(f"{where} is no {what}: it is {len(text):,} long, and more than {limit:,} is not read")
+    if len(text) > limit:
+        raise ValueError(
+            f"{where} is no {what}: it is {len(text):,} long, and more than {limit:,} is not read"
+        )
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-        if not _deep(value): return value
+        if not _deep(value):
+            return value
         why = "it is nested too deeply"
-    except RecursionError: why = "it is nested too deeply"
-    except MemoryError: why = "it does not fit into the memory"
-    except UnicodeDecodeError as error: why = f"it is no UTF-8 text ({error.reason} at byte {error.start:,})"
-    except ValueError as error: why = str(error)
+    except RecursionError:
+        why = "it is nested too deeply"
+    except MemoryError:
+        why = "it does not fit into the memory"
+    except UnicodeDecodeError as error:
+        why = f"it is no UTF-8 text ({error.reason} at byte {error.start:,})"
+    except ValueError as error:
+        why = str(error)
     raise ValueError(f"{where} is no {what}: {why}") from None
 
-def read_json(path: str | Path,      # a file
-              what: str = "json",    # what it should be: "configuration"
-              limit: int = 2 ** 26,  # more bytes are not read
-             ) -> object:            # what it says
+
+def read_json(
+    path: str | Path,  # a file
+    what: str = "json",  # what it should be: "configuration"
+    limit: int = 2**26,  # more bytes are not read
+) -> object:  # what it says
     "Read a json file. Raises FileNotFoundError if it is not there, ValueError for whatever is no json."
     path = Path(path)
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode): raise ValueError(f"{path} is no {what}: it is no ordinary file")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is no {what}: it is no ordinary file")
     if found.st_size > limit:
-        raise ValueError(f"{path} is no {what}: it has {found.st_size:,} bytes, and more than {limit:,} are not read")
-    with open(path, "rb") as file: text = file.read(limit + 1)
+        raise ValueError(
+            f"{path} is no {what}: it has {found.st_size:,} bytes, and more than {limit:,} are not read"
+        )
+    with open(path, "rb") as file:
+        text = file.read(limit + 1)
     _no_pointer(path, text)
     return parse_json(text, path, what, limit)
 
@@ -254,138 +379,255 @@ def read_json(path: str | Path,      # a file
 @dataclass(frozen=True)
 class Range:
     "Numbers from `low` to `high`, both included: a shape for `conform`."
+
     low: float
     high: float
-    kind: type = int   # int: whole numbers only; float: any finite number
+    kind: type = int  # int: whole numbers only; float: any finite number
 
-    def __str__(self) -> str: return f"a {'whole ' if self.kind is int else ''}number in {self.low} .. {self.high}"
+    def __str__(self) -> str:
+        return f"a {'whole ' if self.kind is int else ''}number in {self.low} .. {self.high}"
+
 
 def one_of(*values) -> Callable:  # a shape for `conform`
     "Exactly these values. True is not 1, and 1.0 is not 1; but 1 is 1.0."
-    def same(a, b) -> bool: return a == b and (type(a) is type(b) or type(a) is int and type(b) is float)
-    def holds(value) -> bool: return any(same(value, v) for v in values)
+
+    def same(a, b) -> bool:
+        return a == b and (type(a) is type(b) or type(a) is int and type(b) is float)
+
+    def holds(value) -> bool:
+        return any(same(value, v) for v in values)
+
     holds.__doc__ = " or ".join(map(repr, values))
     return holds
 
-_TYPES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", dict: "an object",
-          list: "a list", None: "nothing (null)"}
+
+_TYPES = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    None: "nothing (null)",
+}
+
 
 def wanted(shape) -> str:  # the shape in words
     "What `conform` asks for."
-    if isinstance(shape, tuple): return " or ".join(map(wanted, shape))
-    if isinstance(shape, list): return f"a list, each entry {wanted(shape[0])}"
-    if isinstance(shape, dict): return "an object with " + ", ".join(repr(k) for k in shape if k is not ...)
-    if isinstance(shape, Range): return str(shape)
-    if shape in _TYPES: return _TYPES[shape]
+    if isinstance(shape, tuple):
+        return " or ".join(map(wanted, shape))
+    if isinstance(shape, list):
+        return f"a list, each entry {wanted(shape[0])}"
+    if isinstance(shape, dict):
+        return "an object with " + ", ".join(repr(k) for k in shape if k is not ...)
+    if isinstance(shape, Range):
+        return str(shape)
+    if shape in _TYPES:
+        return _TYPES[shape]
     return (shape.__doc__ or shape.__name__).strip().rstrip(".")
 
+
 def _fits(value, shape) -> bool:  # of shapes without parts: a type, None, a Range, a function
-    if shape is None: return value is None
-    if isinstance(shape, Range): return _fits(value, shape.kind) and shape.low <= value <= shape.high
-    if shape is int: return isinstance(value, int) and not isinstance(value, bool)
+    if shape is None:
+        return value is None
+    if isinstance(shape, Range):
+        return _fits(value, shape.kind) and shape.low <= value <= shape.high
+    if shape is int:
+        return isinstance(value, int) and not isinstance(value, bool)
     if shape is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1.7976931348623157e308
-    if isinstance(shape, type): return isinstance(value, shape)
-    try: return bool(shape(value))
-    except Exception: return False  # a rule that cannot even look at it
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and abs(value) <= 1.7976931348623157e308
+        )
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    try:
+        return bool(shape(value))
+    except Exception:
+        return False  # a rule that cannot even look at it
 
 # %% ../nbs/00_core.ipynb #00-370dc298
-def conform(value,                     # what a file says
-            shape,                     # what it must look like
-            where: str = "the value",  # how errors call the place
-           ):                          # the same value
+def conform(
+    value,  # what a file says
+    shape,  # what it must look like
+    where: str = "the value",  # how errors call the place
+):  # the same value
     """Raises ValueError that names the place where something else stands than it must be.
 
     A shape is a type (`int` and `float` are no booleans, `float` is finite), `None`, a `Range`, a function value -> bool
     (its docstring says what it wants), a tuple of alternatives, `[shape]` for a list of these, or `{"key": shape, "key?": shape}`
     for an object with these keys (`?`: it may be missing). Further keys are allowed, unless the shape has `...: False`."""
-    def wrong(): return ValueError(f"{where} is {reprlib.repr(value)}; it must be {wanted(shape)}")
+
+    def wrong():
+        return ValueError(f"{where} is {reprlib.repr(value)}; it must be {wanted(shape)}")
+
     if isinstance(shape, tuple):
         errors = {}
         for i, one in enumerate(shape):
-            try: return conform(value, one, where)
-            except ValueError as error: errors[i] = error
-        near = [errors[i] for i, one in enumerate(shape) if isinstance(one, (list, dict)) and isinstance(value, type(one))]
+            try:
+                return conform(value, one, where)
+            except ValueError as error:
+                errors[i] = error
+        near = [
+            errors[i]
+            for i, one in enumerate(shape)
+            if isinstance(one, (list, dict)) and isinstance(value, type(one))
+        ]
         raise near[0] if len(near) == 1 else wrong()
     if isinstance(shape, list):
-        if not isinstance(value, (list, tuple)): raise wrong()
+        if not isinstance(value, (list, tuple)):
+            raise wrong()
         one = shape[0]
         for i, entry in enumerate(value):
-            if isinstance(one, (tuple, list, dict)) or not _fits(entry, one): conform(entry, one, f"{where}[{i}]")
+            if isinstance(one, (tuple, list, dict)) or not _fits(entry, one):
+                conform(entry, one, f"{where}[{i}]")
         return value
     if isinstance(shape, dict):
-        if not isinstance(value, dict): raise wrong()
+        if not isinstance(value, dict):
+            raise wrong()
         names = {key.removesuffix("?"): one for key, one in shape.items() if key is not ...}
         for name, one in names.items():
-            if name in value: conform(value[name], one, f"{where}.{name}")
-            elif name + "?" not in shape: raise ValueError(f"{where} has no {name!r}: {wanted(one)}")
+            if name in value:
+                conform(value[name], one, f"{where}.{name}")
+            elif name + "?" not in shape:
+                raise ValueError(f"{where} has no {name!r}: {wanted(one)}")
         if surplus := [key for key in value if key not in names and shape.get(..., True) is False]:
-            raise ValueError(f"{where} has an unknown key {reprlib.repr(surplus[0])}; it may have: {', '.join(names)}")
+            raise ValueError(
+                f"{where} has an unknown key {reprlib.repr(surplus[0])}; it may have: {', '.join(names)}"
+            )
         return value
-    if not _fits(value, shape): raise wrong()
+    if not _fits(value, shape):
+        raise wrong()
     return value
 
 # %% ../nbs/00_core.ipynb #00-caaa637e
 _COUNT, _SHARE, _WEIGHT = Range(1, 65536), Range(0, 1, float), Range(0, 1e6, float)
 _CHANNELS = Range(1, 1024)  # of latents: a VAE has square matrices of them
-_STEPS = Range(0, 10 ** 9)
+_STEPS = Range(0, 10**9)
+
 
 def _levels(value) -> bool:
     "a list of whole numbers, each 2 or more, their product below 2 ** 53"
-    return len(value) > 0 and all(_fits(v, Range(2, 65536)) for v in value) and math.prod(value) < 2 ** 53
+    return len(value) > 0 and all(_fits(v, Range(2, 65536)) for v in value) and math.prod(value) < 2**53
+
 
 def _widths(value) -> bool:
     "a list of 1 to 12 whole numbers in 1 .. 65536"
     return 1 <= len(value) <= 12 and all(_fits(v, _COUNT) for v in value)
 
-_TRUNK = dict(width=_COUNT, depth=Range(1, 1000), head_dim=_COUNT, mlp_ratio=Range(.01, 256, float))
+
+_TRUNK = dict(width=_COUNT, depth=Range(1, 1000), head_dim=_COUNT, mlp_ratio=Range(0.01, 256, float))
 LIMITS = {  # configuration: setting: its shape, see `conform`; a configuration stands for itself
-    VAEConfig: dict(in_channels=Range(1, 1000), latent_channels=_CHANNELS, channels=_widths, layers=Range(1, 100),
-                    stem=Range(1, 64), groups=_COUNT, attention=bool),
+    VAEConfig: dict(
+        in_channels=Range(1, 1000),
+        latent_channels=_CHANNELS,
+        channels=_widths,
+        layers=Range(1, 100),
+        stem=Range(1, 64),
+        groups=_COUNT,
+        attention=bool,
+    ),
     TrunkConfig: _TRUNK | dict(patch=_COUNT),
     TokenizerConfig: dict(
-        latent_channels=_CHANNELS, latent_size=_COUNT, registers=_COUNT, levels=_levels, encoder=TrunkConfig, decoder=TrunkConfig,
-        modulations=one_of(1, 2), max_timestep=Range(1e-6, 1e6, float), time_features=Range(2, 65536),
-        encoder_mask=one_of("causal_last", "causal", "full"), dropout_law=str, null_probability=_SHARE, time_law=str,
-        mode_scale=Range(-1, 1.75, float), sample_posterior=bool, zero_noise=_SHARE, norm_before_fsq=bool),
-    ARConfig: _TRUNK | dict(vocabulary=Range(1, 2 ** 31 - 1), length=_COUNT, classes=Range(1, 2 ** 24), class_dropout=_SHARE),
-    StageConfig: dict(steps=_STEPS, batch=Range(1, 2 ** 24), lr=Range(0, 1000, float), optimizer=one_of("adamw", "muon"),
-                      warmup=_STEPS, weight_decay=Range(0, 1000, float), clip=Range(0, 1e9, float), ema=_SHARE),
-    VAELossConfig: dict(l1=_WEIGHT, perceptual=_WEIGHT, kl=_WEIGHT, adversarial=_WEIGHT, adversarial_start=_SHARE,
-                        learned_logvar=bool),
-    EvalConfig: dict(images=_STEPS, samples=_STEPS, steps=Range(1, 100_000), guidance=Range(-1000, 1000, float),
-                     ar_guidance=Range(-1000, 1000, float), temperature=Range(0, 1000, float)),
-    Preset: dict(name=str, image_size=_COUNT, level=Range(1, 3), train_images=Range(1, 10 ** 12), vae=VAEConfig,
-                 tokenizer=TokenizerConfig, ar=ARConfig, vae_loss=VAELossConfig, train_vae=StageConfig,
-                 train_classifier=StageConfig, train_tokenizer=StageConfig, train_ar=StageConfig, evaluate=EvalConfig)}
+        latent_channels=_CHANNELS,
+        latent_size=_COUNT,
+        registers=_COUNT,
+        levels=_levels,
+        encoder=TrunkConfig,
+        decoder=TrunkConfig,
+        modulations=one_of(1, 2),
+        max_timestep=Range(1e-6, 1e6, float),
+        time_features=Range(2, 65536),
+        encoder_mask=one_of("causal_last", "causal", "full"),
+        dropout_law=str,
+        null_probability=_SHARE,
+        time_law=str,
+        mode_scale=Range(-1, 1.75, float),
+        sample_posterior=bool,
+        zero_noise=_SHARE,
+        norm_before_fsq=bool,
+    ),
+    ARConfig: _TRUNK
+    | dict(vocabulary=Range(1, 2**31 - 1), length=_COUNT, classes=Range(1, 2**24), class_dropout=_SHARE),
+    StageConfig: dict(
+        steps=_STEPS,
+        batch=Range(1, 2**24),
+        lr=Range(0, 1000, float),
+        optimizer=one_of("adamw", "muon"),
+        warmup=_STEPS,
+        weight_decay=Range(0, 1000, float),
+        clip=Range(0, 1e9, float),
+        ema=_SHARE,
+    ),
+    VAELossConfig: dict(
+        l1=_WEIGHT,
+        perceptual=_WEIGHT,
+        kl=_WEIGHT,
+        adversarial=_WEIGHT,
+        adversarial_start=_SHARE,
+        learned_logvar=bool,
+    ),
+    EvalConfig: dict(
+        images=_STEPS,
+        samples=_STEPS,
+        steps=Range(1, 100_000),
+        guidance=Range(-1000, 1000, float),
+        ar_guidance=Range(-1000, 1000, float),
+        temperature=Range(0, 1000, float),
+    ),
+    Preset: dict(
+        name=str,
+        image_size=_COUNT,
+        level=Range(1, 3),
+        train_images=Range(1, 10**12),
+        vae=VAEConfig,
+        tokenizer=TokenizerConfig,
+        ar=ARConfig,
+        vae_loss=VAELossConfig,
+        train_vae=StageConfig,
+        train_classifier=StageConfig,
+        train_tokenizer=StageConfig,
+        train_ar=StageConfig,
+        evaluate=EvalConfig,
+    ),
+}
 
 _NESTED = tuple(LIMITS)
+
 
 def _apart(config) -> str | None:  # which settings do not fit each other, in words
     c = config
     if isinstance(c, (TrunkConfig, ARConfig)) and c.width % c.head_dim:
         return f"width {c.width} is not a multiple of head_dim {c.head_dim}"
-    if isinstance(c, TrunkConfig) and c.width % 4: return f"width {c.width} is not divisible by 4"
+    if isinstance(c, TrunkConfig) and c.width % 4:
+        return f"width {c.width} is not divisible by 4"
     if isinstance(c, VAEConfig) and (odd := [w for w in c.channels if w % c.groups]):
         return f"groups {c.groups} does not divide channels {odd[0]}"
     if isinstance(c, TokenizerConfig):
-        if c.time_features % 2: return f"time_features {c.time_features} is odd"
+        if c.time_features % 2:
+            return f"time_features {c.time_features} is odd"
         if odd := [t.patch for t in (c.encoder, c.decoder) if c.latent_size % t.patch]:
             return f"latent_size {c.latent_size} is not a multiple of patch {odd[0]}"
     return None
+
 
 def check_limits(config, where: str = "") -> None:  # a configuration; how errors call it
     "Raises ValueError for a setting that cannot be, here or in a configuration inside, and for settings that do not fit each other."
     name = where or type(config).__name__
     for key, shape in LIMITS.get(type(config), {}).items():
-        if shape in _NESTED: check_limits(getattr(config, key), f"{name}.{key}")
-        else: conform(getattr(config, key), shape, f"{name}.{key}")
-    if apart := _apart(config): raise ValueError(f"{name}: {apart}")
+        if shape in _NESTED:
+            check_limits(getattr(config, key), f"{name}.{key}")
+        else:
+            conform(getattr(config, key), shape, f"{name}.{key}")
+    if apart := _apart(config):
+        raise ValueError(f"{name}: {apart}")
 
 # %% ../nbs/00_core.ipynb #00-f4e753a2
 def to_json(config) -> str:  # indented json
     "A configuration dataclass as json text."
     return json.dumps(asdict(config), indent=1)
+
 
 def from_dict(cls: type, values: dict):  # an instance of `cls`
     "Rebuild a configuration dataclass from a dictionary. Raises ValueError for keys that the class does not have, and for values that cannot be."
@@ -393,115 +635,180 @@ def from_dict(cls: type, values: dict):  # an instance of `cls`
     check_limits(config)
     return config
 
+
 def _build(cls: type, values, where: str):
-    if not isinstance(values, dict): raise ValueError(f"{where} is {reprlib.repr(values)}; it must be an object with settings")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {reprlib.repr(values)}; it must be an object with settings")
     known = {f.name: f for f in fields(cls)}
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise ValueError(f"{cls.__name__} has no setting {', '.join(map(reprlib.repr, unknown[:8]))}; it has: {', '.join(known)}")
-    if missing := [f.name for f in known.values() if f.name not in values and f.default is MISSING and f.default_factory is MISSING]:
+        raise ValueError(
+            f"{cls.__name__} has no setting {', '.join(map(reprlib.repr, unknown[:8]))}; it has: {', '.join(known)}"
+        )
+    if missing := [
+        f.name
+        for f in known.values()
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING
+    ]:
         raise ValueError(f"{cls.__name__} needs the setting {missing[0]!r}")
+
     def made(key, value):
         inner = LIMITS.get(cls, {}).get(key)
-        if inner in _NESTED: return value if isinstance(value, inner) else _build(inner, value, f"{where}.{key}")
+        if inner in _NESTED:
+            return value if isinstance(value, inner) else _build(inner, value, f"{where}.{key}")
         return tuple(value) if isinstance(value, list) else value
+
     return cls(**{key: made(key, value) for key, value in values.items()})
 
 # %% ../nbs/00_core.ipynb #00-bd57ef80
 def pick_device(name: str | torch.device = "auto") -> torch.device:  # the device
     "`auto` takes CUDA, then MPS, then the CPU. Raises ValueError if the named one is not there."
-    name, there = str(name), {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto": return torch.device(next(kind for kind, ok in there.items() if ok))
+    name, there = (
+        str(name),
+        {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True},
+    )
+    if name == "auto":
+        return torch.device(next(kind for kind, ok in there.items() if ok))
     kind = name.split(":")[0]
-    if not there.get(kind, False): raise ValueError(f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}")
-    try: return torch.device(name)
-    except RuntimeError as error: raise ValueError(f"device {name!r} is none: 'cuda', 'cuda:0', 'mps', 'cpu' or 'auto'") from error
+    if not there.get(kind, False):
+        raise ValueError(
+            f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}"
+        )
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is none: 'cuda', 'cuda:0', 'mps', 'cpu' or 'auto'") from error
+
 
 def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #00-48677cd3
 def plain(text) -> str:  # a name or message from somewhere else
     r"""The same on one line, printable everywhere: control characters, escape sequences, invisible and reversing marks as `\x1b` or `\u202e`,
     bytes that were no UTF-8 (Python keeps them as surrogates) as `\xe9`."""
+
     def shown(c: str) -> str:
-        if c.isprintable(): return c
+        if c.isprintable():
+            return c
         n = ord(c)
-        if 0xdc80 <= n <= 0xdcff: n -= 0xdc00  # a byte of a file name
+        if 0xDC80 <= n <= 0xDCFF:
+            n -= 0xDC00  # a byte of a file name
         return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
+
     return "".join(map(shown, str(text)))
 
+
 @functools.lru_cache(maxsize=8)
-def _glyphs(families: tuple[str, ...]) -> frozenset[int]:  # what matplotlib can draw with these fonts: code points
+def _glyphs(
+    families: tuple[str, ...],
+) -> frozenset[int]:  # what matplotlib can draw with these fonts: code points
     from matplotlib.font_manager import FontProperties, findfont, get_font
-    return frozenset().union(*(get_font(findfont(FontProperties(family=[f]))).get_charmap() for f in families))
+
+    return frozenset().union(
+        *(get_font(findfont(FontProperties(family=[f]))).get_charmap() for f in families)
+    )
+
 
 def drawable(text) -> str:  # a name from somewhere else
     r"""`plain`, and what none of matplotlib's fonts in use has is escaped as well (`\u4e2d`) instead of drawn as an empty box.
     It is never mathematics if the caller passes `parse_math=False` to matplotlib."""
     from matplotlib import rcParams
+
     families = rcParams["font.family"]
     known = _glyphs(tuple([families] if isinstance(families, str) else families))
+
     def shown(c: str) -> str:
         n = ord(c)
-        return c if n in known else f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}" if n < 0x10000 else f"\\U{n:08x}"
+        return (
+            c
+            if n in known
+            else f"\\x{n:02x}"
+            if n < 0x100
+            else f"\\u{n:04x}"
+            if n < 0x10000
+            else f"\\U{n:08x}"
+        )
+
     return "".join(map(shown, plain(text)))
 
-def _lines(title: str) -> str: return "\n".join(map(drawable, title.split("\n")))  # of several lines
+
+def _lines(title: str) -> str:
+    return "\n".join(map(drawable, title.split("\n")))  # of several lines
 
 # %% ../nbs/00_core.ipynb #00-5fd29900
-def to_uint8(images: Tensor  # images in [-1, 1]
-            ) -> Tensor:     # the same in 0 .. 255, uint8
+def to_uint8(
+    images: Tensor,  # images in [-1, 1]
+) -> Tensor:  # the same in 0 .. 255, uint8
     "Images in [-1, 1] as bytes; values outside are clipped."
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-def from_uint8(images: Tensor  # uint8 in 0 .. 255
-              ) -> Tensor:     # float32 in [-1, 1]
+
+def from_uint8(
+    images: Tensor,  # uint8 in 0 .. 255
+) -> Tensor:  # float32 in [-1, 1]
     "Bytes as images in [-1, 1]."
     return images.float() / 127.5 - 1
 
-def grid(images: Tensor,        # images (b c h w) in [-1, 1]
-         columns: int = 8,      # pictures a row
-         scale: int = 1,        # enlarge every pixel this many times
-         gap: int = 2,          # pixels between pictures
-        ) -> np.ndarray:        # one picture (height, width, 3), uint8
+
+def grid(
+    images: Tensor,  # images (b c h w) in [-1, 1]
+    columns: int = 8,  # pictures a row
+    scale: int = 1,  # enlarge every pixel this many times
+    gap: int = 2,  # pixels between pictures
+) -> np.ndarray:  # one picture (height, width, 3), uint8
     "A batch of images as one picture."
     images = to_uint8(images.cpu()).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    if images.shape[1] == 1: images = images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
     b, c, h, w = images.shape
     rows = -(-b // columns)
     sheet = torch.full((rows * columns, c, h + gap, w + gap), 255, dtype=torch.uint8)
     sheet[:b, :, :h, :w] = images
     sheet = rearrange(sheet, "(r q) c h w -> (r h) (q w) c", r=rows)
-    return sheet[:-gap or None, :-gap or None].numpy()
+    return sheet[: -gap or None, : -gap or None].numpy()
 
-def show(images: Tensor,       # images (b c h w) in [-1, 1]
-         columns: int = 8,     # pictures a row
-         scale: int = 2,       # enlarge every pixel this many times
-         title: str = "",      # written above, as it is: `$` is no mathematics
-        ) -> None:
+
+def show(
+    images: Tensor,  # images (b c h w) in [-1, 1]
+    columns: int = 8,  # pictures a row
+    scale: int = 2,  # enlarge every pixel this many times
+    title: str = "",  # written above, as it is: `$` is no mathematics
+) -> None:
     "Show a batch of images in a notebook."
     import matplotlib.pyplot as plt
+
     picture = grid(images, columns, scale)
-    fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + .3 * bool(title)), dpi=90)
-    plt.imshow(picture, interpolation="nearest"); plt.axis("off"); plt.title(_lines(title), fontsize=10, parse_math=False); plt.tight_layout(pad=.2); plt.show()
+    fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + 0.3 * bool(title)), dpi=90)
+    plt.imshow(picture, interpolation="nearest")
+    plt.axis("off")
+    plt.title(_lines(title), fontsize=10, parse_math=False)
+    plt.tight_layout(pad=0.2)
+    plt.show()
 
 # %% ../nbs/00_core.ipynb #00-0216657b
-def named_generator(*names  # anything that prints: strings, numbers
-                   ) -> torch.Generator:  # on the CPU
+def named_generator(
+    *names,  # anything that prints: strings, numbers
+) -> torch.Generator:  # on the CPU
     "A random generator for this purpose and no other: seeded by a hash of the names."
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-def noise_like(shape: tuple[int, ...],   # shape of one sample, for example (c, h, w)
-               seed: int,                # names the set of noises
-               indices,                  # iterable of ints: which samples
-               device=None,              # where the result goes; drawn on the CPU all the same
-               stream: str = "latents",  # what it is for: streams of different names are independent
-              ) -> Tensor:               # standard normal noise (len(indices), *shape), float32
+
+def noise_like(
+    shape: tuple[int, ...],  # shape of one sample, for example (c, h, w)
+    seed: int,  # names the set of noises
+    indices,  # iterable of ints: which samples
+    device=None,  # where the result goes; drawn on the CPU all the same
+    stream: str = "latents",  # what it is for: streams of different names are independent
+) -> Tensor:  # standard normal noise (len(indices), *shape), float32
     "One independent noise per (stream, seed, index): neither the batch size nor the device changes a picture."
-    return torch.stack([torch.randn(shape, generator=named_generator(stream, seed, int(i)), device="cpu") for i in indices]).to(device)
+    return torch.stack(
+        [torch.randn(shape, generator=named_generator(stream, seed, int(i)), device="cpu") for i in indices]
+    ).to(device)
 
 # %% ../nbs/00_core.ipynb #00-6203acdf
 def _temporary(path: Path) -> Path:  # a new, empty file beside `path`, as open(path, "w") would make it
@@ -510,9 +817,12 @@ def _temporary(path: Path) -> Path:  # a new, empty file beside `path`, as open(
     suffix = path.suffix if len(path.suffix) < 20 else ""
     while True:
         name = path.with_name(f".{start}.{secrets.token_hex(4)}{suffix}")
-        try: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))  # less what the umask forbids
-        except FileExistsError: continue
+        try:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))  # less what the umask forbids
+        except FileExistsError:
+            continue
         return name
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path):  # yields the temporary path to write to
@@ -524,86 +834,139 @@ def atomic(path: str | Path):  # yields the temporary path to write to
     mode = stat.S_IMODE((path if path.is_file() else temporary).stat().st_mode)
     try:
         yield temporary
-        with open(temporary, "rb+") as f: os.fsync(f.fileno())
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
         os.chmod(temporary, mode)  # safetensors puts a file of its own in the place of ours, for us alone
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", None)):
+        if error.filename is None and error.errno in (
+            errno.ENOSPC,
+            errno.EFBIG,
+            errno.EIO,
+            getattr(errno, "EDQUOT", None),
+        ):
             error.filename = str(path)
         raise
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+
 
 def write_text(path: str | Path, text: str) -> None:
     "Write a text file, whole or not at all."
     # a name that was no UTF-8 becomes an escape: in json one that reads back
-    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00_core.ipynb #00-9199e6b4
-def weights_hash(module: nn.Module | dict  # a module or a state dict
-                ) -> str:                  # 16 hexadecimal digits
+def weights_hash(
+    module: nn.Module | dict,  # a module or a state dict
+) -> str:  # 16 hexadecimal digits
     "A short name for the exact weights: equal weights have equal hashes, whatever device they are on."
     state = module.state_dict() if isinstance(module, nn.Module) else module
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()); digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def save_model(folder: str | Path,   # where `model.safetensors` and `config.json` go
-               model: nn.Module | dict,  # the weights: a module, or a state dict
-               config,               # its configuration dataclass
-               **facts,              # anything json can hold: seed, losses, hashes, …
-              ) -> None:
+
+def save_model(
+    folder: str | Path,  # where `model.safetensors` and `config.json` go
+    model: nn.Module | dict,  # the weights: a module, or a state dict
+    config,  # its configuration dataclass
+    **facts,  # anything json can hold: seed, losses, hashes, …
+) -> None:
     "Weights and configuration side by side. The configuration is written last: where it exists, the folder is complete. Raises OSError that names the file."
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (model.state_dict() if isinstance(model, nn.Module) else model).items()}
+
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in (model.state_dict() if isinstance(model, nn.Module) else model).items()
+    }
     file = Path(folder) / "model.safetensors"
     with atomic(file) as temporary:
-        try: save_file(state, temporary, metadata={"format": "pt"})
+        try:
+            save_file(state, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(f"{file} could not be written: {' '.join(str(error).split())[:200]}") from error
-    write_text(Path(folder) / "config.json", json.dumps({"config": asdict(config), "weights": weights_hash(state), **facts}, indent=1))
+    write_text(
+        Path(folder) / "config.json",
+        json.dumps({"config": asdict(config), "weights": weights_hash(state), **facts}, indent=1),
+    )
 
 # %% ../nbs/00_core.ipynb #00-e320bf3d
 _ALWAYS = object()  # has no value that changes nothing: it is always said
 IDENTITY = {  # FROZEN. configuration: (its name, {name of a setting in identities: (where it stands today, the value that stays unsaid)})
-    VAEConfig: ("vae", {
-        "in_channels": ("in_channels", _ALWAYS), "latent_channels": ("latent_channels", _ALWAYS), "channels": ("channels", _ALWAYS),
-        "stem": ("stem", 1), "groups": ("groups", _ALWAYS), "attention": ("attention", True)}),
-    TokenizerConfig: ("tokenizer", {
-        "latent_channels": ("latent_channels", _ALWAYS), "latent_size": ("latent_size", _ALWAYS),
-        "registers": ("registers", _ALWAYS), "levels": ("levels", _ALWAYS),
-        "encoder.patch": ("encoder.patch", _ALWAYS), "encoder.head_dim": ("encoder.head_dim", _ALWAYS),
-        "decoder.patch": ("decoder.patch", _ALWAYS), "decoder.head_dim": ("decoder.head_dim", _ALWAYS),
-        "encoder_mask": ("encoder_mask", "causal_last"), "max_timestep": ("max_timestep", 1.), "modulations": ("modulations", 2)}),
-    ARConfig: ("ar", {"classes": ("classes", _ALWAYS), "head_dim": ("head_dim", _ALWAYS)})}
+    VAEConfig: (
+        "vae",
+        {
+            "in_channels": ("in_channels", _ALWAYS),
+            "latent_channels": ("latent_channels", _ALWAYS),
+            "channels": ("channels", _ALWAYS),
+            "stem": ("stem", 1),
+            "groups": ("groups", _ALWAYS),
+            "attention": ("attention", True),
+        },
+    ),
+    TokenizerConfig: (
+        "tokenizer",
+        {
+            "latent_channels": ("latent_channels", _ALWAYS),
+            "latent_size": ("latent_size", _ALWAYS),
+            "registers": ("registers", _ALWAYS),
+            "levels": ("levels", _ALWAYS),
+            "encoder.patch": ("encoder.patch", _ALWAYS),
+            "encoder.head_dim": ("encoder.head_dim", _ALWAYS),
+            "decoder.patch": ("decoder.patch", _ALWAYS),
+            "decoder.head_dim": ("decoder.head_dim", _ALWAYS),
+            "encoder_mask": ("encoder_mask", "causal_last"),
+            "max_timestep": ("max_timestep", 1.0),
+            "modulations": ("modulations", 2),
+        },
+    ),
+    ARConfig: ("ar", {"classes": ("classes", _ALWAYS), "head_dim": ("head_dim", _ALWAYS)}),
+}
 
-def canonical(config) -> dict:  # {name: {setting: value}}, ready for json; empty for a configuration that decides nothing
+
+def canonical(
+    config,
+) -> dict:  # {name: {setting: value}}, ready for json; empty for a configuration that decides nothing
     "What an identity says of a configuration: only what changes what weights compute or mean, under names that never change."
-    if type(config) not in IDENTITY: return {}
+    if type(config) not in IDENTITY:
+        return {}
     name, settings = IDENTITY[type(config)]
     found = {key: functools.reduce(getattr, place.split("."), config) for key, (place, _) in settings.items()}
-    said = {key: list(v) if isinstance(v, tuple) else float(v) if isinstance(settings[key][1], float) else v
-            for key, v in found.items() if v != settings[key][1]}
+    said = {
+        key: list(v) if isinstance(v, tuple) else float(v) if isinstance(settings[key][1], float) else v
+        for key, v in found.items()
+        if v != settings[key][1]
+    }
     return {name: said}
 
-def meaning(model: nn.Module  # a model with a `config`; a tokenizer may have a `vae`
-           ) -> dict:          # {"tokenizer": {setting: value}, "vae": …}, ready for json
+
+def meaning(
+    model: nn.Module,  # a model with a `config`; a tokenizer may have a `vae`
+) -> dict:  # {"tokenizer": {setting: value}, "vae": …}, ready for json
     "What the weights mean: the `canonical` configuration, also of the VAE inside. Rounding weights to another precision does not change it."
     vae = getattr(model, "vae", None)
     return canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
 
-def identity_of(weights: str,   # a weights hash
-                means: dict,    # a `meaning`
-               ) -> str:        # 16 hexadecimal digits
+
+def identity_of(
+    weights: str,  # a weights hash
+    means: dict,  # a `meaning`
+) -> str:  # 16 hexadecimal digits
     "The identity of a model of which only these two are known."
     text = json.dumps({"weights": weights, **means}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-def identity(model: nn.Module,            # a model with a `config`; a tokenizer may have a `vae`
-             weights: str | None = None,  # its `weights_hash`, if that is known
-            ) -> str:                     # 16 hexadecimal digits
+
+def identity(
+    model: nn.Module,  # a model with a `config`; a tokenizer may have a `vae`
+    weights: str | None = None,  # its `weights_hash`, if that is known
+) -> str:  # 16 hexadecimal digits
     "A short name for exactly these weights with exactly this meaning."
     return identity_of(weights or weights_hash(model), meaning(model))
 
@@ -612,120 +975,207 @@ def identity(model: nn.Module,            # a model with a `config`; a tokenizer
 def _opened(path: Path):  # an open safetensors file
     "Raises ValueError, in words, for whatever is none."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(path, "pt") as file: yield file
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, ValueError, OverflowError, TypeError, RuntimeError, MemoryError) as error:
-        with open(path, "rb") as file: start = file.read(64)
+        with open(path, "rb") as file:
+            start = file.read(64)
         _no_pointer(path, start)
         if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise ValueError(f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file") from None
-        raise ValueError(f"{path} is damaged (truncated or altered) or no safetensors file: {plain(' '.join(str(error).split())[:200])}. Restore it, or make it again") from error
+            raise ValueError(
+                f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file"
+            ) from None
+        raise ValueError(
+            f"{path} is damaged (truncated or altered) or no safetensors file: {plain(' '.join(str(error).split())[:200])}. Restore it, or make it again"
+        ) from error
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-           "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
-def tensor_header(path: str | Path,  # a safetensors file
-                 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def tensor_header(
+    path: str | Path,  # a safetensors file
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata
     "What a file of weights says of itself, without reading a weight. Raises ValueError for a file that is damaged, or none."
     with _opened(Path(path)) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         found = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        return {name: (_DTYPES.get(kind, kind.lower()), shape) for name, (kind, shape) in found.items()}, file.metadata() or {}
+        return {
+            name: (_DTYPES.get(kind, kind.lower()), shape) for name, (kind, shape) in found.items()
+        }, file.metadata() or {}
 
-def read_tensors(path: str | Path,  # a safetensors file
-                ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
+
+def read_tensors(
+    path: str | Path,  # a safetensors file
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
     "A safetensors file. Raises ValueError for anything else, without looking further into it."
-    with _opened(Path(path)) as file: return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    with _opened(Path(path)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
-def fit_header(header: dict[str, tuple[str, tuple[int, ...]]],  # tensor: (dtype, shape), as `tensor_header` finds them
-               shapes: dict[str, tuple[int, ...]],              # name: shape of what is needed
-               where,                                           # how errors call the file
-               whole: set[str] = frozenset(),                   # names of tensors of whole numbers; the others are real
-              ) -> None:
+
+def fit_header(
+    header: dict[str, tuple[str, tuple[int, ...]]],  # tensor: (dtype, shape), as `tensor_header` finds them
+    shapes: dict[str, tuple[int, ...]],  # name: shape of what is needed
+    where,  # how errors call the file
+    whole: set[str] = frozenset(),  # names of tensors of whole numbers; the others are real
+) -> None:
     "Raises ValueError naming the first missing, surplus or misshapen tensor."
-    def some(names): return ", ".join(repr(n)[:200] for n in sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    if missing := shapes.keys() - header.keys(): raise ValueError(f"{where}: missing tensors {some(missing)}")
-    if surplus := header.keys() - shapes.keys(): raise ValueError(f"{where}: surplus tensors {some(surplus)}, for which the configuration has no place")
+
+    def some(names):
+        return ", ".join(repr(n)[:200] for n in sorted(names)[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else ""
+        )
+
+    if missing := shapes.keys() - header.keys():
+        raise ValueError(f"{where}: missing tensors {some(missing)}")
+    if surplus := header.keys() - shapes.keys():
+        raise ValueError(
+            f"{where}: surplus tensors {some(surplus)}, for which the configuration has no place"
+        )
     for name, shape in shapes.items():
         kind, found = header[name]
-        if found != tuple(shape): raise ValueError(f"{where}: tensor {name!r} has shape {found}, but the configuration says {tuple(shape)} (size mismatch)")
+        if found != tuple(shape):
+            raise ValueError(
+                f"{where}: tensor {name!r} has shape {found}, but the configuration says {tuple(shape)} (size mismatch)"
+            )
         if kind.startswith(("f", "bf")) == (name in whole):
-            raise ValueError(f"{where}: tensor {name!r} holds {kind}, not {'whole' if name in whole else 'real'} numbers")
+            raise ValueError(
+                f"{where}: tensor {name!r} holds {kind}, not {'whole' if name in whole else 'real'} numbers"
+            )
 
 # %% ../nbs/00_core.ipynb #00-929d343b
 def _blocks(config) -> int:  # how many layers it asks for, at least: where it is many, each has a tensor
-    if isinstance(config, VAEConfig): return config.layers * len(config.channels)
-    if isinstance(config, TokenizerConfig): return config.encoder.depth + config.decoder.depth
+    if isinstance(config, VAEConfig):
+        return config.layers * len(config.channels)
+    if isinstance(config, TokenizerConfig):
+        return config.encoder.depth + config.decoder.depth
     return config.depth if isinstance(config, (ARConfig, TrunkConfig)) else 0
 
-_ELEMENTWISE = frozenset("""add radd sub rsub mul rmul div rdiv truediv rtruediv mod remainder pow rpow eq exp sin cos floor atanh erfinv where
-    clamp reciprocal cumprod normal uniform fill zero""".split())
+
+_ELEMENTWISE = frozenset(
+    """add radd sub rsub mul rmul div rdiv truediv rtruediv mod remainder pow rpow eq exp sin cos floor atanh erfinv where
+    clamp reciprocal cumprod normal uniform fill zero""".split()
+)
+
 
 class _ShapesOnly(TorchFunctionMode):
     "Arithmetic on `meta` has shapes and no values. PyTorch would load sympy and its compiler to find them (two seconds, 70 MB)."
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name.strip("_") in _ELEMENTWISE:
-            if name.endswith("_") and not name.startswith("_"): return args[0] if args else kwargs["tensor"]
+            if name.endswith("_") and not name.startswith("_"):
+                return args[0] if args else kwargs["tensor"]
             return torch.empty(np.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))))
         if func is torch.cat:
             shape, dim = list(args[0][0].shape), args[1] if len(args) > 1 else kwargs.get("dim", 0)
             shape[dim] = sum(a.shape[dim] for a in args[0])
             return torch.empty(shape)
-        if func is torch.randn: func = torch.empty
-        if func is torch.arange and len(args) == 1 and isinstance(args[0], int): func, kwargs = torch.empty, {"dtype": torch.int64} | kwargs
+        if func is torch.randn:
+            func = torch.empty
+        if func is torch.arange and len(args) == 1 and isinstance(args[0], int):
+            func, kwargs = torch.empty, {"dtype": torch.int64} | kwargs
         return func(*args, **kwargs)
 
-def on_meta(build: Callable,   # configuration -> model
-            config,
-            where,             # how errors call the place
-           ) -> nn.Module:     # the model, with shapes and without memory
+
+def on_meta(
+    build: Callable,  # configuration -> model
+    config,
+    where,  # how errors call the place
+) -> nn.Module:  # the model, with shapes and without memory
     "Build without allocating. Raises ValueError for sizes that the model cannot have."
     try:
         with torch.device("meta"), _ShapesOnly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when it is built for real
             return build(config)
-    except (ValueError, RuntimeError, TypeError, OverflowError, ZeroDivisionError, AssertionError, MemoryError) as error:
-        raise ValueError(f"{where}: sizes that this model cannot have: {' '.join(str(error).split())[:200]}") from error
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        OverflowError,
+        ZeroDivisionError,
+        AssertionError,
+        MemoryError,
+    ) as error:
+        raise ValueError(
+            f"{where}: sizes that this model cannot have: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 # %% ../nbs/00_core.ipynb #00-762fc88f
 def _hash(value) -> bool:
     "a hash: 16 hexadecimal digits"
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
-_FACTS = {"config": dict, "weights": _hash, **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
-          "terms?": (str, None), "classes?": ([str], None),
-          **{f"{key}?": (dict, None) for key in ("stage", "vae_means", "tokenizer_means")}}
+
+_FACTS = {
+    "config": dict,
+    "weights": _hash,
+    **{f"{key}?": (_hash, None) for key in ("vae", "loaded", "tokenizer", "tokenizer_identity")},
+    "terms?": (str, None),
+    "classes?": ([str], None),
+    **{f"{key}?": (dict, None) for key in ("stage", "vae_means", "tokenizer_means")},
+}
+
 
 def _check_fit(build: Callable, config, file: Path) -> None:
     "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."
     header, _ = tensor_header(file)
     fits = f"{file}: the weights do not fit the model that config.json describes"
-    if _blocks(config) > max(64, len(header)): raise ValueError(f"{fits}: it has {_blocks(config)} blocks, and here are {len(header)} tensors")
+    if _blocks(config) > max(64, len(header)):
+        raise ValueError(f"{fits}: it has {_blocks(config)} blocks, and here are {len(header)} tensors")
     state = on_meta(build, config, file.parent / "config.json").state_dict()
-    fit_header(header, {n: tuple(w.shape) for n, w in state.items()}, fits, {n for n, w in state.items() if not w.is_floating_point()})
+    fit_header(
+        header,
+        {n: tuple(w.shape) for n, w in state.items()},
+        fits,
+        {n for n, w in state.items() if not w.is_floating_point()},
+    )
 
-def load_model(folder: str | Path,   # a folder written by `save_model`
-               build: Callable,      # configuration -> model
-               cls: type,            # class of the configuration
-              ) -> tuple[nn.Module, dict]:  # the model in eval mode, and what `config.json` says
+
+def load_model(
+    folder: str | Path,  # a folder written by `save_model`
+    build: Callable,  # configuration -> model
+    cls: type,  # class of the configuration
+) -> tuple[nn.Module, dict]:  # the model in eval mode, and what `config.json` says
     "Read what `save_model` wrote. Raises FileNotFoundError, or ValueError if weights and configuration do not belong together."
     folder = Path(folder)
     described, file = folder / "config.json", folder / "model.safetensors"
     for place in (described, file):
-        if not place.exists(): raise FileNotFoundError(f"{place} is missing: {folder} holds no finished model")
-    facts = read_json(described, "configuration", 2 ** 22)
+        if not place.exists():
+            raise FileNotFoundError(f"{place} is missing: {folder} holds no finished model")
+    facts = read_json(described, "configuration", 2**22)
     if not isinstance(facts, dict) or not {"config", "weights"} <= facts.keys():
-        raise ValueError(f"{described} was not written by this package (a released FlexTok or VAE? use load_flextok or load_vae of room 13)")
+        raise ValueError(
+            f"{described} was not written by this package (a released FlexTok or VAE? use load_flextok or load_vae of room 13)"
+        )
     conform(facts, _FACTS, str(described))
-    try: config = from_dict(cls, facts["config"])
-    except ValueError as error: raise ValueError(f"{described}: {error}") from error
+    try:
+        config = from_dict(cls, facts["config"])
+    except ValueError as error:
+        raise ValueError(f"{described}: {error}") from error
     _check_fit(build, config, file)
     state, model = read_tensors(file)[0], build(config)
     if (found := weights_hash(state)) != facts["weights"]:
-        raise ValueError(f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights']})")
+        raise ValueError(
+            f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights']})"
+        )
     if bad := [name for name, w in state.items() if not torch.isfinite(w).all()]:
-        raise ValueError(f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use")
+        raise ValueError(
+            f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use"
+        )
     model.load_state_dict(state)
     return model.eval(), facts
 
@@ -733,66 +1183,124 @@ def load_model(folder: str | Path,   # a folder written by `save_model`
 def shipped_models() -> dict[str, Path]:  # name -> folder
     "The trained models that come with the package."
     zoo = Path(str(files("flextok_edu"))) / "zoo"
-    return {f.name: f for f in sorted(zoo.iterdir()) if f.is_dir() and not f.name.startswith(".")} if zoo.is_dir() else {}
+    return (
+        {f.name: f for f in sorted(zoo.iterdir()) if f.is_dir() and not f.name.startswith(".")}
+        if zoo.is_dir()
+        else {}
+    )
 
-def belongs(folder: Path,  # of a model that needs another one
-            part: str,     # what the other one is to it: "vae"
-            other: Path,   # its folder
-           ) -> bool:
+
+def belongs(
+    folder: Path,  # of a model that needs another one
+    part: str,  # what the other one is to it: "vae"
+    other: Path,  # its folder
+) -> bool:
     "Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations. What cannot be read belongs to nobody (and loading it says why)."
-    def facts(f):
-        try: found = read_json(f / "config.json", "configuration", 2 ** 22)
-        except (OSError, ValueError): return {}
-        return found if isinstance(found, dict) else {}
-    own, its = facts(folder), facts(other)
-    return own.get(part) is not None and own[part] in (its.get("weights"), its.get("loaded"))  # "loaded": of half-precision files, the hash of what they become in memory
 
-def hub_folder(name: str | Path,   # a folder on this machine, or the name of a hub repository (owner/name)
-               allow_patterns=("config.json", "model.safetensors"),  # which files; nothing else is fetched
-              **options,          # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
-              ) -> Path:           # the folder
+    def facts(f):
+        try:
+            found = read_json(f / "config.json", "configuration", 2**22)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    own, its = facts(folder), facts(other)
+    return own.get(part) is not None and own[part] in (
+        its.get("weights"),
+        its.get("loaded"),
+    )  # "loaded": of half-precision files, the hash of what they become in memory
+
+
+def hub_folder(
+    name: str | Path,  # a folder on this machine, or the name of a hub repository (owner/name)
+    allow_patterns=("config.json", "model.safetensors"),  # which files; nothing else is fetched
+    **options,  # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
+) -> Path:  # the folder
     "Where a model lies on this machine, after a download if need be. Raises FileNotFoundError, with advice, if there is none."
     from huggingface_hub import snapshot_download
+
     path = Path(name).expanduser()
-    if path.is_dir(): return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)): raise FileNotFoundError(f"{name} is no folder here, no model that comes with the package ({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) either")
-    try: return Path(snapshot_download(str(name), allow_patterns=list(allow_patterns), **options))
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise FileNotFoundError(
+            f"{name} is no folder here, no model that comes with the package ({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) either"
+        )
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(allow_patterns), **options))
     except Exception as error:
-        raise FileNotFoundError(f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
-                                f"Or fetch it elsewhere (hf download {name}) and pass its folder") from error
+        raise FileNotFoundError(
+            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
+            f"Or fetch it elsewhere (hf download {name}) and pass its folder"
+        ) from error
 
 # %% ../nbs/00_core.ipynb #00-dda97b2a
-class Pretrained(ModelHubMixin, library_name="flextok_edu", license="apache-2.0", pipeline_tag="image-to-image", tags=["flextok"]):
+class Pretrained(
+    ModelHubMixin,
+    library_name="flextok_edu",
+    license="apache-2.0",
+    pipeline_tag="image-to-image",
+    tags=["flextok"],
+):
     "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
+
     terms: str | None = None  # conditions that come with the weights
-    part = ""                 # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
+    part = ""  # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
     needs = ("config.json", "model.safetensors")  # files of a repository that are fetched
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
-                        *, device="cpu",               # where the model goes; "auto" takes the GPU
-                        revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None,  # as everywhere on the hub
-                        force_download: bool = False, local_files_only: bool = False,
-                        **options,                     # of the model: `vae=` of a FlexTok, `tokenizer=` of an ARModel
-                       ):                              # the model, eval mode
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str
+        | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
+        *,
+        device="cpu",  # where the model goes; "auto" takes the GPU
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,  # as everywhere on the hub
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **options,  # of the model: `vae=` of a FlexTok, `tokenizer=` of an ARModel
+    ):  # the model, eval mode
         "Read what `save_pretrained` wrote. Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is damaged."
-        shipped = shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None  # "tiny" is shipped, "./tiny" a folder
-        if shipped and not (shipped / cls.part).is_dir(): raise FileNotFoundError(f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}")
-        folder = shipped / cls.part if shipped else hub_folder(pretrained_model_name_or_path, cls.needs, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+        shipped = (
+            shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None
+        )  # "tiny" is shipped, "./tiny" a folder
+        if shipped and not (shipped / cls.part).is_dir():
+            raise FileNotFoundError(
+                f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}"
+            )
+        folder = (
+            shipped / cls.part
+            if shipped
+            else hub_folder(
+                pretrained_model_name_or_path,
+                cls.needs,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        )
         model = cls._load_pretrained(folder, **options)
-        if model.terms: print(plain(model.terms[:1000]))
+        if model.terms:
+            print(plain(model.terms[:1000]))
         return model.to(pick_device(str(device))).eval()
 
     def generate_model_card(self, *args, **kwargs):
         "The mixin's card, with the terms."
         card = super().generate_model_card(*args, **kwargs)
-        if self.terms: card.data.license, card.data.license_name = "other", "research-use-only"; card.text += f"\n\n**{html.escape(plain(self.terms[:1000]), quote=False)}**\n"
+        if self.terms:
+            card.data.license, card.data.license_name = "other", "research-use-only"
+            card.text += f"\n\n**{html.escape(plain(self.terms[:1000]), quote=False)}**\n"
         return card
 
 # %% ../nbs/00_core.ipynb #00-fca26f32
 class EMA:
     "Exponential moving average of parameters, with warm-up: decay_n = min(decay, (1 + n) / (10 + n))."
-    def __init__(self, parameters, decay: float = .999):  # parameters: an iterable of them, or a module
+
+    def __init__(self, parameters, decay: float = 0.999):  # parameters: an iterable of them, or a module
         parameters = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
         self.average = [p.detach().clone() for p in self.parameters]
@@ -807,105 +1315,164 @@ class EMA:
     @torch.no_grad()
     def apply(self) -> None:
         "Write the average into the parameters. (The unaveraged weights are lost: do this when training is over.)"
-        for p, a in zip(self.parameters, self.average, strict=True): p.copy_(a)
+        for p, a in zip(self.parameters, self.average, strict=True):
+            p.copy_(a)
+
 
 def schedule(step: int, steps: int, warmup: int) -> float:  # factor on the peak learning rate, 0 .. 1
     "Linear warm-up, then a cosine down to a hundredth."
     warmup = min(warmup, max(1, steps // 5))
-    if step < warmup: return (step + 1) / warmup
-    return .01 + .99 * .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 # %% ../nbs/00_core.ipynb #00-51b8e2a7
-def orthogonalise(x: Tensor,       # matrices (m r c)
-                  a: float = 3.4445, b: float = -4.775, c: float = 2.0315,  # of the polynomial a s + b s^3 + c s^5
-                  steps: int = 5,  # times that it is applied
-                 ) -> Tensor:      # (m r c): the same singular vectors, singular values between about .7 and 1.2
+def orthogonalise(
+    x: Tensor,  # matrices (m r c)
+    a: float = 3.4445,
+    b: float = -4.775,
+    c: float = 2.0315,  # of the polynomial a s + b s^3 + c s^5
+    steps: int = 5,  # times that it is applied
+) -> Tensor:  # (m r c): the same singular vectors, singular values between about .7 and 1.2
     "Matrices made nearly orthogonal by a Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x                                          # the smaller side first: smaller products
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)         # no singular value above 1
+    x = x.mT if tall else x  # the smaller side first: smaller products
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 # %% ../nbs/00_core.ipynb #00-3f7c81b9
-def _with_bfloat16(device: torch.device) -> bool: return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def _with_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
 
 class Muon(torch.optim.Muon):
     "PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is emulated; filters (out in h w) count as matrices (out, in h w)."
-    divided = staticmethod(lambda work, matrices: work(matrices))  # who does which matrices: here one process does all of them; room 11 deals them out
+
+    divided = staticmethod(
+        lambda work, matrices: work(matrices)
+    )  # who does which matrices: here one process does all of them; room 11 deals them out
+
     def __init__(self, params, **options):
         super().__init__([{"params": []}], **options)  # its own check knows nothing of filters
-        params = list(params); self.param_groups.clear()
-        for group in params if params and isinstance(params[0], dict) else [{"params": params}]: self.add_param_group(group)
-        if flat := [p.shape for group in self.param_groups for p in group["params"] if p.ndim < 2]: raise ValueError(f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW")
+        params = list(params)
+        self.param_groups.clear()
+        for group in params if params and isinstance(params[0], dict) else [{"params": params}]:
+            self.add_param_group(group)
+        if flat := [p.shape for group in self.param_groups for p in group["params"] if p.ndim < 2]:
+            raise ValueError(
+                f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None
         if closure is not None:
-            with torch.enable_grad(): loss = closure()
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             shapes: dict[tuple, list] = {}
             for w in group["params"]:
-                if w.grad is not None: shapes.setdefault((tuple(w.shape), w.device), []).append(w)
-            for weights in shapes.values(): self._move(group, weights)
+                if w.grad is not None:
+                    shapes.setdefault((tuple(w.shape), w.device), []).append(w)
+            for weights in shapes.values():
+                self._move(group, weights)
         return loss
 
     def _move(self, group: dict, weights: list[nn.Parameter]) -> None:  # weights of one shape
         for w in weights:
-            if "momentum_buffer" not in self.state[w]: self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
         averages = [self.state[w]["momentum_buffer"] for w in weights]
-        for average, w in zip(averages, weights): average.lerp_(w.grad, 1 - group["momentum"])
-        updates = [w.grad.lerp(average, group["momentum"]) if group["nesterov"] else average for average, w in zip(averages, weights)]
-        whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]).flatten(2)  # (m r c); slices of several processes (room 11) are gathered
-        level = self.divided(lambda x: orthogonalise(x, *group["ns_coefficients"], group["ns_steps"]), whole.bfloat16() if _with_bfloat16(whole.device) else whole.float())
+        for average, w in zip(averages, weights):
+            average.lerp_(w.grad, 1 - group["momentum"])
+        updates = [
+            w.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+            for average, w in zip(averages, weights)
+        ]
+        whole = torch.stack([u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]).flatten(
+            2
+        )  # (m r c); slices of several processes (room 11) are gathered
+        level = self.divided(
+            lambda x: orthogonalise(x, *group["ns_coefficients"], group["ns_steps"]),
+            whole.bfloat16() if _with_bfloat16(whole.device) else whole.float(),
+        )
         r, c = whole.shape[1:]
-        size = {"match_rms_adamw": .2 * math.sqrt(max(r, c)), "spectral_unclamped": math.sqrt(r / c)}.get(group["adjust_lr_fn"], math.sqrt(max(1, r / c)))
+        size = {"match_rms_adamw": 0.2 * math.sqrt(max(r, c)), "spectral_unclamped": math.sqrt(r / c)}.get(
+            group["adjust_lr_fn"], math.sqrt(max(1, r / c))
+        )
         for w, u in zip(weights, level):
             u = u.view(w.shape)
             if hasattr(w, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
+
                 u = distribute_tensor(u.to(w.dtype), w.device_mesh, w.placements)
             w.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * size)
 
 # %% ../nbs/00_core.ipynb #00-b6e31d58
-def make_optimizers(named_parameters,  # pairs (name, parameter)
-                    config: StageConfig,
-                   ) -> list[torch.optim.Optimizer]:  # one or two optimisers
+def make_optimizers(
+    named_parameters,  # pairs (name, parameter)
+    config: StageConfig,
+) -> list[torch.optim.Optimizer]:  # one or two optimisers
     "AdamW for everything, or Muon for the matrices and filters of hidden layers and AdamW for the rest (Muon suits hidden weights only)."
     named = [(n, p) for n, p in named_parameters if p.requires_grad]
     # hidden: the transformers' blocks, the autoencoder's levels and middle; a leading dot makes "blocks.0…" and "encoder.blocks.0…" look alike
     hidden = lambda name: any(part in "." + name for part in (".blocks.", ".levels.", ".middle."))
     matrices = [p for n, p in named if p.ndim >= 2 and hidden(n)] if config.optimizer == "muon" else []
-    if config.optimizer not in ("adamw", "muon"): raise ValueError(f"optimizer {config.optimizer!r}: use 'adamw' or 'muon'")
+    if config.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer {config.optimizer!r}: use 'adamw' or 'muon'")
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.}]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
     fused = all(p.device.type in ("cuda", "cpu") for p in rest)  # one kernel for all weights
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(.9, .95), fused=fused)
-    return [adamw] + ([Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=fused
+    )
+    return [adamw] + (
+        [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if matrices
+        else []
+    )
 
 # %% ../nbs/00_core.ipynb #00-5ed3d9c6
 class Deal:
     "Which items belong to which step, and which of them to which process: all of it a function of (seed, step)."
-    def __init__(self,
-                 length: int,      # items that there are
-                 batch: int,       # items a step, over all processes
-                 make: Callable[[Tensor, Tensor, int], object],  # (items (m,), their places in the batch (m,), step) -> what the loss takes
-                 seed: int = 0):   # names the order
-        if length < 1: raise ValueError("there is nothing to make batches of: 0 items")
-        self.length, self.batch, self.make, self.seed, self.step, self._epochs = length, batch, make, seed, 0, {}
+
+    def __init__(
+        self,
+        length: int,  # items that there are
+        batch: int,  # items a step, over all processes
+        make: Callable[
+            [Tensor, Tensor, int], object
+        ],  # (items (m,), their places in the batch (m,), step) -> what the loss takes
+        seed: int = 0,
+    ):  # names the order
+        if length < 1:
+            raise ValueError("there is nothing to make batches of: 0 items")
+        self.length, self.batch, self.make, self.seed, self.step, self._epochs = (
+            length,
+            batch,
+            make,
+            seed,
+            0,
+            {},
+        )
 
     def _epoch(self, number: int) -> Tensor:  # (length,): the order of one epoch
         if number not in self._epochs:
-            if len(self._epochs) > 3: self._epochs.clear()
-            self._epochs[number] = torch.randperm(self.length, generator=named_generator(self.seed, "order", number), device="cpu")
+            if len(self._epochs) > 3:
+                self._epochs.clear()
+            self._epochs[number] = torch.randperm(
+                self.length, generator=named_generator(self.seed, "order", number), device="cpu"
+            )
         return self._epochs[number]
 
-    def rows(self, step: int) -> Tensor:    # (batch,) int64
+    def rows(self, step: int) -> Tensor:  # (batch,) int64
         "The items of a step. Epochs follow each other without a gap, each in its own order."
         at = torch.arange(step * self.batch, (step + 1) * self.batch, device="cpu")
         epochs = at // self.length
@@ -915,27 +1482,43 @@ class Deal:
         "In which order the places of the batch are dealt to processes and micro-batches."
         return torch.arange(self.batch, device="cpu")
 
-    def dealt(self, step: int,
-              rank: int = 0, world: int = 1,  # this process, of so many
-              micro: int = 1,                 # micro-batches a process
-             ) -> list[Tensor]:               # the places that it gets, one tensor (m,) a micro-batch
+    def dealt(
+        self,
+        step: int,
+        rank: int = 0,
+        world: int = 1,  # this process, of so many
+        micro: int = 1,  # micro-batches a process
+    ) -> list[Tensor]:  # the places that it gets, one tensor (m,) a micro-batch
         "This process's share. Over all processes and micro-batches every place is dealt once."
-        if self.batch < world * micro: raise ValueError(f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each")
+        if self.batch < world * micro:
+            raise ValueError(
+                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each"
+            )
         return [chunk[rank::world] for chunk in self.places(step).tensor_split(micro)]
 
 # %% ../nbs/00_core.ipynb #00-4e80d76d
 class Feed(Deal):
     "Batches without end. What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share."
+
     def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
         "The micro-batches of this process, and what each one's mean weighs (1 a process, on average)."
         rows = self.rows(step)
-        return [(self.make(rows[p], p, step), len(p) * world / self.batch) for p in self.dealt(step, rank, world, micro)]
+        return [
+            (self.make(rows[p], p, step), len(p) * world / self.batch)
+            for p in self.dealt(step, rank, world, micro)
+        ]
 
-    def state_dict(self) -> dict: return {}             # what must be remembered besides the step: nothing here
-    def load_state_dict(self, state: dict) -> None: pass
-    def __iter__(self): return self
+    def state_dict(self) -> dict:
+        return {}  # what must be remembered besides the step: nothing here
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+    def __iter__(self):
+        return self
+
     def __next__(self):
-        (batch, _), = self.parts(self.step)
+        ((batch, _),) = self.parts(self.step)
         self.step += 1
         return batch
 
@@ -943,43 +1526,61 @@ class Feed(Deal):
 @dataclass
 class Player:
     "One loss and the parameters that it moves."
-    name: str                                    # for the log
+
+    name: str  # for the log
     loss: Callable[[object, float], tuple[Tensor, dict]]  # (batch, progress) -> (scalar, numbers to log)
-    parameters: list                             # pairs (name, parameter)
-    config: StageConfig                          # learning rate, optimiser, clipping
-    buffers: list = field(default_factory=list)  # pairs (name, buffer): what the loss changes without a gradient
-    start: float = 0.                            # share of the run before which it waits
-    after: Callable[[Callable], None] | None = None  # called once after each step, with a function that sums a tensor over all processes
-    measure: Callable[[], dict] | None = None    # more numbers to log, asked for only when somebody looks
-    modules: list = field(default_factory=list)  # what the loss runs through: only room 11 looks at it, to spread it over several GPUs
+    parameters: list  # pairs (name, parameter)
+    config: StageConfig  # learning rate, optimiser, clipping
+    buffers: list = field(
+        default_factory=list
+    )  # pairs (name, buffer): what the loss changes without a gradient
+    start: float = 0.0  # share of the run before which it waits
+    after: Callable[[Callable], None] | None = (
+        None  # called once after each step, with a function that sums a tensor over all processes
+    )
+    measure: Callable[[], dict] | None = None  # more numbers to log, asked for only when somebody looks
+    modules: list = field(
+        default_factory=list
+    )  # what the loss runs through: only room 11 looks at it, to spread it over several GPUs
 
 # %% ../nbs/00_core.ipynb #00-044cefe3
 class Engine:
     "What `fit` asks of a machine: here one device and one process. Room 11 has one for long runs and many processes."
+
     speaks = True  # this process shows the progress bar
-    def __init__(self, device="cpu",
-                 precision: torch.dtype | None = None):  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+
+    def __init__(
+        self, device="cpu", precision: torch.dtype | None = None
+    ):  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
         self.device, self.precision = torch.device(device), precision
 
     @contextlib.contextmanager
-    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:  # first step; log so far
+    def session(
+        self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str
+    ) -> Iterator[tuple[int, list[dict]]]:  # first step; log so far
         "Around the whole run."
         self.players, self.batches, self.steps, self.ema, self.label = players, batches, steps, ema, label
         self.optimizers = {p.name: make_optimizers(p.parameters, p.config) for p in players}
-        self.scalers = {p.name: torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16) for p in players}  # float16 needs one: small gradients vanish in it
+        self.scalers = {
+            p.name: torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+            for p in players
+        }  # float16 needs one: small gradients vanish in it
         yield 0, []
 
     def parts(self, step: int) -> Iterator[tuple[object, float]]:  # micro-batches with their weights
         "What this process sees in this step."
-        yield next(self.batches), 1.
+        yield next(self.batches), 1.0
 
     def ready(self, player: Player, step: int) -> None:
         "This step's learning rate, and no gradient left over."
         for opt in self.optimizers[player.name]:
-            for group in opt.param_groups: group["lr"] = player.config.lr * schedule(step, self.steps, player.config.warmup)
+            for group in opt.param_groups:
+                group["lr"] = player.config.lr * schedule(step, self.steps, player.config.warmup)
             opt.zero_grad(set_to_none=True)
 
-    def gradient(self, player: Player, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:  # loss; numbers
+    def gradient(
+        self, player: Player, batch, weight: float, progress: float, last: bool
+    ) -> tuple[Tensor, dict]:  # loss; numbers
         "Add the gradient of one part (`last`: of the last one)."
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             loss, numbers = player.loss(batch, progress)
@@ -989,92 +1590,152 @@ class Engine:
     def move(self, player: Player) -> Tensor:  # norm of the gradient before clipping
         "Clip and step."
         scaler, optimizers = self.scalers[player.name], self.optimizers[player.name]
-        for opt in optimizers: scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_([w for _, w in player.parameters if w.requires_grad], player.config.clip)
-        for opt in optimizers: scaler.step(opt)
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        norm = nn.utils.clip_grad_norm_(
+            [w for _, w in player.parameters if w.requires_grad], player.config.clip
+        )
+        for opt in optimizers:
+            scaler.step(opt)
         scaler.update()
         return norm
 
-    def total(self, x: Tensor) -> Tensor: return x  # summed over all processes
-    def note(self, row: dict) -> dict: return row   # what else is worth logging
-    def end(self, step: int, log: list[dict]) -> None: pass  # called after each step: checkpoints
+    def total(self, x: Tensor) -> Tensor:
+        return x  # summed over all processes
+
+    def note(self, row: dict) -> dict:
+        return row  # what else is worth logging
+
+    def end(self, step: int, log: list[dict]) -> None:
+        pass  # called after each step: checkpoints
 
 # %% ../nbs/00_core.ipynb #00-7cbf82de
 class _Tally:
     "Weighted means of what the losses report, over parts and processes."
-    def __init__(self): self.sums = {}
+
+    def __init__(self):
+        self.sums = {}
+
     def add(self, numbers: dict, weight: float) -> None:
         for name, value in numbers.items():
             value = value() if callable(value) else value
             total, count = value if isinstance(value, tuple) else (value * weight, weight)
-            pair = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().to(getattr(total, "device", "cpu")) for v in (total, count)])
+            pair = torch.stack(
+                [
+                    torch.as_tensor(v, dtype=torch.float32).detach().to(getattr(total, "device", "cpu"))
+                    for v in (total, count)
+                ]
+            )
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
     def means(self, total: Callable[[Tensor], Tensor]) -> dict:  # name -> number
-        if not self.sums: return {}
-        device = next((v.device for v in self.sums.values() if v.device.type != "cpu"), torch.device("cpu"))  # one sum, one wait
+        if not self.sums:
+            return {}
+        device = next(
+            (v.device for v in self.sums.values() if v.device.type != "cpu"), torch.device("cpu")
+        )  # one sum, one wait
         found = total(torch.stack([v.to(device) for v in self.sums.values()])).cpu()
         return {name: float(s / n) if n else math.nan for name, (s, n) in zip(self.sums, found)}
 
 # %% ../nbs/00_core.ipynb #00-63bc9fda
-def fit(players: list[Player],          # who is trained, in the order in which they step
-        batches: Iterator,              # yields batches; whatever the losses take
-        steps: int,                     # how many
-        ema: EMA | None = None,         # averaged weights to keep
-        precision: torch.dtype | None = None,  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
-        device="cpu",                   # for autocast only
-        label: str = "",                # text at the progress bar
-        every: int = 10,                # log every so many steps (reading a loss makes a GPU wait)
-        progress: bool = True,          # show a bar
-        engine: Engine | None = None,   # the machine; by default one device and one process, with the precision above
-       ) -> list[dict]:                 # the log: a dictionary every `every` steps
+def fit(
+    players: list[Player],  # who is trained, in the order in which they step
+    batches: Iterator,  # yields batches; whatever the losses take
+    steps: int,  # how many
+    ema: EMA | None = None,  # averaged weights to keep
+    precision: torch.dtype
+    | None = None,  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+    device="cpu",  # for autocast only
+    label: str = "",  # text at the progress bar
+    every: int = 10,  # log every so many steps (reading a loss makes a GPU wait)
+    progress: bool = True,  # show a bar
+    engine: Engine
+    | None = None,  # the machine; by default one device and one process, with the precision above
+) -> list[dict]:  # the log: a dictionary every `every` steps
     "The one training loop. Raises FloatingPointError if a loss is not finite."
     engine = engine or Engine(device, precision)
     with engine.session(players, batches, steps, ema, label) as (first, log):
-        began = time.perf_counter() - (log[-1]["seconds"] if log else 0.)
-        bar = tqdm(range(first, steps), desc=label, disable=not (progress and engine.speaks), mininterval=1., initial=first, total=steps)
+        began = time.perf_counter() - (log[-1]["seconds"] if log else 0.0)
+        bar = tqdm(
+            range(first, steps),
+            desc=label,
+            disable=not (progress and engine.speaks),
+            mininterval=1.0,
+            initial=first,
+            total=steps,
+        )
         for step in bar:
-            look, turn, tally = step % every == 0 or step == steps - 1, [p for p in players if step / steps >= p.start], _Tally()
-            for player in turn: engine.ready(player, step)
+            look, turn, tally = (
+                step % every == 0 or step == steps - 1,
+                [p for p in players if step / steps >= p.start],
+                _Tally(),
+            )
+            for player in turn:
+                engine.ready(player, step)
             parts = list(engine.parts(step))
             for i, (batch, weight) in enumerate(parts):
                 for player in turn:
                     loss, numbers = engine.gradient(player, batch, weight, step / steps, i == len(parts) - 1)
-                    if look or loss.device.type == "cpu": tally.add({player.name: loss} | (numbers if look else {}), weight)
+                    if look or loss.device.type == "cpu":
+                        tally.add({player.name: loss} | (numbers if look else {}), weight)
             row = tally.means(engine.total if look else lambda x: x)
             for player in turn:
-                if not math.isfinite(row.get(player.name, 0.)): raise FloatingPointError(f"{label or player.name}: the loss of {player.name} is {row[player.name]} at step {step}; try a lower learning rate or float32")
+                if not math.isfinite(row.get(player.name, 0.0)):
+                    raise FloatingPointError(
+                        f"{label or player.name}: the loss of {player.name} is {row[player.name]} at step {step}; try a lower learning rate or float32"
+                    )
             norms = {f"{player.name}_grad": engine.move(player) for player in turn}
-            for player in turn: player.after and player.after(engine.total)
-            if ema: ema.update()
+            for player in turn:
+                player.after and player.after(engine.total)
+            if ema:
+                ema.update()
             if look:
-                for player in turn: norms |= player.measure() if player.measure else {}
-                row = {k: v for k, v in (row | {k: float(v) for k, v in norms.items()}).items() if math.isfinite(v)}
+                for player in turn:
+                    norms |= player.measure() if player.measure else {}
+                row = {
+                    k: v
+                    for k, v in (row | {k: float(v) for k, v in norms.items()}).items()
+                    if math.isfinite(v)
+                }
                 log.append(engine.note({"step": step, **row, "seconds": time.perf_counter() - began}))
                 bar.set_postfix({p.name: f"{row[p.name]:.3f}" for p in turn}, refresh=False)
             engine.end(step, log)
     return log
 
 # %% ../nbs/00_core.ipynb #00-22cf8361
-def plot_log(log: list[dict],          # what `fit` returned
-             keys: list[str] | None = None,  # which numbers; all but gradients and clocks by default
-             ax=None,                  # matplotlib axes; new ones by default
-             title: str = "",
-            ):                         # the axes
+def plot_log(
+    log: list[dict],  # what `fit` returned
+    keys: list[str] | None = None,  # which numbers; all but gradients and clocks by default
+    ax=None,  # matplotlib axes; new ones by default
+    title: str = "",
+):  # the axes
     "Draw the numbers of a training log against the step, on a logarithmic axis unless some are negative."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(5, 2.4))[1]
-    if keys is None: keys = [k for k in dict.fromkeys(k for row in log for k in row) if k not in ("step", "seconds") and not k.endswith("_grad")]
+    if keys is None:
+        keys = [
+            k
+            for k in dict.fromkeys(k for row in log for k in row)
+            if k not in ("step", "seconds") and not k.endswith("_grad")
+        ]
     signed = any(r.get(k, 0) < 0 for r in log for k in keys)
-    for key in keys:  # a player that still waits logs nothing; exact zeros have no place on a logarithmic axis
+    for (
+        key
+    ) in keys:  # a player that still waits logs nothing; exact zeros have no place on a logarithmic axis
         rows = [r for r in log if key in r and (signed or r[key] > 0)]
         ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=drawable(key), lw=1)
-    if not signed: ax.set_yscale("log")
-    ax.set_xlabel("step"); ax.set_title(_lines(title), fontsize=10, parse_math=False)
-    for text in ax.legend(fontsize=7, frameon=False).get_texts(): text.set_parse_math(False)
+    if not signed:
+        ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_title(_lines(title), fontsize=10, parse_math=False)
+    for text in ax.legend(fontsize=7, frameon=False).get_texts():
+        text.set_parse_math(False)
     return ax
 
 # %% ../nbs/00_core.ipynb #00-fe3d23e4
 _compiler: dict[str, bool] = {}
+
 
 def compiler_works(device="cpu") -> bool:  # whether torch.compile can be used
     "Try `torch.compile` once a process on a tiny function; say so in one line if it does not work."
@@ -1084,16 +1745,24 @@ def compiler_works(device="cpu") -> bool:  # whether torch.compile can be used
             x = torch.ones(8, device=device)
             _compiler[kind] = bool(torch.compile(lambda a: (a * 2).sum())(x).item() == 16)
         except Exception as error:
-            print(f"torch.compile does not work here ({type(error).__name__}): running eagerly, somewhat slower"); _compiler[kind] = False
+            print(
+                f"torch.compile does not work here ({type(error).__name__}): running eagerly, somewhat slower"
+            )
+            _compiler[kind] = False
     return _compiler[kind]
 
 # %% ../nbs/00_core.ipynb #00-c3a0e7e7
 @contextlib.contextmanager
-def compiled(blocks,             # modules, each compiled on its own (they share one compilation if they are alike)
-             enabled: bool = True):
+def compiled(
+    blocks,  # modules, each compiled on its own (they share one compilation if they are alike)
+    enabled: bool = True,
+):
     "Compile these modules in place for the time of a `with` block."
     blocks = list(blocks) if enabled else []
-    for block in blocks: block.compile(dynamic=False)
-    try: yield
+    for block in blocks:
+        block.compile(dynamic=False)
+    try:
+        yield
     finally:
-        for block in blocks: block._compiled_call_impl = None
+        for block in blocks:
+            block._compiled_call_impl = None

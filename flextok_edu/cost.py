@@ -23,94 +23,166 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .ar import ARModel
-from .core import ARConfig, Feed, Preset, TokenizerConfig, TrunkConfig, VAEConfig, compiled, pick_device, preset, write_text
+from flextok_edu.core import (
+    ARConfig,
+    Feed,
+    Preset,
+    TokenizerConfig,
+    TrunkConfig,
+    VAEConfig,
+    compiled,
+    pick_device,
+    preset,
+    write_text,
+)
 from .evaluate import MARK, any_terminal, may_replace
 from .registers import LAWS
 from .tokenizer import Draws, FlexTok, Latents, TokenizerFeed, latent_batches
 from .vae import VAE
 
 # %% ../nbs/16_cost.ipynb #16-8994dc79
-def _hidden(d: int, ratio: float) -> int: return int(2 / 3 * int(ratio * d))  # width inside a SwiGLU
+def _hidden(d: int, ratio: float) -> int:
+    return int(2 / 3 * int(ratio * d))  # width inside a SwiGLU
 
-def block_parameters(d: int,             # width
-                     ratio: float = 4.,  # of the SwiGLU
-                     kinds: int = 0,     # modulations: 0, 1 or 2
-                    ) -> int:            # parameters of one block
+
+def block_parameters(
+    d: int,  # width
+    ratio: float = 4.0,  # of the SwiGLU
+    kinds: int = 0,  # modulations: 0, 1 or 2
+) -> int:  # parameters of one block
     "Four matrices of the attention, three of the SwiGLU, and the modulations."
     return 4 * d * d + 3 * d * _hidden(d, ratio) + kinds * 6 * d * (d + 1)
+
 
 def tokenizer_parameters(c: TokenizerConfig) -> dict[str, int]:  # parameters of "encoder" and "decoder"
     "Room 08, counted."
     linear = lambda i, o: i * o + o
     e, d, l = c.encoder.width, c.decoder.width, len(c.levels)
-    pixels = lambda t: t.patch ** 2 * c.latent_channels
-    encoder = linear(pixels(c.encoder), e) + c.registers * e + c.encoder.depth * block_parameters(e, c.encoder.mlp_ratio) + linear(e, l)
-    told = linear(l, d) + c.registers * d + 2 * d                                 # codes, positions, mask and null token
-    clock = linear(c.time_features, d) + linear(d, d) + linear(d, 2 * d)          # time embedding, modulation of the head
-    decoder = told + clock + linear(pixels(c.decoder), d) + c.decoder.depth * block_parameters(d, c.decoder.mlp_ratio, c.modulations) + linear(d, pixels(c.decoder))
+    pixels = lambda t: t.patch**2 * c.latent_channels
+    encoder = (
+        linear(pixels(c.encoder), e)
+        + c.registers * e
+        + c.encoder.depth * block_parameters(e, c.encoder.mlp_ratio)
+        + linear(e, l)
+    )
+    told = linear(l, d) + c.registers * d + 2 * d  # codes, positions, mask and null token
+    clock = (
+        linear(c.time_features, d) + linear(d, d) + linear(d, 2 * d)
+    )  # time embedding, modulation of the head
+    decoder = (
+        told
+        + clock
+        + linear(pixels(c.decoder), d)
+        + c.decoder.depth * block_parameters(d, c.decoder.mlp_ratio, c.modulations)
+        + linear(d, pixels(c.decoder))
+    )
     return {"encoder": encoder, "decoder": decoder}
 
 # %% ../nbs/16_cost.ipynb #16-13d73dd3
-def ar_parameters(c: ARConfig,
-                  text: bool = False,   # with cross-attention to a prompt
-                 ) -> dict[str, int]:   # "blocks" (what the papers count), and "tables": embeddings, positions, head
+def ar_parameters(
+    c: ARConfig,
+    text: bool = False,  # with cross-attention to a prompt
+) -> dict[str, int]:  # "blocks" (what the papers count), and "tables": embeddings, positions, head
     "Room 09, counted."
     d = c.width
     blocks = c.depth * (block_parameters(d, c.mlp_ratio) + 2 * d + (4 * d * d if text else 0)) + d
     return {"blocks": blocks, "tables": d + (c.classes + 1) * d + 2 * c.vocabulary * d + c.length * d}
 
+
 def vae_parameters(c: VAEConfig) -> dict[str, int]:  # parameters of "encoder" and "decoder"
     "Room 03, counted: convolutions, norms, one attention block."
     conv = lambda i, o, side=3: side * side * i * o + o
     res = lambda i, o: 2 * i + conv(i, o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
+
     def side(widths, blocks, c_in, c_out):
-        levels = sum(res(widths[max(i - 1, 0)], w) + (blocks - 1) * res(w, w) + (conv(w, w) if i < len(widths) - 1 else 0) for i, w in enumerate(widths))
+        levels = sum(
+            res(widths[max(i - 1, 0)], w)
+            + (blocks - 1) * res(w, w)
+            + (conv(w, w) if i < len(widths) - 1 else 0)
+            for i, w in enumerate(widths)
+        )
         return levels, widths[-1]
-    z, pixels, low, top = c.latent_channels, c.in_channels * c.stem ** 2, c.channels[-1], c.channels[0]
+
+    z, pixels, low, top = c.latent_channels, c.in_channels * c.stem**2, c.channels[-1], c.channels[0]
     middle = 2 * res(low, low) + (2 * low + 4 * (low * low + low) if c.attention else 0)
-    down, up = side(c.channels, c.layers, pixels, low)[0], side(c.channels[::-1], c.layers + 1, low, pixels)[0]
-    return {"encoder": conv(pixels, top) + down + middle + 2 * low + conv(low, 2 * z) + conv(2 * z, 2 * z, 1),
-            "decoder": conv(z, z, 1) + conv(z, low) + middle + up + 2 * top + conv(top, pixels)}
+    down, up = (
+        side(c.channels, c.layers, pixels, low)[0],
+        side(c.channels[::-1], c.layers + 1, low, pixels)[0],
+    )
+    return {
+        "encoder": conv(pixels, top) + down + middle + 2 * low + conv(low, 2 * z) + conv(2 * z, 2 * z, 1),
+        "decoder": conv(z, z, 1) + conv(z, low) + middle + up + 2 * top + conv(top, pixels),
+    }
 
 # %% ../nbs/16_cost.ipynb #16-a91122c0
 def trunk_flops(t: TrunkConfig, positions: int) -> int:  # FLOPs of the blocks for one sequence
     "Multiplications and additions of all matrix products."
-    return t.depth * (2 * positions * block_parameters(t.width, t.mlp_ratio) + 4 * positions ** 2 * t.width)
+    return t.depth * (2 * positions * block_parameters(t.width, t.mlp_ratio) + 4 * positions**2 * t.width)
 
-def encode_positions(c: TokenizerConfig, budget: int, short: bool = True) -> int:  # length of the encoder's sequence
+
+def encode_positions(
+    c: TokenizerConfig, budget: int, short: bool = True
+) -> int:  # length of the encoder's sequence
     "Patches, and the registers that must be computed."
     return c.patches("encoder") + (budget if short and c.encoder_mask != "full" else c.registers)
 
+
 def encode_flops(c: TokenizerConfig, budget: int, short: bool = True) -> int:  # FLOPs an image
     "Latents to codes."
-    m, e, pixels = encode_positions(c, budget, short), c.encoder.width, c.encoder.patch ** 2 * c.latent_channels
-    return trunk_flops(c.encoder, m) + 2 * e * (c.patches("encoder") * pixels + (m - c.patches("encoder")) * len(c.levels))
+    m, e, pixels = encode_positions(c, budget, short), c.encoder.width, c.encoder.patch**2 * c.latent_channels
+    return trunk_flops(c.encoder, m) + 2 * e * (
+        c.patches("encoder") * pixels + (m - c.patches("encoder")) * len(c.levels)
+    )
 
-def decode_positions(c: TokenizerConfig, budget: int, guided: bool, short: bool = True) -> tuple[int, ...]:  # length of each pass of one step
+
+def decode_positions(
+    c: TokenizerConfig, budget: int, guided: bool, short: bool = True
+) -> tuple[int, ...]:  # length of each pass of one step
     "One pass, or two: told and untold."
     n, k = c.patches("decoder"), c.registers
-    if not short: return (n + k,) * (1 + guided)
-    return (n + budget + (budget < k), n + 1)[:1 + guided]
+    if not short:
+        return (n + k,) * (1 + guided)
+    return (n + budget + (budget < k), n + 1)[: 1 + guided]
 
-def decode_flops(c: TokenizerConfig, budget: int, steps: int, guided: bool, short: bool = True,
-                 batch: int = 1,   # images that share the modulations
-                ) -> int:          # FLOPs an image
+
+def decode_flops(
+    c: TokenizerConfig,
+    budget: int,
+    steps: int,
+    guided: bool,
+    short: bool = True,
+    batch: int = 1,  # images that share the modulations
+) -> int:  # FLOPs an image
     "Ids to latents: all passes of all steps, and the modulations."
-    d, l, n, pixels = c.decoder.width, len(c.levels), c.patches("decoder"), c.decoder.patch ** 2 * c.latent_channels
+    d, l, n, pixels = (
+        c.decoder.width,
+        len(c.levels),
+        c.patches("decoder"),
+        c.decoder.patch**2 * c.latent_channels,
+    )
     passes = decode_positions(c, budget, guided, short)
-    clock = 2 * (c.decoder.depth * c.modulations * 6 * d * d + 2 * d * d + c.time_features * d + d * d) / batch
-    return int(steps * (sum(trunk_flops(c.decoder, m) for m in passes) + len(passes) * 2 * n * 2 * d * pixels + clock) + 2 * budget * l * d)
+    clock = (
+        2 * (c.decoder.depth * c.modulations * 6 * d * d + 2 * d * d + c.time_features * d + d * d) / batch
+    )
+    return int(
+        steps
+        * (sum(trunk_flops(c.decoder, m) for m in passes) + len(passes) * 2 * n * 2 * d * pixels + clock)
+        + 2 * budget * l * d
+    )
 
 # %% ../nbs/16_cost.ipynb #16-61a9d516
 def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and convolutions in run()
     "PyTorch's own count; `run` may live on the meta device. (The counter stumbles over parameters that want a gradient: switch that off first.)"
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): run()
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
     return counter.get_total_flops()
 
 # %% ../nbs/16_cost.ipynb #16-d796ece8
 class PeakMemory(TorchDispatchMode):
     "Inside `with PeakMemory() as peak:`, `peak.most` is the largest number of bytes in tensors alive at once."
+
     def __init__(self):
         super().__init__()
         self.live = self.most = 0
@@ -118,56 +190,78 @@ class PeakMemory(TorchDispatchMode):
 
     def hold(self, tensor: Tensor) -> None:
         "Count a tensor's storage until it dies."
-        storage = tensor.untyped_storage(); key = storage._cdata
-        if key in self.sizes: return
-        self.sizes[key] = storage.nbytes(); self.live += self.sizes[key]; self.most = max(self.most, self.live)
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += self.sizes[key]
+        self.most = max(self.most, self.live)
         weakref.finalize(storage, self._drop, key)
 
-    def _drop(self, key: int) -> None: self.live -= self.sizes.pop(key, 0)
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor): self.hold(tensor)
+            if isinstance(tensor, Tensor):
+                self.hold(tensor)
         return out
+
 
 def on_meta(build: Callable) -> nn.Module:  # a module whose tensors have shapes and no memory
     "Build a module of any size in no time."
-    with torch.device("meta"): return build()
+    with torch.device("meta"):
+        return build()
 
-def faked(module: nn.Module  # from `on_meta`
-         ) -> nn.Module:     # the same, pretending to be on the CPU; call it inside FakeTensorMode
+
+def faked(
+    module: nn.Module,  # from `on_meta`
+) -> nn.Module:  # the same, pretending to be on the CPU; call it inside FakeTensorMode
     "Replace the tensors of a module by fake ones."
     for m in module.modules():
         for name, w in m._parameters.items():
-            if w is not None: m._parameters[name] = nn.Parameter(torch.empty(w.shape, dtype=w.dtype), requires_grad=w.requires_grad)
+            if w is not None:
+                m._parameters[name] = nn.Parameter(
+                    torch.empty(w.shape, dtype=w.dtype), requires_grad=w.requires_grad
+                )
         for name, w in m._buffers.items():
-            if w is not None: m._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
+            if w is not None:
+                m._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
     return module
 
 # %% ../nbs/16_cost.ipynb #16-87c55d2a
 def peak_bytes(module: nn.Module, run: Callable) -> int:  # bytes
     "The module's weights, and the most that lives during run()."
     with PeakMemory() as peak:
-        for w in [*module.parameters(), *module.buffers()]: peak.hold(w)
+        for w in [*module.parameters(), *module.buffers()]:
+            peak.hold(w)
         run()
     return peak.most
 
-def training_bytes(build: Callable,   # builds a model
-                   loss: Callable,    # (model) -> scalar
-                  ) -> int:           # bytes of a float32 training step, run eagerly
+
+def training_bytes(
+    build: Callable,  # builds a model
+    loss: Callable,  # (model) -> scalar
+) -> int:  # bytes of a float32 training step, run eagerly
     "Weights, gradients, activations; two moments of AdamW; averaged weights."
     model = on_meta(build)
     with FakeTensorMode(allow_non_fake_inputs=True):
         faked(model)
-        return peak_bytes(model, lambda: loss(model).backward()) + 3 * sum(4 * w.numel() for w in model.parameters())
+        return peak_bytes(model, lambda: loss(model).backward()) + 3 * sum(
+            4 * w.numel() for w in model.parameters()
+        )
 
 # %% ../nbs/16_cost.ipynb #16-d96fbf9a
-def training_line(build: Callable, loss: Callable,  # model; (model, batch) -> scalar
-                 ) -> tuple[float, float]:          # bytes whatever the batch; bytes an image
+def training_line(
+    build: Callable,
+    loss: Callable,  # model; (model, batch) -> scalar
+) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
     "Two measurements make a line."
     two, four = (training_bytes(build, lambda m: loss(m, b)) for b in (2, 4))
-    return max(0., two - (four - two)), (four - two) / 2
+    return max(0.0, two - (four - two)), (four - two) / 2
+
 
 def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
     "Weights of tokenizer and VAE, and the most that one guided decode of one image needs, up to the pixels."
@@ -175,107 +269,212 @@ def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
     both = nn.ModuleList([tok, vae])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         faked(both)
+
         def run():
             modulations = tok.decoder.modulations(torch.empty(steps))
-            x, now = torch.empty(1, c.latent_channels, c.latent_size, c.latent_size), [m[:1] for m in modulations]
-            for told in (tok.decoder.condition(torch.empty(1, budget, len(c.levels)), budget, short=True), tok.decoder.null_condition(1, True)): x = tok.decoder(x, now, *told)
+            x, now = (
+                torch.empty(1, c.latent_channels, c.latent_size, c.latent_size),
+                [m[:1] for m in modulations],
+            )
+            for told in (
+                tok.decoder.condition(torch.empty(1, budget, len(c.levels)), budget, short=True),
+                tok.decoder.null_condition(1, True),
+            ):
+                x = tok.decoder(x, now, *told)
             vae.decode(x)
+
         return peak_bytes(both, run)
 
 # %% ../nbs/16_cost.ipynb #16-a5228e41
 def describe(p: Preset) -> str:  # a page of text
     "Parameters, FLOPs per image and memory of everything in a preset. Nothing is allocated."
     c, e, giga = p.tokenizer, p.evaluate, 1e9
-    part = {"VAE": vae_parameters(p.vae), "tokenizer": tokenizer_parameters(c), "AR model": ar_parameters(p.ar)}
-    lines = [f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x {c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words", "",
-             "parameters"] + [f"  {name:10} {sum(count.values()) / 1e6:9.2f} M   ({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})" for name, count in part.items()]
+    part = {
+        "VAE": vae_parameters(p.vae),
+        "tokenizer": tokenizer_parameters(c),
+        "AR model": ar_parameters(p.ar),
+    }
+    lines = [
+        f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x {c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words",
+        "",
+        "parameters",
+    ] + [
+        f"  {name:10} {sum(count.values()) / 1e6:9.2f} M   ({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})"
+        for name, count in part.items()
+    ]
     image = lambda: torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
     with torch.device("meta"):
         vae = VAE(p.vae).requires_grad_(False)
-        flops = {"VAE, encode": counted_flops(lambda: vae.encode(image())), "VAE, decode": counted_flops(lambda: vae.decode(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))),
-                 f"AR model (guidance {e.ar_guidance:g})": 2 * (p.ar.length * (ar_parameters(p.ar)["blocks"] + p.ar.width * p.ar.vocabulary) + p.ar.depth * p.ar.width * p.ar.length * (p.ar.length + 1)) * (1 + (e.ar_guidance != 1))}
+        flops = {
+            "VAE, encode": counted_flops(lambda: vae.encode(image())),
+            "VAE, decode": counted_flops(
+                lambda: vae.decode(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))
+            ),
+            f"AR model (guidance {e.ar_guidance:g})": 2
+            * (
+                p.ar.length * (ar_parameters(p.ar)["blocks"] + p.ar.width * p.ar.vocabulary)
+                + p.ar.depth * p.ar.width * p.ar.length * (p.ar.length + 1)
+            )
+            * (1 + (e.ar_guidance != 1)),
+        }
     some = sorted({1, c.registers // 8, c.registers})
-    lines += ["", f"GFLOPs an image (decode: {e.steps} steps, guidance {e.guidance:g}; plain / with the short cuts)"] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in flops.items()]
-    lines += [f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / {encode_flops(c, k) / 1e9:12,.2f}" for k in some]
-    lines += [f"  decode, {k:3} tokens     {decode_flops(c, k, e.steps, e.guidance != 1, False) / 1e9:12,.2f}  / {decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}" for k in some]
+    lines += [
+        "",
+        f"GFLOPs an image (decode: {e.steps} steps, guidance {e.guidance:g}; plain / with the short cuts)",
+    ] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in flops.items()]
+    lines += [
+        f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / {encode_flops(c, k) / 1e9:12,.2f}"
+        for k in some
+    ]
+    lines += [
+        f"  decode, {k:3} tokens     {decode_flops(c, k, e.steps, e.guidance != 1, False) / 1e9:12,.2f}  / {decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}"
+        for k in some
+    ]
     latents = lambda b: torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
-    steps = {"VAE": (p.train_vae.batch, lambda: VAE(p.vae), lambda m, b: m.decoder(m.encoder(torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)).chunk(2, 1)[0]).square().mean()),
-             "tokenizer": (p.train_tokenizer.batch, lambda: FlexTok(c), lambda m, b: m.loss(latents(b))[0]),
-             "AR model": (p.train_ar.batch, lambda: ARModel(p.ar), lambda m, b: m.loss(torch.zeros(b, p.ar.length, dtype=torch.int64), torch.zeros(b, dtype=torch.int64))[0])}
-    lines += ["", "memory of a training step, float32, eager (weights, gradients, AdamW, EMA, activations; the VAE without its critic and perceptual network)"]
+    steps = {
+        "VAE": (
+            p.train_vae.batch,
+            lambda: VAE(p.vae),
+            lambda m, b: (
+                m.decoder(
+                    m.encoder(torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)).chunk(2, 1)[0]
+                )
+                .square()
+                .mean()
+            ),
+        ),
+        "tokenizer": (p.train_tokenizer.batch, lambda: FlexTok(c), lambda m, b: m.loss(latents(b))[0]),
+        "AR model": (
+            p.train_ar.batch,
+            lambda: ARModel(p.ar),
+            lambda m, b: m.loss(
+                torch.zeros(b, p.ar.length, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+            )[0],
+        ),
+    }
+    lines += [
+        "",
+        "memory of a training step, float32, eager (weights, gradients, AdamW, EMA, activations; the VAE without its critic and perceptual network)",
+    ]
     for name, (batch, build, loss) in steps.items():
         fixed, each = training_line(build, loss)
-        lines.append(f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; {fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}")
-    lines += ["", f"memory of decoding one image, float32: {decoding_bytes(p, c.registers, e.steps) / giga:.2f} GB (weights of tokenizer and VAE included)"]
+        lines.append(
+            f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; {fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}"
+        )
+    lines += [
+        "",
+        f"memory of decoding one image, float32: {decoding_bytes(p, c.registers, e.steps) / giga:.2f} GB (weights of tokenizer and VAE included)",
+    ]
     return "\n".join(lines)
+
 
 def info_main() -> None:
     "The console command `flextok_info PRESET`."
     any_terminal()
     names = sys.argv[1:]
-    if not names or names[0] in ("-h", "--help"): print("usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."); return
-    try: print("\n\n".join(describe(preset(name)) for name in names))
-    except ValueError as error: sys.exit(f"flextok_info: {error}")
+    if not names or names[0] in ("-h", "--help"):
+        print(
+            "usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."
+        )
+        return
+    try:
+        print("\n\n".join(describe(preset(name)) for name in names))
+    except ValueError as error:
+        sys.exit(f"flextok_info: {error}")
 
 # %% ../nbs/16_cost.ipynb #16-7b92b6c7
 def _wait(device) -> None:
     kind = torch.device(device).type
-    if kind == "cuda": torch.cuda.synchronize(device)
-    elif kind == "mps": torch.mps.synchronize()
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
-def in_turns(runs: dict[str, Callable],  # what to time, by name
-             repeats: int = 7,           # rounds
-             device="cpu",
-             warm: int = 1,              # rounds before them that do not count
-            ) -> dict[str, list[float]]: # seconds of every round
+
+def in_turns(
+    runs: dict[str, Callable],  # what to time, by name
+    repeats: int = 7,  # rounds
+    device="cpu",
+    warm: int = 1,  # rounds before them that do not count
+) -> dict[str, list[float]]:  # seconds of every round
     "Time several things in turns."
     times = {name: [] for name in runs}
     for i in range(warm + repeats):
         for name, run in runs.items():
-            _wait(device); began = time.perf_counter(); run(); _wait(device)
-            if i >= warm: times[name].append(time.perf_counter() - began)
+            _wait(device)
+            began = time.perf_counter()
+            run()
+            _wait(device)
+            if i >= warm:
+                times[name].append(time.perf_counter() - began)
     return times
 
-def matmuls(t: TrunkConfig,      # whose matrices
-            rows: int,           # positions, of the whole batch
-            device="cpu",
-            dtype: torch.dtype = torch.float32,
-            blocks: int = 4,
-           ) -> tuple[Callable, int]:  # something to time, and its FLOPs
+
+def matmuls(
+    t: TrunkConfig,  # whose matrices
+    rows: int,  # positions, of the whole batch
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    blocks: int = 4,
+) -> tuple[Callable, int]:  # something to time, and its FLOPs
     "The matrix products of a few blocks, and nothing else."
     d, h = t.width, _hidden(t.width, t.mlp_ratio)
     new = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
-    x, y, weights = new(rows, d), new(rows, h), [[new(d, d) for _ in range(4)] + [new(h, d), new(h, d), new(d, h)] for _ in range(blocks)]
+    x, y, weights = (
+        new(rows, d),
+        new(rows, h),
+        [[new(d, d) for _ in range(4)] + [new(h, d), new(h, d), new(d, h)] for _ in range(blocks)],
+    )
+
     def run():
         for block in weights:
-            for w in block: F.linear(x if w.shape[1] == d else y, w)
+            for w in block:
+                F.linear(x if w.shape[1] == d else y, w)
+
     return run, 2 * rows * block_parameters(d, t.mlp_ratio) * blocks
 
-def matmul_rate(t: TrunkConfig, rows: int, device="cpu", dtype: torch.dtype = torch.float32, repeats: int = 7) -> float:  # FLOP/s
+
+def matmul_rate(
+    t: TrunkConfig, rows: int, device="cpu", dtype: torch.dtype = torch.float32, repeats: int = 7
+) -> float:  # FLOP/s
     "What this machine reaches on the matrix products of a block."
     run, flops = matmuls(t, rows, device, dtype)
     return flops / statistics.median(in_turns({"": run}, repeats, device)[""])
 
 # %% ../nbs/16_cost.ipynb #16-f0ede4cf
 VARIANTS = {  # name: short cuts, both guidance passes as one batch, bfloat16 autocast, torch.compile
-    "plain": (False, False, False, False), "plain+together": (False, True, False, False), "short": (True, None, False, False),  # None: the default, whatever is faster
-    "short+apart": (True, False, False, False), "short+together": (True, True, False, False),
-    "short+bf16": (True, None, True, False), "short+compile": (True, None, False, True), "short+bf16+compile": (True, None, True, True)}
+    "plain": (False, False, False, False),
+    "plain+together": (False, True, False, False),
+    "short": (True, None, False, False),  # None: the default, whatever is faster
+    "short+apart": (True, False, False, False),
+    "short+together": (True, True, False, False),
+    "short+bf16": (True, None, True, False),
+    "short+compile": (True, None, False, True),
+    "short+bf16+compile": (True, None, True, True),
+}
+
 
 @contextlib.contextmanager
 def variant(tok: FlexTok, name: str):
     "Use a variant inside a `with` block. Raises ValueError for a name that is none."
-    if name not in VARIANTS: raise ValueError(f"variant {name!r}: use {', '.join(VARIANTS)}")
+    if name not in VARIANTS:
+        raise ValueError(f"variant {name!r}: use {', '.join(VARIANTS)}")
     before = tok.short_cuts, tok.guidance_together
     tok.short_cuts, tok.guidance_together, half, compiling = VARIANTS[name]
     try:
-        with torch.autocast(tok.device.type, torch.bfloat16, enabled=half), compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling): yield tok
-    finally: tok.short_cuts, tok.guidance_together = before
+        with (
+            torch.autocast(tok.device.type, torch.bfloat16, enabled=half),
+            compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling),
+        ):
+            yield tok
+    finally:
+        tok.short_cuts, tok.guidance_together = before
 
 # %% ../nbs/16_cost.ipynb #16-2efae697
 @dataclass(frozen=True)
 class BenchConfig:
     "Time encoding, guided decoding or training steps with random weights, latents to latents, in several variants taken in turns."
+
     preset: str = "d12_d12"
     "Size: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     device: str = "auto"
@@ -309,177 +508,434 @@ def bench_tokenizer(config: BenchConfig) -> FlexTok:  # random weights, none of 
     torch.manual_seed(0)
     tok = FlexTok(preset(config.preset).tokenizer)
     for w in tok.parameters():
-        if w.ndim > 1 and not w.detach().any(): nn.init.normal_(w, std=.02)
+        if w.ndim > 1 and not w.detach().any():
+            nn.init.normal_(w, std=0.02)
     return tok.eval().to(pick_device(config.device))
 
-def _row(config: BenchConfig, what: str, name: str, budget: int, seconds: list[float], base: list[float], flops: list[int], base_flops: list[int], positions: int, rates: list[float], difference: float, memory: float) -> dict:
+
+def _row(
+    config: BenchConfig,
+    what: str,
+    name: str,
+    budget: int,
+    seconds: list[float],
+    base: list[float],
+    flops: list[int],
+    base_flops: list[int],
+    positions: int,
+    rates: list[float],
+    difference: float,
+    memory: float,
+) -> dict:
     "One line of the table. Numbers are per call of `batch` images; FLOPs are given for each round."
-    ratios, middle, rate = [a / b for a, b in zip(base, seconds)], statistics.median(seconds), statistics.median(rates)
+    ratios, middle, rate = (
+        [a / b for a, b in zip(base, seconds)],
+        statistics.median(seconds),
+        statistics.median(rates),
+    )
     allowed, mean = [a / b for a, b in zip(base_flops, flops)], sum(flops) / len(flops)
-    return {"what": what, "preset": config.preset, "batch": config.batch, "budget": budget, "variant": name, "seconds": middle, "seconds_low": min(seconds), "seconds_high": max(seconds),
-            "images_per_second": config.batch / middle, "positions": positions, "gflops": mean / 1e9, "gflops_per_second": sum(flops) / sum(seconds) / 1e9, "matmul_gflops_per_second": rate / 1e9,
-            "share_of_matmul": statistics.median(f / s / r for f, s, r in zip(flops, seconds, rates)), "times_faster": statistics.median(ratios), "times_faster_low": min(ratios), "times_faster_high": max(ratios),
-            "allowed": statistics.median(allowed), "of_allowed": statistics.median(r / a for r, a in zip(ratios, allowed)), "difference": difference, "peak_gb": memory / 1e9}
+    return {
+        "what": what,
+        "preset": config.preset,
+        "batch": config.batch,
+        "budget": budget,
+        "variant": name,
+        "seconds": middle,
+        "seconds_low": min(seconds),
+        "seconds_high": max(seconds),
+        "images_per_second": config.batch / middle,
+        "positions": positions,
+        "gflops": mean / 1e9,
+        "gflops_per_second": sum(flops) / sum(seconds) / 1e9,
+        "matmul_gflops_per_second": rate / 1e9,
+        "share_of_matmul": statistics.median(f / s / r for f, s, r in zip(flops, seconds, rates)),
+        "times_faster": statistics.median(ratios),
+        "times_faster_low": min(ratios),
+        "times_faster_high": max(ratios),
+        "allowed": statistics.median(allowed),
+        "of_allowed": statistics.median(r / a for r, a in zip(ratios, allowed)),
+        "difference": difference,
+        "peak_gb": memory / 1e9,
+    }
+
 
 def _memory(tok: nn.Module, run: Callable, name: str) -> float:  # bytes
     "Peak memory of one call: PyTorch's own count on CUDA, ours elsewhere (compiled code cannot be watched: not a number)."
     device = next(tok.parameters()).device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device); run(); _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        _wait(device)
         return float(torch.cuda.max_memory_allocated(device))
     return math.nan if "compile" in name else float(peak_bytes(tok, run))
 
 # %% ../nbs/16_cost.ipynb #16-9c2aae77
 @torch.no_grad()
-def bench_inference(what: str,            # "encode" or "decode"
-                    config: BenchConfig,
-                    say: Callable = print,
-                   ) -> list[dict]:       # one row a budget and variant
+def bench_inference(
+    what: str,  # "encode" or "decode"
+    config: BenchConfig,
+    say: Callable = print,
+) -> list[dict]:  # one row a budget and variant
     "Time encoding, or guided decoding with APG, at every budget. Raises ValueError for settings that make no sense."
-    tok = bench_tokenizer(config); c, device = tok.config, tok.device
-    if not config.variants or (bad := [v for v in config.variants if v not in VARIANTS]): raise ValueError(f"variants {config.variants}: use {', '.join(VARIANTS)}")
+    tok = bench_tokenizer(config)
+    c, device = tok.config, tok.device
+    if not config.variants or (bad := [v for v in config.variants if v not in VARIANTS]):
+        raise ValueError(f"variants {config.variants}: use {', '.join(VARIANTS)}")
     budgets = [k for k in config.budgets if 1 <= k <= c.registers]
-    if not budgets or config.batch < 1 or config.repeats < 1: raise ValueError(f"budgets must lie in 1 .. {c.registers}, batch and repeats must be at least 1")
+    if not budgets or config.batch < 1 or config.repeats < 1:
+        raise ValueError(f"budgets must lie in 1 .. {c.registers}, batch and repeats must be at least 1")
     steps = min(config.steps, config.timed_steps or (config.steps if device.type == "cuda" else 2))
     latents = torch.randn(config.batch, c.latent_channels, c.latent_size, c.latent_size, device=device)
     ids = torch.randint(c.vocabulary, (config.batch, c.registers), device=device)
     trunk, rows = c.encoder if what == "encode" else c.decoder, []
     for k in budgets:
+
         def call(name):
-            with variant(tok, name): return tok.encoder(latents, k if tok.short_cuts else None)[:, :k] if what == "encode" else tok.decode_latents(ids[:, :k], latents, steps, 7.5, True)
-        def length(name): return max([encode_positions(c, k, VARIANTS[name][0])] if what == "encode" else decode_positions(c, k, True, VARIANTS[name][0]))
-        floor = {name: matmuls(trunk, config.batch * length(name), device, torch.bfloat16 if VARIANTS[name][2] else torch.float32) for name in config.variants}
-        times = in_turns({name: lambda name=name: call(name) for name in config.variants} | {("matmul", name): run for name, (run, _) in floor.items()}, config.repeats, device)
+            with variant(tok, name):
+                return (
+                    tok.encoder(latents, k if tok.short_cuts else None)[:, :k]
+                    if what == "encode"
+                    else tok.decode_latents(ids[:, :k], latents, steps, 7.5, True)
+                )
+
+        def length(name):
+            return max(
+                [encode_positions(c, k, VARIANTS[name][0])]
+                if what == "encode"
+                else decode_positions(c, k, True, VARIANTS[name][0])
+            )
+
+        floor = {
+            name: matmuls(
+                trunk,
+                config.batch * length(name),
+                device,
+                torch.bfloat16 if VARIANTS[name][2] else torch.float32,
+            )
+            for name in config.variants
+        }
+        times = in_turns(
+            {name: lambda name=name: call(name) for name in config.variants}
+            | {("matmul", name): run for name, (run, _) in floor.items()},
+            config.repeats,
+            device,
+        )
         first, scale = call(config.variants[0]).float(), config.steps / steps if what == "decode" else 1
         for name in config.variants:
             seconds, rates = times[name], [floor[name][1] / s for s in times["matmul", name]]
-            flops = lambda v: [config.batch * (encode_flops(c, k, VARIANTS[v][0]) if what == "encode" else decode_flops(c, k, config.steps, True, VARIANTS[v][0], config.batch))] * config.repeats
-            passes = [encode_positions(c, k, VARIANTS[name][0])] if what == "encode" else decode_positions(c, k, True, VARIANTS[name][0])
-            rows.append(_row(config, what, name, k, [s * scale for s in seconds], [s * scale for s in times[config.variants[0]]], flops(name), flops(config.variants[0]),
-                             config.batch * sum(passes) * (config.steps if what == "decode" else 1), rates, float((call(name).float() - first).abs().max()), _memory(tok, lambda: call(name), name)))
+            flops = lambda v: (
+                [
+                    config.batch
+                    * (
+                        encode_flops(c, k, VARIANTS[v][0])
+                        if what == "encode"
+                        else decode_flops(c, k, config.steps, True, VARIANTS[v][0], config.batch)
+                    )
+                ]
+                * config.repeats
+            )
+            passes = (
+                [encode_positions(c, k, VARIANTS[name][0])]
+                if what == "encode"
+                else decode_positions(c, k, True, VARIANTS[name][0])
+            )
+            rows.append(
+                _row(
+                    config,
+                    what,
+                    name,
+                    k,
+                    [s * scale for s in seconds],
+                    [s * scale for s in times[config.variants[0]]],
+                    flops(name),
+                    flops(config.variants[0]),
+                    config.batch * sum(passes) * (config.steps if what == "decode" else 1),
+                    rates,
+                    float((call(name).float() - first).abs().max()),
+                    _memory(tok, lambda: call(name), name),
+                )
+            )
             say(bench_line(rows[-1]))
     return rows
 
+
 def bench_line(row: dict) -> str:  # one line of text
     "A row as text."
-    work = f"{row['law']}, {row['batch'] // row['micro']} at a time" if "law" in row else f"k={row['budget']:<4}"
-    return (f"{row['what']:7} {row['preset']:8} b={row['batch']:<3} {work} {row['variant']:19} {row['seconds']:9.3f} s ({row['seconds_low']:.3f}-{row['seconds_high']:.3f})  {row['images_per_second']:8.3f} img/s  {row['positions']:8} pos  "
-            f"{row['gflops_per_second']:7.0f} GFLOP/s = {row['share_of_matmul']:4.0%} of matmul  x{row['times_faster']:.2f} ({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f}) of {row['allowed']:.2f}  diff {row['difference']:.1e}  {row['peak_gb']:.2f} GB")
+    work = (
+        f"{row['law']}, {row['batch'] // row['micro']} at a time" if "law" in row else f"k={row['budget']:<4}"
+    )
+    return (
+        f"{row['what']:7} {row['preset']:8} b={row['batch']:<3} {work} {row['variant']:19} {row['seconds']:9.3f} s ({row['seconds_low']:.3f}-{row['seconds_high']:.3f})  {row['images_per_second']:8.3f} img/s  {row['positions']:8} pos  "
+        f"{row['gflops_per_second']:7.0f} GFLOP/s = {row['share_of_matmul']:4.0%} of matmul  x{row['times_faster']:.2f} ({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f}) of {row['allowed']:.2f}  diff {row['difference']:.1e}  {row['peak_gb']:.2f} GB"
+    )
 
 # %% ../nbs/16_cost.ipynb #16-41b93d6c
-def loss_flops(c: TokenizerConfig,
-               images: int,           # of one micro-batch
-               longest: int | None,   # registers that are computed; None: the plain computation, all of them and all mask tokens
-              ) -> int:               # FLOPs of loss and gradient
+def loss_flops(
+    c: TokenizerConfig,
+    images: int,  # of one micro-batch
+    longest: int
+    | None,  # registers that are computed; None: the plain computation, all of them and all mask tokens
+) -> int:  # FLOPs of loss and gradient
     "The gradient costs twice the forward pass."
     k = c.registers if longest is None else longest
-    return 3 * images * (encode_flops(c, k, longest is not None) + decode_flops(c, k, 1, False, longest is not None))
+    return (
+        3
+        * images
+        * (encode_flops(c, k, longest is not None) + decode_flops(c, k, 1, False, longest is not None))
+    )
+
 
 def loss_positions(c: TokenizerConfig, images: int, longest: int | None) -> int:  # of one micro-batch
     "Positions in both trunks."
     k = c.registers if longest is None else longest
-    return images * (encode_positions(c, k, longest is not None) + decode_positions(c, k, False, longest is not None)[0])
+    return images * (
+        encode_positions(c, k, longest is not None) + decode_positions(c, k, False, longest is not None)[0]
+    )
+
 
 def loss_bytes(c: TokenizerConfig, images: int, longest: int | None, micro: int = 1) -> int:  # bytes, float32
     "Memory of a step: weights, gradients, AdamW, EMA, and what one micro-batch keeps. Nothing is allocated."
+
     def loss(tok):
         tok.short_cuts = longest is not None
         latents = torch.empty(images, c.latent_channels, c.latent_size, c.latent_size)
-        return tok.loss(latents, draws=Draws(torch.empty(images, dtype=torch.int64), *torch.empty(2, images, dtype=torch.bool), torch.empty(images), latents, longest))[0]
-    return training_bytes(lambda: FlexTok(c), loss if micro == 1 else lambda tok: (loss(tok).backward(), loss(tok))[1])  # from the second one on, the gradients are there already
+        return tok.loss(
+            latents,
+            draws=Draws(
+                torch.empty(images, dtype=torch.int64),
+                *torch.empty(2, images, dtype=torch.bool),
+                torch.empty(images),
+                latents,
+                longest,
+            ),
+        )[0]
+
+    return training_bytes(
+        lambda: FlexTok(c), loss if micro == 1 else lambda tok: (loss(tok).backward(), loss(tok))[1]
+    )  # from the second one on, the gradients are there already
 
 # %% ../nbs/16_cost.ipynb #16-629d828c
 class _Unsorted(TokenizerFeed):
     "The same dice, in the order in which they were thrown."
-    def places(self, step: int) -> Tensor: return Feed.places(self, step)
+
+    def places(self, step: int) -> Tensor:
+        return Feed.places(self, step)
+
 
 def training_feed(tok: FlexTok, batch: int, dealt: bool = True) -> TokenizerFeed:  # dealt: sorted by budget
     "Steps of stage 1 on random latents, as room 08 makes them."
     c = tok.config
-    data = Latents(torch.randn(max(64, batch), c.latent_channels, c.latent_size, c.latent_size, generator=torch.Generator().manual_seed(0)))
+    data = Latents(
+        torch.randn(
+            max(64, batch),
+            c.latent_channels,
+            c.latent_size,
+            c.latent_size,
+            generator=torch.Generator().manual_seed(0),
+        )
+    )
     return (TokenizerFeed if dealt else _Unsorted)(tok, latent_batches(data, batch, device=tok.device))
 
-TRAINING = {f"{how}{plus}".replace("plain+", ""): (how == "sorted", "bf16" in plus, "compile" in plus) for how in ("plain", "sorted") for plus in ("", "+bf16", "+compile", "+bf16+compile")}  # name: short cut 4, bfloat16 autocast, torch.compile
+
+TRAINING = {
+    f"{how}{plus}".replace("plain+", ""): (how == "sorted", "bf16" in plus, "compile" in plus)
+    for how in ("plain", "sorted")
+    for plus in ("", "+bf16", "+compile", "+bf16+compile")
+}  # name: short cut 4, bfloat16 autocast, torch.compile
+
 
 def _backward(tok: FlexTok, parts, name: str) -> None:
     "Add the gradient of these micro-batches, computed in this variant."
     tok.short_cuts, half, compiling = TRAINING[name]
     with compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling):
         for (latents, _, draws), weight in parts:
-            with torch.autocast(tok.device.type, torch.bfloat16, enabled=half): loss = tok.loss(latents, draws=draws)[0]
+            with torch.autocast(tok.device.type, torch.bfloat16, enabled=half):
+                loss = tok.loss(latents, draws=draws)[0]
             (loss * weight).backward()
 
 # %% ../nbs/16_cost.ipynb #16-28081004
-def sorting_allows(c: TokenizerConfig,
-                   law: str,          # of the budget
-                   batch: int,        # images a step
-                   micro: int,        # micro-batches a step
-                   steps: int = 200,  # that are thrown
-                  ) -> float:         # FLOPs of plain steps / FLOPs of sorted ones
+def sorting_allows(
+    c: TokenizerConfig,
+    law: str,  # of the budget
+    batch: int,  # images a step
+    micro: int,  # micro-batches a step
+    steps: int = 200,  # that are thrown
+) -> float:  # FLOPs of plain steps / FLOPs of sorted ones
     "What short cut 4 can save at most. Dice are thrown, nothing else is computed."
-    small = TokenizerConfig(1, 1, c.registers, (2,), TrunkConfig(64, 1, 1), TrunkConfig(64, 1, 1), dropout_law=law, null_probability=c.null_probability)
+    small = TokenizerConfig(
+        1,
+        1,
+        c.registers,
+        (2,),
+        TrunkConfig(64, 1, 1),
+        TrunkConfig(64, 1, 1),
+        dropout_law=law,
+        null_probability=c.null_probability,
+    )
     feed = training_feed(FlexTok(small), batch)
-    parts = [(len(latents), draws.longest) for step in range(steps) for (latents, _, draws), _ in feed.parts(step, micro=micro)]
+    parts = [
+        (len(latents), draws.longest)
+        for step in range(steps)
+        for (latents, _, draws), _ in feed.parts(step, micro=micro)
+    ]
     return steps * loss_flops(c, batch, None) / sum(loss_flops(c, *part) for part in parts)
 
 # %% ../nbs/16_cost.ipynb #16-549b47e2
 def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # one row a law and variant
     "Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the same images and dice. Raises ValueError for settings that make no sense."
     names = [v for v in config.variants if v in TRAINING] or ["plain"]
-    if not 1 <= config.micro <= config.batch or config.repeats < 1: raise ValueError(f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. batch, and at least 1")
-    if bad := [law for law in config.laws if law not in LAWS]: raise ValueError(f"dropout law {bad[0]!r}: use {', '.join(LAWS)}")
-    tok = bench_tokenizer(config).train(); plain, device, rows = tok.config, tok.device, []
+    if not 1 <= config.micro <= config.batch or config.repeats < 1:
+        raise ValueError(
+            f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. batch, and at least 1"
+        )
+    if bad := [law for law in config.laws if law not in LAWS]:
+        raise ValueError(f"dropout law {bad[0]!r}: use {', '.join(LAWS)}")
+    tok = bench_tokenizer(config).train()
+    plain, device, rows = tok.config, tok.device, []
     for law in config.laws or (plain.dropout_law,):
         tok.config = c = replace(plain, dropout_law=law)
-        optimizer = torch.optim.AdamW(tok.parameters(), lr=0.)  # all of its work, but the weights stay what they are: all rounds are of one model
-        feeds, gradients, turns = {how: training_feed(tok, config.batch, how) for how in (False, True)}, {}, {name: iter(range(config.repeats)) for name in names}
-        def sizes(name, step): return [(len(batch[0]), batch[2].longest if TRAINING[name][0] else None) for batch, _ in feeds[TRAINING[name][0]].parts(step, micro=config.micro)]
+        optimizer = torch.optim.AdamW(
+            tok.parameters(), lr=0.0
+        )  # all of its work, but the weights stay what they are: all rounds are of one model
+        feeds, gradients, turns = (
+            {how: training_feed(tok, config.batch, how) for how in (False, True)},
+            {},
+            {name: iter(range(config.repeats)) for name in names},
+        )
+
+        def sizes(name, step):
+            return [
+                (len(batch[0]), batch[2].longest if TRAINING[name][0] else None)
+                for batch, _ in feeds[TRAINING[name][0]].parts(step, micro=config.micro)
+            ]
+
         def call(name, step=None):
             step = next(turns[name]) if step is None else step
             optimizer.zero_grad(set_to_none=True)
             _backward(tok, feeds[TRAINING[name][0]].parts(step, micro=config.micro), name)
-            if config.adamw: optimizer.step()
-            if step == config.repeats - 1: gradients[name] = torch.cat([torch.zeros(w.numel(), device=device) if w.grad is None else w.grad.flatten() for w in tok.parameters()])
+            if config.adamw:
+                optimizer.step()
+            if step == config.repeats - 1:
+                gradients[name] = torch.cat(
+                    [
+                        torch.zeros(w.numel(), device=device) if w.grad is None else w.grad.flatten()
+                        for w in tok.parameters()
+                    ]
+                )
+
         for name in names:  # a compiler must have seen every shape; else one image is enough to wake up
             seen = {}
             for step in range(config.repeats if TRAINING[name][2] else 1):
-                for (latents, _, draws), weight in feeds[TRAINING[name][0]].parts(step, micro=config.micro): seen[len(latents), draws.longest] = ((latents, None, draws), weight)
+                for (latents, _, draws), weight in feeds[TRAINING[name][0]].parts(step, micro=config.micro):
+                    seen[len(latents), draws.longest] = ((latents, None, draws), weight)
             few = torch.tensor([0])
-            _backward(tok, seen.values() if TRAINING[name][2] else [((latents[few], None, draws.of(few)), 1.) for (latents, _, draws), _ in list(seen.values())[-1:]], name)
+            _backward(
+                tok,
+                seen.values()
+                if TRAINING[name][2]
+                else [
+                    ((latents[few], None, draws.of(few)), 1.0)
+                    for (latents, _, draws), _ in list(seen.values())[-1:]
+                ],
+                name,
+            )
         at = {name: [sizes(name, step) for step in range(config.repeats)] for name in names}
         flops = {name: [sum(loss_flops(c, *part) for part in step) for step in at[name]] for name in names}
-        positions = {name: sum(loss_positions(c, *part) for step in at[name] for part in step) // config.repeats for name in names}
-        floor = {name: matmuls(c.decoder, max(1, positions[name] // 2 // config.micro), device, torch.bfloat16 if TRAINING[name][1] else torch.float32) for name in names}
-        for run, _ in floor.values(): run()
-        times = in_turns({name: lambda name=name: call(name) for name in names} | {("matmul", name): run for name, (run, _) in floor.items()}, config.repeats, device, warm=0)
+        positions = {
+            name: sum(loss_positions(c, *part) for step in at[name] for part in step) // config.repeats
+            for name in names
+        }
+        floor = {
+            name: matmuls(
+                c.decoder,
+                max(1, positions[name] // 2 // config.micro),
+                device,
+                torch.bfloat16 if TRAINING[name][1] else torch.float32,
+            )
+            for name in names
+        }
+        for run, _ in floor.values():
+            run()
+        times = in_turns(
+            {name: lambda name=name: call(name) for name in names}
+            | {("matmul", name): run for name, (run, _) in floor.items()},
+            config.repeats,
+            device,
+            warm=0,
+        )
         for name in names:
             rates, first = [floor[name][1] / s for s in times["matmul", name]], gradients[names[0]]
             longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
-            memory = _memory(tok, lambda: call(name, 0), name) if device.type == "cuda" else math.nan if "bf16" in name or "compile" in name else loss_bytes(c, *longest, config.micro)
-            difference = math.nan if name == names[0] else float((gradients[name] - first).norm() / first.norm())
-            rows.append(_row(config, "train", name, c.registers, times[name], times[names[0]], flops[name], flops[names[0]], positions[name], rates, difference, memory) | {"law": law, "micro": config.micro})
+            memory = (
+                _memory(tok, lambda: call(name, 0), name)
+                if device.type == "cuda"
+                else math.nan
+                if "bf16" in name or "compile" in name
+                else loss_bytes(c, *longest, config.micro)
+            )
+            difference = (
+                math.nan if name == names[0] else float((gradients[name] - first).norm() / first.norm())
+            )
+            rows.append(
+                _row(
+                    config,
+                    "train",
+                    name,
+                    c.registers,
+                    times[name],
+                    times[names[0]],
+                    flops[name],
+                    flops[names[0]],
+                    positions[name],
+                    rates,
+                    difference,
+                    memory,
+                )
+                | {"law": law, "micro": config.micro}
+            )
             say(bench_line(rows[-1]))
     return rows
 
 # %% ../nbs/16_cost.ipynb #16-34ee00df
 def bench(what: str, config: BenchConfig, say: Callable = print) -> list[dict]:  # the rows
     "encode, decode or train. The rows are printed as they come, and written to `config.out`."
-    if what not in ("encode", "decode", "train"): raise ValueError(f"bench {what!r}: use encode, decode or train")
-    if config.out: may_replace(config.out, config.force)
-    say(f"# torch {torch.__version__}, {torch.get_num_threads()} threads, device {pick_device(config.device)}" + (f" ({torch.cuda.get_device_name()})" if pick_device(config.device).type == "cuda" else ""))
+    if what not in ("encode", "decode", "train"):
+        raise ValueError(f"bench {what!r}: use encode, decode or train")
+    if config.out:
+        may_replace(config.out, config.force)
+    say(
+        f"# torch {torch.__version__}, {torch.get_num_threads()} threads, device {pick_device(config.device)}"
+        + (f" ({torch.cuda.get_device_name()})" if pick_device(config.device).type == "cuda" else "")
+    )
     rows = bench_train(config, say) if what == "train" else bench_inference(what, config, say)
     if config.out:
-        told = {"format": f"{MARK}.bench", "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(pick_device(config.device)), "rows": rows}
+        told = {
+            "format": f"{MARK}.bench",
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(pick_device(config.device)),
+            "rows": rows,
+        }
         write_text(config.out, json.dumps(told, indent=1))
     return rows
+
 
 def bench_main() -> None:
     "The console command `flextok_bench decode|encode|train`."
     any_terminal()
     import tyro
-    what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ("", sys.argv[1:])
-    if not what and not any(a in ("-h", "--help") for a in rest): sys.exit("flextok_bench: say what: flextok_bench decode|encode|train [options] (--help lists them)")
+
+    what, rest = (
+        (sys.argv[1], sys.argv[2:])
+        if len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+        else ("", sys.argv[1:])
+    )
+    if not what and not any(a in ("-h", "--help") for a in rest):
+        sys.exit("flextok_bench: say what: flextok_bench decode|encode|train [options] (--help lists them)")
     config = tyro.cli(BenchConfig, prog=f"flextok_bench {what or 'decode|encode|train'}", args=rest)
-    try: bench(what, config)
-    except KeyboardInterrupt: sys.exit("\nstopped")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error: sys.exit(f"flextok_bench: {error}")
+    try:
+        bench(what, config)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"flextok_bench: {error}")

@@ -32,68 +32,143 @@ from tqdm.auto import tqdm
 from .core import Feed, atomic, from_uint8, named_generator, write_text
 
 # %% ../nbs/01_data.ipynb #01-9b7ead1f
-COLOURS = dict(red=(222, 52, 48), orange=(245, 140, 40), yellow=(250, 212, 60), green=(70, 165, 75),
-               blue=(50, 105, 215), purple=(135, 75, 185), pink=(245, 135, 180), white=(246, 244, 238))
+COLOURS = dict(
+    red=(222, 52, 48),
+    orange=(245, 140, 40),
+    yellow=(250, 212, 60),
+    green=(70, 165, 75),
+    blue=(50, 105, 215),
+    purple=(135, 75, 185),
+    pink=(245, 135, 180),
+    white=(246, 244, 238),
+)
 PLACES = dict(  # place: (colour above the horizon, colour below it, lowest and highest horizon, in heights from the top)
-    meadow=((160, 212, 248), (126, 192, 84), .45, .60),
-    sea=((186, 226, 250), (44, 118, 188), .42, .58),
-    sky=((120, 190, 250), (190, 226, 252), .70, .90),
-    sand=((252, 224, 170), (224, 178, 98), .45, .60),
-    snow=((196, 214, 232), (242, 247, 252), .45, .60),
-    street=((214, 208, 200), (112, 114, 124), .50, .64),
-    forest=((52, 104, 66), (92, 74, 48), .52, .66),
-    deep=((28, 140, 160), (12, 62, 104), .60, .85))
-LIGHTS = dict(day=(1., 1., 1.), dusk=(1.02, .74, .62), night=(.30, .34, .56))
-_WORDS = dict(meadow="in a meadow", sea="on the sea", sky="in the sky", sand="in the sand", snow="in the snow",
-              street="on a street", forest="in a forest", deep="under water", day="by day", dusk="at dusk", night="at night")
-_FIXED = dict(wood=(134, 90, 54), black=(34, 32, 40), white=(248, 248, 246), gold=(250, 200, 60), glass=(170, 220, 245),
-              leaf=(64, 140, 62), cream=(250, 232, 205), metal=(190, 194, 200), pink=(245, 135, 180))
+    meadow=((160, 212, 248), (126, 192, 84), 0.45, 0.60),
+    sea=((186, 226, 250), (44, 118, 188), 0.42, 0.58),
+    sky=((120, 190, 250), (190, 226, 252), 0.70, 0.90),
+    sand=((252, 224, 170), (224, 178, 98), 0.45, 0.60),
+    snow=((196, 214, 232), (242, 247, 252), 0.45, 0.60),
+    street=((214, 208, 200), (112, 114, 124), 0.50, 0.64),
+    forest=((52, 104, 66), (92, 74, 48), 0.52, 0.66),
+    deep=((28, 140, 160), (12, 62, 104), 0.60, 0.85),
+)
+LIGHTS = dict(day=(1.0, 1.0, 1.0), dusk=(1.02, 0.74, 0.62), night=(0.30, 0.34, 0.56))
+_WORDS = dict(
+    meadow="in a meadow",
+    sea="on the sea",
+    sky="in the sky",
+    sand="in the sand",
+    snow="in the snow",
+    street="on a street",
+    forest="in a forest",
+    deep="under water",
+    day="by day",
+    dusk="at dusk",
+    night="at night",
+)
+_FIXED = dict(
+    wood=(134, 90, 54),
+    black=(34, 32, 40),
+    white=(248, 248, 246),
+    gold=(250, 200, 60),
+    glass=(170, 220, 245),
+    leaf=(64, 140, 62),
+    cream=(250, 232, 205),
+    metal=(190, 194, 200),
+    pink=(245, 135, 180),
+)
 
 # %% ../nbs/01_data.ipynb #01-e4da5684
-def _ellipse(x, y, rx, ry, n=18, start=0., stop=2 * math.pi):
+def _ellipse(x, y, rx, ry, n=18, start=0.0, stop=2 * math.pi):
     a = np.linspace(start, stop, n, endpoint=stop - start < 6.28)
     return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
-def _box(x0, y0, x1, y1): return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-def _poly(*xy): return np.array(xy, dtype=float)
-def _star(n, inner, outer, turn=0.):
+
+
+def _box(x0, y0, x1, y1):
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+
+
+def _poly(*xy):
+    return np.array(xy, dtype=float)
+
+
+def _star(n, inner, outer, turn=0.0):
     a = turn + np.arange(2 * n) * math.pi / n
     r = np.where(np.arange(2 * n) % 2 == 0, outer, inner)
     return np.stack([r * np.cos(a), r * np.sin(a)], 1)
 
+
+# fmt: off
 _PARTS = dict(
- tree=[('wood', _poly((-.07, .05), (.07, .05), (.1, .5), (-.1, .5))), ('dark', _ellipse(-.22, -.02, .24, .2)), ('dark', _ellipse(.22, -.02, .24, .2)),
-       ('main', _ellipse(0, -.2, .34, .29)), ('main', _ellipse(-.18, -.1, .22, .18)), ('light', _ellipse(-.1, -.3, .13, .1))],
- house=[('dark', _poly((-.5, -.06), (0, -.5), (.5, -.06))), ('main', _box(-.4, -.06, .4, .5)), ('wood', _box(-.09, .14, .11, .5)),
-        ('glass', _box(-.31, .06, -.15, .24)), ('glass', _box(.2, .06, .34, .24)), ('wood', _box(.2, -.42, .31, -.2))],
- boat=[('wood', _box(-.03, -.5, .03, .2)), ('white', _poly((.05, -.46), (.42, .12), (.05, .12))), ('light', _poly((-.05, -.36), (-.36, .12), (-.05, .12))),
-       ('main', _poly((-.5, .18), (.5, .18), (.34, .46), (-.36, .46))), ('dark', _poly((-.42, .34), (.42, .34), (.34, .46), (-.36, .46)))],
- sun=[('light', _star(12, .33, .5)), ('main', _ellipse(0, 0, .33, .33, 26)), ('black', _ellipse(-.11, -.06, .035, .05, 10)), ('black', _ellipse(.11, -.06, .035, .05, 10)),
-      ('dark', _poly((-.14, .1), (-.07, .15), (0, .165), (.07, .15), (.14, .1), (.08, .2), (0, .225), (-.08, .2)))],
- flower=[('leaf', _box(-.03, .0, .03, .5)), ('leaf', _poly((0, .4), (.12, .22), (.3, .2), (.2, .36))), ('leaf', _poly((0, .46), (-.12, .3), (-.3, .28), (-.2, .42)))]
-        + [('main' if i % 2 else 'light', _ellipse(.22 * math.cos(i * math.pi / 4), -.14 + .22 * math.sin(i * math.pi / 4), .13, .13, 14)) for i in range(8)]
+    tree=[('wood', _poly((-.07, .05), (.07, .05), (.1, .5), (-.1, .5))),
+          ('dark', _ellipse(-.22, -.02, .24, .2)), ('dark', _ellipse(.22, -.02, .24, .2)),
+          ('main', _ellipse(0, -.2, .34, .29)), ('main', _ellipse(-.18, -.1, .22, .18)),
+          ('light', _ellipse(-.1, -.3, .13, .1))],
+    house=[('dark', _poly((-.5, -.06), (0, -.5), (.5, -.06))), ('main', _box(-.4, -.06, .4, .5)),
+           ('wood', _box(-.09, .14, .11, .5)), ('glass', _box(-.31, .06, -.15, .24)),
+           ('glass', _box(.2, .06, .34, .24)), ('wood', _box(.2, -.42, .31, -.2))],
+    boat=[('wood', _box(-.03, -.5, .03, .2)), ('white', _poly((.05, -.46), (.42, .12), (.05, .12))),
+          ('light', _poly((-.05, -.36), (-.36, .12), (-.05, .12))),
+          ('main', _poly((-.5, .18), (.5, .18), (.34, .46), (-.36, .46))),
+          ('dark', _poly((-.42, .34), (.42, .34), (.34, .46), (-.36, .46)))],
+    sun=[('light', _star(12, .33, .5)), ('main', _ellipse(0, 0, .33, .33, 26)),
+         ('black', _ellipse(-.11, -.06, .035, .05, 10)), ('black', _ellipse(.11, -.06, .035, .05, 10)),
+         ('dark', _poly((-.14, .1), (-.07, .15), (0, .165), (.07, .15),
+                        (.14, .1), (.08, .2), (0, .225), (-.08, .2)))],
+    flower=[('leaf', _box(-.03, .0, .03, .5)), ('leaf', _poly((0, .4), (.12, .22), (.3, .2), (.2, .36))),
+            ('leaf', _poly((0, .46), (-.12, .3), (-.3, .28), (-.2, .42)))]
+        + [('main' if i % 2 else 'light',
+            _ellipse(.22 * math.cos(i * math.pi / 4), -.14 + .22 * math.sin(i * math.pi / 4), .13, .13, 14))
+           for i in range(8)]
         + [('gold', _ellipse(0, -.14, .14, .14))],
- fish=[('dark', _poly((.2, 0), (.5, -.26), (.44, 0), (.5, .26))), ('dark', _poly((-.1, -.2), (.14, -.4), (.16, -.16))), ('main', _ellipse(-.1, 0, .4, .27, 24)),
-       ('light', _poly((-.02, -.26), (.08, -.24), (.08, .24), (-.02, .26))), ('white', _ellipse(-.32, -.07, .07, .07, 12)), ('black', _ellipse(-.33, -.07, .035, .035, 10))],
+    fish=[('dark', _poly((.2, 0), (.5, -.26), (.44, 0), (.5, .26))),
+          ('dark', _poly((-.1, -.2), (.14, -.4), (.16, -.16))), ('main', _ellipse(-.1, 0, .4, .27, 24)),
+          ('light', _poly((-.02, -.26), (.08, -.24), (.08, .24), (-.02, .26))),
+          ('white', _ellipse(-.32, -.07, .07, .07, 12)), ('black', _ellipse(-.33, -.07, .035, .035, 10))],
 )
+# fmt: on
 
 # %% ../nbs/01_data.ipynb #01-d7abf588
+# fmt: off
 _PARTS |= dict(
- car=[('main', _poly((-.26, -.02), (-.16, -.26), (.18, -.26), (.3, -.02))), ('glass', _poly((-.19, -.03), (-.12, -.2), (-.01, -.2), (-.01, -.03))),
-      ('glass', _poly((.03, -.03), (.03, -.2), (.15, -.2), (.22, -.03))), ('main', _poly((-.5, .02), (-.44, -.04), (.42, -.04), (.5, .04), (.5, .2), (-.5, .2))),
-      ('dark', _box(-.5, .13, .5, .2)), ('gold', _ellipse(.46, .05, .035, .045, 10)), ('black', _ellipse(-.27, .2, .13, .13)), ('black', _ellipse(.27, .2, .13, .13)),
-      ('metal', _ellipse(-.27, .2, .06, .06, 12)), ('metal', _ellipse(.27, .2, .06, .06, 12))],
- mushroom=[('cream', _poly((-.13, 0), (.13, 0), (.18, .46), (.1, .5), (-.1, .5), (-.18, .46))), ('dark', _ellipse(0, .03, .46, .1)), ('main', _ellipse(0, .03, .48, .5, 24, math.pi, 2 * math.pi)),
-           ('white', _ellipse(-.22, -.16, .085, .075, 12)), ('white', _ellipse(.08, -.28, .095, .08, 12)), ('white', _ellipse(.28, -.08, .07, .065, 12)), ('white', _ellipse(-.02, -.07, .06, .05, 12))],
- balloon=[('wood', _poly((-.2, .1), (-.17, .1), (-.07, .36), (-.1, .36))), ('wood', _poly((.2, .1), (.17, .1), (.07, .36), (.1, .36))), ('main', _ellipse(0, -.14, .38, .36, 26)),
-          ('main', _poly((-.33, .04), (.33, .04), (.14, .27), (-.14, .27))), ('light', _ellipse(0, -.14, .22, .36, 22)), ('light', _poly((-.19, .04), (.19, .04), (.08, .27), (-.08, .27))),
-          ('dark', _ellipse(0, -.14, .08, .36, 18)), ('dark', _box(-.06, .04, .06, .27)), ('wood', _box(-.11, .36, .11, .5))],
- star=[('dark', _star(5, .22, .5, -math.pi / 2)), ('main', _star(5, .185, .43, -math.pi / 2)), ('light', _star(5, .08, .2, -math.pi / 2))],
- snowman=[('white', _ellipse(0, .27, .27, .24)), ('white', _ellipse(0, -.03, .2, .18)), ('white', _ellipse(0, -.25, .15, .14)), ('main', _poly((-.17, -.15), (.17, -.15), (.17, -.07), (.12, .12), (.04, .12), (.06, -.06), (-.17, -.07))),
-          ('main', _box(-.12, -.5, .12, -.34)), ('dark', _box(-.2, -.36, .2, -.31)), ('black', _ellipse(-.055, -.27, .022, .025, 8)), ('black', _ellipse(.055, -.27, .022, .025, 8)),
-          ('gold', _poly((0, -.24), (.17, -.2), (0, -.19))), ('black', _ellipse(-.03, .2, .024, .024, 8)), ('black', _ellipse(-.03, .33, .024, .024, 8))],
- cactus=[('main', _box(-.42, -.16, -.28, .16)), ('main', _box(-.42, .06, 0, .18)), ('main', _box(.27, -.3, .41, .04)), ('main', _box(0, -.06, .41, .06)), ('main', _ellipse(-.35, -.16, .07, .08, 12)), ('main', _ellipse(.34, -.3, .07, .08, 12)),
-         ('main', _box(-.13, -.38, .13, .5)), ('main', _ellipse(0, -.38, .13, .12, 14)), ('dark', _box(-.05, -.36, -.015, .5)), ('light', _box(.05, -.36, .08, .5)), ('pink', _ellipse(0, -.46, .1, .045, 10))],
+    car=[('main', _poly((-.26, -.02), (-.16, -.26), (.18, -.26), (.3, -.02))),
+         ('glass', _poly((-.19, -.03), (-.12, -.2), (-.01, -.2), (-.01, -.03))),
+         ('glass', _poly((.03, -.03), (.03, -.2), (.15, -.2), (.22, -.03))),
+         ('main', _poly((-.5, .02), (-.44, -.04), (.42, -.04), (.5, .04), (.5, .2), (-.5, .2))),
+         ('dark', _box(-.5, .13, .5, .2)), ('gold', _ellipse(.46, .05, .035, .045, 10)),
+         ('black', _ellipse(-.27, .2, .13, .13)), ('black', _ellipse(.27, .2, .13, .13)),
+         ('metal', _ellipse(-.27, .2, .06, .06, 12)), ('metal', _ellipse(.27, .2, .06, .06, 12))],
+    mushroom=[('cream', _poly((-.13, 0), (.13, 0), (.18, .46), (.1, .5), (-.1, .5), (-.18, .46))),
+              ('dark', _ellipse(0, .03, .46, .1)),
+              ('main', _ellipse(0, .03, .48, .5, 24, math.pi, 2 * math.pi)),
+              ('white', _ellipse(-.22, -.16, .085, .075, 12)), ('white', _ellipse(.08, -.28, .095, .08, 12)),
+              ('white', _ellipse(.28, -.08, .07, .065, 12)), ('white', _ellipse(-.02, -.07, .06, .05, 12))],
+    balloon=[('wood', _poly((-.2, .1), (-.17, .1), (-.07, .36), (-.1, .36))),
+             ('wood', _poly((.2, .1), (.17, .1), (.07, .36), (.1, .36))),
+             ('main', _ellipse(0, -.14, .38, .36, 26)),
+             ('main', _poly((-.33, .04), (.33, .04), (.14, .27), (-.14, .27))),
+             ('light', _ellipse(0, -.14, .22, .36, 22)),
+             ('light', _poly((-.19, .04), (.19, .04), (.08, .27), (-.08, .27))),
+             ('dark', _ellipse(0, -.14, .08, .36, 18)), ('dark', _box(-.06, .04, .06, .27)),
+             ('wood', _box(-.11, .36, .11, .5))],
+    star=[('dark', _star(5, .22, .5, -math.pi / 2)), ('main', _star(5, .185, .43, -math.pi / 2)),
+          ('light', _star(5, .08, .2, -math.pi / 2))],
+    snowman=[('white', _ellipse(0, .27, .27, .24)), ('white', _ellipse(0, -.03, .2, .18)),
+             ('white', _ellipse(0, -.25, .15, .14)),
+             ('main', _poly((-.17, -.15), (.17, -.15), (.17, -.07), (.12, .12), (.04, .12), (.06, -.06),
+                            (-.17, -.07))),
+             ('main', _box(-.12, -.5, .12, -.34)), ('dark', _box(-.2, -.36, .2, -.31)),
+             ('black', _ellipse(-.055, -.27, .022, .025, 8)), ('black', _ellipse(.055, -.27, .022, .025, 8)),
+             ('gold', _poly((0, -.24), (.17, -.2), (0, -.19))), ('black', _ellipse(-.03, .2, .024, .024, 8)),
+             ('black', _ellipse(-.03, .33, .024, .024, 8))],
+    cactus=[('main', _box(-.42, -.16, -.28, .16)), ('main', _box(-.42, .06, 0, .18)),
+            ('main', _box(.27, -.3, .41, .04)), ('main', _box(0, -.06, .41, .06)),
+            ('main', _ellipse(-.35, -.16, .07, .08, 12)), ('main', _ellipse(.34, -.3, .07, .08, 12)),
+            ('main', _box(-.13, -.38, .13, .5)), ('main', _ellipse(0, -.38, .13, .12, 14)),
+            ('dark', _box(-.05, -.36, -.015, .5)), ('light', _box(.05, -.36, .08, .5)),
+            ('pink', _ellipse(0, -.46, .1, .045, 10))],
 )
+# fmt: on
 
 # %% ../nbs/01_data.ipynb #01-036b5e7a
 _HABITS = dict(  # kind: (favourite place, other places, favourite colours, stands, largest turn in degrees)
@@ -108,7 +183,8 @@ _HABITS = dict(  # kind: (favourite place, other places, favourite colours, stan
     balloon=("sky", ("sea", "meadow", "snow"), ("red", "purple", "pink", "green"), "free", 9),
     star=("sky", ("snow", "sea", "forest"), ("yellow", "white", "pink", "blue"), "free", 30),
     snowman=("snow", ("street", "forest", "meadow"), ("red", "blue", "green", "purple"), "ground", 6),
-    cactus=("sand", ("street", "snow", "meadow"), ("green", "green", "blue", "purple"), "ground", 6))
+    cactus=("sand", ("street", "snow", "meadow"), ("green", "green", "blue", "purple"), "ground", 6),
+)
 KINDS, COLOUR_NAMES, PLACE_NAMES, LIGHT_NAMES = tuple(_PARTS), tuple(COLOURS), tuple(PLACES), tuple(LIGHTS)
 assert tuple(_HABITS) == KINDS
 
@@ -116,40 +192,56 @@ assert tuple(_HABITS) == KINDS
 @dataclass(frozen=True)
 class Thing:
     "One object of a scene. Positions and sizes are shares of the picture's side; y points down."
-    kind: str      # one of KINDS
-    colour: str    # one of COLOUR_NAMES
-    x: float       # centre
-    y: float       # centre
-    size: float    # width of the box it is drawn in
-    angle: float   # degrees, counter-clockwise
+
+    kind: str  # one of KINDS
+    colour: str  # one of COLOUR_NAMES
+    x: float  # centre
+    y: float  # centre
+    size: float  # width of the box it is drawn in
+    angle: float  # degrees, counter-clockwise
     relation: str = ""  # for secondary things: where it is, seen from the main one
+
 
 @dataclass(frozen=True)
 class Scene:
     "Everything that is on a picture: its ground truth."
-    place: str                  # one of PLACE_NAMES
-    light: str                  # one of LIGHT_NAMES
-    horizon: float              # height of the horizon, from the top
-    things: tuple[Thing, ...]   # the main thing first
+
+    place: str  # one of PLACE_NAMES
+    light: str  # one of LIGHT_NAMES
+    horizon: float  # height of the horizon, from the top
+    things: tuple[Thing, ...]  # the main thing first
     in_front: tuple[bool, ...]  # for each secondary thing: drawn over the main one?
-    level: int                  # 1: plain; 2: gradients and a second thing; 3: textures and a third
-    texture: int                # seed of the texture
+    level: int  # 1: plain; 2: gradients and a second thing; 3: textures and a third
+    texture: int  # seed of the texture
 
     @property
     def caption(self) -> str:  # "a red boat on the sea at night, a small yellow star above it"
         main = self.things[0]
-        def article(words): return ("an " if words[0] in "aeiou" else "a ") + words
-        return (f"{article(main.colour + ' ' + main.kind)} {_WORDS[self.place]} {_WORDS[self.light]}"
-                + "".join(f", a small {t.colour} {t.kind} {t.relation} it" for t in self.things[1:]))
+
+        def article(words):
+            return ("an " if words[0] in "aeiou" else "a ") + words
+
+        return (
+            f"{article(main.colour + ' ' + main.kind)} {_WORDS[self.place]} {_WORDS[self.light]}"
+            + "".join(f", a small {t.colour} {t.kind} {t.relation} it" for t in self.things[1:])
+        )
 
     @property
     def labels(self) -> tuple[int, int, int, int]:  # kind, colour of the main thing, place, light
         main = self.things[0]
-        return KINDS.index(main.kind), COLOUR_NAMES.index(main.colour), PLACE_NAMES.index(self.place), LIGHT_NAMES.index(self.light)
+        return (
+            KINDS.index(main.kind),
+            COLOUR_NAMES.index(main.colour),
+            PLACE_NAMES.index(self.place),
+            LIGHT_NAMES.index(self.light),
+        )
+
 
 _GRID = 2048
-_EXTENT = {kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in _PARTS.items()}  # width of what is drawn, in boxes
-_RELATIONS = {"above": (0., -1.), "left of": (-1., .1), "right of": (1., .1), "below": (0., 1.)}
+_EXTENT = {
+    kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in _PARTS.items()
+}  # width of what is drawn, in boxes
+_RELATIONS = {"above": (0.0, -1.0), "left of": (-1.0, 0.1), "right of": (1.0, 0.1), "below": (0.0, 1.0)}
 
 # %% ../nbs/01_data.ipynb #01-d576e852
 def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Scene:  # a random scene
@@ -158,35 +250,66 @@ def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Sce
     pick = lambda r, options: options[min(int(r * len(options)), len(options) - 1)]
     kind = pick(u[0], KINDS)
     home, others, favourites, stands, turn = _HABITS[kind]
-    place = home if u[1] < .67 else pick((u[1] - .67) / .33, others)
-    light = "day" if u[2] < .6 else "dusk" if u[2] < .8 else "night"
-    colour = pick(u[3] / .9, favourites) if u[3] < .9 else pick((u[3] - .9) / .1, COLOUR_NAMES)
+    place = home if u[1] < 0.67 else pick((u[1] - 0.67) / 0.33, others)
+    light = "day" if u[2] < 0.6 else "dusk" if u[2] < 0.8 else "night"
+    colour = pick(u[3] / 0.9, favourites) if u[3] < 0.9 else pick((u[3] - 0.9) / 0.1, COLOUR_NAMES)
     low, high = PLACES[place][2:]
     horizon = low + (high - low) * u[4]
-    width = (.50 + .18 * u[5], .40 + .26 * u[5], .32 + .30 * u[5])[level - 1]  # simple scenes are large ones
-    size = min(width / _EXTENT[kind], .9)  # tall things stay in the picture
-    x = .5 + .16 * (u[6] - .5) if level == 1 else size / 2 + .01 + (.98 - size) * u[6]  # and near the middle
+    width = (0.50 + 0.18 * u[5], 0.40 + 0.26 * u[5], 0.32 + 0.30 * u[5])[
+        level - 1
+    ]  # simple scenes are large ones
+    size = min(width / _EXTENT[kind], 0.9)  # tall things stay in the picture
+    x = (
+        0.5 + 0.16 * (u[6] - 0.5) if level == 1 else size / 2 + 0.01 + (0.98 - size) * u[6]
+    )  # and near the middle
     x = (2 * round(x * _GRID / 2) + odd) / _GRID
-    if stands == "ground": y = min(max(horizon + (.10 + .3 * u[7]) * (1 - horizon) * 2 - size / 2, size / 2 + .01), 1.02 - size / 2)
-    elif stands == "afloat": y = min(horizon + .06 + .1 * u[7] - size * .2, 1 - size / 2)
-    elif level == 1: y = .5 + .12 * (u[7] - .5)
-    else: y = size / 2 + .02 + (.96 - size) * u[7] * (1. if kind == "fish" else .75)
+    if stands == "ground":
+        y = min(
+            max(horizon + (0.10 + 0.3 * u[7]) * (1 - horizon) * 2 - size / 2, size / 2 + 0.01),
+            1.02 - size / 2,
+        )
+    elif stands == "afloat":
+        y = min(horizon + 0.06 + 0.1 * u[7] - size * 0.2, 1 - size / 2)
+    elif level == 1:
+        y = 0.5 + 0.12 * (u[7] - 0.5)
+    else:
+        y = size / 2 + 0.02 + (0.96 - size) * u[7] * (1.0 if kind == "fish" else 0.75)
     things = [Thing(kind, colour, x, y, size, turn * (2 * u[8] - 1))]
-    names = list(_RELATIONS); start = int(u[9] * 4); front = []
+    names = list(_RELATIONS)
+    start = int(u[9] * 4)
+    front = []
     for j in range(level - 1):  # secondary things, each on another side of the main one
-        v = u[10 + 6 * j: 16 + 6 * j]
+        v = u[10 + 6 * j : 16 + 6 * j]
         relation = names[(start + 1 + 2 * j) % 4 if j else start]
         dx, dy = _RELATIONS[relation]
-        small, reach = .15 + .09 * v[0], size / 2 + .03 + .05 * v[1]
-        sx, sy = x + dx * reach + .1 * (v[2] - .5), y + dy * reach + .1 * (v[3] - .5)
+        small, reach = 0.15 + 0.09 * v[0], size / 2 + 0.03 + 0.05 * v[1]
+        sx, sy = x + dx * reach + 0.1 * (v[2] - 0.5), y + dy * reach + 0.1 * (v[3] - 0.5)
         sx, sy = (min(max(p, small / 2), 1 - small / 2) for p in (sx, sy))
         other = pick(v[4], [k for k in KINDS if k != kind])
-        things.append(Thing(other, pick(v[5], _HABITS[other][2]), sx, sy, small, _HABITS[other][4] * (2 * v[2] - 1), relation))
-        front.append(bool(v[3] > .5))
+        things.append(
+            Thing(
+                other,
+                pick(v[5], _HABITS[other][2]),
+                sx,
+                sy,
+                small,
+                _HABITS[other][4] * (2 * v[2] - 1),
+                relation,
+            )
+        )
+        front.append(bool(v[3] > 0.5))
     return Scene(place, light, horizon, tuple(things), tuple(front), level, int(u[23] * 2**31))
 
 # %% ../nbs/01_data.ipynb #01-6d9db40a
-_UNIT = {kind: (np.concatenate([p for _, p in parts]), np.cumsum([len(p) for _, p in parts])[:-1], [c for c, _ in parts]) for kind, parts in _PARTS.items()}
+_UNIT = {
+    kind: (
+        np.concatenate([p for _, p in parts]),
+        np.cumsum([len(p) for _, p in parts])[:-1],
+        [c for c, _ in parts],
+    )
+    for kind, parts in _PARTS.items()
+}
+
 
 def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
     points, cuts, colours = _UNIT[thing.kind]
@@ -194,100 +317,154 @@ def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
     turn = np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) * (thing.size * side)
     placed = points @ turn + np.array([thing.x * side, thing.y * side])
     r, g, b = COLOURS[thing.colour]
-    shades = {"main": (r, g, b), "dark": (r * .68, g * .68, b * .68), "light": (r * .6 + 102, g * .6 + 102, b * .6 + 102)}
+    shades = {
+        "main": (r, g, b),
+        "dark": (r * 0.68, g * 0.68, b * 0.68),
+        "light": (r * 0.6 + 102, g * 0.6 + 102, b * 0.6 + 102),
+    }
     for name, polygon in zip(colours, np.split(placed, cuts)):
         c = shades.get(name) or _FIXED[name]
         canvas.polygon(polygon.ravel().tolist(), fill=tuple(min(255, int(v * f)) for v, f in zip(c, tint)))
 
+
 def _texture(canvas: ImageDraw.ImageDraw, scene: Scene, side: int, tint) -> None:
     "Strokes that tell a place from a coloured wall: blades, waves, dunes, flakes, stones, trunks, bubbles, clouds, stars."
-    u = np.random.default_rng(scene.texture).random((26, 3)); h = scene.horizon * side
+    u = np.random.default_rng(scene.texture).random((26, 3))
+    h = scene.horizon * side
+
     def shade(name, f):
         base = PLACES[scene.place][name]
         return tuple(min(255, int(v * f * t)) for v, t in zip(base, tint))
+
     place = scene.place
     if place == "forest":
-        for a, b, c in u[:7].tolist(): canvas.rectangle([a * side, 0, (a + .03 + .04 * b) * side, h + .06 * c * side], fill=shade(1, .55 + .3 * c))
+        for a, b, c in u[:7].tolist():
+            canvas.rectangle(
+                [a * side, 0, (a + 0.03 + 0.04 * b) * side, h + 0.06 * c * side],
+                fill=shade(1, 0.55 + 0.3 * c),
+            )
     elif place == "deep":
-        for a, b, c in u[:12].tolist(): r = (.006 + .014 * c) * side; canvas.ellipse([a * side - r, b * side - r, a * side + r, b * side + r], outline=shade(0, 1.5))
+        for a, b, c in u[:12].tolist():
+            r = (0.006 + 0.014 * c) * side
+            canvas.ellipse([a * side - r, b * side - r, a * side + r, b * side + r], outline=shade(0, 1.5))
     else:
         for a, b, c in u[:3].tolist():
-            x, y, r = a * side, b * .7 * h, (.05 + .05 * c) * side
-            for dx, dr in ((-1., .7), (0., 1.), (1., .65)): canvas.ellipse([x + dx * r - dr * r, y - .6 * dr * r, x + dx * r + dr * r, y + .5 * dr * r], fill=shade(0, 1.12))
+            x, y, r = a * side, b * 0.7 * h, (0.05 + 0.05 * c) * side
+            for dx, dr in ((-1.0, 0.7), (0.0, 1.0), (1.0, 0.65)):
+                canvas.ellipse(
+                    [x + dx * r - dr * r, y - 0.6 * dr * r, x + dx * r + dr * r, y + 0.5 * dr * r],
+                    fill=shade(0, 1.12),
+                )
     if scene.light == "night" and place != "deep":
-        for a, b, c in u[3:11].tolist(): x, y, r = a * side, b * h, (.004 + .005 * c) * side; canvas.ellipse([x - r, y - r, x + r, y + r], fill=(235, 235, 210))
+        for a, b, c in u[3:11].tolist():
+            x, y, r = a * side, b * h, (0.004 + 0.005 * c) * side
+            canvas.ellipse([x - r, y - r, x + r, y + r], fill=(235, 235, 210))
     if place in ("meadow", "sea", "sand", "snow", "street", "sky"):
         for a, b, c in u.tolist():
-            x, y, s = a * side, h + b * (side - h), (.02 + .04 * c) * side
-            if place == "meadow": canvas.line([x, y, x + .3 * s, y - s], fill=shade(1, .8 + .4 * c), width=2)
-            elif place == "sea": canvas.line([x - 2 * s, y, x - s, y - .3 * s, x, y, x + s, y - .3 * s], fill=shade(1, 1.35), width=2)
-            elif place == "sand": canvas.arc([x - 3 * s, y - s, x + 3 * s, y + s], 200, 340, fill=shade(1, .84), width=2)
-            elif place == "street": canvas.rectangle([x - s, y - .3 * s, x + s, y + .3 * s], outline=shade(1, .8))
-            elif place == "snow": r = .25 * s; canvas.ellipse([x - r, b * side - r, x + r, b * side + r], fill=shade(1, 1.1))
+            x, y, s = a * side, h + b * (side - h), (0.02 + 0.04 * c) * side
+            if place == "meadow":
+                canvas.line([x, y, x + 0.3 * s, y - s], fill=shade(1, 0.8 + 0.4 * c), width=2)
+            elif place == "sea":
+                canvas.line(
+                    [x - 2 * s, y, x - s, y - 0.3 * s, x, y, x + s, y - 0.3 * s], fill=shade(1, 1.35), width=2
+                )
+            elif place == "sand":
+                canvas.arc([x - 3 * s, y - s, x + 3 * s, y + s], 200, 340, fill=shade(1, 0.84), width=2)
+            elif place == "street":
+                canvas.rectangle([x - s, y - 0.3 * s, x + s, y + 0.3 * s], outline=shade(1, 0.8))
+            elif place == "snow":
+                r = 0.25 * s
+                canvas.ellipse([x - r, b * side - r, x + r, b * side + r], fill=shade(1, 1.1))
 
 # %% ../nbs/01_data.ipynb #01-cf69d16d
-def draw(scene: Scene,      # what to paint
-         size: int = 64,    # side of the picture in pixels
-        ) -> np.ndarray:    # picture (size, size, 3), uint8
+def draw(
+    scene: Scene,  # what to paint
+    size: int = 64,  # side of the picture in pixels
+) -> np.ndarray:  # picture (size, size, 3), uint8
     "Paint a scene, at twice the size and averaged down."
-    if size < 8: raise ValueError(f"a scene of {size} pixels shows nothing: ask for at least 8")
+    if size < 8:
+        raise ValueError(f"a scene of {size} pixels shows nothing: ask for at least 8")
     side = 2 * size
     light = np.array(LIGHTS[scene.light])
     above, below = (np.array(c) * light for c in PLACES[scene.place][:2])
-    y = (np.arange(side) + .5) / side
+    y = (np.arange(side) + 0.5) / side
     ground = y >= scene.horizon
     column = np.where(ground[:, None], below, above)
     if scene.place in ("sky", "deep"):  # no line: the two colours run into each other
-        column = above + (below - above) * np.clip(y / scene.horizon, 0, 1)[:, None] if scene.level > 1 else np.where(ground[:, None], below, above)
-    elif scene.level > 1:                    # lighter towards the horizon
-        distance = np.where(ground, (y - scene.horizon) / (1 - scene.horizon), (scene.horizon - y) / scene.horizon)
-        column = column * (1.1 - .22 * distance)[:, None]
+        column = (
+            above + (below - above) * np.clip(y / scene.horizon, 0, 1)[:, None]
+            if scene.level > 1
+            else np.where(ground[:, None], below, above)
+        )
+    elif scene.level > 1:  # lighter towards the horizon
+        distance = np.where(
+            ground, (y - scene.horizon) / (1 - scene.horizon), (scene.horizon - y) / scene.horizon
+        )
+        column = column * (1.1 - 0.22 * distance)[:, None]
     column = np.clip(column, 0, 255).astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None], (side, side, 3))))
     canvas = ImageDraw.Draw(picture)
-    if scene.level > 2: _texture(canvas, scene, side, light)
+    if scene.level > 2:
+        _texture(canvas, scene, side, light)
     tint = (light + 1) / 2  # things keep more of their colour at night than places do
     main, *others = scene.things
     for thing, front in zip(others, scene.in_front):
-        if not front: _paint(canvas, thing, side, tint)
+        if not front:
+            _paint(canvas, thing, side, tint)
     _paint(canvas, main, side, tint)
     for thing, front in zip(others, scene.in_front):
-        if front: _paint(canvas, thing, side, tint)
+        if front:
+            _paint(canvas, thing, side, tint)
     return np.asarray(picture.reduce(2))
 
 # %% ../nbs/01_data.ipynb #01-101cf533
-HEADS = {"kind": len(KINDS), "colour": len(COLOUR_NAMES), "place": len(PLACE_NAMES), "light": len(LIGHT_NAMES)}  # what `labels` holds, and how many values each
+HEADS = {
+    "kind": len(KINDS),
+    "colour": len(COLOUR_NAMES),
+    "place": len(PLACE_NAMES),
+    "light": len(LIGHT_NAMES),
+}  # what `labels` holds, and how many values each
+
 
 @dataclass(frozen=True, repr=False)
 class SceneItem:
     "One picture and everything known about it."
-    image: Tensor    # image (3, size, size) in [-1, 1]
-    label: int       # class: index into KINDS
-    caption: str     # one sentence
-    scene: Scene     # every attribute
 
-    def __repr__(self) -> str: return f"SceneItem({self.image.shape[-1]} px: {self.caption})"
+    image: Tensor  # image (3, size, size) in [-1, 1]
+    label: int  # class: index into KINDS
+    caption: str  # one sentence
+    scene: Scene  # every attribute
+
+    def __repr__(self) -> str:
+        return f"SceneItem({self.image.shape[-1]} px: {self.caption})"
 
 # %% ../nbs/01_data.ipynb #01-b0ddb8bc
 class ToyScenes(Dataset):
     "Procedural scenes, deterministic from (seed, split, index). Raises ValueError for an unknown split or level."
+
     classes = KINDS
 
-    def __init__(self,
-                 split: str = "train",   # "train" | "val"
-                 size: int = 64,         # side in pixels
-                 level: int = 1,         # 1 plain … 3 textures and three things
-                 seed: int = 0,          # names the data set
-                 length: int = 20_000):  # how many
-        if split not in ("train", "val"): raise ValueError(f"split {split!r}: use 'train' or 'val'")
-        if level not in (1, 2, 3): raise ValueError(f"level {level!r}: use 1, 2 or 3")
+    def __init__(
+        self,
+        split: str = "train",  # "train" | "val"
+        size: int = 64,  # side in pixels
+        level: int = 1,  # 1 plain … 3 textures and three things
+        seed: int = 0,  # names the data set
+        length: int = 20_000,
+    ):  # how many
+        if split not in ("train", "val"):
+            raise ValueError(f"split {split!r}: use 'train' or 'val'")
+        if level not in (1, 2, 3):
+            raise ValueError(f"level {level!r}: use 1, 2 or 3")
         self.split, self.size, self.level, self.seed, self.length = split, size, level, seed, length
 
-    def __len__(self) -> int: return self.length
+    def __len__(self) -> int:
+        return self.length
 
     def scene(self, index: int) -> Scene:  # ground truth of one item
         "The description of item `index`, without drawing it."
-        if not 0 <= index < self.length: raise IndexError(f"item {index} of {self.length}")
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")
         odd = self.split == "val"
         return describe(np.random.default_rng([self.seed, int(odd), index]), self.level, odd)
 
@@ -296,10 +473,15 @@ class ToyScenes(Dataset):
         image = from_uint8(torch.from_numpy(draw(scene, self.size).copy()).permute(2, 0, 1))
         return SceneItem(image, scene.labels[0], scene.caption, scene)
 
-    def render(self, start: int = 0, count: int | None = None, progress: bool = False) -> tuple[Tensor, Tensor]:  # images (b 3 h w) uint8; labels (b 4): kind, colour, place, light
+    def render(
+        self, start: int = 0, count: int | None = None, progress: bool = False
+    ) -> tuple[Tensor, Tensor]:  # images (b 3 h w) uint8; labels (b 4): kind, colour, place, light
         "Draw `count` items into one tensor."
         count = self.length - start if count is None else count
-        images, labels = np.empty((count, 3, self.size, self.size), np.uint8), np.empty((count, len(HEADS)), np.int64)
+        images, labels = (
+            np.empty((count, 3, self.size, self.size), np.uint8),
+            np.empty((count, len(HEADS)), np.int64),
+        )
         for i in tqdm(range(count), desc=f"drawing {self.split}", disable=not progress):
             scene = self.scene(start + i)
             images[i], labels[i] = draw(scene, self.size).transpose(2, 0, 1), scene.labels
@@ -308,47 +490,108 @@ class ToyScenes(Dataset):
 # %% ../nbs/01_data.ipynb #01-be88b01e
 _HEIF = importlib.util.find_spec("pillow_heif") is not None  # an optional plug-in of Pillow
 PICTURES = {  # suffix: Pillow's name of the format. The one list: no format that starts other programs
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"), ".png": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP",
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"), **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
-    **({".avif": "AVIF"} if features.check("avif") else {}), **({".jp2": "JPEG2000"} if features.check("jpg_2000") else {}),
-    **({".heic": "HEIF", ".heif": "HEIF"} if _HEIF else {})}
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **({".avif": "AVIF"} if features.check("avif") else {}),
+    **({".jp2": "JPEG2000"} if features.check("jpg_2000") else {}),
+    **({".heic": "HEIF", ".heif": "HEIF"} if _HEIF else {}),
+}
 PASSED_OVER = {  # pictures that are not read, and why
-    ".heic": "HEIC needs the plug-in: pip install pillow-heif", ".heif": "HEIF needs the plug-in: pip install pillow-heif", ".avif": "this Pillow cannot read AVIF", ".jp2": "this Pillow cannot read JPEG 2000",
-    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"), "a camera's raw data: convert it to JPEG or PNG"),
-    **dict.fromkeys((".svg", ".eps", ".ai", ".ps"), "a drawing, not pixels: convert it to PNG"), **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "a film"),
-    **dict.fromkeys((".jxl", ".psd", ".xcf", ".tga", ".exr", ".hdr", ".ico", ".pcx"), "a format that is not read: convert it to PNG")}
+    ".heic": "HEIC needs the plug-in: pip install pillow-heif",
+    ".heif": "HEIF needs the plug-in: pip install pillow-heif",
+    ".avif": "this Pillow cannot read AVIF",
+    ".jp2": "this Pillow cannot read JPEG 2000",
+    **dict.fromkeys(
+        (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".raw"),
+        "a camera's raw data: convert it to JPEG or PNG",
+    ),
+    **dict.fromkeys((".svg", ".eps", ".ai", ".ps"), "a drawing, not pixels: convert it to PNG"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "a film"),
+    **dict.fromkeys(
+        (".jxl", ".psd", ".xcf", ".tga", ".exr", ".hdr", ".ico", ".pcx"),
+        "a format that is not read: convert it to PNG",
+    ),
+}
 PASSED_OVER = {suffix: why for suffix, why in PASSED_OVER.items() if suffix not in PICTURES}
-_NOPICTURES = {".txt", ".json", ".jsonl", ".md", ".csv", ".tsv", ".xml", ".html", ".pdf", ".py", ".yaml", ".yml", ".ini", ".log", ".db", ".npy", ".npz", ".safetensors", ".zip", ".tar", ".gz"}
-def _is_picture(file: str) -> bool: return os.path.splitext(file)[1].lower() in PICTURES  # by its name
+_NOPICTURES = {
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".html",
+    ".pdf",
+    ".py",
+    ".yaml",
+    ".yml",
+    ".ini",
+    ".log",
+    ".db",
+    ".npy",
+    ".npz",
+    ".safetensors",
+    ".zip",
+    ".tar",
+    ".gz",
+}
+
+
+def _is_picture(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in PICTURES  # by its name
+
 
 _BAND = 2**20  # pixels that are converted at a time where a picture is large
 
+
 def _grey_scale(values: np.ndarray, mode: str) -> tuple[float, float]:  # least and largest finite value
     finite = values[np.isfinite(values)] if mode == "F" else values
-    return (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
 
 def _grey(image: Image.Image) -> Image.Image:  # mode L
     "16 or 32 bits, or floats, as bytes, a few rows at a time: above 255 they are scaled down, floats in 0 .. 1 are scaled up; NaN is black."
     (w, h), result = image.size, Image.new("L", image.size)
     step = max(1, _BAND // w)
     rows = [(y, min(h, y + step)) for y in range(0, h, step)]
-    def part(top: int, end: int) -> np.ndarray: return np.asarray(image.crop((0, top, w, end)), dtype=np.float32)
+
+    def part(top: int, end: int) -> np.ndarray:
+        return np.asarray(image.crop((0, top, w, end)), dtype=np.float32)
+
     ends = [_grey_scale(part(*r), image.mode) for r in rows]
     low, high = min(e[0] for e in ends), max(e[1] for e in ends)
-    factor = 255. if image.mode == "F" and low >= 0 and high <= 1 else 1 / 257. if high > 255 else 1.
+    factor = 255.0 if image.mode == "F" and low >= 0 and high <= 1 else 1 / 257.0 if high > 255 else 1.0
     for top, end in rows:
-        values = np.nan_to_num(part(top, end) * factor, nan=0., posinf=255., neginf=0.)
+        values = np.nan_to_num(part(top, end) * factor, nan=0.0, posinf=255.0, neginf=0.0)
         result.paste(Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)), (0, top))
     return result
 
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
+
 
 def _upright(image: Image.Image, asked: Image.Image) -> Image.Image:
     "The picture as the EXIF data of `asked` says; as it is where they cannot be understood."
-    try: turn = _TURNS.get(asked.getexif().get(0x0112))
-    except Exception: turn = None
+    try:
+        turn = _TURNS.get(asked.getexif().get(0x0112))
+    except Exception:
+        turn = None
     return image if turn is None else image.transpose(turn)
+
 
 def _flat(image: Image.Image) -> Image.Image:  # RGB
     "Bytes of any mode as RGB, transparency laid on white."
@@ -357,14 +600,17 @@ def _flat(image: Image.Image) -> Image.Image:  # RGB
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
+
 def to_rgb(image: Image.Image) -> Image.Image:  # the same picture as RGB
     "Any mode to RGB: EXIF orientation applied, 16 bits scaled down, floats in 0 .. 1 scaled up, transparency laid on white."
     grey = image.mode.startswith("I") or image.mode == "F"  # 16 or 32 bits
     return _upright(_flat(_grey(image) if grey else image), image)
 
-def fit_square(image: Image.Image,  # RGB picture of any size
-               size: int,           # side of the result
-              ) -> Image.Image:     # (size, size)
+
+def fit_square(
+    image: Image.Image,  # RGB picture of any size
+    size: int,  # side of the result
+) -> Image.Image:  # (size, size)
     "Short side to `size` (bicubic, antialiased), then the centre crop."
     w, h = image.size
     scale = size / min(w, h)
@@ -375,13 +621,18 @@ def fit_square(image: Image.Image,  # RGB picture of any size
 # %% ../nbs/01_data.ipynb #01-28d064c1
 FORMATS = tuple(dict.fromkeys(PICTURES.values()))  # what is tried: no format that starts other programs
 LARGEST = 2**26  # pixels that may be decoded: 268 MB in Pillow's memory
-_THIN = 8        # ratio of the sides from which a picture is cut before it is scaled
-_MANY = 2**24    # pixels from which whole blocks of them are averaged first: conversions copy a picture several times
+_THIN = 8  # ratio of the sides from which a picture is cut before it is scaled
+_MANY = (
+    2**24
+)  # pixels from which whole blocks of them are averaged first: conversions copy a picture several times
+
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
     "Blocks of factor x factor pixels averaged, a band of rows at a time, so that only the picture itself is large."
-    if image.mode.startswith("I") or image.mode == "F": image, asked = _grey(image), image
-    else: asked = image
+    if image.mode.startswith("I") or image.mode == "F":
+        image, asked = _grey(image), image
+    else:
+        asked = image
     plain = image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info
     (w, h), step = image.size, max(1, _BAND // image.width // factor) * factor
     small = Image.new(image.mode if plain else "RGB", (-(-w // factor), -(-h // factor)))
@@ -391,37 +642,59 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
         small.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
     return _upright(_flat(small), asked)
 
+
 def cut_square(image: Image.Image, size: int, where: float | None = None) -> np.ndarray | str:
     "A decoded picture as such a square. Long thin ones are cut first, very large ones averaged first: neither may fill the memory."
     (w, h), short = image.size, min(image.size)
-    if min(image.size) < 2: return "smaller than 2 pixels"
+    if min(image.size) < 2:
+        return "smaller than 2 pixels"
     if where is not None or max(w, h) > _THIN * short:
         side = short if where is not None else _THIN * short  # what is kept of the long side
-        left, top = (round((.5 if where is None else where) * max(0, length - side)) for length in (w, h))
+        left, top = (round((0.5 if where is None else where) * max(0, length - side)) for length in (w, h))
         image = image.crop((left, top, min(w, left + side), min(h, top + side)))
     many = math.prod(image.size) > _MANY
-    def rgb(image): return _reduced(image, max(1, min(image.size) // (4 * size))) if many else to_rgb(image)
-    try: image = rgb(image)
+
+    def rgb(image):
+        return _reduced(image, max(1, min(image.size) // (4 * size))) if many else to_rgb(image)
+
+    try:
+        image = rgb(image)
     except Exception:  # metadata that cannot be understood: the picture without it
-        bare = image.copy(); bare.info = {k: v for k, v in image.info.items() if k == "transparency"}
+        bare = image.copy()
+        bare.info = {k: v for k, v in image.info.items() if k == "transparency"}
         image = rgb(bare)
     return np.asarray(fit_square(image, size)).transpose(2, 0, 1).copy()
 
 # %% ../nbs/01_data.ipynb #01-953d2e4d
-_BUDGET, _MOST, _SMALL = 2**29, 2**30, 2**26  # bytes: for all large pictures at once; for one, which is then alone; what needs less does not ask
+_BUDGET, _MOST, _SMALL = (
+    2**29,
+    2**30,
+    2**26,
+)  # bytes: for all large pictures at once; for one, which is then alone; what needs less does not ask
 _SCANNED = 32 * LARGEST  # pixels times scans: a progressive JPEG has about ten
-_BESIDE = {"WEBP": 12, "AVIF": 12, "JPEG2000": 16, "HEIF": 12, "TIFF": 4, "MPO": 0}  # bytes a pixel that decoders hold
+_BESIDE = {
+    "WEBP": 12,
+    "AVIF": 12,
+    "JPEG2000": 16,
+    "HEIF": 12,
+    "TIFF": 4,
+    "MPO": 0,
+}  # bytes a pixel that decoders hold
+
 
 def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have to be kept
     "The scans of a JPEG in memory, without decoding it. Raises ValueError where there are too many segments."
     at, scans, several, components = 2, 0, False, 0
     for _ in range(100_000):
         marker = _MARKER.search(data, at)
-        if marker is None: return scans, several or scans > 1
+        if marker is None:
+            return scans, several or scans > 1
         kind, at = data[marker.end() - 1], marker.end()
-        if kind == 0xD9: return scans, several or scans > 1
-        if kind in (0x01, 0xD8): continue
-        length = int.from_bytes(data[at:at + 2], "big")
+        if kind == 0xD9:
+            return scans, several or scans > 1
+        if kind in (0x01, 0xD8):
+            continue
+        length = int.from_bytes(data[at : at + 2], "big")
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and len(data) > at + 7:
             components, several = data[at + 7], several or kind in (0xC2, 0xC6, 0xCA, 0xCE)
         if kind == 0xDA:
@@ -429,130 +702,201 @@ def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have
             several = several or len(data) > at + 2 and data[at + 2] < components
         at += max(2, length)
     raise ValueError("too many segments")
+
+
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+
 
 def _whole(stream):  # its bytes, without a copy where that can be had
     "An open file or bytes in memory, to be looked through."
-    if isinstance(stream, io.BytesIO): return stream.getbuffer()
-    try: return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if isinstance(stream, io.BytesIO):
+        return stream.getbuffer()
+    try:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (AttributeError, OSError, ValueError):
         stream.seek(0)
         return stream.read()
 
+
 def _need(image: Image.Image, size: int, coefficients: int = 0) -> int:  # bytes
     "About what decoding this picture and making it a square takes."
     pixels = math.prod(image.size)
-    held = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4) + (1 if image.mode[0] in "IF" else 0)
+    held = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4) + (
+        1 if image.mode[0] in "IF" else 0
+    )
     copies = 16 if pixels <= _MANY else 12 if min(image.size) // (4 * size) <= 1 else 0
     return pixels * (held + copies + _BESIDE.get(image.format, 0)) + 2 * coefficients
 
 # %% ../nbs/01_data.ipynb #01-75a68bd8
 def _trim() -> None:
     "glibc keeps freed memory for the thread that freed it: give it back to the system, or each thread holds as much as its largest picture."
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): pass  # not glibc
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # not glibc
+
 
 class _Share:
     "A budget of bytes that all threads of a process share. What is larger than all of it waits until it is alone."
-    def __init__(self, total: int): self.total, self.used, self.free = total, 0, threading.Condition()
+
+    def __init__(self, total: int):
+        self.total, self.used, self.free = total, 0, threading.Condition()
 
     @contextmanager
     def take(self, need: int):
-        if need < _SMALL: yield; return
+        if need < _SMALL:
+            yield
+            return
         with self.free:
             self.free.wait_for(lambda: self.used == 0 or self.used + need <= self.total)
             self.used += need
-        try: yield
+        try:
+            yield
         finally:
             _trim()
             with self.free:
                 self.used -= need
                 self.free.notify_all()
 
+
 _share = _Share(_BUDGET)
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _share.__init__(_BUDGET))  # a worker process starts with nothing taken
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        after_in_child=lambda: _share.__init__(_BUDGET)
+    )  # a worker process starts with nothing taken
+
 
 @functools.cache
-def _register_heif() -> None: importlib.import_module("pillow_heif").register_heif_opener()
+def _register_heif() -> None:
+    importlib.import_module("pillow_heif").register_heif_opener()
 
-def read_square(stream,          # an open file, or bytes in memory that read like one
-                size: int,       # side of the square
-                where: float | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
-               ) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
+
+def read_square(
+    stream,  # an open file, or bytes in memory that read like one
+    size: int,  # side of the square
+    where: float
+    | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
+) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
     "Decode a picture of any kind, without trusting it. What is damaged raises Pillow's errors."
-    head = stream.read(3); stream.seek(0)
-    if not head: return "empty"
+    head = stream.read(3)
+    stream.seek(0)
+    if not head:
+        return "empty"
     # Image.open refuses a large JPEG before it can be asked to decode at an eighth
     is_jpeg = head == b"\xff\xd8\xff"
-    if not is_jpeg and _HEIF: _register_heif()
+    if not is_jpeg and _HEIF:
+        _register_heif()
     image = JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=FORMATS)
     with image:
         pixels, coefficients = math.prod(image.size), 0
-        if min(image.size) < 2: return "smaller than 2 pixels"
+        if min(image.size) < 2:
+            return "smaller than 2 pixels"
         if is_jpeg:
             scans, several = _scans(_whole(stream))
-            if pixels > (LARGEST if several else 8 * LARGEST): return f"more than {LARGEST // 10**6} million pixels"
-            if several and scans * pixels > _SCANNED: return "more scans than such a picture may have"
+            if pixels > (LARGEST if several else 8 * LARGEST):
+                return f"more than {LARGEST // 10**6} million pixels"
+            if several and scans * pixels > _SCANNED:
+                return "more scans than such a picture may have"
             coefficients = pixels * len(image.getbands()) if several else 0
             image.draft("RGB", (2 * size, 2 * size))
-        if math.prod(image.size) > LARGEST: return f"more than {LARGEST // 10**6} million pixels"
+        if math.prod(image.size) > LARGEST:
+            return f"more than {LARGEST // 10**6} million pixels"
         need = _need(image, size, coefficients)
-        if need > _MOST: return f"would need {need / 2**30:.1f} GB to decode"
+        if need > _MOST:
+            return f"would need {need / 2**30:.1f} GB to decode"
         with _share.take(need):
             try:
                 image.load()
                 return cut_square(image, size, where)
-            finally: image.close()  # its memory goes before the share is given back
+            finally:
+                image.close()  # its memory goes before the share is given back
 
 # %% ../nbs/01_data.ipynb #01-8096ebd2
 def _memory() -> int:  # bytes
     "The memory of this machine; 16 GB where the system does not say."
-    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError): return 16 * 2**30
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 16 * 2**30
 
-def check_memory(count: int,     # images
-                 size: int,      # side in pixels
-                 advice: str,    # how to ask for fewer
-                ) -> None:
+
+def check_memory(
+    count: int,  # images
+    size: int,  # side in pixels
+    advice: str,  # how to ask for fewer
+) -> None:
     "Raises ValueError if so many images would fill more than half of this machine's memory (the other half is for work on them)."
     need, there = count * size * size * 3 / 2**30, _memory() / 2**30
-    if need > there / 2: raise ValueError(f"{count:,} images of {size} px are {need:.1f} GB in memory, more than half of the {there:.0f} GB of this machine: {advice}, or a smaller size (--preset)")
+    if need > there / 2:
+        raise ValueError(
+            f"{count:,} images of {size} px are {need:.1f} GB in memory, more than half of the {there:.0f} GB of this machine: {advice}, or a smaller size (--preset)"
+        )
 
-def decode_square(data: bytes | str | Path | Image.Image | np.ndarray,  # encoded bytes, a file, or a picture
-                  size: int,                   # side of the square
-                  where: float | None = None,  # as in `read_square`
-                 ) -> np.ndarray | str:        # (3, size, size) uint8, or the reason why there is none
+
+def decode_square(
+    data: bytes | str | Path | Image.Image | np.ndarray,  # encoded bytes, a file, or a picture
+    size: int,  # side of the square
+    where: float | None = None,  # as in `read_square`
+) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
     "Decode one picture. Nothing that lies in a file makes this raise, wait for ever or fill the memory. (Pillow's warnings are the caller's to silence: that is not made for threads.)"
     try:
-        if isinstance(data, (Image.Image, np.ndarray)): return cut_square(data if isinstance(data, Image.Image) else Image.fromarray(data), size, where)
-        if isinstance(data, bytes): return read_square(io.BytesIO(data), size, where)
-        if not stat.S_ISREG(os.stat(data).st_mode): return "not a regular file"  # opening a pipe would wait for ever
-        with open(data, "rb") as stream: return read_square(stream, size, where)
-    except Image.UnidentifiedImageError: return "not an image"
-    except Image.DecompressionBombError: return f"more than {LARGEST // 10**6} million pixels"
-    except FileNotFoundError: return "missing"
-    except PermissionError: return "not readable"
-    except MemoryError: return "out of memory"
-    except Exception as error: return "link in a circle" if getattr(error, "errno", None) == errno.ELOOP else f"damaged ({type(error).__name__})"
+        if isinstance(data, (Image.Image, np.ndarray)):
+            return cut_square(data if isinstance(data, Image.Image) else Image.fromarray(data), size, where)
+        if isinstance(data, bytes):
+            return read_square(io.BytesIO(data), size, where)
+        if not stat.S_ISREG(os.stat(data).st_mode):
+            return "not a regular file"  # opening a pipe would wait for ever
+        with open(data, "rb") as stream:
+            return read_square(stream, size, where)
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError:
+        return f"more than {LARGEST // 10**6} million pixels"
+    except FileNotFoundError:
+        return "missing"
+    except PermissionError:
+        return "not readable"
+    except MemoryError:
+        return "out of memory"
+    except Exception as error:
+        return (
+            "link in a circle"
+            if getattr(error, "errno", None) == errno.ELOOP
+            else f"damaged ({type(error).__name__})"
+        )
 
-def _read_all(items: Sequence, size: int, progress: bool) -> tuple[Tensor, list[int], dict[int, str]]:  # images; which items; why not the others
+
+def _read_all(
+    items: Sequence, size: int, progress: bool
+) -> tuple[Tensor, list[int], dict[int, str]]:  # images; which items; why not the others
     "Every item as a square, in order, decoded by several threads."
     check_memory(len(items), size, "read fewer (--train-images)")
     images, good, why = np.empty((len(items), 3, size, size), np.uint8), [], {}
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool, tqdm(total=len(items), desc="reading images", disable=not progress) as bar:
-        warnings.simplefilter("ignore")  # Pillow's own notes about odd metadata; once around all threads, for which it is not made
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(items), desc="reading images", disable=not progress) as bar,
+    ):
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's own notes about odd metadata; once around all threads, for which it is not made
         for start in range(0, len(items), 1024):
-            part = items[start:start + 1024]
+            part = items[start : start + 1024]
             for i, square in enumerate(pool.map(decode_square, part, [size] * len(part)), start):
-                if isinstance(square, str): why[i] = square
-                else: images[len(good)] = square; good.append(i)
+                if isinstance(square, str):
+                    why[i] = square
+                else:
+                    images[len(good)] = square
+                    good.append(i)
             bar.update(len(part))
-    return torch.from_numpy(images[:len(good)]), good, why
+    return torch.from_numpy(images[: len(good)]), good, why
 
-def read_squares(items: Sequence,    # paths, or arrays (h w) or (h w 3) uint8
-                 size: int,          # side of the squares
-                 progress: bool = True,
-                ) -> tuple[Tensor, list[int]]:  # images (b 3 h w) uint8 of what could be read; its positions in `items`
+
+def read_squares(
+    items: Sequence,  # paths, or arrays (h w) or (h w 3) uint8
+    size: int,  # side of the squares
+    progress: bool = True,
+) -> tuple[Tensor, list[int]]:  # images (b 3 h w) uint8 of what could be read; its positions in `items`
     "Every item as a square, in order. Raises ValueError if they would not fit into memory."
     return _read_all(items, size, progress)[:2]
 
@@ -560,52 +904,82 @@ def read_squares(items: Sequence,    # paths, or arrays (h w) or (h w 3) uint8
 @dataclass(frozen=True, repr=False)
 class FolderImages:
     "A folder of pictures, read and cut to size."
-    images: Tensor            # images (b 3 h w), uint8
-    labels: Tensor            # class indices (b,), int64; all 0 without class subfolders
+
+    images: Tensor  # images (b 3 h w), uint8
+    labels: Tensor  # class indices (b,), int64; all 0 without class subfolders
     classes: tuple[str, ...]  # names of the class subfolders; ("all",) without
-    paths: tuple[str, ...]    # relative paths of the used files
+    paths: tuple[str, ...]  # relative paths of the used files
     skipped: tuple[str, ...]  # relative paths of the broken ones
     reasons: tuple[str, ...] = ()  # why, for each of them
 
-    def __repr__(self) -> str: return f"FolderImages({len(self.images):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes, {len(self.skipped):,} skipped)"
+    def __repr__(self) -> str:
+        return f"FolderImages({len(self.images):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes, {len(self.skipped):,} skipped)"
+
 
 def evenly(items: Sequence, limit: int | None) -> Sequence:  # at most `limit` of them
     "So many items, evenly spread over the list: of a list in the order of classes, about as many of each class."
-    return items if not limit or len(items) <= limit else [items[i * len(items) // limit] for i in range(limit)]
+    return (
+        items if not limit or len(items) <= limit else [items[i * len(items) // limit] for i in range(limit)]
+    )
 
 # %% ../nbs/01_data.ipynb #01-5d563ec8
-def _walk(root: str | Path) -> tuple[list[str], list[str]]:  # files, relative to root; what was not followed, and why
+def _walk(
+    root: str | Path,
+) -> tuple[list[str], list[str]]:  # files, relative to root; what was not followed, and why
     "Every file below `root`, hidden ones left out. Real folders first, then links to folders, each folder once."
     root, files, lost, links = str(root), [], [], deque()
-    def place(path): return os.path.relpath(path, root)
+
+    def place(path):
+        return os.path.relpath(path, root)
+
     def mark(path):  # what a folder is, whatever it is called; None: it cannot be reached
-        try: return (facts := os.stat(path)).st_dev, facts.st_ino
-        except OSError as error: lost.append(f"{place(path)} ({error.strerror})")
+        try:
+            return (facts := os.stat(path)).st_dev, facts.st_ino
+        except OSError as error:
+            lost.append(f"{place(path)} ({error.strerror})")
+
     above, seen = {mark(p) for p in Path(os.path.realpath(root)).parents}, {mark(root)}
+
     def read(top: str) -> None:
-        for base, folders, names in os.walk(top, onerror=lambda e: lost.append(f"{place(e.filename)} ({e.strerror})")):
+        for base, folders, names in os.walk(
+            top, onerror=lambda e: lost.append(f"{place(e.filename)} ({e.strerror})")
+        ):
             inside = "" if base == root else place(base) + os.sep
             for name in names:
-                if name.startswith("."): continue
+                if name.startswith("."):
+                    continue
                 path = os.path.join(base, name)
-                if not _is_picture(name) and os.path.islink(path) and not os.path.exists(path): lost.append(f"{inside}{name} (a link that leads nowhere)")
-                else: files.append(inside + name)
+                if not _is_picture(name) and os.path.islink(path) and not os.path.exists(path):
+                    lost.append(f"{inside}{name} (a link that leads nowhere)")
+                else:
+                    files.append(inside + name)
             real = []
             for name in sorted(folders):
                 path = os.path.join(base, name)
-                if name.startswith("."): continue
-                if os.path.islink(path): links.append(path); continue
+                if name.startswith("."):
+                    continue
+                if os.path.islink(path):
+                    links.append(path)
+                    continue
                 found = mark(path)
-                if found not in seen and found is not None: seen.add(found); real.append(name)
+                if found not in seen and found is not None:
+                    seen.add(found)
+                    real.append(name)
             folders[:] = real
+
     read(root)
     while links:
         link = links.popleft()
         found = mark(link)
-        if found in above: lost.append(f"{place(link)} (a link to a folder above it)")
-        elif found in seen: lost.append(f"{place(link)} (a link to a folder that is read already)")
-        elif found is not None: seen.add(found); read(link)
+        if found in above:
+            lost.append(f"{place(link)} (a link to a folder above it)")
+        elif found in seen:
+            lost.append(f"{place(link)} (a link to a folder that is read already)")
+        elif found is not None:
+            seen.add(found)
+            read(link)
     return sorted(files, key=lambda f: f.split(os.sep)), lost
+
 
 def image_files(root: str | Path) -> list[Path]:  # in the order of their names
     "Every image file below `root`, by its suffix; hidden files and folders are left out, links are followed."
@@ -615,22 +989,45 @@ def image_files(root: str | Path) -> list[Path]:  # in the order of their names
 def _magic(path: str) -> str | None:  # None: not the beginning of a picture that we know
     "What kind of picture begins like this file."
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): return None
-        with open(path, "rb") as f: head = f.read(16)
-    except OSError: return None
-    if head[4:8] == b"ftyp": return {b"avif": "AVIF"}.get(head[8:12], "HEIC" if head[8:12] in (b"heic", b"heix", b"mif1", b"heif") else None)
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP": return "WEBP"
-    return next((kind for start, kind in ((b"\xff\xd8\xff", "JPEG"), (b"\x89PNG", "PNG"), (b"GIF8", "GIF"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")) if head.startswith(start)), None)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as f:
+            head = f.read(16)
+    except OSError:
+        return None
+    if head[4:8] == b"ftyp":
+        return {b"avif": "AVIF"}.get(
+            head[8:12], "HEIC" if head[8:12] in (b"heic", b"heix", b"mif1", b"heif") else None
+        )
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return next(
+        (
+            kind
+            for start, kind in (
+                (b"\xff\xd8\xff", "JPEG"),
+                (b"\x89PNG", "PNG"),
+                (b"GIF8", "GIF"),
+                (b"II*\0", "TIFF"),
+                (b"MM\0*", "TIFF"),
+            )
+            if head.startswith(start)
+        ),
+        None,
+    )
+
 
 def _passed_over(root: Path, files: list[str], lost: list[str]) -> str:  # "" if there is nothing to say
     "What lies below a folder and is not read, by suffix and reason, in one sentence."
     count, looked = Counter(), 0
     for file in files:
         suffix = os.path.splitext(file)[1].lower()
-        if suffix in PASSED_OVER: count[f"{suffix}: {PASSED_OVER[suffix]}"] += 1
+        if suffix in PASSED_OVER:
+            count[f"{suffix}: {PASSED_OVER[suffix]}"] += 1
         elif suffix not in PICTURES and suffix not in _NOPICTURES and looked < 1000:
             looked += 1
-            if kind := _magic(os.path.join(root, file)): count[f"{suffix or 'no suffix'}: {kind} by its first bytes, rename it"] += 1
+            if kind := _magic(os.path.join(root, file)):
+                count[f"{suffix or 'no suffix'}: {kind} by its first bytes, rename it"] += 1
     said = [f"{n} files ({why})" for why, n in count.most_common()]
     said += [f"{len(lost)} folders or links, the first: {'; '.join(lost[:3])}"] if lost else []
     return f"not read below {root}: " + "; ".join(said) if said else ""
@@ -638,191 +1035,335 @@ def _passed_over(root: Path, files: list[str], lost: list[str]) -> str:  # "" if
 # %% ../nbs/01_data.ipynb #01-24d59ce3
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid", "test", "testing")  # in this order
 
-def split_folders(root: str | Path) -> tuple[Path, Path | None] | None:  # to learn from; held out, if there are pictures in it
+
+def split_folders(
+    root: str | Path,
+) -> tuple[Path, Path | None] | None:  # to learn from; held out, if there are pictures in it
     "The parts of a folder that brings its own split; None for a folder of pictures or classes."
-    found = {f.name.lower(): f for f in sorted(Path(root).iterdir()) if f.is_dir() and not f.name.startswith(".")}
+    found = {
+        f.name.lower(): f for f in sorted(Path(root).iterdir()) if f.is_dir() and not f.name.startswith(".")
+    }
     train = next((found[n] for n in _TRAIN if n in found), None)
-    if train is None: return None
+    if train is None:
+        return None
     held = next((found[n] for n in _VAL if n in found and image_files(found[n])), None)
     strangers = found.keys() - {*_TRAIN, *_VAL}
-    if held is None and (strangers or any(_is_picture(f.name) and f.is_file() for f in Path(root).iterdir())): return None  # a class that is called train
+    if held is None and (strangers or any(_is_picture(f.name) and f.is_file() for f in Path(root).iterdir())):
+        return None  # a class that is called train
     return train, held
+
 
 @dataclass(frozen=True, repr=False)
 class FolderList:
     "The pictures of one part of a folder, not read yet."
-    root: Path                # of this part
-    files: list[str]          # relative to root, in the order of their names
-    labels: list[int]         # one for each
-    classes: tuple[str, ...]  # names of the class folders; ("all",) without
-    name: str                 # what the folder is called
-    rule: str                 # "train and val folders" | "one in eight"
-    texts: list[str]          # .txt and .json files that lie there too
 
-    def __len__(self) -> int: return len(self.files)
-    def __repr__(self) -> str: return f"FolderList({len(self):,} files, {len(self.classes):,} classes: {self.root}, {self.rule})"
+    root: Path  # of this part
+    files: list[str]  # relative to root, in the order of their names
+    labels: list[int]  # one for each
+    classes: tuple[str, ...]  # names of the class folders; ("all",) without
+    name: str  # what the folder is called
+    rule: str  # "train and val folders" | "one in eight"
+    texts: list[str]  # .txt and .json files that lie there too
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        return f"FolderList({len(self):,} files, {len(self.classes):,} classes: {self.root}, {self.rule})"
+
 
 def _listed(folder: Path) -> tuple[list[str], list[str]]:  # pictures, texts; relative to folder
     "The files of a folder; warns once of what lies there and is not read."
     every, lost = _walk(folder)
-    if said := _passed_over(folder, every, lost): warnings.warn(said)
+    if said := _passed_over(folder, every, lost):
+        warnings.warn(said)
     files = [f for f in every if _is_picture(f)]
-    if not files: raise ValueError(f"no image files below {folder}; looked for {', '.join(sorted(PICTURES))}" + (f"; {said}" if said else ""))
+    if not files:
+        raise ValueError(
+            f"no image files below {folder}; looked for {', '.join(sorted(PICTURES))}"
+            + (f"; {said}" if said else "")
+        )
     return files, [f for f in every if f.endswith((".txt", ".json"))]
 
-def list_folder(root: str | Path,       # a folder of images or of class folders, or of train/ and val/ (validation/, test/)
-                part: str = "train",    # "train" | "val"; without an own split everything is "train"
-               classes: tuple[str, ...] | None = None,  # of the training part, if they are known already
-               ) -> FolderList:         # what there is, in the order of names
+
+def list_folder(
+    root: str | Path,  # a folder of images or of class folders, or of train/ and val/ (validation/, test/)
+    part: str = "train",  # "train" | "val"; without an own split everything is "train"
+    classes: tuple[str, ...] | None = None,  # of the training part, if they are known already
+) -> FolderList:  # what there is, in the order of names
     "The pictures of a folder and their classes. Raises FileNotFoundError or ValueError where there are none, or where val/ does not fit train/."
     root = Path(root).expanduser()
-    if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder: give a folder of images, 'scenes', or a set by name ({', '.join(SETS)})")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root} is not a folder: give a folder of images, 'scenes', or a set by name ({', '.join(SETS)})"
+        )
     name, parts = root.name or root.resolve().name, split_folders(root)
     folder, held = parts or (root, None)
-    if part == "val" and held is None: raise ValueError(f"{root} has no evaluation folder of its own ({', '.join(_VAL)})")
-    if part == "train" and parts: warnings.warn(f"{root}: {folder.name}/ is for training, " + (f"{held.name}/ for evaluation" if held else "and one in eight of its pictures is held out (there is no val/ with pictures in it)"))
+    if part == "val" and held is None:
+        raise ValueError(f"{root} has no evaluation folder of its own ({', '.join(_VAL)})")
+    if part == "train" and parts:
+        warnings.warn(
+            f"{root}: {folder.name}/ is for training, "
+            + (
+                f"{held.name}/ for evaluation"
+                if held
+                else "and one in eight of its pictures is held out (there is no val/ with pictures in it)"
+            )
+        )
     if part == "train" or classes is None:
         files, texts = _listed(folder)
         loose = sum(os.sep not in f for f in files)
-        has_classes = loose < len(files) / 2  # most files lie in subfolders: those are the classes, and loose files have none
+        has_classes = (
+            loose < len(files) / 2
+        )  # most files lie in subfolders: those are the classes, and loose files have none
         if has_classes and loose:
-            warnings.warn(f"{loose} images lie beside the class folders of {folder}, in none of them, and are left out")
+            warnings.warn(
+                f"{loose} images lie beside the class folders of {folder}, in none of them, and are left out"
+            )
             files = [f for f in files if os.sep in f]
         classes = tuple(sorted({f.split(os.sep)[0] for f in files})) if has_classes else ("all",)
-    if part == "val": folder = held; files, texts = _listed(held)
+    if part == "val":
+        folder = held
+        files, texts = _listed(held)
     labels = class_labels(folder, files, classes) if classes != ("all",) else [0] * len(files)
-    return FolderList(folder, files, labels, classes, name, "train and val folders" if held else "one in eight", texts)
+    return FolderList(
+        folder, files, labels, classes, name, "train and val folders" if held else "one in eight", texts
+    )
+
 
 def class_labels(folder: Path, files: list[str], classes: Sequence[str]) -> list[int]:  # one a file
     "The class of each file is its top folder. Raises ValueError for a file of no class."
     index = {c: i for i, c in enumerate(classes)}
     tops = [f.split(os.sep)[0] for f in files]
     strangers = sorted(set(tops) - index.keys())
-    if strangers: raise ValueError(f"{folder} holds {strangers[0]}, which is no class of the training folder: it needs the same class folders (for ImageNet: sort its pictures into val/<wnid>/)")
+    if strangers:
+        raise ValueError(
+            f"{folder} holds {strangers[0]}, which is no class of the training folder: it needs the same class folders (for ImageNet: sort its pictures into val/<wnid>/)"
+        )
     return [index[t] for t in tops]
 
 # %% ../nbs/01_data.ipynb #01-f5c1fd94
 def told(reasons: Sequence[tuple[str, str]]) -> str:  # (what, why) of each picture that was skipped
     "How many for which reason, with the first of each."
     count, first = Counter(why for _, why in reasons), {}
-    for what, why in reasons: first.setdefault(why, what)
+    for what, why in reasons:
+        first.setdefault(why, what)
     return ", ".join(f"{n} {why} (first: {first[why]})" for why, n in count.most_common())
 
-def read_folder(root: str | Path,      # folder, with or without class subfolders, or with train/ and val/
-                size: int,             # side of the squares
-                limit: int | None = None,  # read at most so many files (evenly spread)
-                progress: bool = True,
-                part: str = "train",   # "train" | "val", of a folder with train/ and val/
-               ) -> FolderImages:      # the pictures
+
+def read_folder(
+    root: str | Path,  # folder, with or without class subfolders, or with train/ and val/
+    size: int,  # side of the squares
+    limit: int | None = None,  # read at most so many files (evenly spread)
+    progress: bool = True,
+    part: str = "train",  # "train" | "val", of a folder with train/ and val/
+) -> FolderImages:  # the pictures
     "Read every picture below `root`. Broken files are skipped, and counted in one warning. Raises FileNotFoundError or ValueError where nothing can be used."
     found = list_folder(root, part)
     rows = evenly(range(len(found)), limit)
     images, good, why = _read_all([found.root / found.files[i] for i in rows], size, progress)
     paths = ["/".join(found.files[i].split(os.sep)) for i in rows]
     skipped = [(paths[i], reason) for i, reason in why.items()]
-    if not good: raise ValueError(f"none of the {len(rows)} image files below {found.root} could be read: {told(skipped)}")
-    if skipped: warnings.warn(f"{len(skipped)} of {len(rows)} files below {found.root} could not be read and were skipped: {told(skipped)}")
-    return FolderImages(images, torch.tensor([found.labels[rows[i]] for i in good]), found.classes, tuple(paths[i] for i in good),
-                        tuple(p for p, _ in skipped), tuple(r for _, r in skipped))
+    if not good:
+        raise ValueError(
+            f"none of the {len(rows)} image files below {found.root} could be read: {told(skipped)}"
+        )
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} of {len(rows)} files below {found.root} could not be read and were skipped: {told(skipped)}"
+        )
+    return FolderImages(
+        images,
+        torch.tensor([found.labels[rows[i]] for i in good]),
+        found.classes,
+        tuple(paths[i] for i in good),
+        tuple(p for p, _ in skipped),
+        tuple(r for _, r in skipped),
+    )
 
 # %% ../nbs/01_data.ipynb #01-e765c4c3
 SETS = {  # name: where it is fetched, where it lies below the data root
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "cifar-10-batches-py"),
     "fashion_mnist": ("https://github.com/zalandoresearch/fashion-mnist", "FashionMNIST/raw"),
     "imagenette": ("https://github.com/fastai/imagenette", "imagenette2-160"),
-    "imagenet": ("https://www.image-net.org", "imagenet")}
-_IMAGENETTE = {"160px": (160, "imagenette2-160"), "320px": (320, "imagenette2-320"), "full": (10**9, "imagenette2")}  # short side, folder
+    "imagenet": ("https://www.image-net.org", "imagenet"),
+}
+_IMAGENETTE = {
+    "160px": (160, "imagenette2-160"),
+    "320px": (320, "imagenette2-320"),
+    "full": (10**9, "imagenette2"),
+}  # short side, folder
 _ROOT = "~/.cache/flextok_edu"  # where sets lie unless told otherwise
+
 
 def _open_set(name: str, place: Path, download: bool, open_: Callable):
     "What `open_` returns; whatever goes wrong in it becomes one FileNotFoundError that says what to do."
     url = SETS[name][0]
-    try: return open_()
+    try:
+        return open_()
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if download: raise FileNotFoundError(f"{name} could not be downloaded ({why}). Is this machine online? Otherwise fetch it elsewhere ({url}) and unpack it to {place}") from error
-        if place.exists(): raise FileNotFoundError(f"{name} in {place} is incomplete or damaged ({why}): remove that folder and fetch it again (--download)") from error
-        raise FileNotFoundError(f"{name} is not at {place}: fetch it (--download, download=True), or say where it is (--data-root, root=), or unpack it there yourself, from {url}") from error
+        if download:
+            raise FileNotFoundError(
+                f"{name} could not be downloaded ({why}). Is this machine online? Otherwise fetch it elsewhere ({url}) and unpack it to {place}"
+            ) from error
+        if place.exists():
+            raise FileNotFoundError(
+                f"{name} in {place} is incomplete or damaged ({why}): remove that folder and fetch it again (--download)"
+            ) from error
+        raise FileNotFoundError(
+            f"{name} is not at {place}: fetch it (--download, download=True), or say where it is (--data-root, root=), or unpack it there yourself, from {url}"
+        ) from error
 
-def _array_set(name: str, root: Path, download: bool) -> list:  # train, held out: (arrays, labels); class names
+
+def _array_set(
+    name: str, root: Path, download: bool
+) -> list:  # train, held out: (arrays, labels); class names
     "CIFAR-10 or Fashion-MNIST, by torchvision's reader."
     from torchvision.datasets import CIFAR10, FashionMNIST
+
     kind = {"cifar10": CIFAR10, "fashion_mnist": FashionMNIST}[name]
-    parts = _open_set(name, root / SETS[name][1], download, lambda: [kind(str(root), train=train, download=download) for train in (True, False)])
-    return [*((list(np.asarray(p.data)), [int(y) for y in p.targets]) for p in parts), tuple(parts[0].classes)]
+    parts = _open_set(
+        name,
+        root / SETS[name][1],
+        download,
+        lambda: [kind(str(root), train=train, download=download) for train in (True, False)],
+    )
+    return [
+        *((list(np.asarray(p.data)), [int(y) for y in p.targets]) for p in parts),
+        tuple(parts[0].classes),
+    ]
 
 # %% ../nbs/01_data.ipynb #01-6a0571ec
 def _wnid_names(base: Path, wnids: list[str]) -> tuple[str, ...]:
     "Readable class names in the order of the wnids: from Kaggle's LOC_synset_mapping.txt if it is there, torchvision's list for all 1,000, else the wnids."
     if (base / "LOC_synset_mapping.txt").is_file():
-        named = dict(line.strip().split(" ", 1) for line in (base / "LOC_synset_mapping.txt").read_text(encoding="utf-8", errors="replace").splitlines() if " " in line)
+        named = dict(
+            line.strip().split(" ", 1)
+            for line in (base / "LOC_synset_mapping.txt")
+            .read_text(encoding="utf-8", errors="replace")
+            .splitlines()
+            if " " in line
+        )
         names = [named.get(w, w).split(",")[0] for w in wnids]
     elif len(wnids) == 1000:
         from torchvision.models import ResNet18_Weights
+
         names = ResNet18_Weights.DEFAULT.meta["categories"]
-    else: names = wnids
-    return tuple(n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids))  # "crane" is a bird and a machine
+    else:
+        names = wnids
+    return tuple(
+        n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids)
+    )  # "crane" is a bird and a machine
+
 
 def _wnid_files(folder: Path, wnids: list[str]) -> tuple[list[Path], list[int]]:  # files; labels
     every, lost = _walk(folder) if folder.is_dir() else ([], [])
-    if said := _passed_over(folder, every, lost): warnings.warn(said)
+    if said := _passed_over(folder, every, lost):
+        warnings.warn(said)
     files = [f for f in every if _is_picture(f)]
     return [folder / f for f in files], class_labels(folder, files, wnids)
 
 # %% ../nbs/01_data.ipynb #01-464a1ab1
-def _imagenette(root: Path, size: int, download: bool) -> tuple[Path, tuple[str, ...]]:  # its folder; class names
+def _imagenette(
+    root: Path, size: int, download: bool
+) -> tuple[Path, tuple[str, ...]]:  # its folder; class names
     "The smallest Imagenette on the disk that is large enough; if there is none, the one to download."
     from torchvision.datasets import Imagenette
+
     fit = [s for s, (side, _) in _IMAGENETTE.items() if side >= size]
     chosen = next((s for s in fit if (root / _IMAGENETTE[s][1]).is_dir()), fit[0])
-    data = _open_set("imagenette", root / _IMAGENETTE[chosen][1], download, lambda: Imagenette(root, "train", chosen, download=download))
-    if len(data) != 9469: warnings.warn(f"{root / _IMAGENETTE[chosen][1]} holds {len(data):,} of Imagenette's 9,469 training images: was its unpacking interrupted?")
+    data = _open_set(
+        "imagenette",
+        root / _IMAGENETTE[chosen][1],
+        download,
+        lambda: Imagenette(root, "train", chosen, download=download),
+    )
+    if len(data) != 9469:
+        warnings.warn(
+            f"{root / _IMAGENETTE[chosen][1]} holds {len(data):,} of Imagenette's 9,469 training images: was its unpacking interrupted?"
+        )
     return root / _IMAGENETTE[chosen][1], tuple(c[0] for c in data.classes)
 
-def find_set(name: str,     # one of SETS
-             size: int,     # side that will be asked for: chooses among Imagenette's sizes
-             root: str | Path | None = None,  # the data root; ~/.cache/flextok_edu by default
-             download: bool = False,          # fetch what is missing (not imagenet)
-            ) -> tuple[tuple[list, list[int]], tuple[list, list[int]], tuple[str, ...]]:  # train: items, labels; held out: the same, empty if the set has none; class names
+
+def find_set(
+    name: str,  # one of SETS
+    size: int,  # side that will be asked for: chooses among Imagenette's sizes
+    root: str | Path | None = None,  # the data root; ~/.cache/flextok_edu by default
+    download: bool = False,  # fetch what is missing (not imagenet)
+) -> tuple[
+    tuple[list, list[int]], tuple[list, list[int]], tuple[str, ...]
+]:  # train: items, labels; held out: the same, empty if the set has none; class names
     "Where the pictures of a public set are. Raises FileNotFoundError, with advice, if they are not there."
     root = Path(root or _ROOT).expanduser()
-    if name not in SETS: raise ValueError(f"no set {name!r}: use {', '.join(SETS)}")
-    if name in ("cifar10", "fashion_mnist"): return tuple(_array_set(name, root, download))
-    if name == "imagenette": base, names = _imagenette(root, size, download)
+    if name not in SETS:
+        raise ValueError(f"no set {name!r}: use {', '.join(SETS)}")
+    if name in ("cifar10", "fashion_mnist"):
+        return tuple(_array_set(name, root, download))
+    if name == "imagenette":
+        base, names = _imagenette(root, size, download)
     else:
-        if download: raise ValueError(f"imagenet cannot be downloaded for you: ask for it at {SETS[name][0]}, and unpack it to {root / 'imagenet'}/train/<wnid>/ (and val/<wnid>/)")
+        if download:
+            raise ValueError(
+                f"imagenet cannot be downloaded for you: ask for it at {SETS[name][0]}, and unpack it to {root / 'imagenet'}/train/<wnid>/ (and val/<wnid>/)"
+            )
         base, names = next((b for b in (root / "imagenet", root) if (b / "train").is_dir()), None), None
-        if base is None: raise FileNotFoundError(f"imagenet is not at {root / 'imagenet'}: unpack it there as train/<wnid>/ (and val/<wnid>/), from {SETS[name][0]}, or say where it is (--data-root, root=)")
+        if base is None:
+            raise FileNotFoundError(
+                f"imagenet is not at {root / 'imagenet'}: unpack it there as train/<wnid>/ (and val/<wnid>/), from {SETS[name][0]}, or say where it is (--data-root, root=)"
+            )
     wnids = sorted(d.name for d in (base / "train").iterdir() if d.is_dir() and not d.name.startswith("."))
-    return _wnid_files(base / "train", wnids), _wnid_files(base / "val", wnids), names or _wnid_names(base, wnids)
+    return (
+        _wnid_files(base / "train", wnids),
+        _wnid_files(base / "val", wnids),
+        names or _wnid_names(base, wnids),
+    )
 
 # %% ../nbs/01_data.ipynb #01-9564c59b
 @dataclass(frozen=True, repr=False)
 class ImageSet:
     "Images in memory, and where they come from."
-    images: Tensor            # images (b 3 h w), uint8
-    labels: Tensor            # (b, heads) int64; column 0 is the class
-    classes: tuple[str, ...]  # class names
-    source: str               # one line: what this is
-    scenes: bool = False      # ToyScenes, with all four label columns
-    keys: Tensor | None = None  # (b,) int64, see `picture_key`; None: not known, or needless (scenes)
-    also: Tensor | None = None  # (m,) int64: keys of doubles that were left out; who learned from a picture learned from them
-    rule: str = "unknown"     # how it was divided: "scenes" | "own split" | "one in eight" | "train and val folders" | "unknown"
 
-    def __len__(self) -> int: return len(self.images)
-    def __repr__(self) -> str: return f"ImageSet({len(self):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes: {self.source})"
-    def head(self, count: int) -> Tensor: return self.images[spread(len(self), count)]  # so many, evenly spread (count 3 h w), uint8
-    def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> Feed: return batches(self, batch, seed, device, flip)
+    images: Tensor  # images (b 3 h w), uint8
+    labels: Tensor  # (b, heads) int64; column 0 is the class
+    classes: tuple[str, ...]  # class names
+    source: str  # one line: what this is
+    scenes: bool = False  # ToyScenes, with all four label columns
+    keys: Tensor | None = None  # (b,) int64, see `picture_key`; None: not known, or needless (scenes)
+    also: Tensor | None = (
+        None  # (m,) int64: keys of doubles that were left out; who learned from a picture learned from them
+    )
+    rule: str = "unknown"  # how it was divided: "scenes" | "own split" | "one in eight" | "train and val folders" | "unknown"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes: {self.source})"
+
+    def head(self, count: int) -> Tensor:
+        return self.images[spread(len(self), count)]  # so many, evenly spread (count 3 h w), uint8
+
+    def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> Feed:
+        return batches(self, batch, seed, device, flip)
 
     def select(self, rows: Tensor, source: str | None = None) -> "ImageSet":
         "Some of the pictures (row numbers, or True and False), with all that is known about them."
-        return replace(self, images=self.images[rows], labels=self.labels[rows], source=source or self.source, keys=None if self.keys is None else self.keys[rows])
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            source=source or self.source,
+            keys=None if self.keys is None else self.keys[rows],
+        )
 
     @property
     def hash(self) -> str:  # 16 hexadecimal digits over pixels and labels
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        for part in (self.images, self.labels): digest.update(part.contiguous().numpy())
+        for part in (self.images, self.labels):
+            digest.update(part.contiguous().numpy())
         return digest.hexdigest()[:16]
+
 
 def spread(count: int, most: int | None) -> Tensor:  # row numbers
     "At most so many of `count` rows, evenly spread: a set in the order of its classes shows about as many of each."
@@ -832,25 +1373,35 @@ def spread(count: int, most: int | None) -> Tensor:  # row numbers
 def picture_key(picture: bytes | str | Path | np.ndarray | Tensor | Image.Image) -> int:  # -2^63 .. 2^63 - 1
     "The first eight bytes of the SHA-256 of a picture: of a file's or record's bytes, of an array's shape and values. Raises OSError for a file that cannot be read, TypeError for what is no picture."
     digest = hashlib.sha256()
-    if isinstance(picture, bytes): digest.update(picture)
+    if isinstance(picture, bytes):
+        digest.update(picture)
     elif isinstance(picture, (str, Path)):
-        if not stat.S_ISREG(os.stat(picture).st_mode): raise OSError(f"{picture} is not a regular file")
+        if not stat.S_ISREG(os.stat(picture).st_mode):
+            raise OSError(f"{picture} is not a regular file")
         with open(picture, "rb") as f:
-            while part := f.read(2**20): digest.update(part)
+            while part := f.read(2**20):
+                digest.update(part)
     else:
-        values = np.ascontiguousarray(picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture))
-        if values.dtype.hasobject: raise TypeError(f"{type(picture).__name__} is no picture")  # its bytes would be addresses
+        values = np.ascontiguousarray(
+            picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+        )
+        if values.dtype.hasobject:
+            raise TypeError(f"{type(picture).__name__} is no picture")  # its bytes would be addresses
         digest.update(f"{values.dtype.str} {values.shape}".encode())
         digest.update(values)
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
-def held_out(keys: Tensor,  # (n,) int64
-            ) -> Tensor:    # (n,) bool
+
+def held_out(
+    keys: Tensor,  # (n,) int64
+) -> Tensor:  # (n,) bool
     "One in eight, by each key alone. Only where all would fall on one side does the key that is nearest to the other one change it (if there are two different keys)."
     held = keys % 8 == 0
-    if len(keys) and held.all() != held.any(): return held  # both sides have some
+    if len(keys) and held.all() != held.any():
+        return held  # both sides have some
     each = keys.unique()
-    if len(each) < 2: return held
+    if len(each) < 2:
+        return held
     order = torch.stack([each % 8, each // 8], 1).tolist()
     changed = each[order.index(max(order) if held.any() else min(order))]
     return held ^ (keys == changed)
@@ -858,219 +1409,417 @@ def held_out(keys: Tensor,  # (n,) int64
 # %% ../nbs/01_data.ipynb #01-cb17a418
 _KEPT = 1000  # from so many files on, keys are kept without being asked to
 
+
 def keys_folder(count: int, index: str | Path | None) -> Path | None:  # None: not kept
     "Where the keys of so many pictures are kept: in `index`, or, where there are many, in ~/.cache/flextok_edu/keys."
-    if index is not None: return Path(index).expanduser()
-    try: return Path(_ROOT).expanduser() / "keys" if count >= _KEPT else None
-    except RuntimeError: return None  # no home
+    if index is not None:
+        return Path(index).expanduser()
+    try:
+        return Path(_ROOT).expanduser() / "keys" if count >= _KEPT else None
+    except RuntimeError:
+        return None  # no home
+
 
 def load_keys(file: Path | None) -> dict[bytes, tuple[int, int, int]]:  # name: size, time, key
     "What `save_keys` wrote; nothing if it is not there or damaged."
-    if file is None or not file.is_file(): return {}
+    if file is None or not file.is_file():
+        return {}
     try:
         found = load_file(file)
         names, rows = found["names"].numpy().tobytes().split(b"\0"), found["rows"]
-        if rows.dtype != torch.int64 or rows.shape != (len(names), 3): return {}
+        if rows.dtype != torch.int64 or rows.shape != (len(names), 3):
+            return {}
         return dict(zip(names, map(tuple, rows.tolist())))
-    except Exception: return {}  # of whatever kind: the keys are made anew
+    except Exception:
+        return {}  # of whatever kind: the keys are made anew
+
 
 def save_keys(file: Path | None, rows: dict[bytes, tuple[int, int, int]]) -> None:
     "Keep keys. A home that cannot be written to costs time, nothing else."
-    if file is None or not rows: return
+    if file is None or not rows:
+        return
     names = torch.frombuffer(bytearray(b"\0".join(rows)), dtype=torch.uint8)
     try:
-        with atomic(file) as temporary: save_file({"names": names, "rows": torch.tensor(list(rows.values()), dtype=torch.int64)}, temporary)
-    except OSError: pass
+        with atomic(file) as temporary:
+            save_file(
+                {"names": names, "rows": torch.tensor(list(rows.values()), dtype=torch.int64)}, temporary
+            )
+    except OSError:
+        pass
+
 
 def _file_keys(paths: list[str], index: str | Path | None, progress: bool) -> list[int]:
     "Keys of files, by several threads. A file that cannot be read gets a key from its name: decoding it will say why."
-    base, folder = os.path.commonpath([os.path.abspath(os.path.dirname(p) or ".") for p in paths]), keys_folder(len(paths), index)
-    file = folder and folder / f"{os.path.basename(base)[:80] or 'root'}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:8]}.safetensors"
+    base, folder = (
+        os.path.commonpath([os.path.abspath(os.path.dirname(p) or ".") for p in paths]),
+        keys_folder(len(paths), index),
+    )
+    file = (
+        folder
+        and folder
+        / f"{os.path.basename(base)[:80] or 'root'}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:8]}.safetensors"
+    )
     kept, changed = load_keys(file), 0
+
     def one(path: str) -> tuple[bytes, tuple[int, int, int] | None, int]:
         name = os.fsencode(os.path.relpath(os.path.abspath(path), base))
         try:
             facts = os.stat(path)
             row = kept.get(name)
-            if row is None or row[:2] != (facts.st_size, facts.st_mtime_ns): row = (facts.st_size, facts.st_mtime_ns, picture_key(path))
+            if row is None or row[:2] != (facts.st_size, facts.st_mtime_ns):
+                row = (facts.st_size, facts.st_mtime_ns, picture_key(path))
             return name, row, row[2]
-        except OSError: return name, None, picture_key(b"not readable: " + name)
+        except OSError:
+            return name, None, picture_key(b"not readable: " + name)
+
     keys, rows = [], {}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="hashing files", disable=not progress) as bar:
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(paths), desc="hashing files", disable=not progress) as bar,
+    ):
         for start in range(0, len(paths), 4096):
-            for name, row, key in pool.map(one, paths[start:start + 4096]):
+            for name, row, key in pool.map(one, paths[start : start + 4096]):
                 keys.append(key)
-                if row is not None: rows[name] = row; changed += kept.get(name) != row
+                if row is not None:
+                    rows[name] = row
+                    changed += kept.get(name) != row
             bar.update(len(keys) - start)
-    if changed: save_keys(file, kept | rows)
+    if changed:
+        save_keys(file, kept | rows)
     return keys
 
-def picture_keys(pictures: Sequence,                # files (str or Path), bytes, arrays, …
-                 index: str | Path | None = None,   # folder that keeps the keys of files; by default, from 1,000 files on, ~/.cache/flextok_edu/keys
-                 progress: bool = False,
-                ) -> Tensor:                        # (n,) int64
+
+def picture_keys(
+    pictures: Sequence,  # files (str or Path), bytes, arrays, …
+    index: str
+    | Path
+    | None = None,  # folder that keeps the keys of files; by default, from 1,000 files on, ~/.cache/flextok_edu/keys
+    progress: bool = False,
+) -> Tensor:  # (n,) int64
     "`picture_key` of many."
-    if len(pictures) and all(isinstance(p, (str, Path)) for p in pictures): return torch.tensor(_file_keys([str(p) for p in pictures], index, progress), dtype=torch.int64)
-    return torch.tensor([picture_key(p) for p in tqdm(pictures, desc="hashing", disable=not progress)], dtype=torch.int64)
+    if len(pictures) and all(isinstance(p, (str, Path)) for p in pictures):
+        return torch.tensor(_file_keys([str(p) for p in pictures], index, progress), dtype=torch.int64)
+    return torch.tensor(
+        [picture_key(p) for p in tqdm(pictures, desc="hashing", disable=not progress)], dtype=torch.int64
+    )
 
 # %% ../nbs/01_data.ipynb #01-a868f4a0
 @dataclass(frozen=True)
 class _Side:
     "One side of a split, read."
-    images: Tensor             # (b 3 h w) uint8
-    labels: Tensor             # (b,)
-    keys: Tensor               # (b,)
+
+    images: Tensor  # (b 3 h w) uint8
+    labels: Tensor  # (b,)
+    keys: Tensor  # (b,)
     skipped: list[tuple[str, str]]  # (which, why) of what could not be read
 
-    def only(self, rows) -> "_Side": return replace(self, images=self.images[rows], labels=self.labels[rows], keys=self.keys[rows])
+    def only(self, rows) -> "_Side":
+        return replace(self, images=self.images[rows], labels=self.labels[rows], keys=self.keys[rows])
 
-def _read_side(items: Sequence, labels: Sequence[int], keys: Tensor | None, size: int, progress: bool) -> _Side:
+
+def _read_side(
+    items: Sequence, labels: Sequence[int], keys: Tensor | None, size: int, progress: bool
+) -> _Side:
     images, good, why = _read_all(items, size, progress)
-    if keys is None: keys = picture_keys(items)
-    names = [(str(items[i]) if isinstance(items[i], (str, Path)) else f"item {i}", reason) for i, reason in why.items()]
+    if keys is None:
+        keys = picture_keys(items)
+    names = [
+        (str(items[i]) if isinstance(items[i], (str, Path)) else f"item {i}", reason)
+        for i, reason in why.items()
+    ]
     return _Side(images, torch.tensor([labels[i] for i in good], dtype=torch.long), keys[good], names)
+
 
 def _keys(images: Tensor) -> list[bytes]:  # equal pictures have equal hashes
     return [hashlib.sha256(image.contiguous().numpy()).digest() for image in images]
 
+
 def _first(hashes: list[bytes], seen: set[bytes]) -> Tensor:  # (b,) bool
     "Which pictures are neither in `seen` nor doubles of an earlier one."
     seen, keep = set(seen), []
-    for h in hashes: keep.append(h not in seen); seen.add(h)
+    for h in hashes:
+        keep.append(h not in seen)
+        seen.add(h)
     return torch.tensor(keep, dtype=torch.bool)
 
-def _two_sides(train: _Side, held: _Side, classes: tuple[str, ...], name: str, rule: str, of: tuple[int, int]) -> tuple[ImageSet, ImageSet]:
+
+def _two_sides(
+    train: _Side, held: _Side, classes: tuple[str, ...], name: str, rule: str, of: tuple[int, int]
+) -> tuple[ImageSet, ImageSet]:
     "Warn of what could not be read, drop doubles and what would be on both sides, and say so in each source."
-    if broken := train.skipped + held.skipped: warnings.warn(f"{len(broken)} files of {name} could not be read and were skipped: {told(broken)}")
+    if broken := train.skipped + held.skipped:
+        warnings.warn(f"{len(broken)} files of {name} could not be read and were skipped: {told(broken)}")
     ours, theirs = _keys(train.images), _keys(held.images)
     learned, kept_out = set(ours), set(theirs)
     if rule == "one in eight":
         keep = _first(ours, set())
         keep_held = _first(theirs, learned)
         also = sum(h in learned for h in theirs)
-        notes = f"{len(ours) - int(keep.sum())} doubles", f"{also} that are also trained on and {len(theirs) - int(keep_held.sum()) - also} doubles"
+        notes = (
+            f"{len(ours) - int(keep.sum())} doubles",
+            f"{also} that are also trained on and {len(theirs) - int(keep_held.sum()) - also} doubles",
+        )
     else:
-        own = _first(ours, set()) if rule == "train and val folders" else torch.ones(len(ours), dtype=torch.bool)
+        own = (
+            _first(ours, set())
+            if rule == "train and val folders"
+            else torch.ones(len(ours), dtype=torch.bool)
+        )
         keep = own & torch.tensor([h not in kept_out for h in ours], dtype=torch.bool)
         keep_held = torch.ones(len(theirs), dtype=torch.bool)
         notes = f"{sum(h in kept_out for h in ours)} that are also held out", "0 doubles"
     count = int(keep.sum()) + (int(keep_held.sum()) if rule == "one in eight" else 0)
-    if count < 8: raise ValueError(f"{name} holds {count} usable images; training needs at least 8")
-    if not keep_held.any(): raise ValueError(f"{name} holds no usable picture to hold out" + (f": {told(held.skipped)}; mend or remove them" if held.skipped else ": all that would be are also in the training part"))
-    how = {"one in eight": "one in eight held out by content, "}.get(rule, "") + f"short side to {train.images.shape[-1]} px (bicubic), centre crop"
+    if count < 8:
+        raise ValueError(f"{name} holds {count} usable images; training needs at least 8")
+    if not keep_held.any():
+        raise ValueError(
+            f"{name} holds no usable picture to hold out"
+            + (
+                f": {told(held.skipped)}; mend or remove them"
+                if held.skipped
+                else ": all that would be are also in the training part"
+            )
+        )
+    how = {"one in eight": "one in eight held out by content, "}.get(
+        rule, ""
+    ) + f"short side to {train.images.shape[-1]} px (bicubic), centre crop"
     used = {h for h, k in zip(ours, keep.tolist()) if k}
     also = train.keys[~keep & torch.tensor([h in used for h in ours], dtype=torch.bool)]
-    sides = ((train, keep, "train", notes[0], of[0]), (held, keep_held, "test" if rule == "own split" else "val", notes[1], of[1]))
-    return tuple(ImageSet(*((side.images, side.labels[:, None]) if kept.all() else (side.images[kept], side.labels[kept, None])), classes,
-                          f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken left out), {how}", keys=side.keys[kept], also=also if which == "train" else None, rule=rule)
-                 for side, kept, which, note, there in sides)
+    sides = (
+        (train, keep, "train", notes[0], of[0]),
+        (held, keep_held, "test" if rule == "own split" else "val", notes[1], of[1]),
+    )
+    return tuple(
+        ImageSet(
+            *(
+                (side.images, side.labels[:, None])
+                if kept.all()
+                else (side.images[kept], side.labels[kept, None])
+            ),
+            classes,
+            f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken left out), {how}",
+            keys=side.keys[kept],
+            also=also if which == "train" else None,
+            rule=rule,
+        )
+        for side, kept, which, note, there in sides
+    )
 
 # %% ../nbs/01_data.ipynb #01-ea3d807e
-def _some(items: Sequence, labels: Sequence[int], rows: Sequence[int], keys: Tensor | None, size: int, progress: bool) -> _Side:
+def _some(
+    items: Sequence,
+    labels: Sequence[int],
+    rows: Sequence[int],
+    keys: Tensor | None,
+    size: int,
+    progress: bool,
+) -> _Side:
     rows = list(rows)
-    return _read_side([items[i] for i in rows], [labels[i] for i in rows], None if keys is None else keys[rows], size, progress)
+    return _read_side(
+        [items[i] for i in rows],
+        [labels[i] for i in rows],
+        None if keys is None else keys[rows],
+        size,
+        progress,
+    )
 
-def _divide(items: Sequence, labels: Sequence[int], classes: tuple[str, ...], size: int, val_images: int, limit: int | None, name: str, progress: bool) -> tuple[ImageSet, ImageSet]:
+
+def _divide(
+    items: Sequence,
+    labels: Sequence[int],
+    classes: tuple[str, ...],
+    size: int,
+    val_images: int,
+    limit: int | None,
+    name: str,
+    progress: bool,
+) -> tuple[ImageSet, ImageSet]:
     "One in eight, by the keys of all pictures; so many of each side are read."
-    if len(items) < 8: raise ValueError(f"{name} holds {len(items)} usable images; training needs at least 8")
+    if len(items) < 8:
+        raise ValueError(f"{name} holds {len(items)} usable images; training needs at least 8")
     keys = picture_keys(items, progress=progress)
     held = held_out(keys)
     sides = [(~held).nonzero()[:, 0].tolist(), held.nonzero()[:, 0].tolist()]
-    parts = [_some(items, labels, evenly(rows, most), keys, size, progress) for rows, most in zip(sides, (limit, max(1, val_images)))]
+    parts = [
+        _some(items, labels, evenly(rows, most), keys, size, progress)
+        for rows, most in zip(sides, (limit, max(1, val_images)))
+    ]
     return _two_sides(*parts, classes, name, "one in eight", tuple(map(len, sides)))
 
-def _own(train: tuple, held: tuple, classes: tuple[str, ...], size: int, val_images: int, limit: int | None, name: str, rule: str, progress: bool) -> tuple[ImageSet, ImageSet]:
+
+def _own(
+    train: tuple,
+    held: tuple,
+    classes: tuple[str, ...],
+    size: int,
+    val_images: int,
+    limit: int | None,
+    name: str,
+    rule: str,
+    progress: bool,
+) -> tuple[ImageSet, ImageSet]:
     "A set that brings its own split: (items, labels) of each side."
-    parts = [_some(items, labels, evenly(range(len(items)), most), None, size, progress) for (items, labels), most in ((train, limit), (held, max(1, val_images)))]
+    parts = [
+        _some(items, labels, evenly(range(len(items)), most), None, size, progress)
+        for (items, labels), most in ((train, limit), (held, max(1, val_images)))
+    ]
     return _two_sides(*parts, classes, name, rule, (len(train[0]), len(held[0])))
 
-def _load_set(name: str, size: int, val_images: int, progress: bool, root, download: bool, limit: int | None) -> tuple[ImageSet, ImageSet]:
+
+def _load_set(
+    name: str, size: int, val_images: int, progress: bool, root, download: bool, limit: int | None
+) -> tuple[ImageSet, ImageSet]:
     "A public set, its own test split held out if it has one."
     train, held, classes = find_set(name, size, root, download)
-    if not len(held[0]): return _divide(*train, classes, size, val_images, limit, name, progress)
+    if not len(held[0]):
+        return _divide(*train, classes, size, val_images, limit, name, progress)
     return _own(train, held, classes, size, val_images, limit, name, "own split", progress)
 
-def _load_folder(root: str | Path, size: int, val_images: int, progress: bool, limit: int | None) -> tuple[ImageSet, ImageSet]:
+
+def _load_folder(
+    root: str | Path, size: int, val_images: int, progress: bool, limit: int | None
+) -> tuple[ImageSet, ImageSet]:
     train = list_folder(root)
-    def found(part: FolderList): return [part.root / f for f in part.files], part.labels
-    if train.rule == "one in eight": return _divide(*found(train), train.classes, size, val_images, limit, train.name, progress)
-    return _own(found(train), found(list_folder(root, "val", train.classes)), train.classes, size, val_images, limit, train.name, train.rule, progress)
+
+    def found(part: FolderList):
+        return [part.root / f for f in part.files], part.labels
+
+    if train.rule == "one in eight":
+        return _divide(*found(train), train.classes, size, val_images, limit, train.name, progress)
+    return _own(
+        found(train),
+        found(list_folder(root, "val", train.classes)),
+        train.classes,
+        size,
+        val_images,
+        limit,
+        train.name,
+        train.rule,
+        progress,
+    )
 
 # %% ../nbs/01_data.ipynb #01-76d18c75
 def no_random_access(path: str) -> str | None:  # None: nothing of the kind
     "What to say to a compressed archive."
-    if not str(path).lower().endswith((".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst")): return None
+    if not str(path).lower().endswith((".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst")):
+        return None
     return f"{path} is compressed, and so has no random access: unpack it to .tar (JPEG does not get smaller by it anyway)"
 
-def load_data(source: str,              # "scenes", the name of a set (see SETS), or a folder of images (./cifar10 is a folder, cifar10 a set)
-              size: int,                # side in pixels
-              train_images: int,        # scenes to render for training
-              val_images: int,          # draw so many scenes; of anything else use at most so many held-out images, evenly spread
-              level: int = 1,           # complexity of the scenes
-              seed: int = 0,            # names the scenes; a folder's split depends on the pictures alone
-              progress: bool = True,
-              root: str | Path | None = None,  # where public sets lie; ~/.cache/flextok_edu by default
-              download: bool = False,   # fetch a public set that is not there
-              limit: int | None = None, # use at most so many of the training images of a set or a folder, evenly spread
-             ) -> tuple[ImageSet, ImageSet]:  # train, val: disjoint
+
+def load_data(
+    source: str,  # "scenes", the name of a set (see SETS), or a folder of images (./cifar10 is a folder, cifar10 a set)
+    size: int,  # side in pixels
+    train_images: int,  # scenes to render for training
+    val_images: int,  # draw so many scenes; of anything else use at most so many held-out images, evenly spread
+    level: int = 1,  # complexity of the scenes
+    seed: int = 0,  # names the scenes; a folder's split depends on the pictures alone
+    progress: bool = True,
+    root: str | Path | None = None,  # where public sets lie; ~/.cache/flextok_edu by default
+    download: bool = False,  # fetch a public set that is not there
+    limit: int
+    | None = None,  # use at most so many of the training images of a set or a folder, evenly spread
+) -> tuple[ImageSet, ImageSet]:  # train, val: disjoint
     "Everything training and evaluation need, in memory as bytes. Raises FileNotFoundError for what is not there, ValueError for what does not fit."
     if source == "scenes":
         check_memory(train_images + val_images, size, "draw fewer (--train-images)")
-        return tuple(ImageSet(*ToyScenes(split, size, level, seed, count).render(progress=progress), KINDS,
-                              f"ToyScenes {split}, level {level}, seed {seed}, {size} px", True, rule="scenes")
-                     for split, count in (("train", train_images), ("val", val_images)))
-    if source in SETS: return _load_set(source, size, val_images, progress, root, download, limit)
+        return tuple(
+            ImageSet(
+                *ToyScenes(split, size, level, seed, count).render(progress=progress),
+                KINDS,
+                f"ToyScenes {split}, level {level}, seed {seed}, {size} px",
+                True,
+                rule="scenes",
+            )
+            for split, count in (("train", train_images), ("val", val_images))
+        )
+    if source in SETS:
+        return _load_set(source, size, val_images, progress, root, download, limit)
     if not Path(source).expanduser().is_dir():
-        if why := no_random_access(source): raise ValueError(why)
-        if str(source).endswith(".tar"): raise ValueError(f"{source}: tar shards are read from the disk, by open_source of the module sources (as_image_set brings them into memory)")
+        if why := no_random_access(source):
+            raise ValueError(why)
+        if str(source).endswith(".tar"):
+            raise ValueError(
+                f"{source}: tar shards are read from the disk, by open_source of the module sources (as_image_set brings them into memory)"
+            )
     return _load_folder(source, size, val_images, progress, limit)
 
 # %% ../nbs/01_data.ipynb #01-fdaa2a88
 @dataclass(frozen=True, repr=False)
 class Learned:
     "The pictures that a model learned from."
-    rule: str            # how they were divided from the others, as in `ImageSet`
-    source: str          # one line: what they are
-    count: int           # how many; -1: a stream, nobody knows
-    hash: str            # 16 hexadecimal digits over the sorted keys, or the set's own hash
+
+    rule: str  # how they were divided from the others, as in `ImageSet`
+    source: str  # one line: what they are
+    count: int  # how many; -1: a stream, nobody knows
+    hash: str  # 16 hexadecimal digits over the sorted keys, or the set's own hash
     keys: Tensor | None  # (count,) int64, sorted; None: not known, or needless (scenes)
 
     @property
-    def facts(self) -> dict: return {"rule": self.rule, "source": self.source, "count": self.count, "hash": self.hash, "keys": self.keys is not None}  # json-ready
-    def __repr__(self) -> str: return f"Learned({self.count:,} pictures, {self.rule}: {self.source})"
+    def facts(self) -> dict:
+        return {
+            "rule": self.rule,
+            "source": self.source,
+            "count": self.count,
+            "hash": self.hash,
+            "keys": self.keys is not None,
+        }  # json-ready
 
-def _hash_keys(keys: Tensor) -> str: return hashlib.sha256(keys.contiguous().numpy()).hexdigest()[:16]
+    def __repr__(self) -> str:
+        return f"Learned({self.count:,} pictures, {self.rule}: {self.source})"
+
+
+def _hash_keys(keys: Tensor) -> str:
+    return hashlib.sha256(keys.contiguous().numpy()).hexdigest()[:16]
+
 
 def learned_from(data) -> Learned:  # an ImageSet, an OnDisk or a Source (of the module sources)
     "What training on these pictures means for later evaluation."
     name = data.name if hasattr(data, "name") else data.source
-    if getattr(data, "scenes", False): return Learned("scenes", name, len(data), data.hash, None)
-    try: count = len(data)
-    except TypeError: return Learned(data.rule, name, -1, "", None)
-    if data.keys is None: return Learned(data.rule, name, count, data.hash, None)  # (where there are keys, the count is of files: doubles too)
+    if getattr(data, "scenes", False):
+        return Learned("scenes", name, len(data), data.hash, None)
+    try:
+        count = len(data)
+    except TypeError:
+        return Learned(data.rule, name, -1, "", None)
+    if data.keys is None:
+        return Learned(
+            data.rule, name, count, data.hash, None
+        )  # (where there are keys, the count is of files: doubles too)
     also = getattr(data, "also", None)
     keys = torch.cat([data.keys, *([] if also is None else [also])]).unique()
     return Learned(data.rule, name, len(keys), _hash_keys(keys), keys)
 
+
 def save_learned(folder: str | Path, learned: Learned) -> None:
     "Write `learned.json`, and `learned.safetensors` where there are keys, beside a model. Raises OSError."
     folder = Path(folder)
-    if learned.keys is None: (folder / "learned.safetensors").unlink(missing_ok=True)
+    if learned.keys is None:
+        (folder / "learned.safetensors").unlink(missing_ok=True)
     else:
-        with atomic(folder / "learned.safetensors") as temporary: save_file({"keys": learned.keys.contiguous()}, temporary)
+        with atomic(folder / "learned.safetensors") as temporary:
+            save_file({"keys": learned.keys.contiguous()}, temporary)
     write_text(folder / "learned.json", json.dumps(learned.facts, indent=2, ensure_ascii=False))
+
 
 def load_learned(folder: str | Path) -> Learned | None:  # None: nothing is recorded there
     "Read both. Raises ValueError if they are damaged or do not belong together."
     file, tensors = Path(folder) / "learned.json", Path(folder) / "learned.safetensors"
-    if not file.is_file(): return None
+    if not file.is_file():
+        return None
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         rule, source, count, name, listed = (facts[k] for k in ("rule", "source", "count", "hash", "keys"))
-        if [type(x) for x in (rule, source, count, name, listed)] != [str, str, int, str, bool]: raise ValueError("entries of other types")
+        if [type(x) for x in (rule, source, count, name, listed)] != [str, str, int, str, bool]:
+            raise ValueError("entries of other types")
         keys = load_file(tensors)["keys"] if listed else None
-        if keys is not None and (keys.dtype != torch.int64 or keys.shape != (count,) or _hash_keys(keys) != name): raise ValueError(f"{tensors.name} is not the list that it names")
-    except Exception as error: raise ValueError(f"{file} does not say what the model learned from ({type(error).__name__}: {str(error)[:200]})") from error
+        if keys is not None and (
+            keys.dtype != torch.int64 or keys.shape != (count,) or _hash_keys(keys) != name
+        ):
+            raise ValueError(f"{tensors.name} is not the list that it names")
+    except Exception as error:
+        raise ValueError(
+            f"{file} does not say what the model learned from ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
     return Learned(rule, source, count, name, keys)
 
 # %% ../nbs/01_data.ipynb #01-da967255
@@ -1079,49 +1828,105 @@ def _set_part(source: str) -> tuple[str, bool]:  # ("imagenet", True) of "imagen
     name, _, part = source.split(",")[0].rpartition(" ")
     return (name, part == "train") if part in ("train", *_VAL) else (source.split(",")[0], False)
 
-def _by_rule(val: ImageSet, learned: Learned) -> str | None:  # "none", or "unknown: why"; None: compare the keys
+
+def _by_rule(
+    val: ImageSet, learned: Learned
+) -> str | None:  # "none", or "unknown: why"; None: compare the keys
     "What rules and names say about an overlap."
     (name, train), (other, learned_train) = _set_part(val.source), _set_part(learned.source)
     if val.scenes or val.rule == "scenes":
-        if learned.rule == "unknown": return "unknown: nobody knows what it learned from"
-        return "unknown: these are training scenes" if learned.rule == "scenes" and name.startswith("ToyScenes") and train else "none"
-    if learned.rule == "scenes": return "none"  # scenes against photographs
+        if learned.rule == "unknown":
+            return "unknown: nobody knows what it learned from"
+        return (
+            "unknown: these are training scenes"
+            if learned.rule == "scenes" and name.startswith("ToyScenes") and train
+            else "none"
+        )
+    if learned.rule == "scenes":
+        return "none"  # scenes against photographs
     if val.keys is not None and learned.keys is not None:
         arrays = [each in ("cifar10", "fashion_mnist") for each in (name, other)]
         return None if arrays[0] == arrays[1] else "unknown: one list is of files, the other of arrays"
-    if val.rule == learned.rule == "one in eight" and learned.count < 0 and val.keys is not None and (val.keys % 8 == 0).all(): return "none"
-    if val.rule == learned.rule and val.rule in ("own split", "train and val folders") and name == other and learned_train and not train: return "none"
-    return "unknown: there is no list of " + ("these pictures" if val.keys is None else "what it learned from")
+    if (
+        val.rule == learned.rule == "one in eight"
+        and learned.count < 0
+        and val.keys is not None
+        and (val.keys % 8 == 0).all()
+    ):
+        return "none"
+    if (
+        val.rule == learned.rule
+        and val.rule in ("own split", "train and val folders")
+        and name == other
+        and learned_train
+        and not train
+    ):
+        return "none"
+    return "unknown: there is no list of " + (
+        "these pictures" if val.keys is None else "what it learned from"
+    )
 
-def leave_out_learned(val: ImageSet,                       # held-out pictures
-                      learned: dict[str, Learned | None],  # part of the model ("vae", "tokenizer", …): what it learned from; None: nothing is recorded
-                     ) -> tuple[ImageSet, dict]:           # val without what any part learned from; for the card, by part: rule, count, hash, overlap
-    "Drop held-out pictures that were learned. `overlap` is how many that were, or \"none\" where rules say so, or \"unknown: why\". Raises ValueError if fewer than 2 are left."
+
+def leave_out_learned(
+    val: ImageSet,  # held-out pictures
+    learned: dict[
+        str, Learned | None
+    ],  # part of the model ("vae", "tokenizer", …): what it learned from; None: nothing is recorded
+) -> tuple[
+    ImageSet, dict
+]:  # val without what any part learned from; for the card, by part: rule, count, hash, overlap
+    'Drop held-out pictures that were learned. `overlap` is how many that were, or "none" where rules say so, or "unknown: why". Raises ValueError if fewer than 2 are left.'
     keep, card = torch.ones(len(val), dtype=torch.bool), {}
     for part, known in learned.items():
-        if known is None: card[part] = {"rule": "unknown", "count": None, "hash": None, "overlap": "unknown: nothing is recorded"}; continue
+        if known is None:
+            card[part] = {
+                "rule": "unknown",
+                "count": None,
+                "hash": None,
+                "overlap": "unknown: nothing is recorded",
+            }
+            continue
         overlap = _by_rule(val, known)
         if overlap is None:
             seen = torch.isin(val.keys, known.keys)
             keep &= ~seen
             overlap = int(seen.sum())
-        card[part] = {"rule": known.rule, "count": known.count if known.count >= 0 else None, "hash": known.hash, "overlap": overlap}
+        card[part] = {
+            "rule": known.rule,
+            "count": known.count if known.count >= 0 else None,
+            "hash": known.hash,
+            "overlap": overlap,
+        }
     left = int(keep.sum())
     if left < 2:
         why = ", ".join(f"{part}: {facts['overlap']}" for part, facts in card.items())
-        raise ValueError(f"{left} of {len(val)} held-out pictures are left: the others were trained on ({why}); evaluate on other pictures")
-    return (val if keep.all() else val.select(keep, f"{val.source}; {len(val) - left} that were learned left out")), card
+        raise ValueError(
+            f"{left} of {len(val)} held-out pictures are left: the others were trained on ({why}); evaluate on other pictures"
+        )
+    return (
+        val if keep.all() else val.select(keep, f"{val.source}; {len(val) - left} that were learned left out")
+    ), card
 
 # %% ../nbs/01_data.ipynb #01-e393af1d
-def batches(data: ImageSet,          # where from
-            batch: int,              # images a batch
-            seed: int = 0,           # order of the images
-            device="cpu",            # where the batch goes
-            flip: bool = False,      # mirror every second image, at random (for photographs)
-           ) -> Feed:                # of images (b 3 h w) in [-1, 1] and labels (b, heads)
+def batches(
+    data: ImageSet,  # where from
+    batch: int,  # images a batch
+    seed: int = 0,  # order of the images
+    device="cpu",  # where the batch goes
+    flip: bool = False,  # mirror every second image, at random (for photographs)
+) -> Feed:  # of images (b 3 h w) in [-1, 1] and labels (b, heads)
     "Shuffled batches without end; each epoch has its own order, and a set smaller than the batch repeats within it."
+
     def make(rows, places, step):
         images = from_uint8(data.images[rows].to(device))
-        if flip: images = torch.where((torch.rand(batch, 1, 1, 1, generator=named_generator(seed, "flip", step))[places] < .5).to(device), images.flip(-1), images)
+        if flip:
+            images = torch.where(
+                (torch.rand(batch, 1, 1, 1, generator=named_generator(seed, "flip", step))[places] < 0.5).to(
+                    device
+                ),
+                images.flip(-1),
+                images,
+            )
         return images, data.labels[rows].to(device)
+
     return Feed(len(data), batch, make, seed)

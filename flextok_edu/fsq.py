@@ -16,109 +16,163 @@ from torch import Tensor, nn
 # %% ../nbs/04_fsq.ipynb #04-e571532a
 class FSQ(nn.Module):
     "Finite scalar quantisation (Mentzer et al. 2023, arXiv:2309.15505): no parameters, every word reachable. Raises ValueError for levels below 2."
+
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)):  # levels of each of the l dimensions
         super().__init__()
-        if not levels or min(levels) < 2: raise ValueError(f"FSQ needs at least 2 levels in every dimension, not {tuple(levels)}")
+        if not levels or min(levels) < 2:
+            raise ValueError(f"FSQ needs at least 2 levels in every dimension, not {tuple(levels)}")
         L = torch.tensor(levels, dtype=torch.float32)
         half = (L - 1) * (1 + 1e-3) / 2
-        offset = torch.where(L % 2 == 0, .5, 0.)
+        offset = torch.where(L % 2 == 0, 0.5, 0.0)
         basis = torch.cumprod(torch.tensor((1, *levels[:-1])), 0)  # the first dimension counts fastest
-        for name, value in dict(half_width=half, offset=offset, shift=torch.atanh(offset / half), step=torch.floor(L / 2), basis=basis).items():
+        for name, value in dict(
+            half_width=half,
+            offset=offset,
+            shift=torch.atanh(offset / half),
+            step=torch.floor(L / 2),
+            basis=basis,
+        ).items():
             self.register_buffer(name, value, persistent=False)
         self.levels, self.dim, self.vocabulary = tuple(levels), len(levels), math.prod(levels)
 
-    def bound(self, z: Tensor) -> Tensor:  # any real numbers (… l) -> the same, squashed into the range of the levels (… l)
+    def bound(
+        self, z: Tensor
+    ) -> Tensor:  # any real numbers (… l) -> the same, squashed into the range of the levels (… l)
         "Where each number lies between its levels, before rounding."
         return torch.tanh(z + self.shift) * self.half_width - self.offset
 
-    def forward(self, z: Tensor) -> Tensor:  # any real numbers (… l), any dtype -> codes (… l) in [-1, 1], float32
+    def forward(
+        self, z: Tensor
+    ) -> Tensor:  # any real numbers (… l), any dtype -> codes (… l) in [-1, 1], float32
         "Quantise; gradients pass straight through the rounding. Computed in float32, also under autocast."
-        if z.shape[-1] != self.dim: raise ValueError(f"FSQ with levels {self.levels} takes (…, {self.dim}), not {tuple(z.shape)}")
+        if z.shape[-1] != self.dim:
+            raise ValueError(f"FSQ with levels {self.levels} takes (…, {self.dim}), not {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z.float())
             return (bounded + (bounded.round() - bounded).detach()) / self.step
 
-    def codes_to_ids(self, codes: Tensor) -> Tensor:  # codes (… l), as `forward` gives them -> ids (…), int64 in 0 .. vocabulary - 1
+    def codes_to_ids(
+        self, codes: Tensor
+    ) -> Tensor:  # codes (… l), as `forward` gives them -> ids (…), int64 in 0 .. vocabulary - 1
         "Mixed-base number of a code."
         return ((codes.float() * self.step + self.step).round().long() * self.basis).sum(-1)
 
-    def ids_to_codes(self, ids: Tensor) -> Tensor:  # ids (…), int64 in 0 .. vocabulary - 1 -> codes (… l) in [-1, 1], float32
+    def ids_to_codes(
+        self, ids: Tensor
+    ) -> Tensor:  # ids (…), int64 in 0 .. vocabulary - 1 -> codes (… l) in [-1, 1], float32
         "The inverse. It checks nothing (a check would make a GPU wait): public entry points call `check_ids` first."
         digits = ids[..., None] // self.basis % torch.tensor(self.levels, device=ids.device)
         return (digits - self.step) / self.step
 
     def check_ids(self, ids: Tensor) -> None:  # ids (…), from anywhere
         "Raises TypeError or ValueError for ids that are no words of this codebook."
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool: raise TypeError(f"ids must be integers, not {ids.dtype}")
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be integers, not {ids.dtype}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary):
-            raise ValueError(f"ids must lie in 0 .. {self.vocabulary - 1}; these reach from {int(ids.min())} to {int(ids.max())}: they come from another tokenizer?")
+            raise ValueError(
+                f"ids must lie in 0 .. {self.vocabulary - 1}; these reach from {int(ids.min())} to {int(ids.max())}: they come from another tokenizer?"
+            )
 
 # %% ../nbs/04_fsq.ipynb #04-afd74c0d
-LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8, 8, 5, 5, 5)}  # bits of the vocabulary, about -> levels (Mentzer et al. 2023)
+LEVELS = {
+    8: (8, 6, 5),
+    10: (8, 5, 5, 5),
+    12: (7, 5, 5, 5, 5),
+    14: (8, 8, 8, 6, 5),
+    16: (8, 8, 8, 5, 5, 5),
+}  # bits of the vocabulary, about -> levels (Mentzer et al. 2023)
 
 # %% ../nbs/04_fsq.ipynb #04-34f27dc5
 class RunningNorm(nn.Module):
     "Zero mean and unit scale per channel by running statistics, never by those of the batch at hand."
-    def __init__(self, dim: int, momentum: float = .01):  # dim: channels (last axis); momentum: weight of a new batch
+
+    def __init__(
+        self, dim: int, momentum: float = 0.01
+    ):  # dim: channels (last axis); momentum: weight of a new batch
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(dim)); self.register_buffer("std", torch.ones(dim)); self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("pending", torch.zeros(1 + 2 * dim), persistent=False)  # count, sums, sums of squares since the last step, about the stored mean
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(
+            "pending", torch.zeros(1 + 2 * dim), persistent=False
+        )  # count, sums, sums of squares since the last step, about the stored mean
 
     def forward(self, z: Tensor) -> Tensor:  # (… dim) -> (… dim), normalised with the stored statistics
         return (z.float() - self.mean) / self.std
 
     @torch.no_grad()
-    def collect(self,
-                z: Tensor,                   # what would enter (b k dim)
-                keep: Tensor | None = None,  # boolean (b k): the positions that count; all by default
-               ) -> None:
+    def collect(
+        self,
+        z: Tensor,  # what would enter (b k dim)
+        keep: Tensor | None = None,  # boolean (b k): the positions that count; all by default
+    ) -> None:
         "Note the sums of one micro-batch. Nothing changes before `settle`."
         z, counts = z.float(), torch.ones(z.shape[:-1], device=z.device) if keep is None else keep.float()
         away = z - self.mean
         weighted = away * counts[..., None]  # sums with weights: indexing by a mask would make a GPU wait
-        self.pending += torch.cat([counts.sum()[None], weighted.flatten(0, -2).sum(0), (weighted * away).flatten(0, -2).sum(0)])
+        self.pending += torch.cat(
+            [counts.sum()[None], weighted.flatten(0, -2).sum(0), (weighted * away).flatten(0, -2).sum(0)]
+        )
 
     @torch.no_grad()
-    def settle(self,
-               total: Callable[[Tensor], Tensor] = lambda x: x,  # sums a tensor over all processes
-              ) -> None:
+    def settle(
+        self,
+        total: Callable[[Tensor], Tensor] = lambda x: x,  # sums a tensor over all processes
+    ) -> None:
         "Once a step: move the statistics towards all that was collected. The first steps count more (1/n), so that the start is forgotten."
         sums = total(self.pending)
         count, (away, square) = sums[0].clamp_min(1), sums[1:].chunk(2)
         away, square = away / count, square / count
-        some = sums[0] > 0                  # nothing collected: nothing changes
+        some = sums[0] > 0  # nothing collected: nothing changes
         self.updates += some
-        weight = torch.where(some, torch.clamp(1 / self.updates, min=self.momentum), 0.)
+        weight = torch.where(some, torch.clamp(1 / self.updates, min=self.momentum), 0.0)
         self.mean += weight * away
         self.std.lerp_((square - away.square()).clamp_min(1e-8).sqrt(), weight)
         self.pending.zero_()
 
-    def update(self, z: Tensor, keep: Tensor | None = None) -> None: self.collect(z, keep); self.settle()  # a step of one micro-batch
+    def update(self, z: Tensor, keep: Tensor | None = None) -> None:
+        self.collect(z, keep)
+        self.settle()  # a step of one micro-batch
 
 # %% ../nbs/04_fsq.ipynb #04-5fa77b3d
 class CodeUse:
     "Which codes were written lately: counts that fade, so that they speak of the last `memory` images."
-    def __init__(self, levels: tuple[int, ...], k: int, memory: int = 2000, device=None):  # levels of the FSQ; positions
+
+    def __init__(
+        self, levels: tuple[int, ...], k: int, memory: int = 2000, device=None
+    ):  # levels of the FSQ; positions
         self.fsq, self.memory = FSQ(levels).to(device), memory
         self.words = torch.zeros(self.fsq.vocabulary, device=device)
         self.digits = torch.zeros(k, self.fsq.dim, max(levels), device=device)
 
     @torch.no_grad()
-    def collect(self, codes: Tensor,  # (b r l), r <= k
-                keep: Tensor,         # boolean (b r): the positions that count
-               ) -> None:
+    def collect(
+        self,
+        codes: Tensor,  # (b r l), r <= k
+        keep: Tensor,  # boolean (b r): the positions that count
+    ) -> None:
         "Count a batch. Codes that are not finite count nothing: the loss will say it, and an index outside would end a run before it can."
-        finite = torch.isfinite(codes).all(-1)  # NaN has no digit (nor a sync: nothing here is read by the CPU)
-        codes, keep = torch.where(finite[..., None], codes, 0.), keep & finite
+        finite = torch.isfinite(codes).all(
+            -1
+        )  # NaN has no digit (nor a sync: nothing here is read by the CPU)
+        codes, keep = torch.where(finite[..., None], codes, 0.0), keep & finite
         fade = math.exp(-len(codes) / self.memory)
         self.words.mul_(fade).index_add_(0, self.fsq.codes_to_ids(codes).flatten(), keep.flatten().float())
         digits = ((codes + 1) * self.fsq.step).round().long()
-        self.digits.mul_(fade)[:codes.shape[1]] += (F.one_hot(digits, self.digits.shape[-1]) * keep[..., None, None]).sum(0)
+        self.digits.mul_(fade)[: codes.shape[1]] += (
+            F.one_hot(digits, self.digits.shape[-1]) * keep[..., None, None]
+        ).sum(0)
 
     def numbers(self) -> dict[str, Tensor]:
         "`words`: perplexity of all words over the vocabulary; `entropy_1`, `entropy_2`, `entropy_4`, …: of that position, over its maximum. All in 0 .. 1; nan where nothing was counted."
-        def entropy(counts): p = counts / counts.sum(-1, keepdim=True); return -(p * p.clamp_min(1e-12).log()).sum(-1)
+
+        def entropy(counts):
+            p = counts / counts.sum(-1, keepdim=True)
+            return -(p * p.clamp_min(1e-12).log()).sum(-1)
+
         most = torch.tensor([math.log(n) for n in self.fsq.levels], device=self.words.device)
         each, k = (entropy(self.digits) / most).mean(-1), len(self.digits)
-        return {"words": entropy(self.words).exp() / len(self.words)} | {f"entropy_{i}": each[i - 1] for i in (*(2 ** j for j in range(k.bit_length()) if 2 ** j < k), k)}
+        return {"words": entropy(self.words).exp() / len(self.words)} | {
+            f"entropy_{i}": each[i - 1] for i in (*(2**j for j in range(k.bit_length()) if 2**j < k), k)
+        }

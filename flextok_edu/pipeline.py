@@ -22,11 +22,65 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ar import ARModel, Tokens, load_ar, sample_images, save_ar, train_ar
-from .cache import LatentCache, TokenCache, build_cache, cache_plan, decoded_pictures, latent_recipe, pictures_of, token_recipe
-from .core import (Preset, StageConfig, VAEConfig, atomic, check_limits, compiler_works, conform, drawable, from_dict, from_uint8, grid, load_model, pick_device,
-                              plain, plot_log, preset, read_json, save_model, seed_everything, weights_hash, write_text)
-from .data import KINDS, SETS, ImageSet, Learned, ToyScenes, learned_from, leave_out_learned, load_data, load_learned, check_memory, no_random_access, save_learned, split_folders, spread
-from .evaluate import MARK, Report, evaluate_tokenizer, is_ours, load_report, plot_report, token_counts, trained_how
+from flextok_edu.cache import (
+    LatentCache,
+    TokenCache,
+    build_cache,
+    cache_plan,
+    decoded_pictures,
+    latent_recipe,
+    pictures_of,
+    token_recipe,
+)
+from flextok_edu.core import (
+    Preset,
+    StageConfig,
+    VAEConfig,
+    atomic,
+    check_limits,
+    compiler_works,
+    conform,
+    drawable,
+    from_dict,
+    from_uint8,
+    grid,
+    load_model,
+    pick_device,
+    plain,
+    plot_log,
+    preset,
+    read_json,
+    save_model,
+    seed_everything,
+    weights_hash,
+    write_text,
+)
+from flextok_edu.data import (
+    KINDS,
+    SETS,
+    ImageSet,
+    Learned,
+    ToyScenes,
+    learned_from,
+    leave_out_learned,
+    load_data,
+    load_learned,
+    check_memory,
+    no_random_access,
+    save_learned,
+    split_folders,
+    spread,
+)
+from flextok_edu.evaluate import (
+    MARK,
+    Report,
+    evaluate_tokenizer,
+    is_ours,
+    load_report,
+    plot_report,
+    token_counts,
+    trained_how,
+)
 from .features import AttributeClassifier, extractor, train_classifier
 from .sources import OnDisk, as_image_set, decode, open_source, split_source
 from .tokenizer import FlexTok, Latents, load_tokenizer, save_tokenizer, train_tokenizer
@@ -37,6 +91,7 @@ from .vae import VAE, train_vae
 @dataclass(frozen=True)
 class RunConfig:
     "Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures, report."
+
     data: str = "scenes"
     "scenes (procedural, nothing to download); a folder of images, with or without class subfolders, or with train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
     data_root: str | None = None
@@ -73,15 +128,28 @@ class RunConfig:
     "Go on with the interrupted stage under other settings, for example after its loss went wrong: lr=1e-4,precision=fp32. (Also clip and weight_decay.) The run remembers it."
 
 # %% ../nbs/15_pipeline.ipynb #15-0a3dbe51
-def pick_precision(name: str,        # "auto", "fp32", "bf16", "fp16"
-                   device,           # where the training runs
-                  ) -> torch.dtype | None:  # for autocast; None trains in float32
+def pick_precision(
+    name: str,  # "auto", "fp32", "bf16", "fp16"
+    device,  # where the training runs
+) -> torch.dtype | None:  # for autocast; None trains in float32
     "Half precision where it pays. Raises ValueError for a name that is none."
     kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name == "auto": name = "fp32" if torch.device(device).type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name not in kinds: raise ValueError(f"precision {name!r}: use auto, {', '.join(kinds)}")
-    if name == "fp16" and torch.device(device).type == "cpu": warnings.warn("float16 on a CPU is emulated: some hundred times slower than float32; --precision fp32 (or bf16, where the processor has it) is what you want here")
+    if name == "auto":
+        name = (
+            "fp32"
+            if torch.device(device).type != "cuda"
+            else "bf16"
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp16"
+        )
+    if name not in kinds:
+        raise ValueError(f"precision {name!r}: use auto, {', '.join(kinds)}")
+    if name == "fp16" and torch.device(device).type == "cpu":
+        warnings.warn(
+            "float16 on a CPU is emulated: some hundred times slower than float32; --precision fp32 (or bf16, where the processor has it) is what you want here"
+        )
     return kinds[name]
+
 
 def check(config: RunConfig) -> None:
     "Raises ValueError for a setting that makes no sense, before anything starts."
@@ -89,89 +157,163 @@ def check(config: RunConfig) -> None:
     with warnings.catch_warnings():  # where it will run is not known yet
         warnings.simplefilter("ignore")
         pick_precision(config.precision, "cpu")
-    if config.compile not in ("auto", "on", "off"): raise ValueError(f"compile {config.compile!r}: use auto, on or off")
+    if config.compile not in ("auto", "on", "off"):
+        raise ValueError(f"compile {config.compile!r}: use auto, on or off")
     for name in ("minutes", "at_most"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0): raise ValueError(f"{name} must be a positive number of minutes, not {value}")
-    if config.minutes and config.at_most: raise ValueError("give minutes or at_most, not both")
-    if config.steps and (config.minutes or config.at_most): raise ValueError("give steps or minutes, not both")
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number of minutes, not {value}")
+    if config.minutes and config.at_most:
+        raise ValueError("give minutes or at_most, not both")
+    if config.steps and (config.minutes or config.at_most):
+        raise ValueError("give steps or minutes, not both")
     for name in ("steps", "train_images", "images"):
         value = getattr(config, name)
-        if value is not None and value < 2: raise ValueError(f"{name} must be at least 2, not {value}")
-    if config.seed < 0: raise ValueError(f"seed must be 0 or more, not {config.seed}")
+        if value is not None and value < 2:
+            raise ValueError(f"{name} must be at least 2, not {value}")
+    if config.seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {config.seed}")
     parse_go_on(config.go_on)
-    if config.data not in ("scenes", *SETS) and (why := no_random_access(config.data)): raise ValueError(why)
-    if config.data not in ("scenes", *SETS) and not on_disk(config.data) and not Path(config.data).expanduser().is_dir():
-        raise FileNotFoundError(f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor hf:owner/name nor one of {', '.join(SETS)}")
+    if config.data not in ("scenes", *SETS) and (why := no_random_access(config.data)):
+        raise ValueError(why)
+    if (
+        config.data not in ("scenes", *SETS)
+        and not on_disk(config.data)
+        and not Path(config.data).expanduser().is_dir()
+    ):
+        raise FileNotFoundError(
+            f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor hf:owner/name nor one of {', '.join(SETS)}"
+        )
 
 # %% ../nbs/15_pipeline.ipynb #15-5f7ef69a
 def watched() -> bool:  # whether a person looks on: progress bars are for them, and litter the log of a queue
     "Whether stderr is a terminal."
     return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
 
+
 def on_disk(data: str, from_disk: bool = False) -> bool:  # whether these pictures are read while training
     "What is no set in memory."
-    if data == "scenes": return False
-    if from_disk or data.startswith("hf:") or data.endswith(".tar"): return True
+    if data == "scenes":
+        return False
+    if from_disk or data.startswith("hf:") or data.endswith(".tar"):
+        return True
     path = Path(data).expanduser()
-    return path.is_dir() and (any(path.glob("*.tar")) and not split_folders(path) or any((path / f).is_file() for f in ("dataset_dict.json", "state.json")))
+    return path.is_dir() and (
+        any(path.glob("*.tar"))
+        and not split_folders(path)
+        or any((path / f).is_file() for f in ("dataset_dict.json", "state.json"))
+    )
 
-def held_out_scenes(p: Preset,          # size and level
-                    seed: int,          # names the scenes
-                    count: int,         # how many
-                   ) -> ImageSet:       # with all four columns of labels
+
+def held_out_scenes(
+    p: Preset,  # size and level
+    seed: int,  # names the scenes
+    count: int,  # how many
+) -> ImageSet:  # with all four columns of labels
     "Scenes that no model has learned from, whatever its seed (see *data*)."
     check_memory(count, p.image_size, "measure fewer (--set evaluate.images=…)")
     scenes = ToyScenes("val", p.image_size, p.level, seed, count)
-    return ImageSet(*scenes.render(progress=watched()), KINDS, f"ToyScenes val, level {p.level}, seed {seed}, {p.image_size} px", True, rule="scenes")
+    return ImageSet(
+        *scenes.render(progress=watched()),
+        KINDS,
+        f"ToyScenes val, level {p.level}, seed {seed}, {p.image_size} px",
+        True,
+        rule="scenes",
+    )
 
-def open_pictures(o,                    # options: data, data_root, download, from_disk, workers, train_images, seed
-                  p: Preset,            # image size; how many scenes, and how many pictures are measured
-                  only: str | None = None,  # "train" or "val": what is not needed is not drawn (and, from the disk, not read)
-                 ) -> tuple[ImageSet | OnDisk | None, ImageSet | None]:  # to learn from; held out
+
+def open_pictures(
+    o,  # options: data, data_root, download, from_disk, workers, train_images, seed
+    p: Preset,  # image size; how many scenes, and how many pictures are measured
+    only: str
+    | None = None,  # "train" or "val": what is not needed is not drawn (and, from the disk, not read)
+) -> tuple[ImageSet | OnDisk | None, ImageSet | None]:  # to learn from; held out
     "The pictures that the options name, at the preset's size. Raises FileNotFoundError or ValueError, with advice."
-    if p.train_images < 2: raise ValueError(f"train_images must be at least 2, not {p.train_images}")
+    if p.train_images < 2:
+        raise ValueError(f"train_images must be at least 2, not {p.train_images}")
     e = p.evaluate
     if o.data == "scenes":
         train, val = None, None if only == "train" else held_out_scenes(p, o.seed, e.images)
-        if only != "val": train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
+        if only != "val":
+            train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
         return train, val
     held = e.images + max(e.images, e.samples)  # what is not measured is the floor of the distances
     if not on_disk(o.data, o.from_disk):
-        return load_data(o.data, p.image_size, 0, held, seed=o.seed, progress=watched(), root=o.data_root, download=o.download, limit=o.train_images)
+        return load_data(
+            o.data,
+            p.image_size,
+            0,
+            held,
+            seed=o.seed,
+            progress=watched(),
+            root=o.data_root,
+            download=o.download,
+            limit=o.train_images,
+        )
     source = open_source(o.data, p.image_size, root=o.data_root, download=o.download)
     train, val = split_source(source, watched(), limit=o.train_images, val_images=held)
-    return OnDisk(train, p.image_size, o.workers), None if only == "train" else as_image_set(val, p.image_size, workers=o.workers)
+    return OnDisk(train, p.image_size, o.workers), None if only == "train" else as_image_set(
+        val, p.image_size, workers=o.workers
+    )
 
-def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int) -> dict:  # other, other_is: for `evaluate_tokenizer`
+
+def for_the_floor(
+    train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int
+) -> dict:  # other, other_is: for `evaluate_tokenizer`
     "Other real pictures, and what they are. (Held-out pictures that are not measured go before them.)"
-    if val.scenes: return {"other": held_out_scenes(p, seed + 1, len(val)), "other_is": f"other held-out scenes, seed {seed + 1}"}
-    return {"other": None} if train is None else {"other": some(train, max(len(val), p.evaluate.samples)), "other_is": "pictures of the training side of this set"}
+    if val.scenes:
+        return {
+            "other": held_out_scenes(p, seed + 1, len(val)),
+            "other_is": f"other held-out scenes, seed {seed + 1}",
+        }
+    return (
+        {"other": None}
+        if train is None
+        else {
+            "other": some(train, max(len(val), p.evaluate.samples)),
+            "other_is": "pictures of the training side of this set",
+        }
+    )
 
 # %% ../nbs/15_pipeline.ipynb #15-32b37714
 def numbered(data: ImageSet | OnDisk):  # what a cache is made of
     "Pictures by number, whatever they come from."
-    return pictures_of(data) if isinstance(data, ImageSet) else decoded_pictures(data.pictures, data.size, decode)
+    return (
+        pictures_of(data)
+        if isinstance(data, ImageSet)
+        else decoded_pictures(data.pictures, data.size, decode)
+    )
+
 
 def encode_to(folder: str | Path, recipe, *options) -> None:  # options: shard, batch, verify
     "`build_cache`, which says what it will cost; with a bar only if somebody looks on."
-    if not watched(): print(cache_plan(folder, *recipe, *options[:2]), flush=True)
+    if not watched():
+        print(cache_plan(folder, *recipe, *options[:2]), flush=True)
     build_cache(folder, *recipe, *options, progress=watched())
 
-def material(data: ImageSet | OnDisk,    # pictures
-             made_of: VAE | FlexTok,     # what encodes them
-             folder: Path,               # of the cache, if the pictures are on the disk
-            ) -> ImageSet | LatentCache | TokenCache:
+
+def material(
+    data: ImageSet | OnDisk,  # pictures
+    made_of: VAE | FlexTok,  # what encodes them
+    folder: Path,  # of the cache, if the pictures are on the disk
+) -> ImageSet | LatentCache | TokenCache:
     "What the tokenizer (with a VAE) or the AR model (with a tokenizer) learns from."
-    if isinstance(data, ImageSet): return data
-    kind, recipe = (LatentCache, latent_recipe(made_of, numbered(data), mirror=True)) if isinstance(made_of, VAE) else (TokenCache, token_recipe(made_of, numbered(data)))
+    if isinstance(data, ImageSet):
+        return data
+    kind, recipe = (
+        (LatentCache, latent_recipe(made_of, numbered(data), mirror=True))
+        if isinstance(made_of, VAE)
+        else (TokenCache, token_recipe(made_of, numbered(data)))
+    )
     print(f"images that are read from the disk are encoded once, into {folder}", flush=True)
     encode_to(folder, recipe)
     return kind(folder, made_of)
 
+
 def some(data: ImageSet | OnDisk, count: int) -> ImageSet:  # so many, evenly spread
     "A few training pictures, in memory."
-    if not isinstance(data, ImageSet): return as_image_set(data.pictures, data.size, count, data.workers)
+    if not isinstance(data, ImageSet):
+        return as_image_set(data.pictures, data.size, count, data.workers)
     return data.select(spread(len(data), count))
 
 # %% ../nbs/15_pipeline.ipynb #15-ea24427d
@@ -180,42 +322,74 @@ def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
     folder = Path(folder).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise OSError(error.errno, f"nothing can be written to {plain(folder)} ({error.strerror}): choose another --out, or change its permissions") from error
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"nothing can be written to {plain(folder)} ({error.strerror}): choose another --out, or change its permissions",
+        ) from error
     return folder
+
 
 def check_name(folder: str | Path) -> None:
     "Raises ValueError for a folder whose path safetensors could not open again: models would be written there, and never read."
-    try: os.path.abspath(os.path.expanduser(folder)).encode()
-    except UnicodeEncodeError: raise ValueError(f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose another name") from None
+    try:
+        os.path.abspath(os.path.expanduser(folder)).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose another name"
+        ) from None
+
 
 def inside(out: str | Path, **inputs: str | None) -> None:
     "Raises ValueError if a folder that is to get another name holds what the work begins with."
     out = Path(out).expanduser().absolute()
     for name, place in inputs.items():
-        if place and (out == Path(place).absolute() or out in Path(place).absolute().parents): raise ValueError(f"--fresh: {plain(place)} (--{name.replace('_', '-')}) lies in --out, which would get another name: choose another --out")
+        if place and (out == Path(place).absolute() or out in Path(place).absolute().parents):
+            raise ValueError(
+                f"--fresh: {plain(place)} (--{name.replace('_', '-')}) lies in --out, which would get another name: choose another --out"
+            )
 
-_GO_ON = {"lr": float, "clip": float, "weight_decay": float, "precision": str}  # what may change in the middle of a stage
+
+_GO_ON = {
+    "lr": float,
+    "clip": float,
+    "weight_decay": float,
+    "precision": str,
+}  # what may change in the middle of a stage
+
 
 def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value
     "What stands behind --go-on. Raises ValueError for what may not change in the middle of a stage, and for values that are none."
     found = {}
     for word in (text or "").replace(",", " ").split():
         name, _, value = word.partition("=")
-        if name not in _GO_ON or not value: raise ValueError(f"--go-on {word}: write name=value, with {', '.join(_GO_ON)}; whatever else changes is another training (choose another --out)")
-        try: found[name] = _GO_ON[name](value)
-        except ValueError: raise ValueError(f"--go-on {word}: {value!r} is no number") from None
+        if name not in _GO_ON or not value:
+            raise ValueError(
+                f"--go-on {word}: write name=value, with {', '.join(_GO_ON)}; whatever else changes is another training (choose another --out)"
+            )
+        try:
+            found[name] = _GO_ON[name](value)
+        except ValueError:
+            raise ValueError(f"--go-on {word}: {value!r} is no number") from None
     return known_changes(found, "--go-on")
+
 
 def known_changes(settings: dict, where: str) -> dict:  # the same
     "Raises ValueError for settings, of --go-on or of a run.json, that cannot be put in place of a training's."
     for name, value in settings.items():
-        if name not in _GO_ON or type(value) is not _GO_ON[name]: raise ValueError(f"{where}: {plain(name)}={value!r} cannot change in the middle of a stage")
-    if settings.get("precision", "fp32") not in ("auto", "fp32", "bf16", "fp16"): raise ValueError(f"{where}: precision={plain(settings['precision'])}: use auto, fp32, bf16 or fp16")
+        if name not in _GO_ON or type(value) is not _GO_ON[name]:
+            raise ValueError(f"{where}: {plain(name)}={value!r} cannot change in the middle of a stage")
+    if settings.get("precision", "fp32") not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"{where}: precision={plain(settings['precision'])}: use auto, fp32, bf16 or fp16")
     check_limits(replace(StageConfig(), **{k: v for k, v in settings.items() if k != "precision"}), where)
     return settings
 
-def with_changes(p: Preset, precision: torch.dtype | None, stage: str, settings: dict, device) -> tuple[Preset, torch.dtype | None, dict]:
+
+def with_changes(
+    p: Preset, precision: torch.dtype | None, stage: str, settings: dict, device
+) -> tuple[Preset, torch.dtype | None, dict]:
     "Preset and precision after a change in the middle of a stage, and the entries of its recipe that this changes."
     name = f"train_{stage}"
     numbers = {k: v for k, v in settings.items() if k != "precision"}
@@ -230,238 +404,456 @@ def with_changes(p: Preset, precision: torch.dtype | None, stage: str, settings:
 STAGES = ("vae", "classifier", "tokenizer", "ar")
 SUSTAINED = 1.2  # minutes of training run so much slower than a probe's first steps (measured on 2 CPU cores)
 
-class _Enough(Exception): pass
+
+class _Enough(Exception):
+    pass
+
 
 def _reset_peak(device: torch.device) -> None:
     "Forget the largest memory so far, where the system can."
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     else:
-        try: Path("/proc/self/clear_refs").write_text("5")
-        except OSError: pass
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
 
-def _peak(device: torch.device) -> int:  # bytes since `_reset_peak` (where the system cannot forget: since the start)
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
-    try: return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration): from flextok_edu.train import peak_memory; return peak_memory(device)
+
+def _peak(
+    device: torch.device,
+) -> int:  # bytes since `_reset_peak` (where the system cannot forget: since the start)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    except (OSError, StopIteration):
+        from flextok_edu.train import peak_memory
+
+        return peak_memory(device)
+
 
 @dataclass(frozen=True)
 class Pace:
     "What a few training steps showed."
-    batch: int       # images a step
-    steps: int       # that were timed
-    seconds: float   # a step
+
+    batch: int  # images a step
+    steps: int  # that were timed
+    seconds: float  # a step
     gradient: float  # of them, for the gradients: what grows with the batch (the rest is the optimiser's)
-    peak: int        # bytes: of the GPU, or of this whole process
-    flops: int       # multiplications and additions of a step
-    share: float     # of the arithmetic that matrix products alone reach on this machine
+    peak: int  # bytes: of the GPU, or of this whole process
+    flops: int  # multiplications and additions of a step
+    share: float  # of the arithmetic that matrix products alone reach on this machine
 
 # %% ../nbs/15_pipeline.ipynb #15-699471f7
 class Stopwatch(Shares):
     "Times `steps` steps, or as many as `seconds` allow (one at least), and leaves the training by an exception."
-    def __init__(self, device, precision: torch.dtype | None = None, steps: int = 10, seconds: float = 60., micro: int = 1, recompute: bool = False):
+
+    def __init__(
+        self,
+        device,
+        precision: torch.dtype | None = None,
+        steps: int = 10,
+        seconds: float = 60.0,
+        micro: int = 1,
+        recompute: bool = False,
+    ):
         super().__init__(device, precision, micro, recompute=recompute)
         self.wanted, self.limit, self.times, self.spent, self.flops = steps, seconds, [], [], 0
         _reset_peak(self.device)
 
     def parts(self, step: int) -> list[tuple[object, float]]:
-        if not self.times: self.times.append(self._now())  # step 0 begins: what came before happens once
-        self.spent.append(0.)
+        if not self.times:
+            self.times.append(self._now())  # step 0 begins: what came before happens once
+        self.spent.append(0.0)
         return super().parts(step)
 
     def _now(self) -> float:
-        if self.device.type == "cuda": torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def gradient(self, player, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:
         "As before; the first step's arithmetic is counted."
         began, counter = self._now(), FlopCounterMode(display=False)
-        with counter if len(self.times) == 1 else contextlib.nullcontext(): found = super().gradient(player, batch, weight, progress, last)
-        self.flops += counter.get_total_flops(); self.spent[-1] += self._now() - began
+        with counter if len(self.times) == 1 else contextlib.nullcontext():
+            found = super().gradient(player, batch, weight, progress, last)
+        self.flops += counter.get_total_flops()
+        self.spent[-1] += self._now() - began
         return found
 
     def end(self, step: int, log: list[dict]) -> None:
         self.times.append(self._now())
-        if len(self.times) > self.wanted + 2 or self.times[-1] - self.times[0] > self.limit: raise _Enough
+        if len(self.times) > self.wanted + 2 or self.times[-1] - self.times[0] > self.limit:
+            raise _Enough
 
     def watch(self, train: Callable) -> Pace:  # (engine) -> anything; never returns by itself
         "Train, and say how it went."
-        try: train(self)
-        except _Enough: pass
+        try:
+            train(self)
+        except _Enough:
+            pass
         each = [b - a for a, b in zip(self.times, self.times[1:])]
         first = min(2, len(each) - 1)  # the first steps are slow: kernels are chosen, arithmetic is counted
         seconds, gradient = (sum(x[first:]) / len(x[first:]) for x in (each, self.spent))
-        return Pace(self.batches.batch, len(each) - first, seconds, gradient, _peak(self.device), self.flops, self.flops / seconds / matmul_rate(self.device, self.precision or torch.float32))
+        return Pace(
+            self.batches.batch,
+            len(each) - first,
+            seconds,
+            gradient,
+            _peak(self.device),
+            self.flops,
+            self.flops / seconds / matmul_rate(self.device, self.precision or torch.float32),
+        )
 
 # %% ../nbs/15_pipeline.ipynb #15-9bf5516d
 def _with_steps(p: Preset, steps: dict[str, int]) -> Preset:
-    return replace(p, **{f"train_{name}": replace(getattr(p, f"train_{name}"), steps=count) for name, count in steps.items()})
+    return replace(
+        p,
+        **{
+            f"train_{name}": replace(getattr(p, f"train_{name}"), steps=count)
+            for name, count in steps.items()
+        },
+    )
 
-def throwaway(p: Preset,        # sizes
-              few: ImageSet,    # some images
-              eyes: nn.Module | None = None,  # for the VAE's perceptual loss
-              device="cpu",
-             ) -> dict[str, Callable]:  # stage -> a function of an engine, that trains until the engine has had enough
+
+def throwaway(
+    p: Preset,  # sizes
+    few: ImageSet,  # some images
+    eyes: nn.Module | None = None,  # for the VAE's perceptual loss
+    device="cpu",
+) -> dict[str, Callable]:  # stage -> a function of an engine, that trains until the engine has had enough
     "Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the same shape."
-    q = _with_steps(replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.)), dict.fromkeys(STAGES, 10**6))  # with the adversary: the dear half of the training, to be careful
+    q = _with_steps(
+        replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.0)), dict.fromkeys(STAGES, 10**6)
+    )  # with the adversary: the dear half of the training, to be careful
     c, k = p.tokenizer, len(few)
-    vae, noise = VAE(p.vae).to(device).eval(), Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
+    vae, noise = (
+        VAE(p.vae).to(device).eval(),
+        Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size)),
+    )
     stages = {"vae": lambda engine: train_vae(few, q, eyes, device=device, progress=False, engine=engine)}
-    if few.scenes: stages["classifier"] = lambda engine: train_classifier(few, q.train_classifier, device=device, progress=False, engine=engine)
-    stages["tokenizer"] = lambda engine: train_tokenizer(noise, vae, q, device=device, progress=False, engine=engine)
-    def ar(engine): return train_ar(Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes), FlexTok(c, vae), q, device=device, progress=False, engine=engine)
+    if few.scenes:
+        stages["classifier"] = lambda engine: train_classifier(
+            few, q.train_classifier, device=device, progress=False, engine=engine
+        )
+    stages["tokenizer"] = lambda engine: train_tokenizer(
+        noise, vae, q, device=device, progress=False, engine=engine
+    )
+
+    def ar(engine):
+        return train_ar(
+            Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes),
+            FlexTok(c, vae),
+            q,
+            device=device,
+            progress=False,
+            engine=engine,
+        )
+
     return stages | {"ar": ar}
 
-def probe(p: Preset,          # sizes and step counts
-          train: ImageSet | OnDisk,  # real data
-          held_out: int,      # images that there are to evaluate on
-          device="cpu",
-          precision: torch.dtype | None = None,
-         ) -> dict[str, float]:  # seconds a step of each stage, and "evaluate": seconds of the whole evaluation
+
+def probe(
+    p: Preset,  # sizes and step counts
+    train: ImageSet | OnDisk,  # real data
+    held_out: int,  # images that there are to evaluate on
+    device="cpu",
+    precision: torch.dtype | None = None,
+) -> dict[str, float]:  # seconds a step of each stage, and "evaluate": seconds of the whole evaluation
     "Measure a few steps of every stage with throwaway weights (compilation is not probed: it makes training somewhat faster)."
     few = some(train, 512)
     stages = throwaway(p, few, extractor(device=device), device)
-    rates = {name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds for name, stage in stages.items()}
+    rates = {
+        name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds
+        for name, stage in stages.items()
+    }
     tok = FlexTok(p.tokenizer, VAE(p.vae)).to(device).eval()
-    e, few_ids, spent = p.evaluate, tok.tokenize(from_uint8(few.images[:64])), 0.
+    e, few_ids, spent = p.evaluate, tok.tokenize(from_uint8(few.images[:64])), 0.0
     for k in token_counts(p.tokenizer.registers):
-        began = time.perf_counter(); tok.detokenize(few_ids[:, :k], e.steps, e.guidance).cpu(); spent += (time.perf_counter() - began) / len(few_ids)
-    rates["evaluate"] = 1.5 * spent * (min(e.images, held_out) + e.samples)  # half as much again for metrics and the AR model
+        began = time.perf_counter()
+        tok.detokenize(few_ids[:, :k], e.steps, e.guidance).cpu()
+        spent += (time.perf_counter() - began) / len(few_ids)
+    rates["evaluate"] = (
+        1.5 * spent * (min(e.images, held_out) + e.samples)
+    )  # half as much again for metrics and the AR model
     return rates
 
 # %% ../nbs/15_pipeline.ipynb #15-58f9e90a
-def plan(p: Preset,               # the preset
-         rates: dict[str, float], # from `probe`: seconds a step, and "evaluate": seconds in all
-         minutes: float | None = None,   # scale the training to fill so long
-         at_most: float | None = None,   # or only shorten
-         spent: float = 0.,              # seconds already gone
-        ) -> tuple[Preset, dict[str, float]]:  # preset with its step counts; predicted seconds a stage
+def plan(
+    p: Preset,  # the preset
+    rates: dict[str, float],  # from `probe`: seconds a step, and "evaluate": seconds in all
+    minutes: float | None = None,  # scale the training to fill so long
+    at_most: float | None = None,  # or only shorten
+    spent: float = 0.0,  # seconds already gone
+) -> tuple[Preset, dict[str, float]]:  # preset with its step counts; predicted seconds a stage
     "Turn minutes into step counts, in the preset's own proportions."
     seconds = {name: rates[name] * getattr(p, f"train_{name}").steps for name in STAGES if name in rates}
     wanted = minutes or at_most
     if wanted:
-        scale = max(wanted * 60 - rates["evaluate"] - spent, .1 * wanted * 60) / sum(seconds.values())
-        if at_most: scale = min(1., scale)
-        p = _with_steps(p, {name: max(20, round(getattr(p, f"train_{name}").steps * scale)) for name in seconds})
+        scale = max(wanted * 60 - rates["evaluate"] - spent, 0.1 * wanted * 60) / sum(seconds.values())
+        if at_most:
+            scale = min(1.0, scale)
+        p = _with_steps(
+            p, {name: max(20, round(getattr(p, f"train_{name}").steps * scale)) for name in seconds}
+        )
         seconds = {name: rates[name] * getattr(p, f"train_{name}").steps for name in seconds}
     return p, seconds | {"evaluate": rates["evaluate"]}
 
 # %% ../nbs/15_pipeline.ipynb #15-53b5d62f
-def _rows(rows: list[Tensor], names: list[str], path: Path, title: str, tops: list[str] | None = None, scale: int | None = None) -> None:
+def _rows(
+    rows: list[Tensor],
+    names: list[str],
+    path: Path,
+    title: str,
+    tops: list[str] | None = None,
+    scale: int | None = None,
+) -> None:
     "Rows of images with a name at the left of each, as a PNG."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     b, side = len(rows[0]), rows[0].shape[-1]
-    scale = max(scale or round(72 / side), -(-48 // side)); cell, gap, left, top = side * scale, 3, 112, 42
-    sheet = grid(torch.cat(rows), b, scale, gap)  # one picture of them all: an axis for each takes eight times as long
+    scale = max(scale or round(72 / side), -(-48 // side))
+    cell, gap, left, top = side * scale, 3, 112, 42
+    sheet = grid(
+        torch.cat(rows), b, scale, gap
+    )  # one picture of them all: an axis for each takes eight times as long
     width, height = max(left + sheet.shape[1] + 5, 7 * len(title)), top + sheet.shape[0] + 5
-    fig = Figure(figsize=(width / 100, height / 100), dpi=100); FigureCanvasAgg(fig); fig.figimage(sheet, left, 5)
+    fig = Figure(figsize=(width / 100, height / 100), dpi=100)
+    FigureCanvasAgg(fig)
+    fig.figimage(sheet, left, 5)
     # pixels from the upper left corner; names are names, whatever dollar signs are in them
-    write = lambda text, x, y, size, **how: fig.text(x / width, 1 - y / height, drawable(text), fontsize=size, parse_math=False, **how)
+    write = lambda text, x, y, size, **how: fig.text(
+        x / width, 1 - y / height, drawable(text), fontsize=size, parse_math=False, **how
+    )
     write(title, width / 2, 6, 9, ha="center", va="top")
-    for i, name in enumerate(names): write(name, left - 6, top + i * (cell + gap) + cell / 2, 8, ha="right", va="center")
-    for j, name in enumerate(tops or []): write(name, left + j * (cell + gap) + cell / 2, top - 3, 7, ha="center", va="bottom")
-    with atomic(path) as temporary: fig.savefig(temporary, format="png", metadata={"Software": MARK})
+    for i, name in enumerate(names):
+        write(name, left - 6, top + i * (cell + gap) + cell / 2, 8, ha="right", va="center")
+    for j, name in enumerate(tops or []):
+        write(name, left + j * (cell + gap) + cell / 2, top - 3, 7, ha="center", va="bottom")
+    with atomic(path) as temporary:
+        fig.savefig(temporary, format="png", metadata={"Software": MARK})
+
 
 @torch.no_grad()
-def picture_reconstructions(tok: FlexTok, images: Tensor, path: Path, steps: int, guidance: float, seed: int) -> None:
+def picture_reconstructions(
+    tok: FlexTok, images: Tensor, path: Path, steps: int, guidance: float, seed: int
+) -> None:
     "Originals, VAE, and reconstructions from 1, 2, 4, … tokens."
-    images = images.to(tok.device); ids, counts = tok.tokenize(images), token_counts(tok.config.registers)
-    rows = [images, tok.vae.decode(tok.vae.encode(images))] + [tok.detokenize(ids[:, :k], steps, guidance, seed) for k in counts]
-    _rows(rows, ["original", "VAE alone"] + [f"{k} token{'s' * (k > 1)}" for k in counts], path, "Held-out pictures through ever more tokens")
+    images = images.to(tok.device)
+    ids, counts = tok.tokenize(images), token_counts(tok.config.registers)
+    rows = [images, tok.vae.decode(tok.vae.encode(images))] + [
+        tok.detokenize(ids[:, :k], steps, guidance, seed) for k in counts
+    ]
+    _rows(
+        rows,
+        ["original", "VAE alone"] + [f"{k} token{'s' * (k > 1)}" for k in counts],
+        path,
+        "Held-out pictures through ever more tokens",
+    )
+
 
 @torch.no_grad()
-def picture_samples(ar: ARModel, tok: FlexTok, classes: tuple[str, ...], path: Path, steps: int, guidance: float, ar_guidance: float, temperature: float, seed: int) -> None:
+def picture_samples(
+    ar: ARModel,
+    tok: FlexTok,
+    classes: tuple[str, ...],
+    path: Path,
+    steps: int,
+    guidance: float,
+    ar_guidance: float,
+    temperature: float,
+    seed: int,
+) -> None:
     "One new picture per class (at most 12), at growing token counts."
     shown, counts = torch.arange(min(12, len(classes))), token_counts(tok.config.registers)
-    if len(shown) < 4: shown = shown.repeat(8 // len(shown))  # few classes: several pictures of each
+    if len(shown) < 4:
+        shown = shown.repeat(8 // len(shown))  # few classes: several pictures of each
     rows = [sample_images(ar, tok, shown, k, steps, guidance, ar_guidance, temperature, seed) for k in counts]
-    _rows(rows, [f"{k} token{'s' * (k > 1)}" for k in counts], path, "New pictures: the AR model writes the tokens", [classes[i][:12] for i in shown])
+    _rows(
+        rows,
+        [f"{k} token{'s' * (k > 1)}" for k in counts],
+        path,
+        "New pictures: the AR model writes the tokens",
+        [classes[i][:12] for i in shown],
+    )
+
 
 def picture_quality(report: Report, path: Path) -> None:
     "Each score against the token count."
     import matplotlib.pyplot as plt
+
     figure = plot_report(report)
-    with atomic(path) as temporary: figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})
     plt.close(figure)
 
 # %% ../nbs/15_pipeline.ipynb #15-6beba956
-CURVES = {"vae": ("l1", "perceptual", "kl", "critic"), "tokenizer": ("flow", "regression_full", "tokenizer"), "ar": ("ar", "first", "last")}  # what is drawn
+CURVES = {
+    "vae": ("l1", "perceptual", "kl", "critic"),
+    "tokenizer": ("flow", "regression_full", "tokenizer"),
+    "ar": ("ar", "first", "last"),
+}  # what is drawn
 
-def collect_expected(folders: list[str | Path],   # finished runs of `flextok_run`, with different seeds
-                     bins: int = 25,              # pieces of a run, at most
-                    ) -> dict:                    # json-ready: see `expected_curves`
+
+def collect_expected(
+    folders: list[str | Path],  # finished runs of `flextok_run`, with different seeds
+    bins: int = 25,  # pieces of a run, at most
+) -> dict:  # json-ready: see `expected_curves`
     "Gather the loss curves of finished runs of the same job. Raises ValueError if they are not the same job."
     runs = [json.loads((Path(f) / "run.json").read_text(encoding="utf-8")) for f in folders]
-    if not runs or any(r["preset"] != runs[0]["preset"] or r["asked"]["data"] != "scenes" for r in runs): raise ValueError(f"{', '.join(map(str, folders))} are not runs of one job: they must have the same preset (step counts too), on scenes")
+    if not runs or any(r["preset"] != runs[0]["preset"] or r["asked"]["data"] != "scenes" for r in runs):
+        raise ValueError(
+            f"{', '.join(map(str, folders))} are not runs of one job: they must have the same preset (step counts too), on scenes"
+        )
     seeds = [r["asked"]["seed"] for r in runs]
-    if len(set(seeds)) < len(seeds): raise ValueError(f"the seeds {seeds} are not different: the same run twice says nothing about the range")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"the seeds {seeds} are not different: the same run twice says nothing about the range"
+        )
     stages = {}
     for name in STAGES:
         logs = [json.loads((Path(f) / name / "log.json").read_text(encoding="utf-8")) for f in folders]
         steps, pieces = runs[0]["preset"][f"train_{name}"]["steps"], max(1, min(bins, len(logs[0]) // 2))
-        stages[name] = {"steps": steps, "keys": {key: _band(logs, key, steps, pieces) for key in CURVES.get(name, (name,)) if any(key in row for row in logs[0])}}
-    cards = [json.loads((Path(f) / "table.json").read_text(encoding="utf-8"))["card"] for f in folders if (Path(f) / "table.json").exists()]
-    conditions = {"seeds": seeds, "data": "scenes", "precision": sorted({c.get("precision", "") for c in cards}), "device": sorted({c.get("device", "") for c in cards}), "versions": cards[0]["versions"] if cards else {}}
+        stages[name] = {
+            "steps": steps,
+            "keys": {
+                key: _band(logs, key, steps, pieces)
+                for key in CURVES.get(name, (name,))
+                if any(key in row for row in logs[0])
+            },
+        }
+    cards = [
+        json.loads((Path(f) / "table.json").read_text(encoding="utf-8"))["card"]
+        for f in folders
+        if (Path(f) / "table.json").exists()
+    ]
+    conditions = {
+        "seeds": seeds,
+        "data": "scenes",
+        "precision": sorted({c.get("precision", "") for c in cards}),
+        "device": sorted({c.get("device", "") for c in cards}),
+        "versions": cards[0]["versions"] if cards else {},
+    }
     return {"format": 1, "conditions": conditions, "preset": runs[0]["preset"], "stages": stages}
 
-def _band(logs: list[list[dict]], key: str, steps: int, pieces: int) -> dict[str, list[float]]:  # "at": share of the run; "mean", "low", "high" of all values there
+
+def _band(
+    logs: list[list[dict]], key: str, steps: int, pieces: int
+) -> dict[str, list[float]]:  # "at": share of the run; "mean", "low", "high" of all values there
     "Mean and range of a number, piece by piece."
-    found = [[row[key] for log in logs for row in log if key in row and min(pieces - 1, row["step"] * pieces // steps) == i] for i in range(pieces)]
-    band = {"at": [(i + .5) / pieces for i in range(pieces)], "mean": [sum(v) / max(1, len(v)) for v in found], "low": [min(v, default=0) for v in found], "high": [max(v, default=0) for v in found]}
+    found = [
+        [
+            row[key]
+            for log in logs
+            for row in log
+            if key in row and min(pieces - 1, row["step"] * pieces // steps) == i
+        ]
+        for i in range(pieces)
+    ]
+    band = {
+        "at": [(i + 0.5) / pieces for i in range(pieces)],
+        "mean": [sum(v) / max(1, len(v)) for v in found],
+        "low": [min(v, default=0) for v in found],
+        "high": [max(v, default=0) for v in found],
+    }
     return {name: [float(f"{x:.4g}") for x, v in zip(values, found) if v] for name, values in band.items()}
 
-def expected_curves(p: Preset,              # of a run: with its step counts
-                    data: str = "scenes",   # what it is trained on
-                   ) -> dict | None:        # stage -> key -> "at" (share of the run), "mean", "low", "high"; None: nothing is known of such a run
+
+def expected_curves(
+    p: Preset,  # of a run: with its step counts
+    data: str = "scenes",  # what it is trained on
+) -> (
+    dict | None
+):  # stage -> key -> "at" (share of the run), "mean", "low", "high"; None: nothing is known of such a run
     "What the losses of such a run usually look like."
     file = files("flextok_edu") / "expected" / f"{p.name}.json"
-    if data != "scenes" or not file.is_file(): return None
+    if data != "scenes" or not file.is_file():
+        return None
     stored = json.loads(file.read_text(encoding="utf-8"))
-    return {name: stage["keys"] for name, stage in stored["stages"].items()} if replace(from_dict(Preset, stored["preset"]), evaluate=p.evaluate) == p else None  # how pictures are decoded afterwards changes no loss
+    return (
+        {name: stage["keys"] for name, stage in stored["stages"].items()}
+        if replace(from_dict(Preset, stored["preset"]), evaluate=p.evaluate) == p
+        else None
+    )  # how pictures are decoded afterwards changes no loss
 
 # %% ../nbs/15_pipeline.ipynb #15-28a65b47
-def picture_losses(logs: dict[str, list[dict]], path: Path,
-                   expected: dict | None = None,  # from `expected_curves`
-                  ) -> None:
+def picture_losses(
+    logs: dict[str, list[dict]],
+    path: Path,
+    expected: dict | None = None,  # from `expected_curves`
+) -> None:
     "The training curves of all stages, over what is usual if that is known."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(3.4 * len(logs), 2.6), dpi=100); FigureCanvasAgg(fig)
+
+    fig = Figure(figsize=(3.4 * len(logs), 2.6), dpi=100)
+    FigureCanvasAgg(fig)
     for ax, (name, log) in zip(fig.subplots(1, len(logs), squeeze=False)[0], logs.items()):
         plot_log(log, [k for k in CURVES.get(name, (name,)) if any(k in row for row in log)], ax, name)
         colours = {line.get_label(): line.get_color() for line in ax.get_lines()}
         for key, band in (expected or {}).get(name, {}).items():
-            rows = [(a * log[-1]["step"], low, mean, high) for a, low, mean, high in zip(band["at"], band["low"], band["mean"], band["high"]) if low > 0 or ax.get_yscale() == "linear"]
-            if not rows or key not in colours: continue
+            rows = [
+                (a * log[-1]["step"], low, mean, high)
+                for a, low, mean, high in zip(band["at"], band["low"], band["mean"], band["high"])
+                if low > 0 or ax.get_yscale() == "linear"
+            ]
+            if not rows or key not in colours:
+                continue
             at, low, mean, high = zip(*rows)
-            ax.fill_between(at, low, high, color=colours[key], alpha=.18, lw=0); ax.plot(at, mean, color=colours[key], lw=.8, ls=":", alpha=.8)
-        if expected: ax.set_title(f"{name} (band: usual)", fontsize=10)
+            ax.fill_between(at, low, high, color=colours[key], alpha=0.18, lw=0)
+            ax.plot(at, mean, color=colours[key], lw=0.8, ls=":", alpha=0.8)
+        if expected:
+            ax.set_title(f"{name} (band: usual)", fontsize=10)
     fig.tight_layout()
-    with atomic(path) as temporary: fig.savefig(temporary, format="png", metadata={"Software": MARK})
+    with atomic(path) as temporary:
+        fig.savefig(temporary, format="png", metadata={"Software": MARK})
 
 # %% ../nbs/15_pipeline.ipynb #15-1978601a
-PICTURES = {"reconstructions.png": "The same held-out pictures from 1, 2, 4, … tokens. Every row is a complete picture: what the tokens do not say, the decoder invents.",
-            "samples.png": "New pictures for each class. From row to row the AR model writes more tokens; the ones before stay.",
-            "quality.png": "Each score against the token count.", "losses.png": "Training losses (logarithmic axes)."}
+PICTURES = {
+    "reconstructions.png": "The same held-out pictures from 1, 2, 4, … tokens. Every row is a complete picture: what the tokens do not say, the decoder invents.",
+    "samples.png": "New pictures for each class. From row to row the AR model writes more tokens; the ones before stay.",
+    "quality.png": "Each score against the token count.",
+    "losses.png": "Training losses (logarithmic axes).",
+}
 
-def write_report(folder: Path, report: Report, facts: dict, pictures: dict[str, str]) -> Path:  # path of report.html
+
+def write_report(
+    folder: Path, report: Report, facts: dict, pictures: dict[str, str]
+) -> Path:  # path of report.html
     "Everything about a run on one page."
-    def said(text): return html.escape(plain(text))
-    def block(text): return f"<pre>{html.escape(chr(10).join(map(plain, text.splitlines())))}</pre>"
+
+    def said(text):
+        return html.escape(plain(text))
+
+    def block(text):
+        return f"<pre>{html.escape(chr(10).join(map(plain, text.splitlines())))}</pre>"
+
     def image(name, caption):
         data = base64.b64encode((folder / name).read_bytes()).decode()
         return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-    def cell(value, form): return format(value, form) if value else ""
-    stages = "".join(f"<tr><td>{html.escape(s['stage'])}</td><td>{cell(s['steps'], ',')}</td><td>{cell(s['images_per_second'], ',.0f')}</td><td>{s['seconds']:,.0f}</td><td>{cell(s['parameters'] / 1e6, '.2f')}</td></tr>" for s in facts["stages"])
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="generator" content="{MARK}"><title>FlexTok: {said(facts['title'])}</title>
+
+    def cell(value, form):
+        return format(value, form) if value else ""
+
+    stages = "".join(
+        f"<tr><td>{html.escape(s['stage'])}</td><td>{cell(s['steps'], ',')}</td><td>{cell(s['images_per_second'], ',.0f')}</td><td>{s['seconds']:,.0f}</td><td>{cell(s['parameters'] / 1e6, '.2f')}</td></tr>"
+        for s in facts["stages"]
+    )
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="generator" content="{MARK}"><title>FlexTok: {said(facts["title"])}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}h1{{margin-bottom:0}}h2{{margin-top:2.2rem}}
 pre{{background:#f5f5f2;padding:1rem;overflow-x:auto;font-size:12.5px;line-height:1.35}}figure{{margin:1.2rem 0}}img{{max-width:100%}}figcaption,.small{{color:#555;font-size:14px}}
 table{{border-collapse:collapse}}td,th{{padding:.2rem .9rem .2rem 0;text-align:right}}td:first-child,th:first-child{{text-align:left}}th{{border-bottom:1px solid #999}}</style>
-<h1>FlexTok, {said(facts['title'])}</h1><p class="small">{said(facts['subtitle'])}</p>
+<h1>FlexTok, {said(facts["title"])}</h1><p class="small">{said(facts["subtitle"])}</p>
 <p>A picture becomes a short list of tokens, coarse to fine; any number of them, from the first, gives a picture back. Below: how good it is after how many tokens.</p>
 <h2>Pictures</h2>{"".join(image(name, caption) for name, caption in pictures.items() if name in ("reconstructions.png", "samples.png"))}
 <h2>Quality against token count</h2>{image("quality.png", pictures["quality.png"])}{block(str(report))}
-<p class="small">± is one standard error. “tokens” are reconstructions of held-out pictures, with the same noise at every count; “samples” are new pictures of the AR model. The Fréchet distances use {html.escape(", ".join(report.card['extractors']))} and are no FID: compare them only with distances of the same extractor, reference and count.</p>
+<p class="small">± is one standard error. “tokens” are reconstructions of held-out pictures, with the same noise at every count; “samples” are new pictures of the AR model. The Fréchet distances use {html.escape(", ".join(report.card["extractors"]))} and are no FID: compare them only with distances of the same extractor, reference and count.</p>
 <h2>Training</h2>{image("losses.png", pictures["losses.png"])}
 <table><tr><th>stage</th><th>steps</th><th>images / s</th><th>seconds</th><th>parameters (M)</th></tr>{stages}</table>
 <h2>Conditions</h2>{block(facts["about"]) if facts.get("about") else ""}{block(json.dumps(report.card, indent=1))}{block(json.dumps(facts["run"], indent=1))}</html>"""
@@ -469,29 +861,52 @@ table{{border-collapse:collapse}}td,th{{padding:.2rem .9rem .2rem 0;text-align:r
     return folder / "report.html"
 
 # %% ../nbs/15_pipeline.ipynb #15-eea3b1b6
-def _stage(folder: Path, name: str, load, train, save, notes: list[dict], parameters, engine, learned: Learned) -> tuple[object, list[dict]]:
+def _stage(
+    folder: Path, name: str, load, train, save, notes: list[dict], parameters, engine, learned: Learned
+) -> tuple[object, list[dict]]:
     "Load a finished stage, or train and save it. Its log and what it learned from lie beside it, its checkpoints only until it is finished."
     checkpoints = folder / name / "checkpoints"
     if (folder / name / "config.json").exists():
         model = load(folder / name)
-        facts = conform(read_json(folder / name / "config.json", "configuration of a model"), {"stage": dict}, folder / name / "config.json")
+        facts = conform(
+            read_json(folder / name / "config.json", "configuration of a model"),
+            {"stage": dict},
+            folder / name / "config.json",
+        )
         print(f"{name}: finished before, loaded", flush=True)
         notes.append(facts["stage"])
         shutil.rmtree(checkpoints, ignore_errors=True)  # if it was killed just after it had saved
-        return model, conform(read_json(folder / name / "log.json", "log"), [dict], folder / name / "log.json")
+        return model, conform(
+            read_json(folder / name / "log.json", "log"), [dict], folder / name / "log.json"
+        )
     began, long = time.perf_counter(), engine()
-    try: model, log, config = train(long)
-    except Stopped as stop: stop.number = long.asked; raise  # which signal: the exit status says it
+    try:
+        model, log, config = train(long)
+    except Stopped as stop:
+        stop.number = long.asked
+        raise  # which signal: the exit status says it
     seconds = max(time.perf_counter() - began, log[-1]["seconds"])
-    facts = {"stage": name, "steps": config.steps, "batch": config.batch, "seconds": seconds, "training_seconds": log[-1]["seconds"],
-             "images_per_second": config.steps * config.batch / log[-1]["seconds"], "parameters": sum(w.numel() for w in parameters(model)),
-             "device": str(long.device), "precision": str(long.precision or torch.float32).removeprefix("torch.")}
-    if long.changed: facts["changes"] = long.changed
+    facts = {
+        "stage": name,
+        "steps": config.steps,
+        "batch": config.batch,
+        "seconds": seconds,
+        "training_seconds": log[-1]["seconds"],
+        "images_per_second": config.steps * config.batch / log[-1]["seconds"],
+        "parameters": sum(w.numel() for w in parameters(model)),
+        "device": str(long.device),
+        "precision": str(long.precision or torch.float32).removeprefix("torch."),
+    }
+    if long.changed:
+        facts["changes"] = long.changed
     write_text(folder / name / "log.json", json.dumps(log))
     save_learned(folder / name, learned)
     save(folder / name, model, stage=facts)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    print(f"{name}: {config.steps} steps in {seconds:.0f} s, {facts['images_per_second']:.0f} images a second, {facts['parameters'] / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{name}: {config.steps} steps in {seconds:.0f} s, {facts['images_per_second']:.0f} images a second, {facts['parameters'] / 1e6:.2f} M parameters",
+        flush=True,
+    )
     notes.append(facts)
     return model, log
 
@@ -499,210 +914,470 @@ def _stage(folder: Path, name: str, load, train, save, notes: list[dict], parame
 @dataclass(frozen=True)
 class Job:
     "A run that may begin: everything checked, read and decided."
+
     config: RunConfig
-    preset: Preset                 # with the step counts that will be trained
+    preset: Preset  # with the step counts that will be trained
     device: torch.device
     precision: torch.dtype | None  # autocast of the training
-    compile: bool                  # compile the transformer blocks
-    eyes: nn.Module                # extractor for the perceptual loss
-    judge: nn.Module               # extractor for the Fréchet distance
-    train: ImageSet | OnDisk       # images to learn from
-    val: ImageSet                  # held out
-    began: float                   # clock at the start
-    changes: dict = field(default_factory=dict)  # stage -> settings under which it went on after an interruption
+    compile: bool  # compile the transformer blocks
+    eyes: nn.Module  # extractor for the perceptual loss
+    judge: nn.Module  # extractor for the Fréchet distance
+    train: ImageSet | OnDisk  # images to learn from
+    val: ImageSet  # held out
+    began: float  # clock at the start
+    changes: dict = field(
+        default_factory=dict
+    )  # stage -> settings under which it went on after an interruption
 
     @property
-    def out(self) -> Path: return Path(self.config.out).expanduser()
-    @property
-    def flip(self) -> bool: return not self.train.scenes  # scenes have a left and a right; photographs may be mirrored
-    @property
-    def asked(self) -> dict: return _asked(self.config)
+    def out(self) -> Path:
+        return Path(self.config.out).expanduser()
 
-_NOT_ASKED = ("out", "device", "compile", "data_root", "download", "workers", "go_on")  # they change no result, or are kept elsewhere
+    @property
+    def flip(self) -> bool:
+        return not self.train.scenes  # scenes have a left and a right; photographs may be mirrored
+
+    @property
+    def asked(self) -> dict:
+        return _asked(self.config)
+
+
+_NOT_ASKED = (
+    "out",
+    "device",
+    "compile",
+    "data_root",
+    "download",
+    "workers",
+    "go_on",
+)  # they change no result, or are kept elsewhere
+
 
 def lasting(data: str) -> str:  # the same from every folder
     "A path as it is stored: absolute. Names of sets and hub repositories stay as they are."
-    if data in ("scenes", *SETS) or data.startswith("hf:"): return data
+    if data in ("scenes", *SETS) or data.startswith("hf:"):
+        return data
     return os.path.abspath(os.path.expanduser(data))
+
 
 def _asked(config: RunConfig) -> dict:
     return {k: v for k, v in asdict(config).items() if k not in _NOT_ASKED} | {"data": lasting(config.data)}
 
+
 def _unequal(a: dict, b: dict, path: str = "") -> list[tuple]:  # (dotted name, value in a, value in b)
-    return [found for k in {**a, **b} for found in (_unequal(a[k], b[k], f"{path}{k}.") if isinstance(a.get(k), dict) and isinstance(b.get(k), dict) else [(path + k, a.get(k), b.get(k))] if a.get(k) != b.get(k) else [])]
+    return [
+        found
+        for k in {**a, **b}
+        for found in (
+            _unequal(a[k], b[k], f"{path}{k}.")
+            if isinstance(a.get(k), dict) and isinstance(b.get(k), dict)
+            else [(path + k, a.get(k), b.get(k))]
+            if a.get(k) != b.get(k)
+            else []
+        )
+    ]
 
-def _plain(p: Preset) -> dict: return json.loads(json.dumps(asdict(p)))  # as json gives it back
 
-def _stored(config: RunConfig, base: dict | None = None) -> dict | None:  # what run.json says; None in a new folder
+def _plain(p: Preset) -> dict:
+    return json.loads(json.dumps(asdict(p)))  # as json gives it back
+
+
+def _stored(
+    config: RunConfig, base: dict | None = None
+) -> dict | None:  # what run.json says; None in a new folder
     "Raises ValueError if the folder holds a run with other settings."
     file, asked = Path(config.out).expanduser() / "run.json", _asked(config)
-    if not file.exists(): return None
-    stored = conform(read_json(file, "run.json of a run"), {"asked": dict, "preset": dict, "data": {"train": str, "val": str}, "base?": dict, "changes?": dict}, file)
+    if not file.exists():
+        return None
+    stored = conform(
+        read_json(file, "run.json of a run"),
+        {"asked": dict, "preset": dict, "data": {"train": str, "val": str}, "base?": dict, "changes?": dict},
+        file,
+    )
     then = {**asdict(RunConfig()), **stored["asked"]}  # an older run was not asked everything
     then["data"] = lasting(str(then["data"]))  # it may have been stored as it was typed
     differs = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in asked.items() if then.get(k) != v]
-    if base and stored.get("base", base) != base: differs += [f"{k}: {a!r} then, {b!r} now" for k, a, b in _unequal(stored["base"], base)]
-    if differs: raise ValueError(f"{config.out} holds a run with other settings ({'; '.join(differs)}): choose another --out, or remove the folder")
+    if base and stored.get("base", base) != base:
+        differs += [f"{k}: {a!r} then, {b!r} now" for k, a, b in _unequal(stored["base"], base)]
+    if differs:
+        raise ValueError(
+            f"{config.out} holds a run with other settings ({'; '.join(differs)}): choose another --out, or remove the folder"
+        )
     return stored
 
 # %% ../nbs/15_pipeline.ipynb #15-94abd884
 def _strangers(out: Path) -> None:
     "Raises ValueError if a run would replace files that this package did not write."
     for name in [*PICTURES, "report.html", "table.json", "table.csv", "stages.json"]:
-        if (out / name).exists() and not is_ours(out / name): raise ValueError(f"{plain(out / name)} is there already, and a run would replace it: choose another --out")
+        if (out / name).exists() and not is_ours(out / name):
+            raise ValueError(
+                f"{plain(out / name)} is there already, and a run would replace it: choose another --out"
+            )
+
 
 def _under_way(out: Path) -> str:  # the stage that was interrupted
     "Raises ValueError if there is none: nothing to go on with under other settings."
     for name in STAGES:
-        if (out / name / "config.json").exists(): continue
-        if any((out / name / "checkpoints").glob("step-*")): return name
-    raise ValueError(f"--go-on: no stage of the run in {plain(out)} was interrupted after a checkpoint, so there is nothing to go on with; to train with other settings from the start, choose another --out and --set")
+        if (out / name / "config.json").exists():
+            continue
+        if any((out / name / "checkpoints").glob("step-*")):
+            return name
+    raise ValueError(
+        f"--go-on: no stage of the run in {plain(out)} was interrupted after a checkpoint, so there is nothing to go on with; to train with other settings from the start, choose another --out and --set"
+    )
 
-def prepare(config: RunConfig,
-            base: Preset | None = None,  # sizes and steps; by default those of config.preset
-            classes: int | None = None,  # that were asked for; by default as many as the pictures have
-            aside: Callable | None = None,  # begin anew: called when nothing can go wrong any more, gives what lies there another name
-           ) -> Job:
+
+def prepare(
+    config: RunConfig,
+    base: Preset | None = None,  # sizes and steps; by default those of config.preset
+    classes: int | None = None,  # that were asked for; by default as many as the pictures have
+    aside: Callable
+    | None = None,  # begin anew: called when nothing can go wrong any more, gives what lies there another name
+) -> Job:
     "Check, read the images, decide the step counts. Raises ValueError for settings that make no sense or contradict a run begun in the same folder."
     check(config)
     base, out = base or preset(config.preset), Path(config.out).expanduser()
-    stored, began, device = None if aside else _stored(config, _plain(base)), time.perf_counter(), pick_device(config.device)
+    stored, began, device = (
+        None if aside else _stored(config, _plain(base)),
+        time.perf_counter(),
+        pick_device(config.device),
+    )
     p, precision = base, pick_precision(config.precision, device)
     changes, asked = (stored or {}).get("changes", {}), parse_go_on(config.go_on)
     for name, settings in changes.items():
-        if name not in STAGES or not isinstance(settings, dict): raise ValueError(f"{out / 'run.json'}: changes of {plain(name)}: there is no such stage")
+        if name not in STAGES or not isinstance(settings, dict):
+            raise ValueError(f"{out / 'run.json'}: changes of {plain(name)}: there is no such stage")
         known_changes(settings, f"{out / 'run.json'}: changes of {name}")
-    if asked and not any(asked.items() <= settings.items() for settings in changes.values()):  # (the same command in a queue says it again)
+    if asked and not any(
+        asked.items() <= settings.items() for settings in changes.values()
+    ):  # (the same command in a queue says it again)
         name = _under_way(out)
         changes = changes | {name: changes.get(name, {}) | asked}
-    if config.train_images: p = replace(p, train_images=config.train_images)
-    if config.images: p = replace(p, evaluate=replace(p.evaluate, images=min(config.images, p.evaluate.images), samples=min(config.images, p.evaluate.samples)))
+    if config.train_images:
+        p = replace(p, train_images=config.train_images)
+    if config.images:
+        p = replace(
+            p,
+            evaluate=replace(
+                p.evaluate,
+                images=min(config.images, p.evaluate.images),
+                samples=min(config.images, p.evaluate.samples),
+            ),
+        )
     seed_everything(config.seed)
     eyes = extractor(device=device)  # now, not after ten minutes: it may be missing
     judge = eyes if p.image_size <= 224 else extractor(size=224, device=device)
     train, val = open_pictures(config, p)
     print(f"data: {plain(train.source)}; {len(val)} held out; {len(train.classes)} classes", flush=True)
     data = {"train": train.hash, "val": val.hash}
-    if classes not in (None, len(train.classes)): raise ValueError(f"ar.classes={classes} was asked for, but these pictures have {len(train.classes)} classes: leave it out, the pictures decide")
-    if aside and (place := aside()): print(f"{plain(out)} is now {plain(place)}", flush=True)
-    if not stored: _strangers(out)
+    if classes not in (None, len(train.classes)):
+        raise ValueError(
+            f"ar.classes={classes} was asked for, but these pictures have {len(train.classes)} classes: leave it out, the pictures decide"
+        )
+    if aside and (place := aside()):
+        print(f"{plain(out)} is now {plain(place)}", flush=True)
+    if not stored:
+        _strangers(out)
     if stored:
-        if stored["data"] != data: raise ValueError(f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was begun with (or it was begun before pictures were divided by their bytes): what it trained on and what it held out would mix; choose another --out")
+        if stored["data"] != data:
+            raise ValueError(
+                f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was begun with (or it was begun before pictures were divided by their bytes): what it trained on and what it held out would mix; choose another --out"
+            )
         p = from_dict(Preset, stored["preset"])
-    else: p = _decide(config, p, train, val, device, precision, began)
-    facts = {"command": "flextok_run", "asked": _asked(config), "base": asdict(base), "data": data, "preset": asdict(p)} | ({"changes": changes} if changes else {})
+    else:
+        p = _decide(config, p, train, val, device, precision, began)
+    facts = {
+        "command": "flextok_run",
+        "asked": _asked(config),
+        "base": asdict(base),
+        "data": data,
+        "preset": asdict(p),
+    } | ({"changes": changes} if changes else {})
     write_text(out / "run.json", json.dumps(facts, indent=1))
-    compile = config.compile == "on" or (config.compile == "auto" and p.train_tokenizer.steps >= 500 and not (out / "ar" / "config.json").exists())
-    return Job(config, p, device, precision, compile and device.type != "mps" and compiler_works(device), eyes, judge, train, val, began, changes)
+    compile = config.compile == "on" or (
+        config.compile == "auto"
+        and p.train_tokenizer.steps >= 500
+        and not (out / "ar" / "config.json").exists()
+    )
+    return Job(
+        config,
+        p,
+        device,
+        precision,
+        compile and device.type != "mps" and compiler_works(device),
+        eyes,
+        judge,
+        train,
+        val,
+        began,
+        changes,
+    )
 
-def _decide(config: RunConfig, p: Preset, train: ImageSet, val: ImageSet, device: torch.device, precision: torch.dtype | None, began: float) -> Preset:
+
+def _decide(
+    config: RunConfig,
+    p: Preset,
+    train: ImageSet,
+    val: ImageSet,
+    device: torch.device,
+    precision: torch.dtype | None,
+    began: float,
+) -> Preset:
     "Step counts, as asked for or from the probe, and the number of classes."
     p = replace(p, ar=replace(p.ar, classes=len(train.classes)))
-    if config.steps: return _with_steps(p, {name: config.steps for name in STAGES})
+    if config.steps:
+        return _with_steps(p, {name: config.steps for name in STAGES})
     print("probing how long this will take ...", flush=True)
     rates, once = probe(p, train, len(val), device, precision), 25  # 25 s: compiling, caching latents
     p, seconds = plan(p, rates, config.minutes, config.at_most, time.perf_counter() - began + once)
-    print("about " + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()) + f": {(sum(seconds.values()) + time.perf_counter() - began + once) / 60:.1f} minutes in all", flush=True)
+    print(
+        "about "
+        + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
+        + f": {(sum(seconds.values()) + time.perf_counter() - began + once) / 60:.1f} minutes in all",
+        flush=True,
+    )
     return p
 
 # %% ../nbs/15_pipeline.ipynb #15-09f31043
 @dataclass
 class Models:
     "What a run has trained."
+
     vae: VAE
     reader: AttributeClassifier | None  # reads the attributes of scenes; None for images that have none
     tok: FlexTok
     ar: ARModel
-    logs: dict[str, list[dict]]         # training log of each stage
-    stages: list[dict]                  # steps, seconds, parameters of each stage
+    logs: dict[str, list[dict]]  # training log of each stage
+    stages: list[dict]  # steps, seconds, parameters of each stage
+
 
 def train_all(job: Job) -> Models:
     "Train what is missing, load what is finished. A stage that was interrupted goes on where it was."
     p, seed, device, logs, stages, reader = job.preset, job.config.seed, job.device, {}, [], None
-    half, allowed, learned = dict.fromkeys(STAGES, job.precision) | {"classifier": None}, {}, learned_from(job.train)
-    for name, settings in job.changes.items(): p, half[name], allowed[name] = with_changes(p, half[name], name, settings, device)
+    half, allowed, learned = (
+        dict.fromkeys(STAGES, job.precision) | {"classifier": None},
+        {},
+        learned_from(job.train),
+    )
+    for name, settings in job.changes.items():
+        p, half[name], allowed[name] = with_changes(p, half[name], name, settings, device)
+
     def stage(name, load, train, save, weights=lambda m: m.parameters(), after=None):
         def engine():
-            recipe = {"stage": name, "seed": seed, "images": job.train.hash, "after": weights_hash(after) if after else None, "precision": str(half[name]), "preset": _plain(p)}
-            return LongRun(job.out / name, device, half[name], recipe=recipe, minutes=5., changes=allowed.get(name))
+            recipe = {
+                "stage": name,
+                "seed": seed,
+                "images": job.train.hash,
+                "after": weights_hash(after) if after else None,
+                "precision": str(half[name]),
+                "preset": _plain(p),
+            }
+            return LongRun(
+                job.out / name, device, half[name], recipe=recipe, minutes=5.0, changes=allowed.get(name)
+            )
+
         model, logs[name] = _stage(job.out, name, load, train, save, stages, weights, engine, learned)
         return model
+
     bar = watched()
-    vae = stage("vae", lambda f: load_model(f, VAE, VAEConfig)[0].to(device),
-                lambda e: (*train_vae(job.train, p, job.eyes, seed, device, job.flip, half["vae"], bar, e), p.train_vae),
-                lambda f, m, **facts: save_model(f, m, m.config, **facts))
+    vae = stage(
+        "vae",
+        lambda f: load_model(f, VAE, VAEConfig)[0].to(device),
+        lambda e: (
+            *train_vae(job.train, p, job.eyes, seed, device, job.flip, half["vae"], bar, e),
+            p.train_vae,
+        ),
+        lambda f, m, **facts: save_model(f, m, m.config, **facts),
+    )
     if job.train.scenes:
-        reader = stage("classifier", lambda f: load_model(f, lambda c: AttributeClassifier(), StageConfig)[0].to(device),
-                       lambda e: (*train_classifier(job.train, p.train_classifier, seed, device, bar, engine=e), p.train_classifier),
-                       lambda f, m, **facts: save_model(f, m, p.train_classifier, **facts))
-    tok = stage("tokenizer", lambda f: load_tokenizer(f, vae)[0].to(device),
-                lambda e: (*train_tokenizer(material(job.train, vae, job.out / "latents"), vae, p, seed, device, job.flip, half["tokenizer"], job.compile, bar, engine=e), p.train_tokenizer),
-                save_tokenizer, lambda m: [w for _, w in m.own_parameters()], vae)
-    ar = stage("ar", lambda f: load_ar(f, tok)[0].to(device), lambda e: (*train_ar(material(job.train, tok, job.out / "tokens"), tok, p, seed, device, half["ar"], job.compile, bar, e), p.train_ar),
-               lambda f, m, **facts: save_ar(f, m, classes=list(job.train.classes), **facts), after=tok)
+        reader = stage(
+            "classifier",
+            lambda f: load_model(f, lambda c: AttributeClassifier(), StageConfig)[0].to(device),
+            lambda e: (
+                *train_classifier(job.train, p.train_classifier, seed, device, bar, engine=e),
+                p.train_classifier,
+            ),
+            lambda f, m, **facts: save_model(f, m, p.train_classifier, **facts),
+        )
+    tok = stage(
+        "tokenizer",
+        lambda f: load_tokenizer(f, vae)[0].to(device),
+        lambda e: (
+            *train_tokenizer(
+                material(job.train, vae, job.out / "latents"),
+                vae,
+                p,
+                seed,
+                device,
+                job.flip,
+                half["tokenizer"],
+                job.compile,
+                bar,
+                engine=e,
+            ),
+            p.train_tokenizer,
+        ),
+        save_tokenizer,
+        lambda m: [w for _, w in m.own_parameters()],
+        vae,
+    )
+    ar = stage(
+        "ar",
+        lambda f: load_ar(f, tok)[0].to(device),
+        lambda e: (
+            *train_ar(
+                material(job.train, tok, job.out / "tokens"),
+                tok,
+                p,
+                seed,
+                device,
+                half["ar"],
+                job.compile,
+                bar,
+                e,
+            ),
+            p.train_ar,
+        ),
+        lambda f, m, **facts: save_ar(f, m, classes=list(job.train.classes), **facts),
+        after=tok,
+    )
     return Models(vae, reader, tok, ar, logs, stages)
 
 # %% ../nbs/15_pipeline.ipynb #15-df46d014
-def finished_report(job: Job, models: Models) -> Report | None:  # None if there is none, or it is of other weights
+def finished_report(
+    job: Job, models: Models
+) -> Report | None:  # None if there is none, or it is of other weights
     "The report of these weights, if it was made before."
-    if not (job.out / "report.html").exists() or not (job.out / "table.json").exists(): return None
+    if not (job.out / "report.html").exists() or not (job.out / "table.json").exists():
+        return None
     saved = load_report(job.out)
-    if any(saved.card.get("weights", {}).get(name) != weights_hash(m) for name, m in (("vae", models.vae), ("tokenizer", models.tok), ("ar", models.ar))): return None
+    if any(
+        saved.card.get("weights", {}).get(name) != weights_hash(m)
+        for name, m in (("vae", models.vae), ("tokenizer", models.tok), ("ar", models.ar))
+    ):
+        return None
     print("evaluation: finished before", flush=True)
     return saved
 
+
 def _trained_in(stages: list[dict]) -> str:  # facts of each stage
     "In which precision the stages were trained (evaluation is in float32), whatever this start was asked for."
-    found = {s["stage"]: s.get("precision", "unknown") for s in stages if s["stage"] in ("vae", "tokenizer", "ar")}
-    return next(iter(found.values()), "unknown") if len(set(found.values())) < 2 else ", ".join(f"{stage} {x}" for stage, x in found.items())
+    found = {
+        s["stage"]: s.get("precision", "unknown") for s in stages if s["stage"] in ("vae", "tokenizer", "ar")
+    }
+    return (
+        next(iter(found.values()), "unknown")
+        if len(set(found.values())) < 2
+        else ", ".join(f"{stage} {x}" for stage, x in found.items())
+    )
 
-def evaluate_all(job: Job, models: Models,
-                 about: str = "",  # more for the page: the card of a model that was not trained here
-                 learned: dict[str, Learned | None] | None = None,  # part -> what it learned from; by default what lies beside the run's stages
-                ) -> Report:
+
+def evaluate_all(
+    job: Job,
+    models: Models,
+    about: str = "",  # more for the page: the card of a model that was not trained here
+    learned: dict[str, Learned | None]
+    | None = None,  # part -> what it learned from; by default what lies beside the run's stages
+) -> Report:
     "Measure, draw, and write the page."
     began, p, e, seed, out = time.perf_counter(), job.preset, job.preset.evaluate, job.config.seed, job.out
-    if learned is None: learned = {part: load_learned(out / part) for part in ("vae", "classifier", "tokenizer", "ar") if part != "classifier" or models.reader is not None}
+    if learned is None:
+        learned = {
+            part: load_learned(out / part)
+            for part in ("vae", "classifier", "tokenizer", "ar")
+            if part != "classifier" or models.reader is not None
+        }
     val, seen = leave_out_learned(job.val, learned)
-    facts = trained_how(vae=p, tokenizer=p, ar=p) | {"learned": seen, "train_hash": job.train.hash, "trained_on": job.train.source, "device": str(job.device), "precision": _trained_in(models.stages)}
-    if job.changes: facts["changes"] = job.changes
-    report = evaluate_tokenizer(models.tok, val, eyes=job.judge, config=e, reader=models.reader, ar=models.ar, seed=seed, progress=watched(), facts=facts, **for_the_floor(job.train if len(job.train) else None, val, p, seed))
+    facts = trained_how(vae=p, tokenizer=p, ar=p) | {
+        "learned": seen,
+        "train_hash": job.train.hash,
+        "trained_on": job.train.source,
+        "device": str(job.device),
+        "precision": _trained_in(models.stages),
+    }
+    if job.changes:
+        facts["changes"] = job.changes
+    report = evaluate_tokenizer(
+        models.tok,
+        val,
+        eyes=job.judge,
+        config=e,
+        reader=models.reader,
+        ar=models.ar,
+        seed=seed,
+        progress=watched(),
+        facts=facts,
+        **for_the_floor(job.train if len(job.train) else None, val, p, seed),
+    )
     report.save(out)
-    picture_reconstructions(models.tok, from_uint8(val.head(12)), out / "reconstructions.png", e.steps, e.guidance, seed)
-    picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", e.steps, e.guidance, e.ar_guidance, e.temperature, seed)
+    picture_reconstructions(
+        models.tok, from_uint8(val.head(12)), out / "reconstructions.png", e.steps, e.guidance, seed
+    )
+    picture_samples(
+        models.ar,
+        models.tok,
+        job.train.classes,
+        out / "samples.png",
+        e.steps,
+        e.guidance,
+        e.ar_guidance,
+        e.temperature,
+        seed,
+    )
     picture_losses(models.logs, out / "losses.png", expected_curves(p, job.config.data))
     picture_quality(report, out / "quality.png")
-    stages = models.stages + [{"stage": "evaluation", "steps": 0, "images_per_second": 0, "seconds": time.perf_counter() - began, "parameters": 0}]
+    stages = models.stages + [
+        {
+            "stage": "evaluation",
+            "steps": 0,
+            "images_per_second": 0,
+            "seconds": time.perf_counter() - began,
+            "parameters": 0,
+        }
+    ]
     write_text(out / "stages.json", json.dumps(stages, indent=1))
-    page = {"title": f"{Path(job.config.data).name}, preset {p.name}", "stages": stages, "run": job.asked, "about": about,
-             "subtitle": f"{job.train.source}; {p.image_size} px, {p.tokenizer.registers} tokens from {p.tokenizer.vocabulary:,} words; seed {seed}; {torch.get_num_threads()} threads on {job.device}"}
+    page = {
+        "title": f"{Path(job.config.data).name}, preset {p.name}",
+        "stages": stages,
+        "run": job.asked,
+        "about": about,
+        "subtitle": f"{job.train.source}; {p.image_size} px, {p.tokenizer.registers} tokens from {p.tokenizer.vocabulary:,} words; seed {seed}; {torch.get_num_threads()} threads on {job.device}",
+    }
     write_report(out, report, page, PICTURES)
     return report
 
 # %% ../nbs/15_pipeline.ipynb #15-a030c3a8
-def run(config: RunConfig,           # what to do
-        base: Preset | None = None,  # sizes and steps; by default those of config.preset
-        fresh: bool = False,         # begin anew: what lies in the folder gets another name
-        classes: int | None = None,  # that were asked for; by default as many as the pictures have
-       ) -> Report:                  # the table; everything else lies in config.out
+def run(
+    config: RunConfig,  # what to do
+    base: Preset | None = None,  # sizes and steps; by default those of config.preset
+    fresh: bool = False,  # begin anew: what lies in the folder gets another name
+    classes: int | None = None,  # that were asked for; by default as many as the pictures have
+) -> Report:  # the table; everything else lies in config.out
     "The main job. Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if another process runs in it."
     check(config)
     check_name(config.out)
-    if fresh and config.go_on: raise ValueError("--go-on and --fresh: go on with what is there, or begin anew, not both")
-    if fresh: inside(config.out, data=lasting(config.data))
+    if fresh and config.go_on:
+        raise ValueError("--go-on and --fresh: go on with what is there, or begin anew, not both")
+    if fresh:
+        inside(config.out, data=lasting(config.data))
     with claimed(config.out, "runs") as claim:
         job = prepare(config, base, classes, claim.put_aside if fresh else None)
         models = train_all(job)
         report = finished_report(job, models) or evaluate_all(job, models)
-    print(f"\n{report}\n\neverything is in {job.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - job.began) / 60:.1f} minutes)", flush=True)
+    print(
+        f"\n{report}\n\neverything is in {job.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - job.began) / 60:.1f} minutes)",
+        flush=True,
+    )
     return report
 
 # %% ../nbs/15_pipeline.ipynb #15-1153d06e
 def main() -> None:
     "The console command `flextok_run`, and `python -m flextok_edu.pipeline`."
     from flextok_edu.commands import run_main
+
     run_main()
 
 # %% ../nbs/15_pipeline.ipynb #15-a573d95c
 # a notebook is `__main__` too, but has no file
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

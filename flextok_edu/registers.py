@@ -10,72 +10,92 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/06_registers.ipynb #06-a756594d
-def encoder_mask(n: int,                     # patches
-                 k: int,                     # registers
-                 kind: str = "causal_last",  # "causal_last": registers are causal; "causal": everything is; "full": nothing is
-                 device=None,
-                ) -> Tensor | None:          # boolean (n+k, n+k), True where row may look at column; None if all may
+def encoder_mask(
+    n: int,  # patches
+    k: int,  # registers
+    kind: str = "causal_last",  # "causal_last": registers are causal; "causal": everything is; "full": nothing is
+    device=None,
+) -> Tensor | None:  # boolean (n+k, n+k), True where row may look at column; None if all may
     "Who may look at whom in the encoder. Raises ValueError for an unknown kind."
-    if kind == "full": return None
-    if kind not in ("causal_last", "causal"): raise ValueError(f"mask {kind!r}: use 'causal_last', 'causal' or 'full'")
+    if kind == "full":
+        return None
+    if kind not in ("causal_last", "causal"):
+        raise ValueError(f"mask {kind!r}: use 'causal_last', 'causal' or 'full'")
     mask = torch.ones(n + k, n + k, dtype=torch.bool, device=device).tril()
-    if kind == "causal_last": mask[:n, :n] = True
+    if kind == "causal_last":
+        mask[:n, :n] = True
     return mask
 
 # %% ../nbs/06_registers.ipynb #06-1ff568bb
-def leaks(blocks,               # modules called as block(x, mask)
-          mask: Tensor | None,  # the mask under test, (n+k, n+k)
-          n: int,               # patches
-          k: int,               # registers
-          d: int,               # width
-         ) -> list[int]:        # registers whose change is seen where it must not be
+def leaks(
+    blocks,  # modules called as block(x, mask)
+    mask: Tensor | None,  # the mask under test, (n+k, n+k)
+    n: int,  # patches
+    k: int,  # registers
+    d: int,  # width
+) -> list[int]:  # registers whose change is seen where it must not be
     "Perturb each register in turn; report those that patches or earlier registers notice."
     x = torch.randn(1, n + k, d)
+
     def run(x):
-        for block in blocks: x = block(x, mask)
+        for block in blocks:
+            x = block(x, mask)
         return x
+
     with torch.no_grad():
         before, found = run(x), []
         for j in range(k):
-            y = x.clone(); y[:, n + j] = torch.randn(d)  # not `+= 1`: LayerNorm would remove a constant, and the test could not fail
-            if (run(y)[:, :n + j] - before[:, :n + j]).abs().max() > 1e-5: found.append(j)
+            y = x.clone()
+            y[:, n + j] = torch.randn(
+                d
+            )  # not `+= 1`: LayerNorm would remove a constant, and the test could not fail
+            if (run(y)[:, : n + j] - before[:, : n + j]).abs().max() > 1e-5:
+                found.append(j)
     return found
 
 # %% ../nbs/06_registers.ipynb #06-13bbcb9c
-def keep_mask(budget: int | Tensor,  # tokens kept: one number, or (b,)
-              b: int,                # samples
-              k: int,                # positions
-              device=None,
-             ) -> Tensor:            # boolean (b k): True at the first `budget` positions
+def keep_mask(
+    budget: int | Tensor,  # tokens kept: one number, or (b,)
+    b: int,  # samples
+    k: int,  # positions
+    device=None,
+) -> Tensor:  # boolean (b k): True at the first `budget` positions
     "Which positions are kept."
     budget = torch.as_tensor(budget, device=device).expand(b)
     return torch.arange(k, device=device) < budget[:, None]
 
 # %% ../nbs/06_registers.ipynb #06-25e826ed
-def nested_dropout(tokens: Tensor,      # (b k d)
-                   keep: Tensor,        # boolean (b k)
-                   mask_token: Tensor,  # (d,)
-                  ) -> Tensor:          # (b k d)
+def nested_dropout(
+    tokens: Tensor,  # (b k d)
+    keep: Tensor,  # boolean (b k)
+    mask_token: Tensor,  # (d,)
+) -> Tensor:  # (b k d)
     "Replace what is not kept by the mask token (Rippel et al. 2014)."
     return torch.where(keep[..., None], tokens, mask_token.to(tokens.dtype))
 
 # %% ../nbs/06_registers.ipynb #06-82194115
 LAWS = ("uniform", "powers_of_two", "uniform_rounded_up", "half_full")
 
-def sample_budget(law: str,        # one of LAWS
-                  b: int,          # samples
-                  k: int,          # registers held
-                  generator: torch.Generator | None = None,  # a CPU generator
-                  device=None,     # where the result goes
-                 ) -> Tensor:      # budgets (b,), int64 in 1 .. k, independent
+
+def sample_budget(
+    law: str,  # one of LAWS
+    b: int,  # samples
+    k: int,  # registers held
+    generator: torch.Generator | None = None,  # a CPU generator
+    device=None,  # where the result goes
+) -> Tensor:  # budgets (b,), int64 in 1 .. k, independent
     "Draw one budget per sample. Raises ValueError for an unknown law."
-    powers = torch.tensor([2 ** i for i in range(k.bit_length()) if 2 ** i < k] + [k], device="cpu")
+    powers = torch.tensor([2**i for i in range(k.bit_length()) if 2**i < k] + [k], device="cpu")
     draw = lambda high: torch.randint(high, (b,), generator=generator, device="cpu")
-    if law == "uniform": budget = draw(k) + 1
-    elif law == "powers_of_two": budget = powers[draw(len(powers))]
-    elif law == "uniform_rounded_up": budget = powers[torch.searchsorted(powers, draw(k) + 1)]
+    if law == "uniform":
+        budget = draw(k) + 1
+    elif law == "powers_of_two":
+        budget = powers[draw(len(powers))]
+    elif law == "uniform_rounded_up":
+        budget = powers[torch.searchsorted(powers, draw(k) + 1)]
     elif law == "half_full":
         few = powers[draw(len(powers))]
         budget = torch.where(draw(2) == 1, k, few)
-    else: raise ValueError(f"dropout law {law!r}: use one of {', '.join(LAWS)}")
+    else:
+        raise ValueError(f"dropout law {law!r}: use one of {', '.join(LAWS)}")
     return budget.to(device)

@@ -14,8 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import (LIMITS, Range, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits, conform, fit_header, hub_folder,
-                              on_meta, one_of, parse_json, pick_device, plain, read_json, read_tensors, tensor_header, write_text)
+from flextok_edu.core import (
+    LIMITS,
+    Range,
+    TokenizerConfig,
+    TrunkConfig,
+    VAEConfig,
+    atomic,
+    check_limits,
+    conform,
+    fit_header,
+    hub_folder,
+    on_meta,
+    one_of,
+    parse_json,
+    pick_device,
+    plain,
+    read_json,
+    read_tensors,
+    tensor_header,
+    write_text,
+)
 from .fsq import FSQ
 from .tokenizer import FlexTok
 from .transformer import TimeEmbedding
@@ -24,161 +43,352 @@ from .vae import VAE
 # %% ../nbs/13_released.ipynb #13-d665546f
 _TOKENIZER, _TRUNK = LIMITS[TokenizerConfig], LIMITS[TrunkConfig]
 
+
 def _word(value) -> bool:
     "a word (of at most 200 characters)"
     return isinstance(value, str) and 0 < len(value) <= 200
+
 
 def _two_keys(value) -> bool:
     "a list of two keys: patches, registers"
     return isinstance(value, list) and len(value) == 2 and all(map(_word, value))
 
+
 def _sizes(value) -> bool:
     "a list of one or two whole numbers in 1 .. 65536"
     return isinstance(value, list) and len(value) in (1, 2) and bool(conform(value, [Range(1, 65536)]))
+
 
 def _some_parts(value) -> bool:
     "1 to 1000 named descriptions (names of at most 200 characters)"
     return isinstance(value, dict) and 0 < len(value) <= 1000 and all(len(name) <= 200 for name in value)
 
+
 _RULES = {  # name of a rule: a shape for `conform`
-    "key": _word, "keys": _two_keys, "text": _word, "flag": bool, "part": dict, "parts": _some_parts,
-    "count": _TOKENIZER["registers"], "channels": _TOKENIZER["latent_channels"], "features": _TOKENIZER["time_features"],
-    "depth": _TRUNK["depth"], "ratio": _TRUNK["mlp_ratio"], "sizes": _sizes, "levels": _TOKENIZER["levels"], "layers": [Range(0, 1000)],
-    "scale": Range(1e-6, 1e6, float), "clock": _TOKENIZER["max_timestep"], "share": _TOKENIZER["null_probability"],
-    "mode": _TOKENIZER["mode_scale"]}  # outside, times would leave 0 .. 1
+    "key": _word,
+    "keys": _two_keys,
+    "text": _word,
+    "flag": bool,
+    "part": dict,
+    "parts": _some_parts,
+    "count": _TOKENIZER["registers"],
+    "channels": _TOKENIZER["latent_channels"],
+    "features": _TOKENIZER["time_features"],
+    "depth": _TRUNK["depth"],
+    "ratio": _TRUNK["mlp_ratio"],
+    "sizes": _sizes,
+    "levels": _TOKENIZER["levels"],
+    "layers": [Range(0, 1000)],
+    "scale": Range(1e-6, 1e6, float),
+    "clock": _TOKENIZER["max_timestep"],
+    "share": _TOKENIZER["null_probability"],
+    "mode": _TOKENIZER["mode_scale"],
+}  # outside, times would leave 0 .. 1
 TERMS = "Released FlexTok weights, and whatever is fine-tuned from them, are for research use only."
-_LAWS = {"uniform": "uniform", "pow2": "powers_of_two", "uniform_pow2": "uniform_rounded_up"}  # their name of a dropout law: ours
+_LAWS = {
+    "uniform": "uniform",
+    "pow2": "powers_of_two",
+    "uniform_pow2": "uniform_rounded_up",
+}  # their name of a dropout law: ours
 
 # %% ../nbs/13_released.ipynb #13-36c44a7e
 _M = "flextok.model."
 PARTS = {  # _target_: {option: the rule for its value, or a tuple of all supported values}
     _M + "utils.wrappers.SequentialModuleDictWrapper": dict(module_dict="parts"),
     _M + "utils.dict_ops.PerSampleOp": dict(read_key="key", write_key="key", per_sample_op="part"),
-    _M + "preprocessors.patching.PatchEmbedder": dict(input_tensor_list_read_key="key", patches_list_write_key="key", n_patches_write_key="key?",
-        channels_in="channels", dim="count", patch_sizes="sizes", flatten_patches=(False,)),
-    _M + "utils.posembs.PositionalEmbeddingAdder": dict(read_key="key", write_key="key", dim="count", max_sizes="sizes",
-        posemb_type=("sincos", "learnable_sum", "learnable_prod"), posemb_scaling=("absolute", "interpolate")),
-    _M + "preprocessors.registers.Registers1D": dict(input_tensor_list_read_key="key", register_sizes_read_write_key="key?", registers_write_key="key",
-        dim="count", n_min="count", n_max="count", size_sampling_mode="text?", ordering_mode=("nested",)),
-    _M + "preprocessors.flex_seq_packing.BlockWiseSequencePacker": dict(input_list_read_keys="keys", packed_seq_write_key="key", block_mask_write_key="key",
-        inner_packed_shapes_write_key="key", outer_packed_shapes_write_key="key", mask_mode=("causal_last", "causal", "full"),
-        pad_to_multiple="count?", emb_packing_fn_write_key="key?", per_subseq_embs="flag?"),
-    _M + "trunks.transformers.FlexTransformer": dict(input_seq_read_key="key", output_seq_write_key="key", dim="count", depth="depth", head_dim="count",
-        mlp_ratio="ratio", block_mask_read_key="key", use_act_checkpoint="flag?", adaLN_emb_read_key="key?", adaLN_packing_fn_read_key="key?",
-        adaLN_expansion=(1, 2, None), intermediate_layer_write_key="key?", intermediate_layers="layers?"),
-    _M + "postprocessors.seq_unpacking.SequenceUnpacker": dict(packed_seq_read_key="key", inner_seq_write_keys="keys",
-        inner_packed_shapes_read_key="key", outer_packed_shapes_read_key="key"),
-    _M + "postprocessors.heads.LinearHead": dict(read_key="key", write_key="key", dim="count", dim_out="count", use_mup_readout=(False,), weight_init_style="text?"),
-    _M + "preprocessors.linear.LinearLayer": dict(read_key="key", write_key="key", dim_in="count", dim="count"),
-    _M + "preprocessors.token_dropout.MaskedNestedDropout": dict(read_write_key="key", dim="count", eval_keep_k_read_key="key?", train_keep_k_write_key="key?",
-        size_sampling_mode=tuple(_LAWS)),
-    _M + "preprocessors.nullcond.LearnedNullCond": dict(read_write_key="key", dim="count", eval_drop_flag_read_key="key?", dropout_prob="share"),
-    _M + "preprocessors.time_embedding.TimestepEmbedder": dict(timesteps_read_key="key", time_embedding_write_key="key", dim="count",
-        frequency_embedding_size="features", max_timestep="clock"),
-    _M + "postprocessors.heads.ToPatchesLinearHead": dict(read_key="key", write_key="key", dim="count", channels_out="channels", patch_sizes="sizes",
-        use_mup_readout=(False,), weight_init_style="text?", adaLN_emb_read_key="key")}
+    _M + "preprocessors.patching.PatchEmbedder": dict(
+        input_tensor_list_read_key="key",
+        patches_list_write_key="key",
+        n_patches_write_key="key?",
+        channels_in="channels",
+        dim="count",
+        patch_sizes="sizes",
+        flatten_patches=(False,),
+    ),
+    _M + "utils.posembs.PositionalEmbeddingAdder": dict(
+        read_key="key",
+        write_key="key",
+        dim="count",
+        max_sizes="sizes",
+        posemb_type=("sincos", "learnable_sum", "learnable_prod"),
+        posemb_scaling=("absolute", "interpolate"),
+    ),
+    _M + "preprocessors.registers.Registers1D": dict(
+        input_tensor_list_read_key="key",
+        register_sizes_read_write_key="key?",
+        registers_write_key="key",
+        dim="count",
+        n_min="count",
+        n_max="count",
+        size_sampling_mode="text?",
+        ordering_mode=("nested",),
+    ),
+    _M + "preprocessors.flex_seq_packing.BlockWiseSequencePacker": dict(
+        input_list_read_keys="keys",
+        packed_seq_write_key="key",
+        block_mask_write_key="key",
+        inner_packed_shapes_write_key="key",
+        outer_packed_shapes_write_key="key",
+        mask_mode=("causal_last", "causal", "full"),
+        pad_to_multiple="count?",
+        emb_packing_fn_write_key="key?",
+        per_subseq_embs="flag?",
+    ),
+    _M + "trunks.transformers.FlexTransformer": dict(
+        input_seq_read_key="key",
+        output_seq_write_key="key",
+        dim="count",
+        depth="depth",
+        head_dim="count",
+        mlp_ratio="ratio",
+        block_mask_read_key="key",
+        use_act_checkpoint="flag?",
+        adaLN_emb_read_key="key?",
+        adaLN_packing_fn_read_key="key?",
+        adaLN_expansion=(1, 2, None),
+        intermediate_layer_write_key="key?",
+        intermediate_layers="layers?",
+    ),
+    _M + "postprocessors.seq_unpacking.SequenceUnpacker": dict(
+        packed_seq_read_key="key",
+        inner_seq_write_keys="keys",
+        inner_packed_shapes_read_key="key",
+        outer_packed_shapes_read_key="key",
+    ),
+    _M + "postprocessors.heads.LinearHead": dict(
+        read_key="key",
+        write_key="key",
+        dim="count",
+        dim_out="count",
+        use_mup_readout=(False,),
+        weight_init_style="text?",
+    ),
+    _M + "preprocessors.linear.LinearLayer": dict(
+        read_key="key", write_key="key", dim_in="count", dim="count"
+    ),
+    _M + "preprocessors.token_dropout.MaskedNestedDropout": dict(
+        read_write_key="key",
+        dim="count",
+        eval_keep_k_read_key="key?",
+        train_keep_k_write_key="key?",
+        size_sampling_mode=tuple(_LAWS),
+    ),
+    _M + "preprocessors.nullcond.LearnedNullCond": dict(
+        read_write_key="key", dim="count", eval_drop_flag_read_key="key?", dropout_prob="share"
+    ),
+    _M + "preprocessors.time_embedding.TimestepEmbedder": dict(
+        timesteps_read_key="key",
+        time_embedding_write_key="key",
+        dim="count",
+        frequency_embedding_size="features",
+        max_timestep="clock",
+    ),
+    _M + "postprocessors.heads.ToPatchesLinearHead": dict(
+        read_key="key",
+        write_key="key",
+        dim="count",
+        channels_out="channels",
+        patch_sizes="sizes",
+        use_mup_readout=(False,),
+        weight_init_style="text?",
+        adaLN_emb_read_key="key",
+    ),
+}
 
 # %% ../nbs/13_released.ipynb #13-1e8d9ea0
 _TURN = "flextok.model.utils.dict_ops."  # channels first or last: plain transposition
 PARTS |= {
     "hydra.utils.get_method": dict(path=(_TURN + "channels_first_to_last", _TURN + "channels_last_to_first")),
-    "flextok.vae_wrapper.StableDiffusionVAE": dict(images_read_key="key?", vae_latents_read_key="key", vae_latents_write_key="key", images_reconst_write_key="key?",
-        latent_channels="channels", scaling_factor="scale", sample_posterior="flag", frozen="flag?"),
-    "flextok.regularizers.quantize_fsq.FSQ": dict(latents_read_key="key", quants_write_key="key", tokens_write_key="key?", levels="levels",
-        drop_quant_p=(0.0, None), corrupt_tokens_p=(0.0, None), packed_call="flag?"),
-    "flextok.flow_matching.noise_modules.MinRFNoiseModule": dict(clean_images_read_key="key", noised_images_write_key="key", timesteps_write_key="key",
-        sigmas_write_key="key?", ln="flag", mode_scale="mode"),
-    "flextok.flow_matching.pipelines.MinRFPipeline": dict(_partial_="flag?", latents_read_key="key", timesteps_read_key="key", noised_images_read_key="key",
-        reconst_write_key="key", out_channels="channels", noise_read_key="key?")}
+    "flextok.vae_wrapper.StableDiffusionVAE": dict(
+        images_read_key="key?",
+        vae_latents_read_key="key",
+        vae_latents_write_key="key",
+        images_reconst_write_key="key?",
+        latent_channels="channels",
+        scaling_factor="scale",
+        sample_posterior="flag",
+        frozen="flag?",
+    ),
+    "flextok.regularizers.quantize_fsq.FSQ": dict(
+        latents_read_key="key",
+        quants_write_key="key",
+        tokens_write_key="key?",
+        levels="levels",
+        drop_quant_p=(0.0, None),
+        corrupt_tokens_p=(0.0, None),
+        packed_call="flag?",
+    ),
+    "flextok.flow_matching.noise_modules.MinRFNoiseModule": dict(
+        clean_images_read_key="key",
+        noised_images_write_key="key",
+        timesteps_write_key="key",
+        sigmas_write_key="key?",
+        ln="flag",
+        mode_scale="mode",
+    ),
+    "flextok.flow_matching.pipelines.MinRFPipeline": dict(
+        _partial_="flag?",
+        latents_read_key="key",
+        timesteps_read_key="key",
+        noised_images_read_key="key",
+        reconst_write_key="key",
+        out_channels="channels",
+        noise_read_key="key?",
+    ),
+}
 
-def _part(described,        # one description from the file: a dictionary with a _target_
-          where: str,       # how errors call it
-          *kinds: str,      # classes that may stand here; none: any
-         ) -> dict:         # its options; what is missing is None; "kind" is the class, "where" its name
+
+def _part(
+    described,  # one description from the file: a dictionary with a _target_
+    where: str,  # how errors call it
+    *kinds: str,  # classes that may stand here; none: any
+) -> dict:  # its options; what is missing is None; "kind" is the class, "where" its name
     "Check one description against the grammar. Raises ValueError naming the target, option or value that we do not support."
     target = described.get("_target_") if isinstance(described, dict) else None
-    if not isinstance(target, str): raise ValueError(f"{where} has no _target_: this is no FlexTok configuration")
+    if not isinstance(target, str):
+        raise ValueError(f"{where} has no _target_: this is no FlexTok configuration")
     kind = target.rpartition(".")[2]
-    if target not in PARTS or kinds and kind not in kinds: raise ValueError(f"{where}: unknown _target_ {target[:200]!r}" + (f" here (expected {', '.join(kinds)})" if kinds else ""))
+    if target not in PARTS or kinds and kind not in kinds:
+        raise ValueError(
+            f"{where}: unknown _target_ {target[:200]!r}"
+            + (f" here (expected {', '.join(kinds)})" if kinds else "")
+        )
     rules, options = PARTS[target], {k: v for k, v in described.items() if k != "_target_"}
     for name in options:
-        if name not in rules: raise ValueError(f"{where} ({kind}): unknown option {reprlib.repr(name)} = {reprlib.repr(options[name])}")
+        if name not in rules:
+            raise ValueError(
+                f"{where} ({kind}): unknown option {reprlib.repr(name)} = {reprlib.repr(options[name])}"
+            )
     for name, rule in rules.items():
         value, supported = options.get(name), rule if isinstance(rule, tuple) else ()
-        if value is None and (None in supported or str(rule).endswith("?")): continue
-        if name not in options: raise ValueError(f"{where} ({kind}): option {name!r} is missing")
-        conform(value, one_of(*supported) if supported else _RULES[rule.rstrip("?")], f"{where} ({kind}): option {name!r}")
+        if value is None and (None in supported or str(rule).endswith("?")):
+            continue
+        if name not in options:
+            raise ValueError(f"{where} ({kind}): option {name!r} is missing")
+        conform(
+            value,
+            one_of(*supported) if supported else _RULES[rule.rstrip("?")],
+            f"{where} ({kind}): option {name!r}",
+        )
     return {**dict.fromkeys(rules), **options, "kind": kind, "where": where}
 
 # %% ../nbs/13_released.ipynb #13-f85e3785
 class _Side:
     "The modules of the encoder or the decoder, found by what they are and which keys they read."
+
     def __init__(self, side: str, described):
         parts = _part(described, side, "SequentialModuleDictWrapper")["module_dict"]
-        self.side, self.parts = side, {name: _part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()}
+        self.side, self.parts = (
+            side,
+            {name: _part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()},
+        )
         self.left = dict(self.parts)
 
-    def take(self, kind: str, **keys) -> dict:  # the options of the one module of this kind that has these keys; its "name" too
+    def take(
+        self, kind: str, **keys
+    ) -> dict:  # the options of the one module of this kind that has these keys; its "name" too
         "Find a module and tick it off. Raises ValueError if there is none, or more than one."
-        found = [name for name, p in self.left.items() if p["kind"] == kind and all(p[k] == v for k, v in keys.items())]
+        found = [
+            name
+            for name, p in self.left.items()
+            if p["kind"] == kind and all(p[k] == v for k, v in keys.items())
+        ]
         if len(found) != 1:
             there = ", ".join(f"{name!r} ({p['kind']})" for name, p in list(self.left.items())[:20])
-            raise ValueError(f"{self.side}: expected one {kind} with {', '.join(f'{k} = {v!r}' for k, v in keys.items()) or 'any keys'}, found {len(found)}; modules not yet placed: {there or 'none'}")
+            raise ValueError(
+                f"{self.side}: expected one {kind} with {', '.join(f'{k} = {v!r}' for k, v in keys.items()) or 'any keys'}, found {len(found)}; modules not yet placed: {there or 'none'}"
+            )
         return {**self.left.pop(found[0]), "name": found[0]}
 
     def turn(self, key: str, to: str) -> dict:  # the module that moves the channels of `key`
         part = self.take("PerSampleOp", read_key=key)
         path = _part(part["per_sample_op"], part["where"], "get_method")["path"]
-        if path != _TURN + to: raise ValueError(f"{part['where']}: path is {path!r}; here it must be {to}")
+        if path != _TURN + to:
+            raise ValueError(f"{part['where']}: path is {path!r}; here it must be {to}")
         return part
 
-    def done(self, sure: list[dict] = (), doubtful: list[dict] = ()) -> None:  # both: modules in the order in which they must work
+    def done(
+        self, sure: list[dict] = (), doubtful: list[dict] = ()
+    ) -> None:  # both: modules in the order in which they must work
         "Nothing may be left over, and all widths must agree. Where the listing keeps the order of the sure ones, it is meant: then the doubtful ones must keep theirs too."
-        for part in self.left.values(): raise ValueError(f"{part['where']} ({part['kind']}) has no place in a FlexTok {self.side}")
+        for part in self.left.values():
+            raise ValueError(f"{part['where']} ({part['kind']}) has no place in a FlexTok {self.side}")
         dims = sorted({p["dim"] for p in self.parts.values() if p.get("dim")})
-        if len(dims) > 1: raise ValueError(f"{self.side}: option 'dim' differs between modules: {dims}")
+        if len(dims) > 1:
+            raise ValueError(f"{self.side}: option 'dim' differs between modules: {dims}")
         at = {name: i for i, name in enumerate(self.parts)}
         wrong = lambda chain: [(a, b) for a, b in zip(chain, chain[1:]) if at[a["name"]] > at[b["name"]]]
         if not wrong(sure):
-            for a, b in wrong(doubtful): raise ValueError(f"{a['where']} is listed after {b['name']!r}, but in a FlexTok it works before it: this is another model")
+            for a, b in wrong(doubtful):
+                raise ValueError(
+                    f"{a['where']} is listed after {b['name']!r}, but in a FlexTok it works before it: this is another model"
+                )
 
 # %% ../nbs/13_released.ipynb #13-56a1dfd3
 @dataclass(frozen=True)
 class Table:
     "A position table as a checkpoint describes it."
-    ours: str                     # name of our tensor
-    kind: str                     # "sincos" | "learnable_sum" | "learnable_prod"
-    scaling: str                  # "absolute" | "interpolate"
-    width: int                    # d
-    max_sizes: tuple[int, ...]    # positions of the stored table, per axis
-    sizes: tuple[int, ...]        # positions that we need, per axis
+
+    ours: str  # name of our tensor
+    kind: str  # "sincos" | "learnable_sum" | "learnable_prod"
+    scaling: str  # "absolute" | "interpolate"
+    width: int  # d
+    max_sizes: tuple[int, ...]  # positions of the stored table, per axis
+    sizes: tuple[int, ...]  # positions that we need, per axis
 
     @property
     def shape(self) -> tuple[int, ...]:  # of the stored tensor
-        return (1, self.width, *self.max_sizes) if self.kind == "sincos" else (len(self.max_sizes), 1, self.width, max(self.max_sizes))
+        return (
+            (1, self.width, *self.max_sizes)
+            if self.kind == "sincos"
+            else (len(self.max_sizes), 1, self.width, max(self.max_sizes))
+        )
 
     @property
     def elements(self) -> int:  # of the largest tensor that `dense` makes
         return self.width * max(math.prod(self.max_sizes), math.prod(self.sizes))
 
-    def dense(self, stored: Tensor) -> Tensor:  # stored tensor -> ours: (1 d h w) for patches, (k d) for registers
+    def dense(
+        self, stored: Tensor
+    ) -> Tensor:  # stored tensor -> ours: (1 d h w) for patches, (k d) for registers
         "Combine the factors, then crop or stretch."
-        if self.kind == "sincos": table = stored
-        elif len(self.max_sizes) == 1: table = stored[0]                                                    # 1 d k
+        if self.kind == "sincos":
+            table = stored
+        elif len(self.max_sizes) == 1:
+            table = stored[0]  # 1 d k
         else:
-            rows, columns = stored[0][..., :self.max_sizes[0], None], stored[1][..., None, :self.max_sizes[1]]  # 1 d h 1, 1 d 1 w
-            table = rows + columns if self.kind == "learnable_sum" else rows * columns                      # 1 d h w
+            rows, columns = (
+                stored[0][..., : self.max_sizes[0], None],
+                stored[1][..., None, : self.max_sizes[1]],
+            )  # 1 d h 1, 1 d 1 w
+            table = rows + columns if self.kind == "learnable_sum" else rows * columns  # 1 d h w
         if self.sizes != self.max_sizes:
             if self.scaling == "interpolate":
-                table = F.interpolate(table.float(), self.sizes, mode="linear" if len(self.sizes) == 1 else "bilinear", align_corners=True)
-            else: table = table[(..., *(slice(s) for s in self.sizes))]
+                table = F.interpolate(
+                    table.float(),
+                    self.sizes,
+                    mode="linear" if len(self.sizes) == 1 else "bilinear",
+                    align_corners=True,
+                )
+            else:
+                table = table[(..., *(slice(s) for s in self.sizes))]
         return (table if len(self.sizes) == 2 else table[0].T).contiguous()
 
-    def stored(self, dense: Tensor, original: Tensor | None) -> Tensor:  # the tensor to write: the inverse of `dense`
+    def stored(
+        self, dense: Tensor, original: Tensor | None
+    ) -> Tensor:  # the tensor to write: the inverse of `dense`
         "Our table in the checkpoint's layout. Raises ValueError if it was trained into something that the layout cannot say."
-        if original is not None and torch.equal(self.dense(original.float()).to(dense), dense): return original
-        if len(self.sizes) == 2 and self.kind != "sincos" or self.sizes != self.max_sizes and self.scaling == "interpolate":
-            raise ValueError(f"{self.ours} has changed and cannot be written as {self.kind}, {self.scaling}, {self.max_sizes} -> {self.sizes}")
+        if original is not None and torch.equal(self.dense(original.float()).to(dense), dense):
+            return original
+        if (
+            len(self.sizes) == 2
+            and self.kind != "sincos"
+            or self.sizes != self.max_sizes
+            and self.scaling == "interpolate"
+        ):
+            raise ValueError(
+                f"{self.ours} has changed and cannot be written as {self.kind}, {self.scaling}, {self.max_sizes} -> {self.sizes}"
+            )
         new = torch.zeros(self.shape).to(dense) if original is None else original.to(dense).clone()
         new[(..., *(slice(s) for s in self.sizes))] = dense if len(self.sizes) == 2 else dense.T
         return new
@@ -187,42 +397,79 @@ class Table:
 @dataclass
 class Layout:
     "What a released description means, and how to write it back. `load_flextok` leaves it on the model as `tok.released`."
-    description: dict                                       # config.json as it was
-    config: TokenizerConfig                                 # the same in our words
-    names: dict[str, str]                                   # name in the file: ours
-    tables: dict[str, Table]                                # name in the file: the position table stored there
-    scaling: float = 1.0                                    # latents = scaling * what the VAE's encoder gives
-    originals: dict[str, Tensor] = field(default_factory=dict)  # the position tables as they were in the file
-    vae: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # tensors of a VAE inside the file: ours, and shape there
 
-def _read_encoder(described, latents: str, out: str) -> tuple[dict, dict]:  # parts by role; (our name: theirs)
+    description: dict  # config.json as it was
+    config: TokenizerConfig  # the same in our words
+    names: dict[str, str]  # name in the file: ours
+    tables: dict[str, Table]  # name in the file: the position table stored there
+    scaling: float = 1.0  # latents = scaling * what the VAE's encoder gives
+    originals: dict[str, Tensor] = field(default_factory=dict)  # the position tables as they were in the file
+    vae: dict[str, tuple[str, tuple[int, ...]]] = field(
+        default_factory=dict
+    )  # tensors of a VAE inside the file: ours, and shape there
+
+
+def _read_encoder(
+    described, latents: str, out: str
+) -> tuple[dict, dict]:  # parts by role; (our name: theirs)
     "Walk the encoder from the key of the latents to the key of the registers."
     s = _Side("encoder", described)
     turn = s.turn(latents, "channels_first_to_last")
     patches = s.take("PatchEmbedder", input_tensor_list_read_key=turn["write_key"])
     positions = s.take("PositionalEmbeddingAdder", read_key=patches["patches_list_write_key"])
     registers = s.take("Registers1D")
-    if registers["input_tensor_list_read_key"] not in (latents, turn["write_key"], patches["patches_list_write_key"], positions["write_key"]):
+    if registers["input_tensor_list_read_key"] not in (
+        latents,
+        turn["write_key"],
+        patches["patches_list_write_key"],
+        positions["write_key"],
+    ):
         raise ValueError(f"{registers['where']}: 'input_tensor_list_read_key' must be a key of the patches")
     pack, trunk, unpack = _trunk(s, positions["write_key"], registers["registers_write_key"])
-    if trunk["adaLN_emb_read_key"] or trunk["adaLN_expansion"]: raise ValueError(f"{trunk['where']}: option 'adaLN_emb_read_key' is not supported in the encoder")
+    if trunk["adaLN_emb_read_key"] or trunk["adaLN_expansion"]:
+        raise ValueError(f"{trunk['where']}: option 'adaLN_emb_read_key' is not supported in the encoder")
     head = s.take("LinearHead", read_key=unpack["inner_seq_write_keys"][1], write_key=out)
     s.done()
-    if registers["n_min"] != registers["n_max"]: raise ValueError(f"{registers['where']}: option 'n_min' is {registers['n_min']}; supported: the same as n_max")
-    at = {role: f"encoder.module_dict.{p['name']}." for role, p in dict(patches=patches, registers=registers, positions=positions, head=head, trunk=trunk).items()}
-    return dict(patches=patches, positions=positions, registers=registers, pack=pack, trunk=trunk, head=head), at
+    if registers["n_min"] != registers["n_max"]:
+        raise ValueError(
+            f"{registers['where']}: option 'n_min' is {registers['n_min']}; supported: the same as n_max"
+        )
+    at = {
+        role: f"encoder.module_dict.{p['name']}."
+        for role, p in dict(
+            patches=patches, registers=registers, positions=positions, head=head, trunk=trunk
+        ).items()
+    }
+    return dict(
+        patches=patches, positions=positions, registers=registers, pack=pack, trunk=trunk, head=head
+    ), at
 
-def _trunk(s: _Side, patches: str, registers: str) -> tuple[dict, dict, dict]:  # packer, transformer, unpacker
+
+def _trunk(
+    s: _Side, patches: str, registers: str
+) -> tuple[dict, dict, dict]:  # packer, transformer, unpacker
     "One sequence of patches and registers, through the blocks and back."
     pack = s.take("BlockWiseSequencePacker", input_list_read_keys=[patches, registers])
-    trunk = s.take("FlexTransformer", input_seq_read_key=pack["packed_seq_write_key"], block_mask_read_key=pack["block_mask_write_key"])
-    if any(layer >= trunk["depth"] for layer in trunk["intermediate_layers"] or ()): raise ValueError(f"{trunk['where']}: option 'intermediate_layers' is {trunk['intermediate_layers']} for {trunk['depth']} blocks")
-    unpack = s.take("SequenceUnpacker", packed_seq_read_key=trunk["output_seq_write_key"],
-                    **{f"{i}_packed_shapes_read_key": pack[f"{i}_packed_shapes_write_key"] for i in ("inner", "outer")})
+    trunk = s.take(
+        "FlexTransformer",
+        input_seq_read_key=pack["packed_seq_write_key"],
+        block_mask_read_key=pack["block_mask_write_key"],
+    )
+    if any(layer >= trunk["depth"] for layer in trunk["intermediate_layers"] or ()):
+        raise ValueError(
+            f"{trunk['where']}: option 'intermediate_layers' is {trunk['intermediate_layers']} for {trunk['depth']} blocks"
+        )
+    unpack = s.take(
+        "SequenceUnpacker",
+        packed_seq_read_key=trunk["output_seq_write_key"],
+        **{f"{i}_packed_shapes_read_key": pack[f"{i}_packed_shapes_write_key"] for i in ("inner", "outer")},
+    )
     return pack, trunk, unpack
 
 # %% ../nbs/13_released.ipynb #13-f73eb092
-def _read_decoder(described, codes: str, noised: str, times: str, out: str) -> tuple[dict, dict]:  # parts by role; where their tensors are
+def _read_decoder(
+    described, codes: str, noised: str, times: str, out: str
+) -> tuple[dict, dict]:  # parts by role; where their tensors are
     "Walk the decoder: codes to registers, noised latents to patches, both through the blocks, patches to the velocity."
     s = _Side("decoder", described)
     codes_in = s.take("LinearLayer", read_key=codes)
@@ -234,72 +481,154 @@ def _read_decoder(described, codes: str, noised: str, times: str, out: str) -> t
     positions = s.take("PositionalEmbeddingAdder", read_key=patches["patches_list_write_key"])
     pack, trunk, unpack = _trunk(s, positions["write_key"], null["read_write_key"])
     time = s.take("TimestepEmbedder", timesteps_read_key=times)
-    head = s.take("ToPatchesLinearHead", read_key=unpack["inner_seq_write_keys"][0], adaLN_emb_read_key=time["time_embedding_write_key"])
+    head = s.take(
+        "ToPatchesLinearHead",
+        read_key=unpack["inner_seq_write_keys"][0],
+        adaLN_emb_read_key=time["time_embedding_write_key"],
+    )
     back = s.turn(head["write_key"], "channels_last_to_first")
     s.done([turn, patches, positions, pack, trunk, unpack, head, back], [register_positions, drop, null])
-    want = dict(adaLN_emb_read_key=time["time_embedding_write_key"], adaLN_packing_fn_read_key=pack["emb_packing_fn_write_key"])
+    want = dict(
+        adaLN_emb_read_key=time["time_embedding_write_key"],
+        adaLN_packing_fn_read_key=pack["emb_packing_fn_write_key"],
+    )
     for option, value in want.items():
-        if value is None or trunk[option] != value: raise ValueError(f"{trunk['where']}: option {option!r} is {trunk[option]!r}; supported: what the decoder's other modules write, {value!r}")
-    if trunk["adaLN_expansion"] is None: raise ValueError(f"{trunk['where']}: option 'adaLN_expansion' is missing")
-    if trunk["adaLN_expansion"] == 2 and not pack["per_subseq_embs"]: raise ValueError(f"{pack['where']}: option 'per_subseq_embs' must be true where adaLN_expansion is 2")
-    if pack["mask_mode"] != "full": raise ValueError(f"{pack['where']}: option 'mask_mode' is {pack['mask_mode']!r}; supported in the decoder: 'full'")
-    if back["write_key"] != out: raise ValueError(f"{back['where']}: option 'write_key' is {back['write_key']!r}; the pipeline expects {out!r}")
-    parts = dict(codes_in=codes_in, register_positions=register_positions, drop=drop, null=null, patches=patches, positions=positions, pack=pack, trunk=trunk, time=time, head=head)
+        if value is None or trunk[option] != value:
+            raise ValueError(
+                f"{trunk['where']}: option {option!r} is {trunk[option]!r}; supported: what the decoder's other modules write, {value!r}"
+            )
+    if trunk["adaLN_expansion"] is None:
+        raise ValueError(f"{trunk['where']}: option 'adaLN_expansion' is missing")
+    if trunk["adaLN_expansion"] == 2 and not pack["per_subseq_embs"]:
+        raise ValueError(f"{pack['where']}: option 'per_subseq_embs' must be true where adaLN_expansion is 2")
+    if pack["mask_mode"] != "full":
+        raise ValueError(
+            f"{pack['where']}: option 'mask_mode' is {pack['mask_mode']!r}; supported in the decoder: 'full'"
+        )
+    if back["write_key"] != out:
+        raise ValueError(
+            f"{back['where']}: option 'write_key' is {back['write_key']!r}; the pipeline expects {out!r}"
+        )
+    parts = dict(
+        codes_in=codes_in,
+        register_positions=register_positions,
+        drop=drop,
+        null=null,
+        patches=patches,
+        positions=positions,
+        pack=pack,
+        trunk=trunk,
+        time=time,
+        head=head,
+    )
     return parts, {role: f"decoder.module_dict.{p['name']}." for role, p in parts.items()}
 
 # %% ../nbs/13_released.ipynb #13-09d7ec70
-_BLOCK = {"attention.q": "attn.wq", "attention.k": "attn.wk", "attention.v": "attn.wv", "attention.out": "attn.proj",
-          "mlp.gate": "mlp.fc1", "mlp.up": "mlp.fc3", "mlp.down": "mlp.fc2"}
+_BLOCK = {
+    "attention.q": "attn.wq",
+    "attention.k": "attn.wk",
+    "attention.v": "attn.wv",
+    "attention.out": "attn.proj",
+    "mlp.gate": "mlp.fc1",
+    "mlp.up": "mlp.fc3",
+    "mlp.down": "mlp.fc2",
+}
 
-def _names(enc: dict, dec: dict,        # where the tensors of each role are: prefixes
-           depths: tuple[int, int],     # blocks of encoder and decoder
-          ) -> dict[str, str]:          # name in the file: ours
+
+def _names(
+    enc: dict,
+    dec: dict,  # where the tensors of each role are: prefixes
+    depths: tuple[int, int],  # blocks of encoder and decoder
+) -> dict[str, str]:  # name in the file: ours
     "Every tensor but the position tables."
-    names = {enc["registers"] + "registers": "encoder.registers", dec["drop"] + "dropout_mask_token": "decoder.mask_token", dec["null"] + "nullcond": "decoder.null_token"}
-    linear = {enc["patches"] + "patch_proj": "encoder.patches_in", enc["head"] + "proj": "encoder.head", dec["codes_in"] + "proj": "decoder.codes_in",
-              dec["patches"] + "patch_proj": "decoder.patches_in", dec["time"] + "mlp.0": "decoder.time.mlp.0", dec["time"] + "mlp.2": "decoder.time.mlp.2",
-              dec["head"] + "adaLN_modulation.1": "decoder.to_modulation.1", dec["head"] + "proj": "decoder.head"}
+    names = {
+        enc["registers"] + "registers": "encoder.registers",
+        dec["drop"] + "dropout_mask_token": "decoder.mask_token",
+        dec["null"] + "nullcond": "decoder.null_token",
+    }
+    linear = {
+        enc["patches"] + "patch_proj": "encoder.patches_in",
+        enc["head"] + "proj": "encoder.head",
+        dec["codes_in"] + "proj": "decoder.codes_in",
+        dec["patches"] + "patch_proj": "decoder.patches_in",
+        dec["time"] + "mlp.0": "decoder.time.mlp.0",
+        dec["time"] + "mlp.2": "decoder.time.mlp.2",
+        dec["head"] + "adaLN_modulation.1": "decoder.to_modulation.1",
+        dec["head"] + "proj": "decoder.head",
+    }
     for side, at, depth in (("encoder", enc, depths[0]), ("decoder", dec, depths[1])):
         for i in range(depth):
-            names |= {f"{at['trunk']}blocks.{i}.{theirs}.weight": f"{side}.blocks.{i}.{ours}.weight" for ours, theirs in _BLOCK.items()}
-            if side == "decoder": linear[f"{at['trunk']}blocks.{i}.adaLN_modulation.1"] = f"{side}.blocks.{i}.to_modulation.1"
-    return names | {f"{theirs}.{last}": f"{ours}.{last}" for theirs, ours in linear.items() for last in ("weight", "bias")}
+            names |= {
+                f"{at['trunk']}blocks.{i}.{theirs}.weight": f"{side}.blocks.{i}.{ours}.weight"
+                for ours, theirs in _BLOCK.items()
+            }
+            if side == "decoder":
+                linear[f"{at['trunk']}blocks.{i}.adaLN_modulation.1"] = f"{side}.blocks.{i}.to_modulation.1"
+    return names | {
+        f"{theirs}.{last}": f"{ours}.{last}" for theirs, ours in linear.items() for last in ("weight", "bias")
+    }
+
 
 def _equal(what: str, *values) -> None:
     "Raises ValueError if values that our classes hold once differ between the modules of a description."
-    if any(v != values[0] for v in values): raise ValueError(f"{what} differs between the modules: {' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all")
+    if any(v != values[0] for v in values):
+        raise ValueError(
+            f"{what} differs between the modules: {' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all"
+        )
 
-def _latent_size(tables: list[tuple[int, dict]],  # of both sides: side of a patch, and the table for patches
-                 asked: int | None,               # what the caller asks for
-                ) -> int:                         # side of the latents
+
+def _latent_size(
+    tables: list[tuple[int, dict]],  # of both sides: side of a patch, and the table for patches
+    asked: int | None,  # what the caller asks for
+) -> int:  # side of the latents
     "The description does not say how large the latents are: by default, as large as the tables allow."
     size = asked
     if asked is None:
         limits = [p * min(t["max_sizes"]) for p, t in tables if t["posemb_scaling"] == "absolute"]
         stretched = {p * s for p, t in tables for s in t["max_sizes"]}
-        if not limits and len(stretched) > 1: raise ValueError(f"the stretched tables are for latents of sides {sorted(stretched)}: pass latent_size= to say how large they are")
+        if not limits and len(stretched) > 1:
+            raise ValueError(
+                f"the stretched tables are for latents of sides {sorted(stretched)}: pass latent_size= to say how large they are"
+            )
         size = min(limits or stretched)
     for p, _ in tables:
-        if size < p or size % p: raise ValueError(f"latent_size={size} is not a multiple of the patch side {p}" + (": pass latent_size=" if asked is None else ""))
+        if size < p or size % p:
+            raise ValueError(
+                f"latent_size={size} is not a multiple of the patch side {p}"
+                + (": pass latent_size=" if asked is None else "")
+            )
     return size
 
 # %% ../nbs/13_released.ipynb #13-6b259ed3
 _SECTIONS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 
-def _read(description,                    # config.json, parsed
-          latent_size: int | None = None  # side of the latents, if it is not the tables'
-         ) -> Layout:
+
+def _read(
+    description,  # config.json, parsed
+    latent_size: int | None = None,  # side of the latents, if it is not the tables'
+) -> Layout:
     "What a description means. Raises ValueError naming whatever we do not support."
     d = description
     if not isinstance(d, dict) or not {"encoder", "decoder", "regularizer"} <= d.keys():
         there = [plain(name)[:100] for name in d] if isinstance(d, dict) else [type(d).__name__]
-        hint = "written by save_tokenizer: use load_tokenizer" if "weights" in there else "a VAE: use load_vae" if "block_out_channels" in there else "of another model family?"
+        hint = (
+            "written by save_tokenizer: use load_tokenizer"
+            if "weights" in there
+            else "a VAE: use load_vae"
+            if "block_out_channels" in there
+            else "of another model family?"
+        )
         raise ValueError(f"no FlexTok configuration ({hint}); it has: {', '.join(there[:8])}")
     for name in d:
-        if name not in _SECTIONS: raise ValueError(f"unknown entry {name[:100]!r} in the configuration")
+        if name not in _SECTIONS:
+            raise ValueError(f"unknown entry {name[:100]!r} in the configuration")
     for name in _SECTIONS[1:]:
-        if name not in d: raise ValueError(f"entry {name!r} is missing in the configuration")
-    noise, pipe = _part(d[_SECTIONS[4]], _SECTIONS[4], "MinRFNoiseModule"), _part(d["pipeline"], "pipeline", "MinRFPipeline")
+        if name not in d:
+            raise ValueError(f"entry {name!r} is missing in the configuration")
+    noise, pipe = (
+        _part(d[_SECTIONS[4]], _SECTIONS[4], "MinRFNoiseModule"),
+        _part(d["pipeline"], "pipeline", "MinRFPipeline"),
+    )
     fsq = _part(d["regularizer"], "regularizer", "FSQ")
     vae = _part(d["vae"], "vae", "StableDiffusionVAE") if d.get("vae") is not None else None
     _equal("the key of the noised latents", noise["noised_images_write_key"], pipe["noised_images_read_key"])
@@ -309,204 +638,402 @@ def _read(description,                    # config.json, parsed
         _equal("the key of the latents", vae["vae_latents_write_key"], noise["clean_images_read_key"])
         _equal("the key of the decoded latents", vae["vae_latents_read_key"], pipe["reconst_write_key"])
     e, enc = _read_encoder(d["encoder"], noise["clean_images_read_key"], fsq["latents_read_key"])
-    p, dec = _read_decoder(d["decoder"], fsq["quants_write_key"], pipe["noised_images_read_key"], pipe["timesteps_read_key"], pipe["reconst_write_key"])
+    p, dec = _read_decoder(
+        d["decoder"],
+        fsq["quants_write_key"],
+        pipe["noised_images_read_key"],
+        pipe["timesteps_read_key"],
+        pipe["reconst_write_key"],
+    )
     return _layout(d, e, p, enc, dec, fsq, noise, vae, pipe, latent_size)
 
 # %% ../nbs/13_released.ipynb #13-43f36267
-def _layout(description: dict,
-            e: dict, p: dict,       # the parts of encoder and decoder, by role
-            enc: dict, dec: dict,   # where their tensors are: prefixes
-            fsq: dict, noise: dict, vae: dict | None, pipe: dict,  # the other sections
-            latent_size: int | None) -> Layout:
+def _layout(
+    description: dict,
+    e: dict,
+    p: dict,  # the parts of encoder and decoder, by role
+    enc: dict,
+    dec: dict,  # where their tensors are: prefixes
+    fsq: dict,
+    noise: dict,
+    vae: dict | None,
+    pipe: dict,  # the other sections
+    latent_size: int | None,
+) -> Layout:
     "The parts as a Layout."
-    channels = [e["patches"]["channels_in"], p["patches"]["channels_in"], p["head"]["channels_out"], pipe["out_channels"]]
+    channels = [
+        e["patches"]["channels_in"],
+        p["patches"]["channels_in"],
+        p["head"]["channels_out"],
+        pipe["out_channels"],
+    ]
     _equal("the number of latent channels", *channels, *([vae["latent_channels"]] if vae else []))
-    for parts in ([e["patches"]], [p["patches"], p["head"]]): _equal("'patch_sizes'", *(s for part in parts for s in part["patch_sizes"]))
+    for parts in ([e["patches"]], [p["patches"], p["head"]]):
+        _equal("'patch_sizes'", *(s for part in parts for s in part["patch_sizes"]))
     _equal("the number of FSQ dimensions", len(fsq["levels"]), e["head"]["dim_out"], p["codes_in"]["dim_in"])
-    if p["time"]["frequency_embedding_size"] % 2: raise ValueError(f"{p['time']['where']}: option 'frequency_embedding_size' must be even")
+    if p["time"]["frequency_embedding_size"] % 2:
+        raise ValueError(f"{p['time']['where']}: option 'frequency_embedding_size' must be even")
     k = e["registers"]["n_max"]
-    trunks = [TrunkConfig(side["trunk"]["dim"], side["trunk"]["depth"], side["patches"]["patch_sizes"][0], side["trunk"]["head_dim"], side["trunk"]["mlp_ratio"]) for side in (e, p)]
+    trunks = [
+        TrunkConfig(
+            side["trunk"]["dim"],
+            side["trunk"]["depth"],
+            side["patches"]["patch_sizes"][0],
+            side["trunk"]["head_dim"],
+            side["trunk"]["mlp_ratio"],
+        )
+        for side in (e, p)
+    ]
     size = _latent_size([(t.patch, side["positions"]) for t, side in zip(trunks, (e, p))], latent_size)
     tables = {}
-    for ours, part, at, sizes in (("encoder.positions", e["positions"], enc["positions"], (size // trunks[0].patch,) * 2),
-                                  ("decoder.positions", p["positions"], dec["positions"], (size // trunks[1].patch,) * 2),
-                                  ("decoder.register_positions", p["register_positions"], dec["register_positions"], (k,))):
-        table = Table(ours, part["posemb_type"], part["posemb_scaling"], part["dim"], tuple(part["max_sizes"]), sizes)
-        fits = len(table.max_sizes) == len(sizes) and (table.scaling == "interpolate" or all(m >= s for m, s in zip(table.max_sizes, sizes)))
-        if not fits: raise ValueError(f"{part['where']}: option 'max_sizes' is {part['max_sizes']}; here {list(sizes)} positions are needed")
+    for ours, part, at, sizes in (
+        ("encoder.positions", e["positions"], enc["positions"], (size // trunks[0].patch,) * 2),
+        ("decoder.positions", p["positions"], dec["positions"], (size // trunks[1].patch,) * 2),
+        ("decoder.register_positions", p["register_positions"], dec["register_positions"], (k,)),
+    ):
+        table = Table(
+            ours, part["posemb_type"], part["posemb_scaling"], part["dim"], tuple(part["max_sizes"]), sizes
+        )
+        fits = len(table.max_sizes) == len(sizes) and (
+            table.scaling == "interpolate" or all(m >= s for m, s in zip(table.max_sizes, sizes))
+        )
+        if not fits:
+            raise ValueError(
+                f"{part['where']}: option 'max_sizes' is {part['max_sizes']}; here {list(sizes)} positions are needed"
+            )
         tables[at + "posembs"] = table
-    config = TokenizerConfig(latent_channels=channels[0], latent_size=size, registers=k, levels=tuple(fsq["levels"]), encoder=trunks[0], decoder=trunks[1], modulations=int(p["trunk"]["adaLN_expansion"]), max_timestep=p["time"]["max_timestep"],
-        time_features=p["time"]["frequency_embedding_size"], encoder_mask=e["pack"]["mask_mode"], dropout_law=_LAWS[p["drop"]["size_sampling_mode"]],
-        null_probability=p["null"]["dropout_prob"], time_law="logit_normal" if noise["ln"] else "mode" if noise["mode_scale"] else "uniform", mode_scale=float(noise["mode_scale"]) or .25,
-        sample_posterior=vae["sample_posterior"] if vae else True)
-    return Layout(description, config, _names(enc, dec, (config.encoder.depth, config.decoder.depth)), tables, vae["scaling_factor"] if vae else 1.)
+    config = TokenizerConfig(
+        latent_channels=channels[0],
+        latent_size=size,
+        registers=k,
+        levels=tuple(fsq["levels"]),
+        encoder=trunks[0],
+        decoder=trunks[1],
+        modulations=int(p["trunk"]["adaLN_expansion"]),
+        max_timestep=p["time"]["max_timestep"],
+        time_features=p["time"]["frequency_embedding_size"],
+        encoder_mask=e["pack"]["mask_mode"],
+        dropout_law=_LAWS[p["drop"]["size_sampling_mode"]],
+        null_probability=p["null"]["dropout_prob"],
+        time_law="logit_normal" if noise["ln"] else "mode" if noise["mode_scale"] else "uniform",
+        mode_scale=float(noise["mode_scale"]) or 0.25,
+        sample_posterior=vae["sample_posterior"] if vae else True,
+    )
+    return Layout(
+        description,
+        config,
+        _names(enc, dec, (config.encoder.depth, config.decoder.depth)),
+        tables,
+        vae["scaling_factor"] if vae else 1.0,
+    )
 
 # %% ../nbs/13_released.ipynb #13-028297bc
-def _find(source: str | Path,  # a folder, a file, or the name of a hub repository ("owner/name")
-          name: str,           # of the file
-         ) -> Path | None:     # where the file is, on this machine; None if it is not there
+def _find(
+    source: str | Path,  # a folder, a file, or the name of a hub repository ("owner/name")
+    name: str,  # of the file
+) -> Path | None:  # where the file is, on this machine; None if it is not there
     "A file of a checkpoint. Raises FileNotFoundError, with advice, if the hub cannot be reached."
     path = Path(source)
     if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".safetensors": raise FileNotFoundError(f"{source} is not there, and is no name of a hub repository (owner/name) either")
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix == ".safetensors":
+            raise FileNotFoundError(
+                f"{source} is not there, and is no name of a hub repository (owner/name) either"
+            )
         path = hub_folder(source, allow_patterns=[name])  # of this one file
     return path / name if (path / name).is_file() else None
+
 
 def _check_finite(tensors: dict[str, Tensor], where) -> None:
     "Raises ValueError naming a tensor that holds NaN or infinity."
     for name, w in tensors.items():
-        if not torch.isfinite(w).all(): raise ValueError(f"{where}: tensor {name!r} contains NaN or infinity")
+        if not torch.isfinite(w).all():
+            raise ValueError(f"{where}: tensor {name!r} contains NaN or infinity")
+
 
 def _check_tables(tables: dict[str, Table], bytes_of_file: int, where) -> None:
     "Raises ValueError for a position table that would be much larger than the file that asks for it."
     for name, t in tables.items():
-        if t.elements > 2 ** 28 or 4 * t.elements > 64 * max(bytes_of_file, 2 ** 20):
-            raise ValueError(f"{where}: tensor {name!r} would become a position table of {t.elements:,} numbers ({4 * t.elements / 2 ** 30:.3g} GB), "
-                             f"and the whole file has {bytes_of_file:,} bytes: it is not made. (latent_size= asks for a smaller one)")
+        if t.elements > 2**28 or 4 * t.elements > 64 * max(bytes_of_file, 2**20):
+            raise ValueError(
+                f"{where}: tensor {name!r} would become a position table of {t.elements:,} numbers ({4 * t.elements / 2**30:.3g} GB), "
+                f"and the whole file has {bytes_of_file:,} bytes: it is not made. (latent_size= asks for a smaller one)"
+            )
 
 # %% ../nbs/13_released.ipynb #13-e61b891d
 def _vae_names(c: VAEConfig) -> dict[str, str]:  # name in diffusers: ours; both without .weight and .bias
     "Every layer of our VAE."
     names = {"quant_conv": "encoder.moments", "post_quant_conv": "decoder.latents_in"}
+
     def res(theirs, ours, widens=False):
         names.update({f"{theirs}.{n}": f"{ours}.{n}" for n in ("norm1", "conv1", "norm2", "conv2")})
-        if widens: names[f"{theirs}.conv_shortcut"] = f"{ours}.shortcut"
-    for side, level, resize, blocks, widths in (("encoder", "down_blocks", "downsamplers", c.layers, c.channels), ("decoder", "up_blocks", "upsamplers", c.layers + 1, c.channels[::-1])):
-        names |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_norm_out": f"{side}.norm_out", f"{side}.conv_out": f"{side}.conv_out"}
+        if widens:
+            names[f"{theirs}.conv_shortcut"] = f"{ours}.shortcut"
+
+    for side, level, resize, blocks, widths in (
+        ("encoder", "down_blocks", "downsamplers", c.layers, c.channels),
+        ("decoder", "up_blocks", "upsamplers", c.layers + 1, c.channels[::-1]),
+    ):
+        names |= {
+            f"{side}.conv_in": f"{side}.conv_in",
+            f"{side}.conv_norm_out": f"{side}.norm_out",
+            f"{side}.conv_out": f"{side}.conv_out",
+        }
         for i, w in enumerate(widths):
-            for j in range(blocks): res(f"{side}.{level}.{i}.resnets.{j}", f"{side}.levels.{i}.{j}", j == 0 and i > 0 and widths[i - 1] != w)
-            if i < len(widths) - 1: names[f"{side}.{level}.{i}.{resize}.0.conv"] = f"{side}.levels.{i}.{blocks}.conv"
-        for j in (0, 1): res(f"{side}.mid_block.resnets.{j}", f"{side}.middle.{2 * j}")
-        layers = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"} if c.attention else {}
-        names |= {f"{side}.mid_block.attentions.0.{theirs}": f"{side}.middle.1.{ours}" for theirs, ours in layers.items()}
+            for j in range(blocks):
+                res(
+                    f"{side}.{level}.{i}.resnets.{j}",
+                    f"{side}.levels.{i}.{j}",
+                    j == 0 and i > 0 and widths[i - 1] != w,
+                )
+            if i < len(widths) - 1:
+                names[f"{side}.{level}.{i}.{resize}.0.conv"] = f"{side}.levels.{i}.{blocks}.conv"
+        for j in (0, 1):
+            res(f"{side}.mid_block.resnets.{j}", f"{side}.middle.{2 * j}")
+        layers = (
+            {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+            if c.attention
+            else {}
+        )
+        names |= {
+            f"{side}.mid_block.attentions.0.{theirs}": f"{side}.middle.1.{ours}"
+            for theirs, ours in layers.items()
+        }
     return names
 
 # %% ../nbs/13_released.ipynb #13-c8f4cb28
-_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # the attention's layers, before and after diffusers 0.15
+_OLD = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # the attention's layers, before and after diffusers 0.15
 
-def _build_vae(tensors: dict[str, Tensor],  # diffusers' names
-               config: VAEConfig,
-               absent: set[str],            # of "quant_conv", "post_quant_conv": what the file goes without
-               shift: float, scale: float,  # latents = (z - shift) * scale
-               where,                       # how errors call the file
-              ) -> tuple[VAE, dict]:        # our VAE, float32; (name in the file: (ours, shape in the file))
+
+def _build_vae(
+    tensors: dict[str, Tensor],  # diffusers' names
+    config: VAEConfig,
+    absent: set[str],  # of "quant_conv", "post_quant_conv": what the file goes without
+    shift: float,
+    scale: float,  # latents = (z - shift) * scale
+    where,  # how errors call the file
+) -> tuple[VAE, dict]:  # our VAE, float32; (name in the file: (ours, shape in the file))
     "Our VAE with these weights. Raises ValueError naming a tensor or size that does not fit."
-    try: check_limits(config)
-    except ValueError as error: raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
+    try:
+        check_limits(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
     vae = on_meta(VAE, config, where)
-    modern = lambda n: re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n)
-    flat = lambda n, w: w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
-    if len({modern(n) for n in tensors}) != len(tensors): raise ValueError(f"{where}: surplus tensors: the attention is there under its old and its new names")
-    names = {f"{theirs}.{last}": f"{ours}.{last}" for theirs, ours in _vae_names(config).items() if theirs not in absent for last in ("weight", "bias")}
+    modern = lambda n: re.sub(
+        r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n
+    )
+    flat = lambda n, w: (
+        w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
+    )
+    if len({modern(n) for n in tensors}) != len(tensors):
+        raise ValueError(f"{where}: surplus tensors: the attention is there under its old and its new names")
+    names = {
+        f"{theirs}.{last}": f"{ours}.{last}"
+        for theirs, ours in _vae_names(config).items()
+        if theirs not in absent
+        for last in ("weight", "bias")
+    }
     shapes = {n: tuple(w.shape) for n, w in vae.state_dict().items()}
-    found = {modern(n): (str(w.dtype).removeprefix("torch."), tuple(flat(n, w).shape)) for n, w in tensors.items()}
+    found = {
+        modern(n): (str(w.dtype).removeprefix("torch."), tuple(flat(n, w).shape)) for n, w in tensors.items()
+    }
     fit_header(found, {theirs: shapes[ours] for theirs, ours in names.items()}, where)
     _check_finite(tensors, where)
     state = {names[modern(n)]: flat(n, w).float() for n, w in tensors.items()}
     for theirs in absent:
         ours, c = _vae_names(config)[theirs], shapes[_vae_names(config)[theirs] + ".weight"][0]
         state |= {ours + ".weight": torch.eye(c)[..., None, None], ours + ".bias": torch.zeros(c)}
-    state |= {"latent_mean": torch.full((config.latent_channels,), float(shift)), "latent_std": torch.full((config.latent_channels,), 1 / scale)}
+    state |= {
+        "latent_mean": torch.full((config.latent_channels,), float(shift)),
+        "latent_std": torch.full((config.latent_channels,), 1 / scale),
+    }
     vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False).to(memory_format=torch.channels_last).eval(), {n: (names[modern(n)], tuple(w.shape)) for n, w in tensors.items()}
+    return vae.requires_grad_(False).to(memory_format=torch.channels_last).eval(), {
+        n: (names[modern(n)], tuple(w.shape)) for n, w in tensors.items()
+    }
 
 # %% ../nbs/13_released.ipynb #13-8d6ca16f
 _VAE = LIMITS[VAEConfig]
 
+
 def _all(word: str):  # a shape: a list of this word alone
-    def holds(value) -> bool: return isinstance(value, list) and len(value) > 0 and all(v == word for v in value)
+    def holds(value) -> bool:
+        return isinstance(value, list) and len(value) > 0 and all(v == word for v in value)
+
     holds.__doc__ = f"a list of {word!r}"
     return holds
 
-_VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the shape of its value (object: it has no effect on what it computes), and its default
-    "block_out_channels": (_VAE["channels"], ...), "latent_channels": (_VAE["latent_channels"], ...), "layers_per_block": (_VAE["layers"], ...),
-    "norm_num_groups": (_VAE["groups"], 32), "in_channels": (_VAE["in_channels"], 3), "out_channels": (_VAE["in_channels"], 3),
-    "scaling_factor": (_RULES["scale"], .18215), "shift_factor": ((None, Range(-1e6, 1e6, float)), None), "act_fn": (one_of("silu"), "silu"),
-    "down_block_types": (_all("DownEncoderBlock2D"), None), "up_block_types": (_all("UpDecoderBlock2D"), None), "latents_mean": (None, None),
-    "latents_std": (None, None), "use_quant_conv": (bool, True), "use_post_quant_conv": (bool, True), "mid_block_add_attention": (bool, True),
-    "_class_name": (one_of("AutoencoderKL"), None), "sample_size": (object, None), "force_upcast": (object, None), "_diffusers_version": (object, None),
-    "_name_or_path": (object, None)}
 
-def load_vae(path_or_repo_id: str | Path,       # a folder in the layout of diffusers, its parent (with the VAE in `vae/`), or a hub repository
-             device="cpu",                      # where it goes; "auto" takes the GPU
-             dtype: torch.dtype | None = None,  # dtype of weights and images; float32 by default
-            ) -> VAE:                           # our VAE, frozen, eval mode; its latents are scaled as the file says
+_VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the shape of its value (object: it has no effect on what it computes), and its default
+    "block_out_channels": (_VAE["channels"], ...),
+    "latent_channels": (_VAE["latent_channels"], ...),
+    "layers_per_block": (_VAE["layers"], ...),
+    "norm_num_groups": (_VAE["groups"], 32),
+    "in_channels": (_VAE["in_channels"], 3),
+    "out_channels": (_VAE["in_channels"], 3),
+    "scaling_factor": (_RULES["scale"], 0.18215),
+    "shift_factor": ((None, Range(-1e6, 1e6, float)), None),
+    "act_fn": (one_of("silu"), "silu"),
+    "down_block_types": (_all("DownEncoderBlock2D"), None),
+    "up_block_types": (_all("UpDecoderBlock2D"), None),
+    "latents_mean": (None, None),
+    "latents_std": (None, None),
+    "use_quant_conv": (bool, True),
+    "use_post_quant_conv": (bool, True),
+    "mid_block_add_attention": (bool, True),
+    "_class_name": (one_of("AutoencoderKL"), None),
+    "sample_size": (object, None),
+    "force_upcast": (object, None),
+    "_diffusers_version": (object, None),
+    "_name_or_path": (object, None),
+}
+
+
+def load_vae(
+    path_or_repo_id: str
+    | Path,  # a folder in the layout of diffusers, its parent (with the VAE in `vae/`), or a hub repository
+    device="cpu",  # where it goes; "auto" takes the GPU
+    dtype: torch.dtype | None = None,  # dtype of weights and images; float32 by default
+) -> VAE:  # our VAE, frozen, eval mode; its latents are scaled as the file says
     "Read an `AutoencoderKL` (the released c4, c8, c16; SDXL's). Raises ValueError naming an option or tensor that we do not support, FileNotFoundError if there is no VAE."
     source = Path(path_or_repo_id)
-    for inside in ("vae/", "") if source.is_dir() and not (source / "diffusion_pytorch_model.safetensors").exists() else ("", "vae/"):
-        if place := _find(path_or_repo_id, inside + "config.json"): break
-    else: raise FileNotFoundError(f"{path_or_repo_id} holds no config.json of a VAE")
-    given = read_json(place, "configuration", 2 ** 22)
-    if not isinstance(given, dict) or "block_out_channels" not in given: raise ValueError(f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A FlexTok? Use load_flextok.)")
+    for inside in (
+        ("vae/", "")
+        if source.is_dir() and not (source / "diffusion_pytorch_model.safetensors").exists()
+        else ("", "vae/")
+    ):
+        if place := _find(path_or_repo_id, inside + "config.json"):
+            break
+    else:
+        raise FileNotFoundError(f"{path_or_repo_id} holds no config.json of a VAE")
+    given = read_json(place, "configuration", 2**22)
+    if not isinstance(given, dict) or "block_out_channels" not in given:
+        raise ValueError(
+            f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A FlexTok? Use load_flextok.)"
+        )
     for name, value in given.items():
-        if name not in _VAE_OPTIONS: raise ValueError(f"{place}: unknown option {reprlib.repr(name)} = {reprlib.repr(value)}")
-        try: conform(value, _VAE_OPTIONS[name][0], f"option {name!r}")
-        except ValueError as error: raise ValueError(f"{place}: our VAE does not support this: {error}") from None
+        if name not in _VAE_OPTIONS:
+            raise ValueError(f"{place}: unknown option {reprlib.repr(name)} = {reprlib.repr(value)}")
+        try:
+            conform(value, _VAE_OPTIONS[name][0], f"option {name!r}")
+        except ValueError as error:
+            raise ValueError(f"{place}: our VAE does not support this: {error}") from None
     o = {name: given.get(name, default) for name, (_, default) in _VAE_OPTIONS.items()}
     for name, value in o.items():
-        if value is ...: raise ValueError(f"{place}: option {name!r} is missing")
+        if value is ...:
+            raise ValueError(f"{place}: option {name!r} is missing")
     _equal("the number of image channels", o["in_channels"], o["out_channels"])
     for name in ("down_block_types", "up_block_types"):
-        if o[name] and len(o[name]) != len(o["block_out_channels"]): raise ValueError(f"{place}: option {name!r} has {len(o[name])} entries for {len(o['block_out_channels'])} levels")
+        if o[name] and len(o[name]) != len(o["block_out_channels"]):
+            raise ValueError(
+                f"{place}: option {name!r} has {len(o[name])} entries for {len(o['block_out_channels'])} levels"
+            )
     file = _find(path_or_repo_id, inside + "diffusion_pytorch_model.safetensors")
-    if file is None: raise FileNotFoundError(f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not read)")
-    config = VAEConfig(o["in_channels"], o["latent_channels"], tuple(o["block_out_channels"]), o["layers_per_block"], 1, o["norm_num_groups"], o["mid_block_add_attention"])
+    if file is None:
+        raise FileNotFoundError(
+            f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not read)"
+        )
+    config = VAEConfig(
+        o["in_channels"],
+        o["latent_channels"],
+        tuple(o["block_out_channels"]),
+        o["layers_per_block"],
+        1,
+        o["norm_num_groups"],
+        o["mid_block_add_attention"],
+    )
     absent = {n for n in ("quant_conv", "post_quant_conv") if not o["use_" + n]}
-    vae, _ = _build_vae(read_tensors(file)[0], config, absent, o["shift_factor"] or 0., o["scaling_factor"], file)
+    vae, _ = _build_vae(
+        read_tensors(file)[0], config, absent, o["shift_factor"] or 0.0, o["scaling_factor"], file
+    )
     vae.terms = "Released FlexTok VAEs, and whatever is fine-tuned from them, are for research use only. (Other VAEs: see their own licence.)"
     print(vae.terms)
     return vae.to(pick_device(device), dtype)
 
 # %% ../nbs/13_released.ipynb #13-d7a1de7a
-def _vae_inside(tensors: dict[str, Tensor],  # those whose names begin with "vae."
-                layout: Layout,              # gets the names, for saving
-                where,
-               ) -> VAE:
+def _vae_inside(
+    tensors: dict[str, Tensor],  # those whose names begin with "vae."
+    layout: Layout,  # gets the names, for saving
+    where,
+) -> VAE:
     "The VAE that travels in a tokenizer's file."
     first = [n for n, w in tensors.items() if n.endswith("encoder.conv_in.weight") and w.ndim == 4]
-    if layout.description.get("vae") is None: raise ValueError(f"{where}: surplus tensors vae.…: the configuration describes no VAE")
-    if len(first) != 1: raise ValueError(f"{where}: the tensors vae.… are no VAE that we know: expected one …encoder.conv_in.weight, found {len(first)}")
+    if layout.description.get("vae") is None:
+        raise ValueError(f"{where}: surplus tensors vae.…: the configuration describes no VAE")
+    if len(first) != 1:
+        raise ValueError(
+            f"{where}: the tensors vae.… are no VAE that we know: expected one …encoder.conv_in.weight, found {len(first)}"
+        )
     prefix = first[0].removesuffix("encoder.conv_in.weight")
     for n in tensors:
-        if not n.startswith(prefix): raise ValueError(f"{where}: surplus tensor {n!r}: the VAE's others begin with {prefix!r}")
+        if not n.startswith(prefix):
+            raise ValueError(f"{where}: surplus tensor {n!r}: the VAE's others begin with {prefix!r}")
     inner = {n.removeprefix(prefix): w for n, w in tensors.items()}
     widths = []
-    while (n := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.bias") in inner: widths.append(len(inner[n]))
+    while (n := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.bias") in inner:
+        widths.append(len(inner[n]))
     layers = sum(bool(re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.bias", n)) for n in inner)
-    if not widths: raise ValueError(f"{where}: missing tensors {prefix}encoder.down_blocks.0.resnets.0.…")
-    config = VAEConfig(inner["encoder.conv_in.weight"].shape[1], layout.config.latent_channels, tuple(widths), layers, attention=any(".attentions." in n for n in inner))
-    absent = {n for n in ("quant_conv", "post_quant_conv") if f"{n}.weight" not in inner and f"{n}.bias" not in inner}
-    vae, names = _build_vae(inner, config, absent, 0., layout.scaling, where)
+    if not widths:
+        raise ValueError(f"{where}: missing tensors {prefix}encoder.down_blocks.0.resnets.0.…")
+    config = VAEConfig(
+        inner["encoder.conv_in.weight"].shape[1],
+        layout.config.latent_channels,
+        tuple(widths),
+        layers,
+        attention=any(".attentions." in n for n in inner),
+    )
+    absent = {
+        n
+        for n in ("quant_conv", "post_quant_conv")
+        if f"{n}.weight" not in inner and f"{n}.bias" not in inner
+    }
+    vae, names = _build_vae(inner, config, absent, 0.0, layout.scaling, where)
     vae.terms = TERMS
     layout.vae = {prefix + n: value for n, value in names.items()}
     return vae
 
 # %% ../nbs/13_released.ipynb #13-03fdba44
-def load_flextok(path_or_repo_id: str | Path,       # a folder, a .safetensors with the configuration in its metadata, or a hub repository
-                 device="cpu",                      # where it goes; "auto" takes the GPU
-                 dtype: torch.dtype | None = None,  # dtype of the tokenizer's parameters; float32 by default. (A VAE stays float32)
-                 vae: VAE | None = None,            # stage 0, if the file brings none: without it only the calls on latents work
-                 latent_size: int | None = None,    # side of the latents; by default as large as the position tables allow
-                ) -> FlexTok:                       # our FlexTok, eval mode; `tok.released` remembers the layout
+def load_flextok(
+    path_or_repo_id: str
+    | Path,  # a folder, a .safetensors with the configuration in its metadata, or a hub repository
+    device="cpu",  # where it goes; "auto" takes the GPU
+    dtype: torch.dtype
+    | None = None,  # dtype of the tokenizer's parameters; float32 by default. (A VAE stays float32)
+    vae: VAE | None = None,  # stage 0, if the file brings none: without it only the calls on latents work
+    latent_size: int | None = None,  # side of the latents; by default as large as the position tables allow
+) -> FlexTok:  # our FlexTok, eval mode; `tok.released` remembers the layout
     "Read a released FlexTok. Raises ValueError naming what does not fit, FileNotFoundError if there is nothing to read."
     path = Path(path_or_repo_id)
     file = path if path.is_file() else _find(path_or_repo_id, "model.safetensors")
-    if file is None: raise FileNotFoundError(f"{path} holds no model.safetensors (a .bin, .pt or .ckpt is a pickle, and is not read)")
+    if file is None:
+        raise FileNotFoundError(
+            f"{path} holds no model.safetensors (a .bin, .pt or .ckpt is a pickle, and is not read)"
+        )
     described = None if path.is_file() else _find(path_or_repo_id, "config.json")
     header, metadata = tensor_header(file)
-    layout = _read(read_json(described, "configuration", 2 ** 24) if described else _from_metadata(metadata, file), latent_size)
+    layout = _read(
+        read_json(described, "configuration", 2**24) if described else _from_metadata(metadata, file),
+        latent_size,
+    )
     tok = _fits(layout, {n: h for n, h in header.items() if not n.startswith("vae.")}, file)
     tensors, _ = read_tensors(file)
     inside = {n: tensors.pop(n) for n in list(tensors) if n.startswith("vae.")}
     _check_finite(tensors, file)
     layout.originals = {n: tensors[n].clone() for n in layout.tables}
     kind = dtype or torch.float32
-    state = {ours: tensors[n].to(kind) for n, ours in layout.names.items()} | {t.ours: t.dense(tensors[n].float()) for n, t in layout.tables.items()}
+    state = {ours: tensors[n].to(kind) for n, ours in layout.names.items()} | {
+        t.ours: t.dense(tensors[n].float()) for n, t in layout.tables.items()
+    }
     state["decoder.register_positions"] = state["decoder.register_positions"].to(kind)
     tok.load_state_dict(state, assign=True)
-    c, tok.fsq = layout.config, FSQ(layout.config.levels)                                         # buffers that no file holds
+    c, tok.fsq = layout.config, FSQ(layout.config.levels)  # buffers that no file holds
     tok.decoder.time.frequencies = TimeEmbedding(1, c.time_features, c.max_timestep).frequencies
-    if inside and vae is not None: raise ValueError(f"{file} brings its own VAE: do not pass another")
+    if inside and vae is not None:
+        raise ValueError(f"{file} brings its own VAE: do not pass another")
     vae = _vae_inside(inside, layout, file) if inside else _check_vae(vae, layout)
     tok.vae, tok.released = vae.requires_grad_(False).eval() if vae is not None else None, layout
     tok.terms = TERMS
@@ -516,30 +1043,64 @@ def load_flextok(path_or_repo_id: str | Path,       # a folder, a .safetensors w
 # %% ../nbs/13_released.ipynb #13-c0e67f68
 def _fits(layout: Layout, header: dict, file: Path) -> FlexTok:  # on the meta device: shapes without memory
     "Raises ValueError where the tensors of the file are not those of the tokenizer that its description means. Nothing is allocated."
-    try: check_limits(layout.config)
-    except ValueError as error: raise ValueError(f"{file}: sizes that our FlexTok cannot have: {error}") from error
+    try:
+        check_limits(layout.config)
+    except ValueError as error:
+        raise ValueError(f"{file}: sizes that our FlexTok cannot have: {error}") from error
     _check_tables(layout.tables, file.stat().st_size, file)
     needed = len(layout.names) + len(layout.tables)
-    if needed > 10 * len(header) + 1000: raise ValueError(f"{file}: missing tensors: the configuration needs {needed}, and here are {len(header)}")
+    if needed > 10 * len(header) + 1000:
+        raise ValueError(
+            f"{file}: missing tensors: the configuration needs {needed}, and here are {len(header)}"
+        )
     tok = on_meta(FlexTok, layout.config, file)
     shapes = {n: tuple(w.shape) for n, w in tok.state_dict().items()}
-    fit_header(header, {n: shapes[ours] for n, ours in layout.names.items()} | {n: t.shape for n, t in layout.tables.items()}, file)
+    fit_header(
+        header,
+        {n: shapes[ours] for n, ours in layout.names.items()}
+        | {n: t.shape for n, t in layout.tables.items()},
+        file,
+    )
     return tok
+
 
 def _from_metadata(metadata: dict[str, str], where) -> dict:  # the description
     "The configuration in the metadata of a single file: one json text, or one for each section."
-    if {"encoder", "decoder"} <= metadata.keys(): return {n: parse_json(text, f"{where}, {n}", "configuration", 2 ** 24) for n, text in metadata.items() if n not in ("format",)}
-    texts = [metadata["config"]] if "config" in metadata else [text for text in metadata.values() if text.lstrip().startswith("{")]
-    if len(texts) != 1: raise ValueError(f"{where} holds no configuration in its metadata (of a folder with a config.json, pass the folder)")
-    return parse_json(texts[0], where, "configuration", 2 ** 24)
+    if {"encoder", "decoder"} <= metadata.keys():
+        return {
+            n: parse_json(text, f"{where}, {n}", "configuration", 2**24)
+            for n, text in metadata.items()
+            if n not in ("format",)
+        }
+    texts = (
+        [metadata["config"]]
+        if "config" in metadata
+        else [text for text in metadata.values() if text.lstrip().startswith("{")]
+    )
+    if len(texts) != 1:
+        raise ValueError(
+            f"{where} holds no configuration in its metadata (of a folder with a config.json, pass the folder)"
+        )
+    return parse_json(texts[0], where, "configuration", 2**24)
+
 
 def _check_vae(vae: VAE | None, layout: Layout) -> VAE | None:
     "Raises ValueError for a VAE whose latents are others than those the tokenizer knows. (One with a measured scale per channel is taken at its word.)"
-    if vae is None: return None
-    if vae.config.latent_channels != layout.config.latent_channels: raise ValueError(f"the VAE has {vae.config.latent_channels} latent channels, the tokenizer {layout.config.latent_channels}")
+    if vae is None:
+        return None
+    if vae.config.latent_channels != layout.config.latent_channels:
+        raise ValueError(
+            f"the VAE has {vae.config.latent_channels} latent channels, the tokenizer {layout.config.latent_channels}"
+        )
     std = vae.latent_std.float().cpu()
-    if (std == std[0]).all() and layout.description.get("vae") is not None and abs(1 / std[0].item() / layout.scaling - 1) > 1e-3:
-        raise ValueError(f"the VAE scales its latents by {1 / std[0].item():.5g}, but the tokenizer was trained on {layout.scaling:.5g}: if it is the right VAE, set vae.latent_std.fill_(1 / {layout.scaling:.5g})")
+    if (
+        (std == std[0]).all()
+        and layout.description.get("vae") is not None
+        and abs(1 / std[0].item() / layout.scaling - 1) > 1e-3
+    ):
+        raise ValueError(
+            f"the VAE scales its latents by {1 / std[0].item():.5g}, but the tokenizer was trained on {layout.scaling:.5g}: if it is the right VAE, set vae.latent_std.fill_(1 / {layout.scaling:.5g})"
+        )
     return vae
 
 # %% ../nbs/13_released.ipynb #13-05e23868
@@ -548,91 +1109,245 @@ def _part_of(kind: str, keys: str = "", **options) -> dict:  # a description
     target = next(t for t in PARTS if t.endswith("." + kind))
     return {"_target_": target, **dict(word.split("=") for word in keys.split()), **options}
 
-def _turn(a: str, b: str, how: str) -> dict: return _part_of("PerSampleOp", f"read_key={a} write_key={b}", per_sample_op=_part_of("get_method", path=f"{_TURN}channels_{how}"))
-def _adder(key: str, dim: int, sizes: list[int], kind: str) -> dict:
-    return _part_of("PositionalEmbeddingAdder", f"read_key={key} write_key={key}", dim=dim, max_sizes=sizes, posemb_type=kind, posemb_scaling="absolute")
 
-def _describe_side(c: TokenizerConfig,
-                   s: str,             # "enc" or "dec": begins every name
-                   latents: str,       # key of the latents
-                   registers: str,     # key of the registers
-                   trunk: TrunkConfig, mask: str,
-                   first: dict,        # modules that make the registers, and the clock
-                   pack: dict,         # further options of the packer
-                   clock: dict,        # further options of the transformer
-                  ) -> dict:           # descriptions by name
+def _turn(a: str, b: str, how: str) -> dict:
+    return _part_of(
+        "PerSampleOp",
+        f"read_key={a} write_key={b}",
+        per_sample_op=_part_of("get_method", path=f"{_TURN}channels_{how}"),
+    )
+
+
+def _adder(key: str, dim: int, sizes: list[int], kind: str) -> dict:
+    return _part_of(
+        "PositionalEmbeddingAdder",
+        f"read_key={key} write_key={key}",
+        dim=dim,
+        max_sizes=sizes,
+        posemb_type=kind,
+        posemb_scaling="absolute",
+    )
+
+
+def _describe_side(
+    c: TokenizerConfig,
+    s: str,  # "enc" or "dec": begins every name
+    latents: str,  # key of the latents
+    registers: str,  # key of the registers
+    trunk: TrunkConfig,
+    mask: str,
+    first: dict,  # modules that make the registers, and the clock
+    pack: dict,  # further options of the packer
+    clock: dict,  # further options of the transformer
+) -> dict:  # descriptions by name
     "What both sides share: latents to patches, patches and registers through the blocks."
     dim, p = trunk.width, trunk.patch
     shapes = lambda way: " ".join(f"{i}_packed_shapes_{way}_key={s}_shapes_{i}" for i in ("inner", "outer"))
-    return {f"{s}_channels_to_last": _turn(latents, f"{s}_bhwc", "first_to_last"),
-        f"{s}_patch_emb": _part_of("PatchEmbedder", f"input_tensor_list_read_key={s}_bhwc patches_list_write_key={s}_patches n_patches_write_key={s}_n_patches",
-                                   channels_in=c.latent_channels, dim=dim, patch_sizes=[p, p], flatten_patches=False),
-        f"{s}_posemb": _adder(f"{s}_patches", dim, [c.latent_size // p] * 2, "sincos"), **first,
-        f"{s}_seq_packer": _part_of("BlockWiseSequencePacker", f"packed_seq_write_key={s}_seq block_mask_write_key={s}_mask {shapes('write')}",
-                                    input_list_read_keys=[f"{s}_patches", registers], mask_mode=mask, pad_to_multiple=128, **pack),
-        f"{s}_transformer": _part_of("FlexTransformer", f"input_seq_read_key={s}_seq output_seq_write_key={s}_seq block_mask_read_key={s}_mask",
-                                     dim=dim, depth=trunk.depth, head_dim=trunk.head_dim, mlp_ratio=trunk.mlp_ratio, **clock),
-        f"{s}_unpacker": _part_of("SequenceUnpacker", f"packed_seq_read_key={s}_seq {shapes('read')}", inner_seq_write_keys=[f"{s}_patches", registers])}
+    return {
+        f"{s}_channels_to_last": _turn(latents, f"{s}_bhwc", "first_to_last"),
+        f"{s}_patch_emb": _part_of(
+            "PatchEmbedder",
+            f"input_tensor_list_read_key={s}_bhwc patches_list_write_key={s}_patches n_patches_write_key={s}_n_patches",
+            channels_in=c.latent_channels,
+            dim=dim,
+            patch_sizes=[p, p],
+            flatten_patches=False,
+        ),
+        f"{s}_posemb": _adder(f"{s}_patches", dim, [c.latent_size // p] * 2, "sincos"),
+        **first,
+        f"{s}_seq_packer": _part_of(
+            "BlockWiseSequencePacker",
+            f"packed_seq_write_key={s}_seq block_mask_write_key={s}_mask {shapes('write')}",
+            input_list_read_keys=[f"{s}_patches", registers],
+            mask_mode=mask,
+            pad_to_multiple=128,
+            **pack,
+        ),
+        f"{s}_transformer": _part_of(
+            "FlexTransformer",
+            f"input_seq_read_key={s}_seq output_seq_write_key={s}_seq block_mask_read_key={s}_mask",
+            dim=dim,
+            depth=trunk.depth,
+            head_dim=trunk.head_dim,
+            mlp_ratio=trunk.mlp_ratio,
+            **clock,
+        ),
+        f"{s}_unpacker": _part_of(
+            "SequenceUnpacker",
+            f"packed_seq_read_key={s}_seq {shapes('read')}",
+            inner_seq_write_keys=[f"{s}_patches", registers],
+        ),
+    }
 
 # %% ../nbs/13_released.ipynb #13-5ffc71d4
-def _describe(c: TokenizerConfig,   # a tokenizer of our own
-              scaling: float,       # latents = scaling * what the VAE's encoder gives
-             ) -> dict:             # a description in the released layout
+def _describe(
+    c: TokenizerConfig,  # a tokenizer of our own
+    scaling: float,  # latents = scaling * what the VAE's encoder gives
+) -> dict:  # a description in the released layout
     "What room 08 builds, said in the words of the released files."
-    e, d, l, k, head = c.encoder.width, c.decoder.width, len(c.levels), c.registers, dict(use_mup_readout=False, weight_init_style="zero")
+    e, d, l, k, head = (
+        c.encoder.width,
+        c.decoder.width,
+        len(c.levels),
+        c.registers,
+        dict(use_mup_readout=False, weight_init_style="zero"),
+    )
     law = {ours: theirs for theirs, ours in _LAWS.items()}.get(c.dropout_law, "uniform")
-    registers = {"enc_registers": _part_of("Registers1D", "input_tensor_list_read_key=enc_patches register_sizes_read_write_key=register_sizes registers_write_key=enc_registers",
-                                           dim=e, n_min=k, n_max=k, size_sampling_mode="uniform", ordering_mode="nested")}
-    encoder = _describe_side(c, "enc", "vae_latents", "enc_registers", c.encoder, c.encoder_mask, registers, {}, {}) | {
-        "enc_to_latents": _part_of("LinearHead", "read_key=enc_registers write_key=enc_registers", dim=e, dim_out=l, **head)}
-    told = {"dec_from_latents": _part_of("LinearLayer", "read_key=quants write_key=dec_quants", dim_in=l, dim=d), "dec_registers_posemb": _adder("dec_quants", d, [k], "learnable_sum"),
-        "dec_nested_dropout": _part_of("MaskedNestedDropout", "read_write_key=dec_quants eval_keep_k_read_key=eval_keep_k train_keep_k_write_key=train_keep_k", dim=d, size_sampling_mode=law),
-        "dec_null": _part_of("LearnedNullCond", "read_write_key=dec_quants eval_drop_flag_read_key=eval_dropout_mask", dim=d, dropout_prob=c.null_probability),
-        "dec_time": _part_of("TimestepEmbedder", "timesteps_read_key=timesteps time_embedding_write_key=dec_temb", dim=d, frequency_embedding_size=c.time_features, max_timestep=c.max_timestep)}
-    decoder = _describe_side(c, "dec", "noised", "dec_quants", c.decoder, "full", told, dict(emb_packing_fn_write_key="dec_emb_fn", per_subseq_embs=c.modulations == 2),
-                             dict(adaLN_emb_read_key="dec_temb", adaLN_packing_fn_read_key="dec_emb_fn", adaLN_expansion=c.modulations)) | {
-        "dec_to_patches": _part_of("ToPatchesLinearHead", "read_key=dec_patches write_key=dec_out adaLN_emb_read_key=dec_temb", dim=d, channels_out=c.latent_channels, patch_sizes=[c.decoder.patch] * 2, **head),
-        "dec_channels_to_first": _turn("dec_out", "reconst", "last_to_first")}
-    return {"vae": _part_of("StableDiffusionVAE", "images_read_key=rgb vae_latents_read_key=reconst vae_latents_write_key=vae_latents images_reconst_write_key=rgb_reconst",
-                            latent_channels=c.latent_channels, scaling_factor=scaling, sample_posterior=c.sample_posterior, frozen=True),
-        "encoder": _part_of("SequentialModuleDictWrapper", module_dict=encoder), "decoder": _part_of("SequentialModuleDictWrapper", module_dict=decoder),
-        "regularizer": _part_of("FSQ", "latents_read_key=enc_registers quants_write_key=quants tokens_write_key=tokens", levels=list(c.levels), drop_quant_p=0., corrupt_tokens_p=0., packed_call=True),
-        "flow_matching_noise_module": _part_of("MinRFNoiseModule", "clean_images_read_key=vae_latents noised_images_write_key=noised timesteps_write_key=timesteps sigmas_write_key=sigmas",
-                                               ln=c.time_law == "logit_normal", mode_scale=c.mode_scale if c.time_law == "mode" else 0.),
-        "pipeline": _part_of("MinRFPipeline", "latents_read_key=quants timesteps_read_key=timesteps noised_images_read_key=noised reconst_write_key=reconst noise_read_key=noise",
-                             _partial_=True, out_channels=c.latent_channels)}
+    registers = {
+        "enc_registers": _part_of(
+            "Registers1D",
+            "input_tensor_list_read_key=enc_patches register_sizes_read_write_key=register_sizes registers_write_key=enc_registers",
+            dim=e,
+            n_min=k,
+            n_max=k,
+            size_sampling_mode="uniform",
+            ordering_mode="nested",
+        )
+    }
+    encoder = _describe_side(
+        c, "enc", "vae_latents", "enc_registers", c.encoder, c.encoder_mask, registers, {}, {}
+    ) | {
+        "enc_to_latents": _part_of(
+            "LinearHead", "read_key=enc_registers write_key=enc_registers", dim=e, dim_out=l, **head
+        )
+    }
+    told = {
+        "dec_from_latents": _part_of("LinearLayer", "read_key=quants write_key=dec_quants", dim_in=l, dim=d),
+        "dec_registers_posemb": _adder("dec_quants", d, [k], "learnable_sum"),
+        "dec_nested_dropout": _part_of(
+            "MaskedNestedDropout",
+            "read_write_key=dec_quants eval_keep_k_read_key=eval_keep_k train_keep_k_write_key=train_keep_k",
+            dim=d,
+            size_sampling_mode=law,
+        ),
+        "dec_null": _part_of(
+            "LearnedNullCond",
+            "read_write_key=dec_quants eval_drop_flag_read_key=eval_dropout_mask",
+            dim=d,
+            dropout_prob=c.null_probability,
+        ),
+        "dec_time": _part_of(
+            "TimestepEmbedder",
+            "timesteps_read_key=timesteps time_embedding_write_key=dec_temb",
+            dim=d,
+            frequency_embedding_size=c.time_features,
+            max_timestep=c.max_timestep,
+        ),
+    }
+    decoder = _describe_side(
+        c,
+        "dec",
+        "noised",
+        "dec_quants",
+        c.decoder,
+        "full",
+        told,
+        dict(emb_packing_fn_write_key="dec_emb_fn", per_subseq_embs=c.modulations == 2),
+        dict(
+            adaLN_emb_read_key="dec_temb",
+            adaLN_packing_fn_read_key="dec_emb_fn",
+            adaLN_expansion=c.modulations,
+        ),
+    ) | {
+        "dec_to_patches": _part_of(
+            "ToPatchesLinearHead",
+            "read_key=dec_patches write_key=dec_out adaLN_emb_read_key=dec_temb",
+            dim=d,
+            channels_out=c.latent_channels,
+            patch_sizes=[c.decoder.patch] * 2,
+            **head,
+        ),
+        "dec_channels_to_first": _turn("dec_out", "reconst", "last_to_first"),
+    }
+    return {
+        "vae": _part_of(
+            "StableDiffusionVAE",
+            "images_read_key=rgb vae_latents_read_key=reconst vae_latents_write_key=vae_latents images_reconst_write_key=rgb_reconst",
+            latent_channels=c.latent_channels,
+            scaling_factor=scaling,
+            sample_posterior=c.sample_posterior,
+            frozen=True,
+        ),
+        "encoder": _part_of("SequentialModuleDictWrapper", module_dict=encoder),
+        "decoder": _part_of("SequentialModuleDictWrapper", module_dict=decoder),
+        "regularizer": _part_of(
+            "FSQ",
+            "latents_read_key=enc_registers quants_write_key=quants tokens_write_key=tokens",
+            levels=list(c.levels),
+            drop_quant_p=0.0,
+            corrupt_tokens_p=0.0,
+            packed_call=True,
+        ),
+        "flow_matching_noise_module": _part_of(
+            "MinRFNoiseModule",
+            "clean_images_read_key=vae_latents noised_images_write_key=noised timesteps_write_key=timesteps sigmas_write_key=sigmas",
+            ln=c.time_law == "logit_normal",
+            mode_scale=c.mode_scale if c.time_law == "mode" else 0.0,
+        ),
+        "pipeline": _part_of(
+            "MinRFPipeline",
+            "latents_read_key=quants timesteps_read_key=timesteps noised_images_read_key=noised reconst_write_key=reconst noise_read_key=noise",
+            _partial_=True,
+            out_channels=c.latent_channels,
+        ),
+    }
 
 # %% ../nbs/13_released.ipynb #13-499f3751
 def _own_layout(tok: FlexTok) -> Layout:
     "A layout for a tokenizer that was not loaded from one. Says in one line what the layout cannot hold."
     c, vae = tok.config, tok.vae
-    if tok.norm is not None: raise ValueError("norm_before_fsq=True has no place in the released layout: train with norm_before_fsq=False, or use save_tokenizer")
+    if tok.norm is not None:
+        raise ValueError(
+            "norm_before_fsq=True has no place in the released layout: train with norm_before_fsq=False, or use save_tokenizer"
+        )
     std = vae.latent_std.float().cpu() if vae is not None else torch.ones(1)
-    fits = vae is not None and vae.config.stem == 1 and vae.config.groups == 32 and not vae.latent_mean.any() and bool((std == std[0]).all())
-    layout = _read(_describe(c, 1 / std[0].item() if fits else 1.), c.latent_size)
+    fits = (
+        vae is not None
+        and vae.config.stem == 1
+        and vae.config.groups == 32
+        and not vae.latent_mean.any()
+        and bool((std == std[0]).all())
+    )
+    layout = _read(_describe(c, 1 / std[0].item() if fits else 1.0), c.latent_size)
     if fits:
         state = vae.state_dict()
-        layout.vae = {f"vae.{theirs}.{last}": (f"{ours}.{last}", tuple(state[f"{ours}.{last}"].shape)) for theirs, ours in _vae_names(vae.config).items() for last in ("weight", "bias")}
+        layout.vae = {
+            f"vae.{theirs}.{last}": (f"{ours}.{last}", tuple(state[f"{ours}.{last}"].shape))
+            for theirs, ours in _vae_names(vae.config).items()
+            for last in ("weight", "bias")
+        }
     lost = [f"{n}={v!r}" for n, v in asdict(c).items() if v != asdict(layout.config)[n]]
-    if lost: print(f"The released layout cannot say how this was trained: {', '.join(lost)} is left out.")
+    if lost:
+        print(f"The released layout cannot say how this was trained: {', '.join(lost)} is left out.")
     return layout
 
-def save_released(tok: FlexTok,      # any FlexTok without a norm before FSQ
-                  path: str | Path,  # a folder, or a file ending in .safetensors, which then holds everything
-                 ) -> None:
+
+def save_released(
+    tok: FlexTok,  # any FlexTok without a norm before FSQ
+    path: str | Path,  # a folder, or a file ending in .safetensors, which then holds everything
+) -> None:
     "Write a tokenizer in the layout of the released ones. Raises ValueError if the layout cannot hold it."
     from safetensors.torch import save_file
+
     layout, path = getattr(tok, "released", None) or _own_layout(tok), Path(path)
     state = {n: w.detach().cpu() for n, w in tok.own_state().items()}
     ours = {*layout.names.values(), *(t.ours for t in layout.tables.values())}
-    if state.keys() != ours: raise ValueError(f"the released layout has no place for {', '.join(sorted(state.keys() ^ ours)[:3])}")
-    tensors = {n: state[ours] for n, ours in layout.names.items()} | {n: t.stored(state[t.ours], layout.originals.get(n)) for n, t in layout.tables.items()}
+    if state.keys() != ours:
+        raise ValueError(f"the released layout has no place for {', '.join(sorted(state.keys() ^ ours)[:3])}")
+    tensors = {n: state[ours] for n, ours in layout.names.items()} | {
+        n: t.stored(state[t.ours], layout.originals.get(n)) for n, t in layout.tables.items()
+    }
     if layout.vae:
         inner = {n: w.detach().cpu() for n, w in tok._need_vae("save_released").state_dict().items()}
         tensors |= {n: inner[ours].reshape(shape) for n, (ours, shape) in layout.vae.items()}
-    elif tok.vae is not None: print("The VAE is not part of this checkpoint: pass it to load_flextok again.")
-    tensors, text = {n: w.contiguous().clone() for n, w in tensors.items()}, json.dumps(layout.description, indent=1)
+    elif tok.vae is not None:
+        print("The VAE is not part of this checkpoint: pass it to load_flextok again.")
+    tensors, text = (
+        {n: w.contiguous().clone() for n, w in tensors.items()},
+        json.dumps(layout.description, indent=1),
+    )
     single = path.suffix == ".safetensors"
     with atomic(path if single else path / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **({"config": text} if single else {})})
-    if not single: write_text(path / "config.json", text)
+    if not single:
+        write_text(path / "config.json", text)

@@ -24,54 +24,105 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .core import Feed, from_uint8, to_uint8, write_text
-from .data import (SETS, ImageSet, ToyScenes, check_memory, decode_square, evenly, find_set, held_out, list_folder,
-                              no_random_access, picture_key, picture_keys, split_folders, spread, told, PASSED_OVER, PICTURES, keys_folder, load_keys, save_keys)
+from flextok_edu.data import (
+    SETS,
+    ImageSet,
+    ToyScenes,
+    check_memory,
+    decode_square,
+    evenly,
+    find_set,
+    held_out,
+    list_folder,
+    no_random_access,
+    picture_key,
+    picture_keys,
+    split_folders,
+    spread,
+    told,
+    PASSED_OVER,
+    PICTURES,
+    keys_folder,
+    load_keys,
+    save_keys,
+)
 
 # %% ../nbs/01b_sources.ipynb #01b-3454e786
 @dataclass(frozen=True)
 class Unreadable:
     "In the place of a picture that must not or cannot be read."
+
     reason: str
+
 
 class Item(NamedTuple):
     "One picture as its source holds it: not decoded yet."
+
     data: "bytes | str | Image.Image | np.ndarray | Unreadable"  # encoded bytes, the path of a file, or a picture (an array is (h w) or (h w 3) uint8)
-    label: int           # index into the source's classes
+    label: int  # index into the source's classes
     caption: str | None  # text that belongs to it
-    key: str             # names it, for a person
+    key: str  # names it, for a person
 
     def __repr__(self) -> str:
-        data = f"<{len(self.data):,} bytes>" if isinstance(self.data, bytes) else f"<array {self.data.shape}>" if isinstance(self.data, np.ndarray) else repr(self.data)
+        data = (
+            f"<{len(self.data):,} bytes>"
+            if isinstance(self.data, bytes)
+            else f"<array {self.data.shape}>"
+            if isinstance(self.data, np.ndarray)
+            else repr(self.data)
+        )
         return f"Item(data={data}, label={self.label!r}, caption={self.caption!r}, key={self.key!r})"
 
-_OWN, _TOO_MANY = ("own split", "train and val folders"), 200_000  # of those: not hashed unless somebody sets this higher
+
+_OWN, _TOO_MANY = (
+    ("own split", "train and val folders"),
+    200_000,
+)  # of those: not hashed unless somebody sets this higher
+
 
 class Source:
     "Items by number. A kind of source sets `name` and `classes`, and has `__len__`, `item` and `listed`."
-    name: str                 # one line: what this is
+
+    name: str  # one line: what this is
     classes: tuple[str, ...]  # class names; ("all",) without
     rule: str = "one in eight"  # how it is divided: as in `ImageSet`
-    index = None              # folder that keeps the keys; None: the default
+    index = None  # folder that keeps the keys; None: the default
 
-    def own_split(self) -> "Source | None": return None  # what the set itself holds out
+    def own_split(self) -> "Source | None":
+        return None  # what the set itself holds out
 
     def key_of(self, i: int) -> int:  # of item i
         "`picture_key` of its bytes; of its number where it cannot be read."
-        try: return picture_key(self.item(i).data)
-        except Exception: return picture_key(f"not readable: item {i}".encode())
+        try:
+            return picture_key(self.item(i).data)
+        except Exception:
+            return picture_key(f"not readable: item {i}".encode())
 
     def find_keys(self, progress: bool = False) -> Tensor | None:  # (n,) int64
         "The keys of all items, each read once. None where that is needless (scenes), or would cost too much: more than 200,000 files of a set that brings its own split."
-        if not hasattr(self, "_keys"): self._keys = None if self.rule == "scenes" or self.rule in _OWN and len(self) > _TOO_MANY else self._find_keys(progress)
+        if not hasattr(self, "_keys"):
+            self._keys = (
+                None
+                if self.rule == "scenes" or self.rule in _OWN and len(self) > _TOO_MANY
+                else self._find_keys(progress)
+            )
         return self._keys
 
-    def _find_keys(self, progress: bool) -> Tensor: return torch.tensor([self.key_of(i) for i in tqdm(range(len(self)), desc="hashing pictures", disable=not progress)], dtype=torch.int64)
+    def _find_keys(self, progress: bool) -> Tensor:
+        return torch.tensor(
+            [self.key_of(i) for i in tqdm(range(len(self)), desc="hashing pictures", disable=not progress)],
+            dtype=torch.int64,
+        )
+
     def keys_at(self, rows: Sequence[int]) -> Tensor:  # (len(rows),) int64
         "The keys of some items, without reading all of them."
-        if getattr(self, "_keys", None) is not None: return self._keys[list(rows)]
+        if getattr(self, "_keys", None) is not None:
+            return self._keys[list(rows)]
         return torch.tensor([self.key_of(i) for i in rows], dtype=torch.int64)
+
     @property
-    def keys(self) -> Tensor | None: return self.find_keys()
+    def keys(self) -> Tensor | None:
+        return self.find_keys()
 
     def caption(self, i: int) -> str | None:  # text of item i
         "The caption alone; kinds that can read it without the picture do."
@@ -80,7 +131,10 @@ class Source:
     def no_caption(self, what: str, why: Exception) -> None:
         "Count a caption that is there and cannot be used; the first is told. The picture is used without it."
         damaged = self.__dict__.setdefault("damaged_captions", {})  # of this process
-        if not damaged: warnings.warn(f"{self.name}: the caption {what!r} cannot be used ({why}); its picture is used without, and so are all that follow, counted in `damaged_captions`")
+        if not damaged:
+            warnings.warn(
+                f"{self.name}: the caption {what!r} cannot be used ({why}); its picture is used without, and so are all that follow, counted in `damaged_captions`"
+            )
         damaged[what] = str(why)
 
     @property
@@ -88,309 +142,572 @@ class Source:
         "Names the data: what the source lists, and the first 4 kB of 64 items. Changes deep inside a file of the same size go unseen."
         if not hasattr(self, "_hash"):
             digest = hashlib.sha256(f"{len(self)} {self.classes}".encode("utf-8", "replace"))
-            for part in self.listed(): digest.update(part + b"\0")
+            for part in self.listed():
+                digest.update(part + b"\0")
             for i in evenly(range(len(self)), 64):
                 item = self.item(i)
-                digest.update(_head(item.data) + f"\0{item.label}\0{item.caption}\0".encode("utf-8", "replace"))
+                digest.update(
+                    _head(item.data) + f"\0{item.label}\0{item.caption}\0".encode("utf-8", "replace")
+                )
             self._hash = digest.hexdigest()[:16]
         return self._hash
 
-    def __repr__(self) -> str: return f"{type(self).__name__}({len(self):,} items, {len(self.classes):,} classes: {self.name})"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} items, {len(self.classes):,} classes: {self.name})"
 
 # %% ../nbs/01b_sources.ipynb #01b-86d7c79f
 def _read_bytes(path: str, count: int = -1) -> bytes:
     "The first bytes of a file, all by default. Raises OSError, also for what is no regular file (a pipe would make us wait for ever)."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise OSError(f"{path} is not a regular file")
-    with open(path, "rb") as f: return f.read(count)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+    with open(path, "rb") as f:
+        return f.read(count)
+
 
 def _head(data) -> bytes:  # the beginning, for a hash
-    if isinstance(data, bytes): return data[:4096]
-    if isinstance(data, Unreadable): return data.reason.encode()
-    if not isinstance(data, str): return np.asarray(data).tobytes()[:4096]
-    try: return _read_bytes(data, 4096)
-    except OSError as error: return type(error).__name__.encode()
+    if isinstance(data, bytes):
+        return data[:4096]
+    if isinstance(data, Unreadable):
+        return data.reason.encode()
+    if not isinstance(data, str):
+        return np.asarray(data).tobytes()[:4096]
+    try:
+        return _read_bytes(data, 4096)
+    except OSError as error:
+        return type(error).__name__.encode()
+
 
 class _Strings:
     "Many strings as one array of bytes, which worker processes share."
+
     def __init__(self, strings: Iterable[str]):
         def packed(text: str) -> bytes:
-            try: return os.fsencode(text)
-            except UnicodeEncodeError: return text.encode("utf-8", "backslashreplace")  # no file is called that
+            try:
+                return os.fsencode(text)
+            except UnicodeEncodeError:
+                return text.encode("utf-8", "backslashreplace")  # no file is called that
+
         parts = [packed(s) for s in strings]
         self.ends = np.cumsum([0] + [len(p) for p in parts], dtype=np.int64)
         self.whole = np.frombuffer(b"".join(parts), np.uint8)
 
-    def __len__(self) -> int: return len(self.ends) - 1
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
     def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self): raise IndexError(f"item {i} of {len(self)}")
-        return os.fsdecode(self.whole[self.ends[i]:self.ends[i + 1]].tobytes())
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return os.fsdecode(self.whole[self.ends[i] : self.ends[i + 1]].tobytes())
 
 # %% ../nbs/01b_sources.ipynb #01b-1b2e2f23
 _LONGEST = 2**20  # bytes of a caption that are looked at
 
+
 def _said(facts) -> str | None:  # None if there is none in it
     "The caption in what a json file or a column holds."
-    if isinstance(facts, dict): facts = next((facts[k] for k in ("caption", "text", "prompt") if isinstance(facts.get(k), str)), None)
+    if isinstance(facts, dict):
+        facts = next((facts[k] for k in ("caption", "text", "prompt") if isinstance(facts.get(k), str)), None)
     return (facts.strip() or None) if isinstance(facts, str) else None
+
 
 def _caption(text: bytes, is_json: bool) -> str | None:  # None if there is none in it
     "Raises ValueError for damaged json."
     text = text.decode("utf-8", "replace").strip()
-    if not is_json: return text or None
-    try: return _said(json.loads(text))
-    except (ValueError, RecursionError, MemoryError) as error: raise ValueError(f"{type(error).__name__}: {str(error)[:100]}") from error
+    if not is_json:
+        return text or None
+    try:
+        return _said(json.loads(text))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{type(error).__name__}: {str(error)[:100]}") from error
 
 # %% ../nbs/01b_sources.ipynb #01b-7bfae95d
 class FolderSource(Source):
     "A folder of images, with or without class subfolders, or with train/ and val/. Raises FileNotFoundError or ValueError where there is none."
-    def __init__(self, root: str | Path,     # links are followed, each folder once
-                 limit: int | None = None,   # use at most so many files, evenly spread
-                 part: str = "train",        # "train" | "val", of a folder that has both
-                 index: str | Path | None = None,   # folder that keeps the keys
-                 classes: tuple[str, ...] | None = None):  # for "val": those of the training part, if they are known
+
+    def __init__(
+        self,
+        root: str | Path,  # links are followed, each folder once
+        limit: int | None = None,  # use at most so many files, evenly spread
+        part: str = "train",  # "train" | "val", of a folder that has both
+        index: str | Path | None = None,  # folder that keeps the keys
+        classes: tuple[str, ...] | None = None,
+    ):  # for "val": those of the training part, if they are known
         found = list_folder(root, part, classes)
         files = list(evenly(found.files, limit))
         self.whole, self.part, self.index, self.rule = str(root), part, index, found.rule
-        self.classes, self.root, self.files, self.labels = found.classes, str(found.root), _Strings(files), np.array(evenly(found.labels, limit))
+        self.classes, self.root, self.files, self.labels = (
+            found.classes,
+            str(found.root),
+            _Strings(files),
+            np.array(evenly(found.labels, limit)),
+        )
         texts = set(found.texts)
         stems = [os.path.splitext(f)[0] for f in files] if texts else []
-        self.texts = np.array([1 if s + ".txt" in texts else 2 if s + ".json" in texts else 0 for s in stems] or [0] * len(files), np.uint8)
+        self.texts = np.array(
+            [1 if s + ".txt" in texts else 2 if s + ".json" in texts else 0 for s in stems]
+            or [0] * len(files),
+            np.uint8,
+        )
         self.name = f"{found.name}{' ' + part if self.rule in _OWN else ''}, {len(files):,} files"
 
-    def own_split(self) -> Source | None: return FolderSource(self.whole, part="val", index=self.index, classes=self.classes) if self.rule in _OWN and self.part == "train" else None
-    def key_of(self, i: int) -> int: return int(picture_keys([os.path.join(self.root, self.files[i])])[0])
-    def _find_keys(self, progress: bool) -> Tensor: return picture_keys([os.path.join(self.root, self.files[i]) for i in range(len(self))], self.index, progress)
-    def __len__(self) -> int: return len(self.files)
+    def own_split(self) -> Source | None:
+        return (
+            FolderSource(self.whole, part="val", index=self.index, classes=self.classes)
+            if self.rule in _OWN and self.part == "train"
+            else None
+        )
+
+    def key_of(self, i: int) -> int:
+        return int(picture_keys([os.path.join(self.root, self.files[i])])[0])
+
+    def _find_keys(self, progress: bool) -> Tensor:
+        return picture_keys(
+            [os.path.join(self.root, self.files[i]) for i in range(len(self))], self.index, progress
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
     def item(self, i: int) -> Item:
         file = self.files[i]
-        return Item(os.path.join(self.root, file), int(self.labels[i]), self.caption(i), os.fsencode(file).decode("utf-8", "backslashreplace"))
+        return Item(
+            os.path.join(self.root, file),
+            int(self.labels[i]),
+            self.caption(i),
+            os.fsencode(file).decode("utf-8", "backslashreplace"),
+        )
 
     def caption(self, i: int) -> str | None:
-        if not self.texts[i]: return None
+        if not self.texts[i]:
+            return None
         file = os.path.splitext(self.files[i])[0] + (".txt", ".json")[self.texts[i] - 1]
-        try: return _caption(_read_bytes(os.path.join(self.root, file), _LONGEST), self.texts[i] == 2)
-        except (OSError, ValueError) as error: return self.no_caption(file, error)
+        try:
+            return _caption(_read_bytes(os.path.join(self.root, file), _LONGEST), self.texts[i] == 2)
+        except (OSError, ValueError) as error:
+            return self.no_caption(file, error)
 
     def listed(self) -> Iterator[bytes]:
         for i in range(len(self)):
-            try: size = os.stat(os.path.join(self.root, self.files[i])).st_size
-            except OSError: size = -1
+            try:
+                size = os.stat(os.path.join(self.root, self.files[i])).st_size
+            except OSError:
+                size = -1
             yield os.fsencode(self.files[i]) + f" {size} {self.texts[i]}".encode()
 
 # %% ../nbs/01b_sources.ipynb #01b-3016f886
 class SetSource(Source):
     "A public set by name (see SETS of room 01). Raises FileNotFoundError, with advice, if it is not there."
-    def __init__(self, name: str,                   # one of SETS
-                 split: str = "train",              # "train" | "val" (the set's own held-out part)
-                 size: int = 64,                    # side that will be asked for: chooses among Imagenette's sizes
-                 root: str | Path | None = None,    # the data root
-                 download: bool = False,            # fetch what is missing
-                 limit: int | None = None):         # use at most so many, evenly spread
-        if split not in ("train", "val"): raise ValueError(f"split {split!r}: use 'train' or 'val'")
+
+    def __init__(
+        self,
+        name: str,  # one of SETS
+        split: str = "train",  # "train" | "val" (the set's own held-out part)
+        size: int = 64,  # side that will be asked for: chooses among Imagenette's sizes
+        root: str | Path | None = None,  # the data root
+        download: bool = False,  # fetch what is missing
+        limit: int | None = None,
+    ):  # use at most so many, evenly spread
+        if split not in ("train", "val"):
+            raise ValueError(f"split {split!r}: use 'train' or 'val'")
         train, held, self.classes = find_set(name, size, root, download)
         items, labels = train if split == "train" else held
-        if not len(items): raise ValueError(f"{name} has no held-out part here: hold some of its training images out (split_source)")
+        if not len(items):
+            raise ValueError(
+                f"{name} has no held-out part here: hold some of its training images out (split_source)"
+            )
         self.of, self.rule = (name, split, size, root), "own split" if len(held[0]) else "one in eight"
         chosen = evenly(range(len(items)), limit)
         self.labels, self.arrays = np.array([labels[i] for i in chosen]), None
-        if isinstance(items[0], Path): self.files = _Strings(str(items[i]) for i in chosen)
-        else: self.arrays, self.files = np.stack([items[i] for i in chosen]), _Strings(f"{name} {split} {i}" for i in chosen)
+        if isinstance(items[0], Path):
+            self.files = _Strings(str(items[i]) for i in chosen)
+        else:
+            self.arrays, self.files = (
+                np.stack([items[i] for i in chosen]),
+                _Strings(f"{name} {split} {i}" for i in chosen),
+            )
         self.name = f"{name} {split}, {len(chosen):,} of {len(items):,} images"
 
     def own_split(self) -> Source | None:
         name, split, size, root = self.of
         return SetSource(name, "val", size, root) if self.rule in _OWN and split == "train" else None
-    def _data(self, i: int) -> str | np.ndarray: return self.files[i] if self.arrays is None else self.arrays[i]
-    def _find_keys(self, progress: bool) -> Tensor: return picture_keys([self._data(i) for i in range(len(self))], self.index, progress)
-    def __len__(self) -> int: return len(self.files)
-    def item(self, i: int) -> Item: return Item(self._data(i), int(self.labels[i]), None, self.files[i])
+
+    def _data(self, i: int) -> str | np.ndarray:
+        return self.files[i] if self.arrays is None else self.arrays[i]
+
+    def _find_keys(self, progress: bool) -> Tensor:
+        return picture_keys([self._data(i) for i in range(len(self))], self.index, progress)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def item(self, i: int) -> Item:
+        return Item(self._data(i), int(self.labels[i]), None, self.files[i])
+
     def listed(self) -> Iterator[bytes]:
         yield self.labels.tobytes()
-        if self.arrays is not None: yield self.arrays.tobytes()
+        if self.arrays is not None:
+            yield self.arrays.tobytes()
         else:
             for i in range(len(self)):
-                try: yield f"{Path(self.files[i]).name} {os.stat(self.files[i]).st_size}".encode()
-                except OSError: yield b"-1"
+                try:
+                    yield f"{Path(self.files[i]).name} {os.stat(self.files[i]).st_size}".encode()
+                except OSError:
+                    yield b"-1"
 
 # %% ../nbs/01b_sources.ipynb #01b-33bab875
 def _picture(image) -> Image.Image | np.ndarray:  # for Item.data
     "What data sets call an image, as bytes (h w 3)."
-    if not isinstance(image, Tensor): return image
-    if image.dtype != torch.uint8: image = ((image.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte()
+    if not isinstance(image, Tensor):
+        return image
+    if image.dtype != torch.uint8:
+        image = ((image.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte()
     return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+
 
 class ObjectSource(Source):
     "An ImageSet, or a data set with `len` and indices whose items are (image, label, …) or have `image`, `label` and `caption`."
+
     def __init__(self, dataset, name: str = ""):
-        if not (hasattr(dataset, "__len__") and (isinstance(dataset, ImageSet) or hasattr(dataset, "__getitem__"))): raise ValueError(f"{type(dataset).__name__} has no length or no items by number")
-        self.dataset, self.name = dataset, name or getattr(dataset, "source", None) or f"{type(dataset).__name__}, {len(dataset):,} items"
+        if not (
+            hasattr(dataset, "__len__") and (isinstance(dataset, ImageSet) or hasattr(dataset, "__getitem__"))
+        ):
+            raise ValueError(f"{type(dataset).__name__} has no length or no items by number")
+        self.dataset, self.name = (
+            dataset,
+            name or getattr(dataset, "source", None) or f"{type(dataset).__name__}, {len(dataset):,} items",
+        )
         self.classes = tuple(getattr(dataset, "classes", None) or ("all",))
-        self.rule = dataset.rule if isinstance(dataset, ImageSet) else "scenes" if isinstance(dataset, ToyScenes) else "one in eight"
-        if not isinstance(dataset, (ImageSet, ToyScenes)) and self._never_negative(): warnings.warn(f"{self.name}: the images are floats of which none is negative. They are taken for [-1, 1], as everywhere here; if they lie in [0, 1] (torchvision's ToTensor), give 2 * image - 1")
+        self.rule = (
+            dataset.rule
+            if isinstance(dataset, ImageSet)
+            else "scenes"
+            if isinstance(dataset, ToyScenes)
+            else "one in eight"
+        )
+        if not isinstance(dataset, (ImageSet, ToyScenes)) and self._never_negative():
+            warnings.warn(
+                f"{self.name}: the images are floats of which none is negative. They are taken for [-1, 1], as everywhere here; if they lie in [0, 1] (torchvision's ToTensor), give 2 * image - 1"
+            )
 
     def own_split(self) -> Source | None:
         toys = self.dataset
-        return ObjectSource(ToyScenes("val", toys.size, toys.level, toys.seed, max(2, len(toys) // 8))) if isinstance(toys, ToyScenes) and toys.split == "train" else None
-    def key_of(self, i: int) -> int: return int(self.dataset.keys[i]) if isinstance(self.dataset, ImageSet) and self.dataset.keys is not None else super().key_of(i)
+        return (
+            ObjectSource(ToyScenes("val", toys.size, toys.level, toys.seed, max(2, len(toys) // 8)))
+            if isinstance(toys, ToyScenes) and toys.split == "train"
+            else None
+        )
+
+    def key_of(self, i: int) -> int:
+        return (
+            int(self.dataset.keys[i])
+            if isinstance(self.dataset, ImageSet) and self.dataset.keys is not None
+            else super().key_of(i)
+        )
+
     def _find_keys(self, progress: bool) -> Tensor:
-        if isinstance(self.dataset, ImageSet) and self.dataset.keys is not None: return self.dataset.keys
+        if isinstance(self.dataset, ImageSet) and self.dataset.keys is not None:
+            return self.dataset.keys
         return super()._find_keys(progress)
-    def __len__(self) -> int: return len(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def item(self, i: int) -> Item:
-        if not 0 <= i < len(self): raise IndexError(f"item {i} of {len(self)}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
         image, label, caption = self._parts(i)
         return Item(_picture(image), int(label), caption, str(i))
 
     def _parts(self, i: int) -> tuple:  # image, label, caption
-        if isinstance(self.dataset, ImageSet): return self.dataset.images[i], self.dataset.labels[i, 0], None
+        if isinstance(self.dataset, ImageSet):
+            return self.dataset.images[i], self.dataset.labels[i, 0], None
         found = self.dataset[i]
-        if hasattr(found, "image"): return found.image, getattr(found, "label", 0), getattr(found, "caption", None)
-        return (*found[:2], None) if isinstance(found, (tuple, list)) and len(found) > 1 else (found[0] if isinstance(found, (tuple, list)) else found, 0, None)
+        if hasattr(found, "image"):
+            return found.image, getattr(found, "label", 0), getattr(found, "caption", None)
+        return (
+            (*found[:2], None)
+            if isinstance(found, (tuple, list)) and len(found) > 1
+            else (found[0] if isinstance(found, (tuple, list)) else found, 0, None)
+        )
 
     def _never_negative(self) -> bool:
         "Whether a few items are all floats without a negative value."
-        try: some = [self._parts(i)[0] for i in evenly(range(len(self)), 4)]
-        except Exception: return False  # that will be its item's reason
-        return bool(some) and all(isinstance(x, Tensor) and x.dtype.is_floating_point and x.numel() and x.min() >= 0 for x in some)
+        try:
+            some = [self._parts(i)[0] for i in evenly(range(len(self)), 4)]
+        except Exception:
+            return False  # that will be its item's reason
+        return bool(some) and all(
+            isinstance(x, Tensor) and x.dtype.is_floating_point and x.numel() and x.min() >= 0 for x in some
+        )
+
     def listed(self) -> Iterator[bytes]:
-        yield (self.dataset.hash if isinstance(self.dataset, ImageSet) else type(self.dataset).__name__).encode()
+        yield (
+            self.dataset.hash if isinstance(self.dataset, ImageSet) else type(self.dataset).__name__
+        ).encode()
 
 # %% ../nbs/01b_sources.ipynb #01b-5847742c
 _IMAGES = tuple(suffix[1:] for suffix in PICTURES)
 
+
 def _choices(inside: str) -> Sequence[str | int]:
     ends = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
-    if not ends: return inside.split(",")
+    if not ends:
+        return inside.split(",")
     low, high = int(ends[1]), int(ends[2])
     return range(low, high + 1) if low <= high else range(low, high - 1, -1)
 
-def expand_braces(pattern: str,       # one without braces is returned alone
-                  most: int = 10**6,  # more names than that are refused
-                 ) -> list[str]:      # all that it stands for
+
+def expand_braces(
+    pattern: str,  # one without braces is returned alone
+    most: int = 10**6,  # more names than that are refused
+) -> list[str]:  # all that it stands for
     "`{000..012}` and `{a,b}`, as a shell does. Raises ValueError for too many."
     names, todo, group = [], [pattern], re.compile(r"\{([^{}]*)\}")
-    count = math.prod(len(_choices(found[1])) for found in group.finditer(pattern))  # (more, if there are braces within braces)
+    count = math.prod(
+        len(_choices(found[1])) for found in group.finditer(pattern)
+    )  # (more, if there are braces within braces)
     while todo and count <= most:
         text = todo.pop()
         found = group.search(text)
-        if not found: names.append(text); continue
+        if not found:
+            names.append(text)
+            continue
         width = len(found[1].split("..")[0]) if found[1].startswith("0") else 0
-        new = [text[:found.start()] + (f"{c:0{width}}" if isinstance(c, int) else c) + text[found.end():] for c in reversed(_choices(found[1]))]
+        new = [
+            text[: found.start()] + (f"{c:0{width}}" if isinstance(c, int) else c) + text[found.end() :]
+            for c in reversed(_choices(found[1]))
+        ]
         todo += new
         count = max(count, len(names) + len(todo))
-    if count > most: raise ValueError(f"{pattern[:200]!r} stands for more than {most:,} files: is a number in its braces too large?")
+    if count > most:
+        raise ValueError(
+            f"{pattern[:200]!r} stands for more than {most:,} files: is a number in its braces too large?"
+        )
     return names
+
 
 def _label(text: bytes) -> int | str | None:  # None if it is none
     text = text.decode("utf-8", "replace").strip()
-    try: number = int(text)
-    except ValueError: return text or None
+    try:
+        number = int(text)
+    except ValueError:
+        return text or None
     return number if 0 <= number < 10**6 else None
+
 
 _INDEX = ("key", "at", "size", "label", "text_at", "text_size", "text_json")
 
+
 class _Headers:
     "A file of which only headers are read: one that claims to be huge is refused, not read."
-    def __init__(self, stream): self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
+
+    def __init__(self, stream):
+        self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
+
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= 2**24: raise tarfile.ReadError(f"a header of {size} bytes")
+        if not 0 <= size <= 2**24:
+            raise tarfile.ReadError(f"a header of {size} bytes")
         return self.stream.read(size)
 
-def index_shard(path: str | Path) -> dict:  # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the caption; a note; others: suffix -> samples whose picture is not read
+
+def index_shard(
+    path: str | Path,
+) -> dict:  # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the caption; a note; others: suffix -> samples whose picture is not read
     "Where the pictures of one tar shard lie. Damage of any kind ends the list; the note says what was wrong."
     rows, sample, note, end, others = [], {}, "", os.path.getsize(path), Counter()
+
     def close():
-        if "at" not in sample and "other" in sample: others[sample["other"]] += 1
-        if "at" in sample: rows.append((sample["key"], sample["at"], sample["size"], sample.get("label"), *sample.get("text", (0, 0, False))))
+        if "at" not in sample and "other" in sample:
+            others[sample["other"]] += 1
+        if "at" in sample:
+            rows.append(
+                (
+                    sample["key"],
+                    sample["at"],
+                    sample["size"],
+                    sample.get("label"),
+                    *sample.get("text", (0, 0, False)),
+                )
+            )
+
     try:
         with open(path, "rb") as stream, tarfile.open(fileobj=_Headers(stream), mode="r:") as tar:
             for member in tar:
-                if member.size < 0 or member.offset_data + member.size > end: raise tarfile.ReadError("unexpected end of data" if member.size >= 0 else f"a member of {member.size} bytes")
+                if member.size < 0 or member.offset_data + member.size > end:
+                    raise tarfile.ReadError(
+                        "unexpected end of data" if member.size >= 0 else f"a member of {member.size} bytes"
+                    )
                 named = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]*)", member.name, re.DOTALL)
-                if not member.isreg() or not named or re.match(r"__[^/]*__($|/)", member.name): continue
+                if not member.isreg() or not named or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
                 key, kind = named[1], named[2].lower()
-                if key != sample.get("key"): close(); sample = {"key": key}
-                if kind in _IMAGES and "at" not in sample: sample |= {"at": member.offset_data, "size": member.size}
-                elif f".{kind}" in PASSED_OVER: sample["other"] = f".{kind}"
-                elif kind == "cls": sample["label"] = _label(tar.extractfile(member).read(1000))
-                elif kind == "txt" or kind == "json" and "text" not in sample: sample["text"] = (member.offset_data, member.size, kind == "json")
+                if key != sample.get("key"):
+                    close()
+                    sample = {"key": key}
+                if kind in _IMAGES and "at" not in sample:
+                    sample |= {"at": member.offset_data, "size": member.size}
+                elif f".{kind}" in PASSED_OVER:
+                    sample["other"] = f".{kind}"
+                elif kind == "cls":
+                    sample["label"] = _label(tar.extractfile(member).read(1000))
+                elif kind == "txt" or kind == "json" and "text" not in sample:
+                    sample["text"] = (member.offset_data, member.size, kind == "json")
             stream.seek(tar.offset)
-            if stream.read(512).strip(b"\0"): raise tarfile.ReadError(f"no header at byte {tar.offset}")  # tarfile takes that for the end
-    except Exception as error: note = f"{type(error).__name__}: {str(error)[:200]}"  # (a stranger's file makes tarfile raise nearly anything)
+            if stream.read(512).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")  # tarfile takes that for the end
+    except Exception as error:
+        note = f"{type(error).__name__}: {str(error)[:200]}"  # (a stranger's file makes tarfile raise nearly anything)
     close()
-    return dict(zip(_INDEX, map(list, zip(*rows)) if rows else [[] for _ in _INDEX])) | {"note": note, "others": dict(others)}
+    return dict(zip(_INDEX, map(list, zip(*rows)) if rows else [[] for _ in _INDEX])) | {
+        "note": note,
+        "others": dict(others),
+    }
 
 # %% ../nbs/01b_sources.ipynb #01b-3d2617fe
 def _shard_files(shards: str | Path | list) -> list[str]:
     "The files that a pattern or a list names. Raises FileNotFoundError or ValueError."
-    asked = [p for s in (shards if isinstance(shards, (list, tuple)) else [shards]) for p in expand_braces(os.path.expanduser(str(s)))]
-    paths = [p for a in asked for p in (sorted(glob.glob(a)) if glob.has_magic(a) and not os.path.exists(a) else [a])]
-    if not paths: raise FileNotFoundError(f"no file fits {shards}")
-    if why := next(filter(None, map(no_random_access, paths)), None): raise ValueError(why)
-    if missing := [p for p in paths if not os.path.isfile(p)]: raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing, the first: {missing[0]}")
+    asked = [
+        p
+        for s in (shards if isinstance(shards, (list, tuple)) else [shards])
+        for p in expand_braces(os.path.expanduser(str(s)))
+    ]
+    paths = [
+        p
+        for a in asked
+        for p in (sorted(glob.glob(a)) if glob.has_magic(a) and not os.path.exists(a) else [a])
+    ]
+    if not paths:
+        raise FileNotFoundError(f"no file fits {shards}")
+    if why := next(filter(None, map(no_random_access, paths)), None):
+        raise ValueError(why)
+    if missing := [p for p in paths if not os.path.isfile(p)]:
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing, the first: {missing[0]}")
     return paths
 
-def _kept_name(path: str) -> str: return f"{Path(path).stem[:80]}-{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]}"
+
+def _kept_name(path: str) -> str:
+    return f"{Path(path).stem[:80]}-{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]}"
+
 
 def _kept_index(path: str, folder: str | Path | None) -> dict:
     "`index_shard`, kept as json in `folder` for as long as the shard is the same."
-    if folder is None: return index_shard(path)
-    facts = os.stat(path); stamp = [os.path.abspath(path), facts.st_size, facts.st_mtime_ns]
+    if folder is None:
+        return index_shard(path)
+    facts = os.stat(path)
+    stamp = [os.path.abspath(path), facts.st_size, facts.st_mtime_ns]
     kept = Path(folder) / f"{_kept_name(path)}.json"
-    try: found = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, MemoryError): found = None
-    if not _sound(found, stamp): write_text(kept, json.dumps(found := {"stamp": stamp} | index_shard(path)))
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError):
+        found = None
+    if not _sound(found, stamp):
+        write_text(kept, json.dumps(found := {"stamp": stamp} | index_shard(path)))
     return found
+
 
 def _sound(found, stamp: list) -> bool:
     "Whether this is what `_kept_index` wrote for this shard, with everything inside the shard."
-    if not isinstance(found, dict) or found.get("stamp") != stamp or not isinstance(found.get("note"), str): return False
+    if not isinstance(found, dict) or found.get("stamp") != stamp or not isinstance(found.get("note"), str):
+        return False
     others = found.get("others")
-    if not isinstance(others, dict) or not all(type(n) is int for n in others.values()): return False
+    if not isinstance(others, dict) or not all(type(n) is int for n in others.values()):
+        return False
     lists = [found.get(k) for k in _INDEX]
-    if not all(isinstance(x, list) for x in lists) or len({len(x) for x in lists}) != 1: return False
-    def place(x): return type(x) is int and 0 <= x <= stamp[1]
-    def label(x): return x is None or isinstance(x, str) or type(x) is int and 0 <= x < 10**6
-    return all(isinstance(key, str) and place(at) and place(size) and label(y) and place(text_at) and place(text_size) and type(is_json) is bool and max(at + size, text_at + text_size) <= stamp[1]
-               for key, at, size, y, text_at, text_size, is_json in zip(*lists))
+    if not all(isinstance(x, list) for x in lists) or len({len(x) for x in lists}) != 1:
+        return False
+
+    def place(x):
+        return type(x) is int and 0 <= x <= stamp[1]
+
+    def label(x):
+        return x is None or isinstance(x, str) or type(x) is int and 0 <= x < 10**6
+
+    return all(
+        isinstance(key, str)
+        and place(at)
+        and place(size)
+        and label(y)
+        and place(text_at)
+        and place(text_size)
+        and type(is_json) is bool
+        and max(at + size, text_at + text_size) <= stamp[1]
+        for key, at, size, y, text_at, text_size, is_json in zip(*lists)
+    )
+
 
 def _numbered(labels: list) -> tuple[list[int], tuple[str, ...]]:  # labels from 0; class names
-    if labels[0] is None: return [0] * len(labels), ("all",)
-    if all(isinstance(y, int) for y in labels): return labels, tuple(map(str, range(max(labels) + 1)))
-    names = sorted(set(map(str, labels))); numbers = {n: i for i, n in enumerate(names)}
+    if labels[0] is None:
+        return [0] * len(labels), ("all",)
+    if all(isinstance(y, int) for y in labels):
+        return labels, tuple(map(str, range(max(labels) + 1)))
+    names = sorted(set(map(str, labels)))
+    numbers = {n: i for i, n in enumerate(names)}
     return [numbers[str(y)] for y in labels], tuple(names)
 
 # %% ../nbs/01b_sources.ipynb #01b-3c61b616
 class TarSource(Source):
     "Tar shards in the WebDataset layout, with random access. Raises FileNotFoundError or ValueError where nothing can be read."
-    def __init__(self, shards: str | Path | list,       # a pattern with {000..012} or *, or a list of files
-                 index: str | Path | None = None,       # folder that keeps the index of each shard; None: index again each time
-                 classes: tuple[str, ...] | None = None, # names of the labels 0, 1, …
-                 limit: int | None = None):             # use at most so many, evenly spread
+
+    def __init__(
+        self,
+        shards: str | Path | list,  # a pattern with {000..012} or *, or a list of files
+        index: str
+        | Path
+        | None = None,  # folder that keeps the index of each shard; None: index again each time
+        classes: tuple[str, ...] | None = None,  # names of the labels 0, 1, …
+        limit: int | None = None,
+    ):  # use at most so many, evenly spread
         paths = _shard_files(shards)
         self.index, rows, others = index, [], Counter()
         for number, path in enumerate(paths):
             found = _kept_index(path, index)
-            if found["note"]: warnings.warn(f"shard {path} is damaged ({found['note']}); {len(found['key'])} samples before that are used")
+            if found["note"]:
+                warnings.warn(
+                    f"shard {path} is damaged ({found['note']}); {len(found['key'])} samples before that are used"
+                )
             rows += [(number, *row) for row in zip(*(found[k] for k in _INDEX))]
             others.update(found["others"])
-        if others: warnings.warn(f"not read in {shards}: " + "; ".join(f"{n} samples ({suffix}: {PASSED_OVER.get(suffix, 'not read')})" for suffix, n in others.most_common()))
+        if others:
+            warnings.warn(
+                f"not read in {shards}: "
+                + "; ".join(
+                    f"{n} samples ({suffix}: {PASSED_OVER.get(suffix, 'not read')})"
+                    for suffix, n in others.most_common()
+                )
+            )
         if any(r[4] is not None for r in rows) and (bare := sum(r[4] is None for r in rows)):
-            warnings.warn(f"{bare} of {len(rows)} samples in {shards} have no valid label (.cls), unlike the others, and are left out")
+            warnings.warn(
+                f"{bare} of {len(rows)} samples in {shards} have no valid label (.cls), unlike the others, and are left out"
+            )
             rows = [r for r in rows if r[4] is not None]
         rows = evenly(rows, limit)
-        if not rows: raise ValueError(f"no pictures in {shards}: looked for members named *.{', *.'.join(_IMAGES)}")
+        if not rows:
+            raise ValueError(f"no pictures in {shards}: looked for members named *.{', *.'.join(_IMAGES)}")
         shard, keys, at, size, labels, text_at, text_size, text_json = zip(*rows)
         labels, names = _numbered(list(labels))
-        if classes and len(classes) < len(names): raise ValueError(f"{len(classes)} class names for labels up to {len(names) - 1}")
-        self.shards, self.names, self.classes, self.labels = paths, _Strings(keys), tuple(classes or names), np.array(labels)
+        if classes and len(classes) < len(names):
+            raise ValueError(f"{len(classes)} class names for labels up to {len(names) - 1}")
+        self.shards, self.names, self.classes, self.labels = (
+            paths,
+            _Strings(keys),
+            tuple(classes or names),
+            np.array(labels),
+        )
         self.place = np.array([shard, at, size, text_at, text_size, text_json], np.int64).T.copy()
-        self.name = f"{len(rows):,} samples in {len(paths)} tar shards, {os.path.basename(paths[0])}" + (" …" if len(paths) > 1 else "")
+        self.name = f"{len(rows):,} samples in {len(paths)} tar shards, {os.path.basename(paths[0])}" + (
+            " …" if len(paths) > 1 else ""
+        )
 
     def _read(self, shard: int, at: int, size: int) -> bytes:
-        if size > 2**30: raise ValueError(f"a picture of {size} bytes")
-        with open(self.shards[shard], "rb") as f: f.seek(at); return f.read(size)
-    def key_of(self, i: int) -> int: return picture_key(self._read(*self.place[i, :3].tolist()))
+        if size > 2**30:
+            raise ValueError(f"a picture of {size} bytes")
+        with open(self.shards[shard], "rb") as f:
+            f.seek(at)
+            return f.read(size)
+
+    def key_of(self, i: int) -> int:
+        return picture_key(self._read(*self.place[i, :3].tolist()))
+
     def _find_keys(self, progress: bool) -> Tensor:
         found = torch.zeros(len(self), dtype=torch.int64)
         with tqdm(total=len(self), desc="hashing pictures", disable=not progress) as bar:
@@ -406,34 +723,60 @@ class TarSource(Source):
         facts = os.stat(path)
         file = folder and folder / f"{_kept_name(path)}.safetensors"
         stamp, kept = b"shard", load_keys(file)
-        if kept.get(stamp, (0, 0))[:2] != (facts.st_size, facts.st_mtime_ns): kept = {}
+        if kept.get(stamp, (0, 0))[:2] != (facts.st_size, facts.st_mtime_ns):
+            kept = {}
         names = [f"{at} {size}".encode() for at, size in self.place[rows, 1:3].tolist()]
         new = {name: (0, 0, self.key_of(int(i))) for name, i in zip(names, rows) if name not in kept}
-        if new: save_keys(file, kept | new | {stamp: (facts.st_size, facts.st_mtime_ns, 0)})
+        if new:
+            save_keys(file, kept | new | {stamp: (facts.st_size, facts.st_mtime_ns, 0)})
         return torch.tensor([(new.get(name) or kept[name])[2] for name in names], dtype=torch.int64)
-    def __len__(self) -> int: return len(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
     def item(self, i: int) -> Item:
         key, (shard, at, size, *_) = self.names[i], self.place[i].tolist()
-        return Item(self._read(shard, at, size), int(self.labels[i]), self.caption(i), f"{Path(self.shards[shard]).name}/{key}")
+        return Item(
+            self._read(shard, at, size),
+            int(self.labels[i]),
+            self.caption(i),
+            f"{Path(self.shards[shard]).name}/{key}",
+        )
+
     def caption(self, i: int) -> str | None:
         shard, _, _, at, size, is_json = self.place[i].tolist()
-        if not size: return None
-        try: return _caption(self._read(shard, at, min(size, _LONGEST)), bool(is_json))
-        except (OSError, ValueError) as error: return self.no_caption(f"{Path(self.shards[shard]).name}/{self.names[i]}", error)
+        if not size:
+            return None
+        try:
+            return _caption(self._read(shard, at, min(size, _LONGEST)), bool(is_json))
+        except (OSError, ValueError) as error:
+            return self.no_caption(f"{Path(self.shards[shard]).name}/{self.names[i]}", error)
+
     def listed(self) -> Iterator[bytes]:
         yield "\n".join(os.path.basename(p) for p in self.shards).encode("utf-8", "surrogateescape")
-        yield from (self.names.whole.tobytes(), self.names.ends.tobytes(), self.place.tobytes(), self.labels.tobytes())
+        yield from (
+            self.names.whole.tobytes(),
+            self.names.ends.tobytes(),
+            self.place.tobytes(),
+            self.labels.tobytes(),
+        )
 
 # %% ../nbs/01b_sources.ipynb #01b-c30a3d1a
-def decode(item: Item,                   # of any source
-           size: int,                    # side of the square
-           where: float | None = None,   # None: the centre, as everywhere in this package; 0 .. 1: a square of the short side, at this place along the long one
-          ) -> Tensor | str:             # image (3, size, size) uint8, or the reason why there is none
+def decode(
+    item: Item,  # of any source
+    size: int,  # side of the square
+    where: float
+    | None = None,  # None: the centre, as everywhere in this package; 0 .. 1: a square of the short side, at this place along the long one
+) -> Tensor | str:  # image (3, size, size) uint8, or the reason why there is none
     "Decode one picture. Nothing that lies in a file makes this raise, wait for ever or fill the memory."
-    if threading.current_thread() is not threading.main_thread(): return _decode(item, size, where)  # filters belong to the whole process: threads that put them back in another order would leave all warnings off
+    if threading.current_thread() is not threading.main_thread():
+        return _decode(
+            item, size, where
+        )  # filters belong to the whole process: threads that put them back in another order would leave all warnings off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own notes about odd metadata and large pictures
         return _decode(item, size, where)
+
 
 def _decode(item: Item, size: int, where: float | None = None) -> Tensor | str:
     "The same, for threads: whoever starts them silences Pillow."
@@ -444,65 +787,111 @@ def _decode(item: Item, size: int, where: float | None = None) -> Tensor | str:
 @dataclass(frozen=True)
 class Survey:
     "What a source holds. Printed, it is one line."
-    name: str                 # of the source
-    used: int                 # pictures that can be used
-    skipped: dict[str, int]   # reason: how many
-    first: dict[str, str]     # reason: key of the first
-    seconds: float            # it took
+
+    name: str  # of the source
+    used: int  # pictures that can be used
+    skipped: dict[str, int]  # reason: how many
+    first: dict[str, str]  # reason: key of the first
+    seconds: float  # it took
 
     def __str__(self) -> str:
         count = sum(self.skipped.values())
-        why = ", ".join(f"{n} {reason} (first: {self.first[reason]!r})" for reason, n in sorted(self.skipped.items(), key=lambda x: -x[1]))
-        return f"{self.name}: {self.used:,} of {self.used + count:,} pictures can be used" + (f"; {count:,} skipped: {why}" if count else "")
+        why = ", ".join(
+            f"{n} {reason} (first: {self.first[reason]!r})"
+            for reason, n in sorted(self.skipped.items(), key=lambda x: -x[1])
+        )
+        return f"{self.name}: {self.used:,} of {self.used + count:,} pictures can be used" + (
+            f"; {count:,} skipped: {why}" if count else ""
+        )
 
 # %% ../nbs/01b_sources.ipynb #01b-d0e76734
 def _read(source: Source, i: int, size: int, where: float | None = None) -> tuple[Tensor | str, Item]:
     "Item and picture; what goes wrong inside the source is a reason too."
-    try: item = source.item(i)
-    except Exception as error: return f"item not readable ({type(error).__name__})", Item(b"", 0, None, f"item {i}")
-    if not 0 <= item.label < len(source.classes): return "no valid label", item
+    try:
+        item = source.item(i)
+    except Exception as error:
+        return f"item not readable ({type(error).__name__})", Item(b"", 0, None, f"item {i}")
+    if not 0 <= item.label < len(source.classes):
+        return "no valid label", item
     return decode(item, size, where), item
+
 
 class _Squares(Dataset):
     "Every item at one size: (picture or reason, label, key)."
-    def __init__(self, source: Source, size: int): self.source, self.size = source, size
+
+    def __init__(self, source: Source, size: int):
+        self.source, self.size = source, size
+
     def __getitem__(self, i: int):
         found, item = _read(self.source, i, self.size)
         return found if isinstance(found, str) else found.numpy(), item.label, item.key
 
-def _scan(source: Source, size: int, rows, workers: int, progress: bool, label: str):
-    loader = DataLoader(_Squares(source, size), batch_sampler=[list(rows[i:i + 64]) for i in range(0, len(rows), 64)], num_workers=workers, collate_fn=list, generator=torch.Generator())
-    with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
-        for batch in loader: yield from batch; bar.update(len(batch))
 
-def survey(source: Source,
-           size: int = 64,            # decode for this side
-           limit: int | None = None,  # look at so many only, evenly spread
-           workers: int = 0,          # processes that decode; 0: this one
-           progress: bool = False,
-          ) -> Survey:
+def _scan(source: Source, size: int, rows, workers: int, progress: bool, label: str):
+    loader = DataLoader(
+        _Squares(source, size),
+        batch_sampler=[list(rows[i : i + 64]) for i in range(0, len(rows), 64)],
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
+        for batch in loader:
+            yield from batch
+            bar.update(len(batch))
+
+
+def survey(
+    source: Source,
+    size: int = 64,  # decode for this side
+    limit: int | None = None,  # look at so many only, evenly spread
+    workers: int = 0,  # processes that decode; 0: this one
+    progress: bool = False,
+) -> Survey:
     "Decode everything once, and count what can be used and what not, by reason."
     began, used, skipped, first = time.perf_counter(), 0, Counter(), {}
     for found, _, key in _scan(source, size, evenly(range(len(source)), limit), workers, progress, "survey"):
-        if isinstance(found, str): skipped[found] += 1; first.setdefault(found, key)
-        else: used += 1
+        if isinstance(found, str):
+            skipped[found] += 1
+            first.setdefault(found, key)
+        else:
+            used += 1
     return Survey(source.name, used, dict(skipped), first, time.perf_counter() - began)
 
 # %% ../nbs/01b_sources.ipynb #01b-98edf56f
 class _Reader(Dataset):
     "One picture of a batch, asked for by (row, place in the batch, step); this is what worker processes run."
+
     def __init__(self, source: Source, size: int, seed: int, flip: bool, crop: str):
         self.source, self.size, self.seed, self.flip, self.crop = source, size, seed, flip, crop
 
-    def __getitem__(self, asked: tuple[int, int, int]):  # picture; label; row asked for; row used; reason; key of the broken one
+    def __getitem__(
+        self, asked: tuple[int, int, int]
+    ):  # picture; label; row asked for; row used; reason; key of the broken one
         row, place, step = asked
-        chance = np.random.default_rng([self.seed, step, place, 1]).random(2) if self.flip or self.crop == "random" else (1., .5)
+        chance = (
+            np.random.default_rng([self.seed, step, place, 1]).random(2)
+            if self.flip or self.crop == "random"
+            else (1.0, 0.5)
+        )
         reason = key = ""
         for at in (i % len(self.source) for i in range(row, row + min(1000, len(self.source)))):
             found, item = _read(self.source, at, self.size, chance[1] if self.crop == "random" else None)
-            if not isinstance(found, str): return found.flip(-1) if self.flip and chance[0] < .5 else found, item.label, row, at, reason, key
-            if at == row: reason, key = found, item.key
-        raise ValueError(f"{self.source.name}: no usable picture from item {row} ({key}: {reason}) to item {at}; run survey() on it")
+            if not isinstance(found, str):
+                return (
+                    found.flip(-1) if self.flip and chance[0] < 0.5 else found,
+                    item.label,
+                    row,
+                    at,
+                    reason,
+                    key,
+                )
+            if at == row:
+                reason, key = found, item.key
+        raise ValueError(
+            f"{self.source.name}: no usable picture from item {row} ({key}: {reason}) to item {at}; run survey() on it"
+        )
+
 
 def _stack(parts: list) -> tuple:
     squares, labels, rows, used, reasons, keys = zip(*parts)
@@ -511,67 +900,108 @@ def _stack(parts: list) -> tuple:
 # %% ../nbs/01b_sources.ipynb #01b-62eff973
 class _Plan:
     "What a feed will be asked for, from `start` = (step, rank, world, micro) on, micro-batch by micro-batch."
+
     # a weak reference: were feed and loader a circle, only the garbage collector could free them, and worker processes that it ends take five seconds each
-    def __init__(self, feed: Feed): self.feed, self.start = weakref.ref(feed), (0, 0, 1, 1)
+    def __init__(self, feed: Feed):
+        self.feed, self.start = weakref.ref(feed), (0, 0, 1, 1)
+
     def _asked(self, step: int) -> list[list[tuple[int, int, int]]]:
-        feed = self.feed(); rows = feed.rows(step)
-        return [[(*pair, step) for pair in zip(rows[p].tolist(), p.tolist())] for p in feed.dealt(step, *self.start[1:])]
+        feed = self.feed()
+        rows = feed.rows(step)
+        return [
+            [(*pair, step) for pair in zip(rows[p].tolist(), p.tolist())]
+            for p in feed.dealt(step, *self.start[1:])
+        ]
+
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for step in itertools.count(self.start[0]): yield from self._asked(step)
+        for step in itertools.count(self.start[0]):
+            yield from self._asked(step)
+
 
 class _Maker:
     "What worker processes sent, as a batch on the device; and the count of what could not be used."
+
     def __init__(self, reader: _Reader, device: torch.device):
         self.reader, self.device = reader, device
-        self.stand_ins = np.full(len(reader.source), -1, np.int64)  # the row that is used for each row (itself, mostly); -1: not met yet
-        self.skipped: Counter = Counter()                           # reason: how many different items, so far, in this process
+        self.stand_ins = np.full(
+            len(reader.source), -1, np.int64
+        )  # the row that is used for each row (itself, mostly); -1: not met yet
+        self.skipped: Counter = Counter()  # reason: how many different items, so far, in this process
 
     def finish(self, stacked: tuple) -> tuple[Tensor, Tensor]:
         squares, labels, rows, used, reasons, keys = stacked
         for row, at, reason, key in zip(rows, used, reasons, keys):
             if reason and self.stand_ins[row] < 0:
-                if not self.skipped: warnings.warn(f"{self.reader.source.name}: {key!r} cannot be used ({reason}). The next usable item stands in for it, and so for all that follow; they are counted in `skipped`")
+                if not self.skipped:
+                    warnings.warn(
+                        f"{self.reader.source.name}: {key!r} cannot be used ({reason}). The next usable item stands in for it, and so for all that follow; they are counted in `skipped`"
+                    )
                 self.skipped[reason] += 1
             self.stand_ins[row] = at
-        return from_uint8(squares.to(self.device, non_blocking=True)), labels[:, None].to(self.device, non_blocking=True)
+        return from_uint8(squares.to(self.device, non_blocking=True)), labels[:, None].to(
+            self.device, non_blocking=True
+        )
 
-    def __call__(self, rows: Tensor, places: Tensor, step: int) -> tuple[Tensor, Tensor]:  # a batch, without the workers
-        return self.finish(_stack([self.reader[row, place, step] for row, place in zip(rows.tolist(), places.tolist())]))
+    def __call__(
+        self, rows: Tensor, places: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:  # a batch, without the workers
+        return self.finish(
+            _stack([self.reader[row, place, step] for row, place in zip(rows.tolist(), places.tolist())])
+        )
 
 # %% ../nbs/01b_sources.ipynb #01b-fb74e4cb
 class SourceFeed(Feed):
     "Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) of a source, decoded ahead by worker processes. Resume by setting `step`."
-    def __init__(self,
-                 source: Source,         # where from
-                 size: int,              # side in pixels
-                 batch: int,             # images a step, over all processes
-                 seed: int = 0,          # names the order and everything random
-                 workers: int = 0,       # processes that decode; 0: this one, when asked
-                 flip: bool = False,     # mirror every second image, at random (for photographs)
-                 crop: str = "centre",   # "centre" | "random": which square of the short side
-                 device="cpu",           # where batches go
-                 ahead: int = 2):        # batches that each worker decodes in advance
-        if crop not in ("centre", "random"): raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
+
+    def __init__(
+        self,
+        source: Source,  # where from
+        size: int,  # side in pixels
+        batch: int,  # images a step, over all processes
+        seed: int = 0,  # names the order and everything random
+        workers: int = 0,  # processes that decode; 0: this one, when asked
+        flip: bool = False,  # mirror every second image, at random (for photographs)
+        crop: str = "centre",  # "centre" | "random": which square of the short side
+        device="cpu",  # where batches go
+        ahead: int = 2,
+    ):  # batches that each worker decodes in advance
+        if crop not in ("centre", "random"):
+            raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
         device, reader = torch.device(device), _Reader(source, size, seed, flip, crop)
         super().__init__(len(source), batch, _Maker(reader, device), seed)
         self.source, self._plan, self._next, self._batches = source, _Plan(self), None, None
         self.stand_ins, self.skipped = self.make.stand_ins, self.make.skipped
         # an own generator: the loader would otherwise draw from the random state that training uses
-        self._loader = DataLoader(reader, batch_sampler=self._plan, num_workers=workers, collate_fn=_stack, pin_memory=device.type == "cuda",
-                                  generator=torch.Generator(), **(dict(prefetch_factor=ahead, persistent_workers=True) if workers else {}))
+        self._loader = DataLoader(
+            reader,
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+            **(dict(prefetch_factor=ahead, persistent_workers=True) if workers else {}),
+        )
 
-    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[tuple[Tensor, Tensor], float]]:
+    def parts(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 1
+    ) -> list[tuple[tuple[Tensor, Tensor], float]]:
         "The micro-batches of this process with their weights. Asked for in the order of the steps they are ready; any other order starts the workers anew."
-        if self._next != (step, rank, world, micro): self._plan.start = (step, rank, world, micro); self._batches = iter(self._loader)
+        if self._next != (step, rank, world, micro):
+            self._plan.start = (step, rank, world, micro)
+            self._batches = iter(self._loader)
         self._next = None  # stays so if an error comes in between
-        parts = [(self.make.finish(next(self._batches)), len(places) * world / self.batch) for places in self.dealt(step, rank, world, micro)]
+        parts = [
+            (self.make.finish(next(self._batches)), len(places) * world / self.batch)
+            for places in self.dealt(step, rank, world, micro)
+        ]
         self._next = (step + 1, rank, world, micro)
         return parts
 
     def captions(self, rows: Tensor) -> list[str | None]:  # one a row
         "The captions of the pictures that are shown for these rows (`feed.rows(step)`): a stand-in brings its own."
         unknown = rows[torch.from_numpy(self.stand_ins[rows.numpy()] < 0)]
-        if len(unknown): self.make(unknown, unknown, 0)
+        if len(unknown):
+            self.make(unknown, unknown, 0)
         return [self.source.caption(int(self.stand_ins[row])) for row in rows.tolist()]
 
     def close(self) -> None:
@@ -579,175 +1009,292 @@ class SourceFeed(Feed):
         self._batches = self._next = self._loader._iterator = None
 
 # %% ../nbs/01b_sources.ipynb #01b-c23885b4
-def reading_rate(source: Source,
-                 size: int,             # side in pixels
-                 workers: int = 0,      # processes that decode
-                 batch: int = 64,
-                 seconds: float = 3.,   # measure about so long
-                ) -> float:             # images a second
+def reading_rate(
+    source: Source,
+    size: int,  # side in pixels
+    workers: int = 0,  # processes that decode
+    batch: int = 64,
+    seconds: float = 3.0,  # measure about so long
+) -> float:  # images a second
     "How fast a SourceFeed delivers to somebody who takes every batch at once. The first batches, decoded while the workers started, do not count."
     feed = SourceFeed(source, size, batch, workers=workers)
-    for _ in range(2 * workers + 1): next(feed)
+    for _ in range(2 * workers + 1):
+        next(feed)
     began, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < seconds: next(feed); count += batch
+    while (spent := time.perf_counter() - began) < seconds:
+        next(feed)
+        count += batch
     feed.close()
     return count / spent
 
 # %% ../nbs/01b_sources.ipynb #01b-bef32c01
-_LABELS, _CAPTIONS = ("label", "labels", "cls", "class", "fine_label"), ("caption", "captions", "text", "txt", "prompt", "json")
+_LABELS, _CAPTIONS = (
+    ("label", "labels", "cls", "class", "fine_label"),
+    ("caption", "captions", "text", "txt", "prompt", "json"),
+)
 
-def _columns(features, example: dict, image: str | None, label: str | None, caption: str | None) -> tuple[str, str | None, str | None]:  # names of the columns
+
+def _columns(
+    features, example: dict, image: str | None, label: str | None, caption: str | None
+) -> tuple[str, str | None, str | None]:  # names of the columns
     "Which columns hold what: as asked, else by their types, else by their names. Raises ValueError if there is no image."
     kind = {name: type(f).__name__ for name, f in (features or {}).items()}
-    def is_image(value): return isinstance(value, Image.Image) or isinstance(value, dict) and "bytes" in value
+
+    def is_image(value):
+        return isinstance(value, Image.Image) or isinstance(value, dict) and "bytes" in value
+
     for name in (image, label, caption):
-        if name is not None and name not in example: raise ValueError(f"no column {name!r}; there are: {', '.join(example)}")
-    image = image or next((n for n in example if kind.get(n) == "Image"), None) or next((n for n in example if is_image(example[n])), None)
-    if image is None: raise ValueError(f"no column holds images; there are: {', '.join(example)}")
-    label = label or next((n for n in example if kind.get(n) == "ClassLabel"), None) or next((n for n in _LABELS if isinstance(example.get(n), (int, str))), None)
-    caption = caption or next((n for n in _CAPTIONS if isinstance(example.get(n), (str, dict)) and n not in (image, label)), None)
+        if name is not None and name not in example:
+            raise ValueError(f"no column {name!r}; there are: {', '.join(example)}")
+    image = (
+        image
+        or next((n for n in example if kind.get(n) == "Image"), None)
+        or next((n for n in example if is_image(example[n])), None)
+    )
+    if image is None:
+        raise ValueError(f"no column holds images; there are: {', '.join(example)}")
+    label = (
+        label
+        or next((n for n in example if kind.get(n) == "ClassLabel"), None)
+        or next((n for n in _LABELS if isinstance(example.get(n), (int, str))), None)
+    )
+    caption = caption or next(
+        (n for n in _CAPTIONS if isinstance(example.get(n), (str, dict)) and n not in (image, label)), None
+    )
     return image, label, caption
+
 
 def _local(path, files: str | Path | None) -> str | Unreadable | bytes:
     "A row of a stranger's data set may name a file of this machine: only what `datasets` itself has put into its cache is read, and what lies in `files`."
-    if not path: return b""
+    if not path:
+        return b""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
+
     place = os.path.realpath(os.path.expanduser(str(path)))
-    caches = [os.path.realpath(str(c)) for c in (config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([files] if files else []))]
+    caches = [
+        os.path.realpath(str(c))
+        for c in (config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([files] if files else []))
+    ]
     return place if any(place.startswith(c + os.sep) for c in caches) else Unreadable("names a local file")
+
 
 def _example(row: dict, columns: tuple, numbers: dict, key: str, files: str | Path | None = None) -> Item:
     "One row of a Hugging Face data set as an item."
     image, label, caption = (row.get(c) if c else None for c in columns)
-    if isinstance(image, dict): image = image.get("bytes") or _local(image.get("path"), files)
-    elif isinstance(image, str): image = _local(image, files)
-    if isinstance(caption, dict): caption = _said(caption)
-    number = 0 if columns[1] is None else numbers.get(label, -1) if numbers else label if isinstance(label, int) else -1  # -1: none that we know
+    if isinstance(image, dict):
+        image = image.get("bytes") or _local(image.get("path"), files)
+    elif isinstance(image, str):
+        image = _local(image, files)
+    if isinstance(caption, dict):
+        caption = _said(caption)
+    number = (
+        0
+        if columns[1] is None
+        else numbers.get(label, -1)
+        if numbers
+        else label
+        if isinstance(label, int)
+        else -1
+    )  # -1: none that we know
     return Item(b"" if image is None else image, number, caption or None, key)
 
 # %% ../nbs/01b_sources.ipynb #01b-799d5bf9
 class HubSource(Source):
     "A Hugging Face `datasets.Dataset` (random access)."
-    def __init__(self, dataset,                                   # with a column of images
-                 name: str = "",                                  # what it is called
-                 image: str | None = None, label: str | None = None, caption: str | None = None,  # columns, where guessing by type and name is wrong
-                 limit: int | None = None,                        # use at most so many, evenly spread
-                 held: Callable | None = None,                    # opens what the set itself holds out
-                 files: str | Path | None = None):                # a folder of this machine whose files the rows may name; others are not read
-        if not len(dataset): raise ValueError(f"{name or 'the data set'} holds no rows")
-        if limit and limit < len(dataset): dataset = dataset.select(evenly(range(len(dataset)), limit))
+
+    def __init__(
+        self,
+        dataset,  # with a column of images
+        name: str = "",  # what it is called
+        image: str | None = None,
+        label: str | None = None,
+        caption: str | None = None,  # columns, where guessing by type and name is wrong
+        limit: int | None = None,  # use at most so many, evenly spread
+        held: Callable | None = None,  # opens what the set itself holds out
+        files: str | Path | None = None,
+    ):  # a folder of this machine whose files the rows may name; others are not read
+        if not len(dataset):
+            raise ValueError(f"{name or 'the data set'} holds no rows")
+        if limit and limit < len(dataset):
+            dataset = dataset.select(evenly(range(len(dataset)), limit))
         self.fingerprint, features = dataset._fingerprint, dataset.features
         kind = type(next((f for f in features.values() if type(f).__name__ == "Image"), None))
         raw = dataset
-        for column in [n for n, f in features.items() if type(f).__name__ == "Image"]: raw = raw.cast_column(column, kind(decode=False))  # the bytes: decoding is our work
+        for column in [n for n, f in features.items() if type(f).__name__ == "Image"]:
+            raw = raw.cast_column(column, kind(decode=False))  # the bytes: decoding is our work
         self.dataset, self.columns = raw, _columns(features, raw[0], image, label, caption)
         chosen = features.get(self.columns[1]) if self.columns[1] else None
         self.numbers = {}
-        if chosen is None: self.classes = ("all",)
-        elif hasattr(chosen, "names"): self.classes = tuple(chosen.names)
+        if chosen is None:
+            self.classes = ("all",)
+        elif hasattr(chosen, "names"):
+            self.classes = tuple(chosen.names)
         else:
             values = [v for v in raw.unique(self.columns[1]) if v is not None]
-            if all(isinstance(v, int) and 0 <= v < 10**6 for v in values): self.classes = tuple(map(str, range(max(values) + 1)))
-            else: values = sorted(values, key=str); self.classes, self.numbers = tuple(map(str, values)), {v: i for i, v in enumerate(values)}
-        self.name = f"{name or getattr(dataset.info, 'dataset_name', None) or 'datasets.Dataset'} {dataset.split or ''}, {len(dataset):,} rows".replace(" ,", ",")
+            if all(isinstance(v, int) and 0 <= v < 10**6 for v in values):
+                self.classes = tuple(map(str, range(max(values) + 1)))
+            else:
+                values = sorted(values, key=str)
+                self.classes, self.numbers = tuple(map(str, values)), {v: i for i, v in enumerate(values)}
+        self.name = f"{name or getattr(dataset.info, 'dataset_name', None) or 'datasets.Dataset'} {dataset.split or ''}, {len(dataset):,} rows".replace(
+            " ,", ","
+        )
         self.files, self.held, self.rule = files, held, "own split" if held else "one in eight"
 
-    def own_split(self) -> Source | None: return self.held() if self.held else None
+    def own_split(self) -> Source | None:
+        return self.held() if self.held else None
+
     def _find_keys(self, progress: bool) -> Tensor:
         folder = keys_folder(len(self), self.index)
-        file = folder and folder / f"hub-{hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]}.safetensors"
+        file = (
+            folder
+            and folder / f"hub-{hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]}.safetensors"
+        )
         names, kept = [str(i).encode() for i in range(len(self))], load_keys(file)
-        if list(kept) == names: return torch.tensor([row[2] for row in kept.values()], dtype=torch.int64)
+        if list(kept) == names:
+            return torch.tensor([row[2] for row in kept.values()], dtype=torch.int64)
         keys = super()._find_keys(progress)
         save_keys(file, {name: (0, 0, key) for name, key in zip(names, keys.tolist())})
         return keys
 
-    def __len__(self) -> int: return len(self.dataset)
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def item(self, i: int) -> Item:
-        if not 0 <= i < len(self): raise IndexError(f"item {i} of {len(self)}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
         return _example(self.dataset[i], self.columns, self.numbers, f"row {i}", self.files)
+
     def caption(self, i: int) -> str | None:
-        if self.columns[2] is None: return None
+        if self.columns[2] is None:
+            return None
         value = self.dataset.select_columns([self.columns[2]])[i][self.columns[2]]
         return _example({self.columns[2]: value}, (None, None, self.columns[2]), {}, "").caption
-    def listed(self) -> Iterator[bytes]: yield self.fingerprint.encode()
+
+    def listed(self) -> Iterator[bytes]:
+        yield self.fingerprint.encode()
 
 # %% ../nbs/01b_sources.ipynb #01b-2b923904
 class StreamSource:
     "A Hugging Face `datasets.IterableDataset`: items from front to back, epoch after epoch, with a state that can be saved."
-    def __init__(self, dataset,                                   # its own shuffle buffer, if it has one, is not restored on resume
-                 name: str = "",
-                 image: str | None = None, label: str | None = None, caption: str | None = None,  # columns, where guessing is wrong
-                 side: str | None = None,                         # "train" | "val": only the records of this side, by their keys; None: all
-                 held: Callable | None = None):                   # opens what the set itself holds out
-        if side not in ("train", "val", None): raise ValueError(f"side {side!r}: use 'train', 'val' or None")
-        self.side, self.held, self.rule, self._made = side, held, "own split" if held else "one in eight" if side else "unknown", (dataset, name, image, label, caption)
+
+    def __init__(
+        self,
+        dataset,  # its own shuffle buffer, if it has one, is not restored on resume
+        name: str = "",
+        image: str | None = None,
+        label: str | None = None,
+        caption: str | None = None,  # columns, where guessing is wrong
+        side: str | None = None,  # "train" | "val": only the records of this side, by their keys; None: all
+        held: Callable | None = None,
+    ):  # opens what the set itself holds out
+        if side not in ("train", "val", None):
+            raise ValueError(f"side {side!r}: use 'train', 'val' or None")
+        self.side, self.held, self.rule, self._made = (
+            side,
+            held,
+            "own split" if held else "one in eight" if side else "unknown",
+            (dataset, name, image, label, caption),
+        )
         self.dataset, self.epoch = dataset.decode(False) if hasattr(dataset, "decode") else dataset, 0
         start = self.dataset.state_dict()
         example = next(iter(self.dataset), None)
-        if example is None: raise ValueError(f"{name or 'the data set'} holds no rows")
+        if example is None:
+            raise ValueError(f"{name or 'the data set'} holds no rows")
         self.load_state_dict({"epoch": 0, "dataset": start})
         features = dataset.features
         self.columns = _columns(features, example, image, label, caption)
-        self.classes = tuple(getattr((features or {}).get(self.columns[1]), "names", None) or ()) if self.columns[1] else ("all",)
+        self.classes = (
+            tuple(getattr((features or {}).get(self.columns[1]), "names", None) or ())
+            if self.columns[1]
+            else ("all",)
+        )
         self.name = name or "a stream"
 
     def on_side(self, side: str) -> "StreamSource":
         "One side of this stream, with a place of its own; what the set itself holds out, if it does."
-        if self.held: return self if side == "train" else self.held()
+        if self.held:
+            return self if side == "train" else self.held()
         dataset, name, *columns = self._made
         return StreamSource(copy.deepcopy(dataset), f"{name or 'a stream'} {side}", *columns, side=side)
 
     def _held(self, data) -> bool:
-        try: return picture_key(data) % 8 == 0
-        except (OSError, TypeError, ValueError): return False  # cannot be decoded either
+        try:
+            return picture_key(data) % 8 == 0
+        except (OSError, TypeError, ValueError):
+            return False  # cannot be decoded either
 
-    def state_dict(self) -> dict: return self._loaded or {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+    def state_dict(self) -> dict:
+        return self._loaded or {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
+
     def load_state_dict(self, state: dict) -> None:
-        self._loaded, self.epoch = state, state["epoch"]  # the data set's own state_dict shows what was loaded only after the next item
-        self.dataset.set_epoch(self.epoch); self.dataset.load_state_dict(state["dataset"])
+        self._loaded, self.epoch = (
+            state,
+            state["epoch"],
+        )  # the data set's own state_dict shows what was loaded only after the next item
+        self.dataset.set_epoch(self.epoch)
+        self.dataset.load_state_dict(state["dataset"])
 
     def __iter__(self) -> Iterator[Item]:
         "From the present state to the end of the epoch; then the next epoch begins."
         for i, row in enumerate(self.dataset):
             self._loaded = None
             item = _example(row, self.columns, {}, row.get("__key__") or f"row {i} of this pass")
-            if self.side is None or self._held(item.data) == (self.side == "val"): yield item
-        self.epoch += 1; self._loaded = None; self.dataset.set_epoch(self.epoch)
+            if self.side is None or self._held(item.data) == (self.side == "val"):
+                yield item
+        self.epoch += 1
+        self._loaded = None
+        self.dataset.set_epoch(self.epoch)
 
 # %% ../nbs/01b_sources.ipynb #01b-1d1c5480
 class _Blocks:
     "The items of a stream, shuffled block by block. `state` is where the next item is: small, and json can hold it."
+
     def __init__(self, source: StreamSource, block: int, seed: int):
         self.source, self.block, self.seed = source, max(block, 1), seed
         self.load({"block": 0, "used": 0, "start": source.state_dict()})
 
-    def load(self, state: dict) -> None: self.state, self._held, self._iterator = dict(state), None, None
+    def load(self, state: dict) -> None:
+        self.state, self._held, self._iterator = dict(state), None, None
 
     def take(self, count: int) -> list[Item]:  # at least one, at most so many
-        if self._held is None: self._hold()
-        part = self._held[self.state["used"]:self.state["used"] + count]
+        if self._held is None:
+            self._hold()
+        part = self._held[self.state["used"] : self.state["used"] + count]
         self.state = self.state | {"used": self.state["used"] + len(part)}
-        if self.state["used"] >= len(self._held): self.state, self._held = {"block": self.state["block"] + 1, "used": 0, "start": self._after}, None
+        if self.state["used"] >= len(self._held):
+            self.state, self._held = {"block": self.state["block"] + 1, "used": 0, "start": self._after}, None
         return part
 
     def _hold(self) -> None:
         "Read the block that the state names, and put it into its own order."
-        if self._iterator is None: self.source.load_state_dict(self.state["start"]); self._iterator = iter(self.source)
+        if self._iterator is None:
+            self.source.load_state_dict(self.state["start"])
+            self._iterator = iter(self.source)
         items = list(itertools.islice(self._iterator, self.block))
-        if len(items) < self.block: self._iterator = iter(self.source)  # the epoch is over: the block stays short, the next one is of the next epoch
-        if not items and not (items := list(itertools.islice(self._iterator, self.block))): raise ValueError(f"{self.source.name} gives no items")
+        if len(items) < self.block:
+            self._iterator = iter(
+                self.source
+            )  # the epoch is over: the block stays short, the next one is of the next epoch
+        if not items and not (items := list(itertools.islice(self._iterator, self.block))):
+            raise ValueError(f"{self.source.name} gives no items")
         order = np.random.default_rng([self.seed, self.state["block"], 2]).permutation(len(items))
         self._held, self._after = [items[i] for i in order], self.source.state_dict()
 
-def _decoded(items: list[Item], size: int, seed: int, step: int, place: int, flip: bool, crop: str, pool) -> list[Tensor | str]:
+
+def _decoded(
+    items: list[Item], size: int, seed: int, step: int, place: int, flip: bool, crop: str, pool
+) -> list[Tensor | str]:
     "Pictures or reasons; what is random follows from (seed, step, place of the first item)."
     chances = [np.random.default_rng([seed, step, place + i, 3]).random(2) for i in range(len(items))]
+
     def one(item: Item, chance) -> Tensor | str:
-        if item.label < 0: return "no valid label"
+        if item.label < 0:
+            return "no valid label"
         found = _decode(item, size, chance[1] if crop == "random" else None)
-        return found.flip(-1) if flip and chance[0] < .5 and not isinstance(found, str) else found
+        return found.flip(-1) if flip and chance[0] < 0.5 and not isinstance(found, str) else found
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list((pool.map if pool else map)(one, items, chances))
@@ -755,24 +1302,45 @@ def _decoded(items: list[Item], size: int, seed: int, step: int, place: int, fli
 # %% ../nbs/01b_sources.ipynb #01b-5d2e80c4
 class _FrontToBack:
     "Whole batches, front to back, and the place in the stream: to be saved, put back, or read up to."
-    def state_dict(self) -> dict: return {"step": self._step, "blocks": self._blocks.state}
-    def load_state_dict(self, state: dict) -> None: self._step, self._last = state["step"], (-1, None); self._blocks.load(state["blocks"])
+
+    def state_dict(self) -> dict:
+        return {"step": self._step, "blocks": self._blocks.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._step, self._last = state["step"], (-1, None)
+        self._blocks.load(state["blocks"])
 
     @property
-    def step(self) -> int: return self._step  # what the next next() gives
+    def step(self) -> int:
+        return self._step  # what the next next() gives
+
     @step.setter
     def step(self, step: int) -> None:
-        if step < self._step: self.load_state_dict({"step": 0, "blocks": self._zero})
-        while self._step < step: self._read_batch()
+        if step < self._step:
+            self.load_state_dict({"step": 0, "blocks": self._zero})
+        while self._step < step:
+            self._read_batch()
 
     def _read_batch(self) -> tuple[Tensor, Tensor, list[str | None]]:
         found, empty = [], 0
         while len(found) < self.batch:
             part = self._blocks.take(self.batch - len(found))
-            for item, square in zip(part, _decoded(part, self.size, self.seed, self._step, len(found), self.flip, self.crop, self._pool)):
-                if isinstance(square, str): self.skipped[square] += 1; empty += 1
-                else: found.append((square, item.label, item.caption)); empty = 0
-            if empty > 10_000: raise ValueError(f"{self.source.name}: {empty} pictures one after the other could not be used: {dict(self.skipped)}")
+            for item, square in zip(
+                part,
+                _decoded(
+                    part, self.size, self.seed, self._step, len(found), self.flip, self.crop, self._pool
+                ),
+            ):
+                if isinstance(square, str):
+                    self.skipped[square] += 1
+                    empty += 1
+                else:
+                    found.append((square, item.label, item.caption))
+                    empty = 0
+            if empty > 10_000:
+                raise ValueError(
+                    f"{self.source.name}: {empty} pictures one after the other could not be used: {dict(self.skipped)}"
+                )
         self._step += 1
         squares, labels, captions = zip(*found)
         return torch.stack(squares), torch.tensor(labels)[:, None], list(captions)
@@ -780,176 +1348,328 @@ class _FrontToBack:
 # %% ../nbs/01b_sources.ipynb #01b-81e10ac7
 class StreamFeed(_FrontToBack):
     "Batches of a stream, shuffled within blocks; broken pictures are left out. `state_dict` and `load_state_dict` resume exactly; setting `step` does too, by reading on, or again from the start."
-    def __init__(self, source: StreamSource,
-                 size: int,              # side in pixels
-                 batch: int,             # images a step, over all processes
-                 seed: int = 0,          # names the order within blocks and everything random
-                 workers: int = 0,       # threads that decode
-                 flip: bool = False, crop: str = "centre",  # as in SourceFeed
-                 device="cpu",
-                 block: int = 1024):     # items that are held, encoded, and shuffled among each other
-        if crop not in ("centre", "random"): raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
-        self.source, self.size, self.batch, self.seed, self.flip, self.crop, self.device = source, size, batch, seed, flip, crop, torch.device(device)
-        self.skipped, self._pool, self._blocks = Counter(), ThreadPoolExecutor(workers) if workers else None, _Blocks(source, block, seed)
+
+    def __init__(
+        self,
+        source: StreamSource,
+        size: int,  # side in pixels
+        batch: int,  # images a step, over all processes
+        seed: int = 0,  # names the order within blocks and everything random
+        workers: int = 0,  # threads that decode
+        flip: bool = False,
+        crop: str = "centre",  # as in SourceFeed
+        device="cpu",
+        block: int = 1024,
+    ):  # items that are held, encoded, and shuffled among each other
+        if crop not in ("centre", "random"):
+            raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
+        self.source, self.size, self.batch, self.seed, self.flip, self.crop, self.device = (
+            source,
+            size,
+            batch,
+            seed,
+            flip,
+            crop,
+            torch.device(device),
+        )
+        self.skipped, self._pool, self._blocks = (
+            Counter(),
+            ThreadPoolExecutor(workers) if workers else None,
+            _Blocks(source, block, seed),
+        )
         self._step, self._last, self._zero = 0, (-1, None), self._blocks.state
 
-    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[tuple[Tensor, Tensor], float]]:
+    def parts(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 1
+    ) -> list[tuple[tuple[Tensor, Tensor], float]]:
         "The micro-batches of this process with their weights. Every process reads the whole batch and takes its share."
-        if self.batch < world * micro: raise ValueError(f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each")
-        if self._last[0] != step: self.step = step; self._last = step, self._read_batch()
+        if self.batch < world * micro:
+            raise ValueError(
+                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each"
+            )
+        if self._last[0] != step:
+            self.step = step
+            self._last = step, self._read_batch()
         images, labels, _ = self._last[1]
-        return [((from_uint8(images[p].to(self.device)), labels[p].to(self.device)), len(p) * world / self.batch) for p in (c[rank::world] for c in torch.arange(self.batch).tensor_split(micro))]
+        return [
+            ((from_uint8(images[p].to(self.device)), labels[p].to(self.device)), len(p) * world / self.batch)
+            for p in (c[rank::world] for c in torch.arange(self.batch).tensor_split(micro))
+        ]
 
-    def captions(self) -> list[str | None]: return self._last[1][2]  # of the batch that was read last, in its order
-    def __iter__(self): return self
-    def __next__(self) -> tuple[Tensor, Tensor]: return self.parts(self.step)[0][0]
+    def captions(self) -> list[str | None]:
+        return self._last[1][2]  # of the batch that was read last, in its order
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return self.parts(self.step)[0][0]
 
 # %% ../nbs/01b_sources.ipynb #01b-f2d0ccad
 class Part(Source):
     "Some items of another source."
-    def __init__(self, source: Source, rows, name: str = "", rule: str | None = None):  # rows: their numbers there
-        self.source, self.rows, self.classes, self.rule = source, np.asarray(rows, np.int64), source.classes, rule or source.rule
+
+    def __init__(
+        self, source: Source, rows, name: str = "", rule: str | None = None
+    ):  # rows: their numbers there
+        self.source, self.rows, self.classes, self.rule = (
+            source,
+            np.asarray(rows, np.int64),
+            source.classes,
+            rule or source.rule,
+        )
         self.name = name or f"{source.name}; {len(self.rows):,} of them"
-    def __len__(self) -> int: return len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def _row(self, i: int) -> int:
-        if not 0 <= i < len(self): raise IndexError(f"item {i} of {len(self)}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
         return int(self.rows[i])
-    def item(self, i: int) -> Item: return self.source.item(self._row(i))
-    def caption(self, i: int) -> str | None: return self.source.caption(self._row(i))
-    def keys_at(self, rows: Sequence[int]) -> Tensor: return self.source.keys_at([self._row(i) for i in rows])
+
+    def item(self, i: int) -> Item:
+        return self.source.item(self._row(i))
+
+    def caption(self, i: int) -> str | None:
+        return self.source.caption(self._row(i))
+
+    def keys_at(self, rows: Sequence[int]) -> Tensor:
+        return self.source.keys_at([self._row(i) for i in rows])
+
     def find_keys(self, progress: bool = False) -> Tensor | None:
         every = self.source.find_keys(progress)
         return None if every is None else every[self.rows]
-    def listed(self) -> Iterator[bytes]: yield self.source.hash.encode() + self.rows.tobytes()
+
+    def listed(self) -> Iterator[bytes]:
+        yield self.source.hash.encode() + self.rows.tobytes()
 
 # %% ../nbs/01b_sources.ipynb #01b-9d04b3f6
-def split_source(source: "Source | StreamSource",
-                 progress: bool = False,          # show how far the hashing is
-                 limit: int | None = None,        # use at most so many of the training side, evenly spread
-                 val_images: int | None = None,   # and of the held-out side
-                ) -> "tuple[Source | StreamSource, Source | StreamSource]":  # train, val: disjoint
+def split_source(
+    source: "Source | StreamSource",
+    progress: bool = False,  # show how far the hashing is
+    limit: int | None = None,  # use at most so many of the training side, evenly spread
+    val_images: int | None = None,  # and of the held-out side
+) -> "tuple[Source | StreamSource, Source | StreamSource]":  # train, val: disjoint
     "The rule of `load_data`: a source that brings its own split keeps it, everything else is divided by each picture's key. Raises ValueError if a side would be empty."
     if isinstance(source, StreamSource):
-        if limit or val_images: raise ValueError(f"{source.name} is a stream: nobody knows its length, so no part of it can be spread evenly over it")
+        if limit or val_images:
+            raise ValueError(
+                f"{source.name} is a stream: nobody knows its length, so no part of it can be spread evenly over it"
+            )
         return source.on_side("train"), source.on_side("val")
     own = source.own_split()
     keys = source.find_keys(progress)
     if own is not None:
         theirs = own.find_keys(progress)
-        both = torch.zeros(len(source), dtype=torch.bool) if keys is None or theirs is None else torch.isin(keys, theirs)
-        sides, rule, note = ((source, (~both).numpy()), (own, np.ones(len(own), bool))), own.rule, f"{int(both.sum())} that are also held out"
+        both = (
+            torch.zeros(len(source), dtype=torch.bool)
+            if keys is None or theirs is None
+            else torch.isin(keys, theirs)
+        )
+        sides, rule, note = (
+            ((source, (~both).numpy()), (own, np.ones(len(own), bool))),
+            own.rule,
+            f"{int(both.sum())} that are also held out",
+        )
     else:
-        if len(source) < 8: raise ValueError(f"{source.name} holds {len(source)} items; training needs at least 8")
-        if keys is None: raise ValueError(f"{source.name} are scenes, which are disjoint by construction: open ToyScenes('train', …) and ToyScenes('val', …)")
+        if len(source) < 8:
+            raise ValueError(f"{source.name} holds {len(source)} items; training needs at least 8")
+        if keys is None:
+            raise ValueError(
+                f"{source.name} are scenes, which are disjoint by construction: open ToyScenes('train', …) and ToyScenes('val', …)"
+            )
         held = held_out(keys).numpy()
-        sides, rule, note = ((source, ~held), (source, held)), "one in eight", "one in eight held out by content"
-    if not all(side.any() for _, side in sides): raise ValueError(f"{source.name}: all pictures are the same, or the same as the held-out ones")
+        sides, rule, note = (
+            ((source, ~held), (source, held)),
+            "one in eight",
+            "one in eight held out by content",
+        )
+    if not all(side.any() for _, side in sides):
+        raise ValueError(f"{source.name}: all pictures are the same, or the same as the held-out ones")
     parts = []
     for (which, side), most, name in zip(sides, (limit, val_images), ("train", "val")):
         rows = evenly(side.nonzero()[0], most)
-        said = f"{which.name}; {name}: {len(rows):,} of {int(side.sum()):,}" + (f", {note}" if own is None or name == "train" and side.sum() < len(side) else "")
+        said = f"{which.name}; {name}: {len(rows):,} of {int(side.sum()):,}" + (
+            f", {note}" if own is None or name == "train" and side.sum() < len(side) else ""
+        )
         parts.append(which if len(rows) == len(which) else Part(which, rows, said, rule))
     return tuple(parts)
 
-def _read_rows(source: Source, size: int, rows: Sequence[int], workers: int, progress: bool) -> tuple[Tensor, list[int], list[int]]:  # images; labels; which rows
+
+def _read_rows(
+    source: Source, size: int, rows: Sequence[int], workers: int, progress: bool
+) -> tuple[Tensor, list[int], list[int]]:  # images; labels; which rows
     "What can be used of these rows, in memory. Raises ValueError if it would not fit."
     check_memory(len(rows), size, "read fewer (limit=), or train from the disk with SourceFeed")
     images, labels, good, why = np.empty((len(rows), 3, size, size), np.uint8), [], [], []
     for row, (found, label, key) in zip(rows, _scan(source, size, rows, workers, progress, "reading images")):
-        if isinstance(found, str): why.append((key, found))
-        else: images[len(labels)] = found; labels.append(label); good.append(row)
-    if why: warnings.warn(f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: {told(why)}")
-    if not labels: raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
-    return torch.from_numpy(images[:len(labels)]), labels, good
+        if isinstance(found, str):
+            why.append((key, found))
+        else:
+            images[len(labels)] = found
+            labels.append(label)
+            good.append(row)
+    if why:
+        warnings.warn(
+            f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: {told(why)}"
+        )
+    if not labels:
+        raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
+    return torch.from_numpy(images[: len(labels)]), labels, good
 
-def as_image_set(source: Source,
-                 size: int,                 # side in pixels
-                 limit: int | None = None,  # read at most so many, evenly spread
-                 workers: int = 0,          # processes that decode
-                 progress: bool = False,
-                ) -> ImageSet:              # in memory
+
+def as_image_set(
+    source: Source,
+    size: int,  # side in pixels
+    limit: int | None = None,  # read at most so many, evenly spread
+    workers: int = 0,  # processes that decode
+    progress: bool = False,
+) -> ImageSet:  # in memory
     "Everything that can be used, in memory as bytes. Raises ValueError if it would not fit."
     rows = evenly(range(len(source)), limit)
     images, labels, good = _read_rows(source, size, rows, workers, progress)
     keys = None if source.rule == "scenes" else source.keys_at(good)
-    return ImageSet(images, torch.tensor(labels)[:, None], source.classes,
-                    f"{source.name}; {len(labels)} read ({len(rows) - len(good)} broken left out), short side to {size} px (bicubic), centre crop", keys=keys, rule=source.rule)
+    return ImageSet(
+        images,
+        torch.tensor(labels)[:, None],
+        source.classes,
+        f"{source.name}; {len(labels)} read ({len(rows) - len(good)} broken left out), short side to {size} px (bicubic), centre crop",
+        keys=keys,
+        rule=source.rule,
+    )
 
 # %% ../nbs/01b_sources.ipynb #01b-5b11cc37
 class OnDisk:
     "A source in the place of an `ImageSet`: what `train_vae` needs, read while it trains. (A stream has neither length nor hash, and says so.)"
-    def __init__(self, source: Source | StreamSource,
-                 size: int,             # side in pixels
-                 workers: int = 0,      # processes (of a stream: threads) that decode
-                 crop: str = "centre"): # "centre" | "random"
-        self.pictures, self.size, self.workers, self.crop, self.classes, self.source, self.scenes = source, size, workers, crop, source.classes, source.name, False
+
+    def __init__(
+        self,
+        source: Source | StreamSource,
+        size: int,  # side in pixels
+        workers: int = 0,  # processes (of a stream: threads) that decode
+        crop: str = "centre",
+    ):  # "centre" | "random"
+        self.pictures, self.size, self.workers, self.crop, self.classes, self.source, self.scenes = (
+            source,
+            size,
+            workers,
+            crop,
+            source.classes,
+            source.name,
+            False,
+        )
 
     @property
-    def hash(self) -> str: return self._known().hash
+    def hash(self) -> str:
+        return self._known().hash
+
     @property
-    def keys(self) -> Tensor | None: return self._known().keys
+    def keys(self) -> Tensor | None:
+        return self._known().keys
+
     @property
-    def rule(self) -> str: return self.pictures.rule
-    def __repr__(self) -> str: return f"OnDisk({self.pictures!r}, {self.size} px)"
-    def __len__(self) -> int: return len(self._known())
+    def rule(self) -> str:
+        return self.pictures.rule
+
+    def __repr__(self) -> str:
+        return f"OnDisk({self.pictures!r}, {self.size} px)"
+
+    def __len__(self) -> int:
+        return len(self._known())
+
     def _known(self) -> Source:
-        if not isinstance(self.pictures, Source): raise TypeError(f"{self.source} is a stream: nobody knows its length or its hash before its end")
+        if not isinstance(self.pictures, Source):
+            raise TypeError(f"{self.source} is a stream: nobody knows its length or its hash before its end")
         return self.pictures
+
     def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> "SourceFeed | StreamFeed":
         "Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) without end."
         kind = SourceFeed if isinstance(self.pictures, Source) else StreamFeed
         return kind(self.pictures, self.size, batch, seed, self.workers, flip, self.crop, device)
+
     def head(self, count: int) -> Tensor:  # images (m 3 h w) uint8
         "So many pictures, evenly spread (of a stream: the first)."
-        if isinstance(self.pictures, Source): return _read_rows(self.pictures, self.size, spread(len(self), count).tolist(), self.workers, False)[0]
+        if isinstance(self.pictures, Source):
+            return _read_rows(
+                self.pictures, self.size, spread(len(self), count).tolist(), self.workers, False
+            )[0]
         feed = StreamFeed(self.pictures, self.size, min(count, 256))
         return torch.cat([to_uint8(next(feed)[0]) for _ in range(-(-count // feed.batch))])[:count]
 
 # %% ../nbs/01b_sources.ipynb #01b-26997c23
 def _hub(spec: str | None, path: Path | None, split: str, streaming: bool):
     "A Hugging Face data set by its name on the hub, or from a folder written by `save_to_disk`."
-    try: import datasets
-    except ImportError as error: raise ImportError("Hugging Face data sets need the package datasets: pip install 'flextok_edu[data]'") from error
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face data sets need the package datasets: pip install 'flextok_edu[data]'"
+        ) from error
     if path is not None:
-        try: found = datasets.load_from_disk(str(path))
-        except Exception as error: raise ValueError(f"{path} is no data set that datasets can read ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+        try:
+            found = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise ValueError(
+                f"{path} is no data set that datasets can read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
         if isinstance(found, dict):
-            if split not in found: raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(found)}")
+            if split not in found:
+                raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(found)}")
             found = found[split]
         return found.to_iterable_dataset() if streaming else found
     name, _, config = spec.removeprefix("hf:").partition(":")
-    try: return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-    except Exception as error: raise FileNotFoundError(f"{name} (split {split!r}) could not be loaded from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+    try:
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} (split {split!r}) could not be loaded from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
 
 
-def _hub_source(spec: str | None, path: Path | None, split: str, streaming: bool, limit: int | None = None, index=None) -> "HubSource | StreamSource":
+def _hub_source(
+    spec: str | None, path: Path | None, split: str, streaming: bool, limit: int | None = None, index=None
+) -> "HubSource | StreamSource":
     "With the set's own held-out split, if there is one."
     found, name = _hub(spec, path, split, streaming), spec or path.name
     splits = getattr(getattr(found, "info", None), "splits", None) or ()
-    if path is not None and (path / "dataset_dict.json").is_file(): splits = [f.name for f in path.iterdir() if f.is_dir()]
-    own = next((n for n in ("validation", "val", "valid", "test") if n in splits), None) if split == "train" else None
+    if path is not None and (path / "dataset_dict.json").is_file():
+        splits = [f.name for f in path.iterdir() if f.is_dir()]
+    own = (
+        next((n for n in ("validation", "val", "valid", "test") if n in splits), None)
+        if split == "train"
+        else None
+    )
     held = (lambda: _hub_source(spec, path, own, streaming, None, index)) if own else None
-    if streaming: return StreamSource(found, name, held=held)
+    if streaming:
+        return StreamSource(found, name, held=held)
     source = HubSource(found, name, limit=limit, held=held)
     source.index = index
-    if split != "train": source.rule = "own split"
+    if split != "train":
+        source.rule = "own split"
     return source
 
 # %% ../nbs/01b_sources.ipynb #01b-4b4ebe73
-def open_source(spec,                         # a folder; a name of SETS; tar shards ("x-{000..012}.tar", "x-*.tar", a folder of .tar files, a list); "hf:owner/name" or "hf:owner/name:config"; a folder of datasets' save_to_disk; or an object
-                size: int = 64,               # side that will be asked for (chooses among Imagenette's sizes)
-                split: str = "train",         # of sets that have several
-                root: str | Path | None = None, download: bool = False,  # for SETS: where they lie; fetch them
-                limit: int | None = None,     # use at most so many items, evenly spread
-                index: str | Path | None = None,  # folder that keeps the index of tar shards
-                streaming: bool = False,      # hf: read from front to back, for a StreamFeed
-               ) -> Source | StreamSource:
+def open_source(
+    spec,  # a folder; a name of SETS; tar shards ("x-{000..012}.tar", "x-*.tar", a folder of .tar files, a list); "hf:owner/name" or "hf:owner/name:config"; a folder of datasets' save_to_disk; or an object
+    size: int = 64,  # side that will be asked for (chooses among Imagenette's sizes)
+    split: str = "train",  # of sets that have several
+    root: str | Path | None = None,
+    download: bool = False,  # for SETS: where they lie; fetch them
+    limit: int | None = None,  # use at most so many items, evenly spread
+    index: str | Path | None = None,  # folder that keeps the index of tar shards
+    streaming: bool = False,  # hf: read from front to back, for a StreamFeed
+) -> Source | StreamSource:
     "The source that `spec` names. Raises FileNotFoundError or ValueError, with advice."
-    if isinstance(spec, (Source, StreamSource)): return spec
-    if isinstance(spec, (list, tuple)): return TarSource(list(spec), index, limit=limit)
+    if isinstance(spec, (Source, StreamSource)):
+        return spec
+    if isinstance(spec, (list, tuple)):
+        return TarSource(list(spec), index, limit=limit)
     if not isinstance(spec, (str, Path)):
-        if hasattr(spec, "_fingerprint"): return HubSource(spec, limit=limit)
-        if hasattr(spec, "load_state_dict") and hasattr(spec, "set_epoch"): return StreamSource(spec)
+        if hasattr(spec, "_fingerprint"):
+            return HubSource(spec, limit=limit)
+        if hasattr(spec, "load_state_dict") and hasattr(spec, "set_epoch"):
+            return StreamSource(spec)
         found = ObjectSource(spec)
         return Part(found, evenly(range(len(found)), limit), found.name) if limit else found
     text = str(spec)
@@ -957,12 +1677,23 @@ def open_source(spec,                         # a folder; a name of SETS; tar sh
         source = SetSource(text, split, size, root, download, limit)
         source.index = index
         return source
-    if text.startswith("hf:"): return _hub_source(text, None, split, streaming, limit, index)
-    if re.match(r"(https?|s3|gs|pipe):", text): raise ValueError(f"{text}: shards are read from this machine's disks; download them first, or stream a set from the hub (hf:owner/name, streaming=True)")
-    if re.search(r"\.(tar|tgz|tar\.\w+)$", text): return TarSource(text, index, limit=limit)
+    if text.startswith("hf:"):
+        return _hub_source(text, None, split, streaming, limit, index)
+    if re.match(r"(https?|s3|gs|pipe):", text):
+        raise ValueError(
+            f"{text}: shards are read from this machine's disks; download them first, or stream a set from the hub (hf:owner/name, streaming=True)"
+        )
+    if re.search(r"\.(tar|tgz|tar\.\w+)$", text):
+        return TarSource(text, index, limit=limit)
     path = Path(text).expanduser()
-    if not path.is_dir() and (why := no_random_access(text)): raise ValueError(why)
-    if not path.is_dir(): raise FileNotFoundError(f"{text} is no folder, no tar shards, and none of the sets {', '.join(SETS)}")
-    if any((path / f).is_file() for f in ("dataset_dict.json", "state.json")): return _hub_source(None, path, split, streaming, limit, index)
-    if not split_folders(path) and (shards := sorted(glob.glob(os.path.join(glob.escape(str(path)), "*.tar")))): return TarSource(shards, index, limit=limit)
+    if not path.is_dir() and (why := no_random_access(text)):
+        raise ValueError(why)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{text} is no folder, no tar shards, and none of the sets {', '.join(SETS)}")
+    if any((path / f).is_file() for f in ("dataset_dict.json", "state.json")):
+        return _hub_source(None, path, split, streaming, limit, index)
+    if not split_folders(path) and (
+        shards := sorted(glob.glob(os.path.join(glob.escape(str(path)), "*.tar")))
+    ):
+        return TarSource(shards, index, limit=limit)
     return FolderSource(path, limit, "val" if split == "val" else "train", index)

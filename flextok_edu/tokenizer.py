@@ -21,73 +21,129 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, TokenizerConfig, belongs, compiled, fit, from_uint8, load_model, meaning, named_generator, noise_like, save_model, weights_hash
+from flextok_edu.core import (
+    EMA,
+    Engine,
+    Feed,
+    Player,
+    Preset,
+    Pretrained,
+    StageConfig,
+    TokenizerConfig,
+    belongs,
+    compiled,
+    fit,
+    from_uint8,
+    load_model,
+    meaning,
+    named_generator,
+    noise_like,
+    save_model,
+    weights_hash,
+)
 from .data import ImageSet
-from .flow import APG, SOLVERS, euler_times, flow_loss, guidance_at, guide, guide_apg, mix, sample_time, velocity_target
+from flextok_edu.flow import (
+    APG,
+    SOLVERS,
+    euler_times,
+    flow_loss,
+    guidance_at,
+    guide,
+    guide_apg,
+    mix,
+    sample_time,
+    velocity_target,
+)
 from .fsq import FSQ, CodeUse, RunningNorm
 from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
-from .transformer import Block, ModulatedBlock, TimeEmbedding, init_linear, modulate, norm32, patchify, sincos_2d, unpatchify
+from flextok_edu.transformer import (
+    Block,
+    ModulatedBlock,
+    TimeEmbedding,
+    init_linear,
+    modulate,
+    norm32,
+    patchify,
+    sincos_2d,
+    unpatchify,
+)
 from .vae import VAE
 
 # %% ../nbs/08_tokenizer.ipynb #08-eaf84aaf
 class Encoder(nn.Module):
     "Latents to one short vector per register, before quantisation."
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         c, trunk = config, config.encoder
         d, side = trunk.width, c.latent_size // trunk.patch
         self.patch, self.mask = trunk.patch, c.encoder_mask
-        self.patches_in = nn.Linear(trunk.patch ** 2 * c.latent_channels, d)
+        self.patches_in = nn.Linear(trunk.patch**2 * c.latent_channels, d)
         self.register_buffer("positions", sincos_2d(d, side, side))
         self.registers = nn.Parameter(torch.empty(c.registers, d))
         self.blocks = nn.ModuleList(Block(d, trunk.head_dim, trunk.mlp_ratio) for _ in range(trunk.depth))
         self.head = nn.Linear(d, len(c.levels))
         init_linear(self)
-        nn.init.trunc_normal_(self.registers, std=.02)
+        nn.init.trunc_normal_(self.registers, std=0.02)
 
-    def forward(self,
-                latents: Tensor,             # latents (b c h w)
-                budget: int | None = None,   # registers to compute; all by default
-               ) -> Tensor:                  # (b budget l), real numbers
+    def forward(
+        self,
+        latents: Tensor,  # latents (b c h w)
+        budget: int | None = None,  # registers to compute; all by default
+    ) -> Tensor:  # (b budget l), real numbers
         k = len(self.registers)
-        used = k if budget is None or self.mask == "full" else budget  # without the causal mask the rest matters
+        used = (
+            k if budget is None or self.mask == "full" else budget
+        )  # without the causal mask the rest matters
         x = self.patches_in(patchify(latents, self.patch).to(self.patches_in.weight.dtype))  # b n d
         x = x + rearrange(self.positions, "1 d h w -> (h w) d").to(x.dtype)
         n = x.shape[1]
-        x = torch.cat([x, self.registers[:used].to(x.dtype).expand(len(x), -1, -1)], 1)     # b n+k d
+        x = torch.cat([x, self.registers[:used].to(x.dtype).expand(len(x), -1, -1)], 1)  # b n+k d
         mask = encoder_mask(n, used, self.mask, x.device)
-        for block in self.blocks: x = block(x, mask)
-        return self.head(norm32(x[:, n:]))[:, :budget]                                      # b k l
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(norm32(x[:, n:]))[:, :budget]  # b k l
 
 # %% ../nbs/08_tokenizer.ipynb #08-90843ce0
 class Condition(nn.Module):
     "Codes to what the decoder is told: registers, and a bias that lets one token count as many."
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         d, self.k = config.decoder.width, config.registers
         self.codes_in = nn.Linear(len(config.levels), d)
         self.register_positions = nn.Parameter(torch.empty(config.registers, d))
         self.mask_token, self.null_token = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
-        for w in (self.register_positions, self.mask_token, self.null_token): nn.init.trunc_normal_(w, std=.02)
+        for w in (self.register_positions, self.mask_token, self.null_token):
+            nn.init.trunc_normal_(w, std=0.02)
 
-    def condition(self,
-                  codes: Tensor,                # codes (b r l), r <= k; what is missing counts as dropped
-                  budget: int | Tensor,         # tokens kept: a number, or (b,)
-                  null: Tensor | None = None,   # boolean (b,): samples whose condition is dropped altogether
-                  short: bool = False,          # one mask token for all dropped ones; then `codes` may be cut to the largest budget
-                 ) -> tuple[Tensor, Tensor | None]:  # registers (b r' d); attention bias (b r'), or None
+    def condition(
+        self,
+        codes: Tensor,  # codes (b r l), r <= k; what is missing counts as dropped
+        budget: int | Tensor,  # tokens kept: a number, or (b,)
+        null: Tensor | None = None,  # boolean (b,): samples whose condition is dropped altogether
+        short: bool = False,  # one mask token for all dropped ones; then `codes` may be cut to the largest budget
+    ) -> tuple[Tensor, Tensor | None]:  # registers (b r' d); attention bias (b r'), or None
         "What the decoder is told about each image."
         b, r, _ = codes.shape
-        short = short and not (isinstance(budget, int) and budget == r == self.k and null is None)  # nothing dropped: nothing to shorten
+        short = short and not (
+            isinstance(budget, int) and budget == r == self.k and null is None
+        )  # nothing dropped: nothing to shorten
         x = self.codes_in(codes.to(self.codes_in.weight.dtype)) + self.register_positions[:r]
         keep = keep_mask(budget, b, r, x.device)
         x = nested_dropout(x, keep, self.mask_token)
-        extra = (1 if short else self.k - r)
+        extra = 1 if short else self.k - r
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(b, extra, -1)], 1)
         bias = None
         if short:  # forbid the dropped ones in between, and let one mask token stand for all of them
             dropped = self.k - keep.sum(1)
-            bias = torch.cat([torch.zeros(keep.shape, device=x.device).masked_fill(~keep, -torch.inf), dropped.float().log()[:, None]], 1)
+            bias = torch.cat(
+                [
+                    torch.zeros(keep.shape, device=x.device).masked_fill(~keep, -torch.inf),
+                    dropped.float().log()[:, None],
+                ],
+                1,
+            )
         if null is not None:
             x = torch.where(null[:, None, None], self.null_token.to(x.dtype), x)
             if short:  # of a null sample only the last token counts, and it counts as k
@@ -95,7 +151,9 @@ class Condition(nn.Module):
                 bias = torch.where(null[:, None], torch.where(last, math.log(self.k), -math.inf), bias)
         return x, bias
 
-    def null_condition(self, b: int, short: bool = False) -> tuple[Tensor, Tensor | None]:  # registers (b r d); bias (b r), or None
+    def null_condition(
+        self, b: int, short: bool = False
+    ) -> tuple[Tensor, Tensor | None]:  # registers (b r d); bias (b r), or None
         "What it is told when it is told nothing: k null tokens, or one that counts as k."
         x = self.null_token.expand(b, 1 if short else self.k, -1)
         return x, torch.full((b, 1), math.log(self.k), device=x.device) if short else None
@@ -103,159 +161,248 @@ class Condition(nn.Module):
 # %% ../nbs/08_tokenizer.ipynb #08-44f05216
 class Decoder(Condition):
     "Noisy latents, time and condition to a velocity."
+
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         c, trunk = config, config.decoder
         d, self.patch, self.side = trunk.width, trunk.patch, c.latent_size // trunk.patch
-        self.patches_in = nn.Linear(trunk.patch ** 2 * c.latent_channels, d)
+        self.patches_in = nn.Linear(trunk.patch**2 * c.latent_channels, d)
         self.register_buffer("positions", sincos_2d(d, self.side, self.side))
         self.time = TimeEmbedding(d, c.time_features, c.max_timestep)
-        self.blocks = nn.ModuleList(ModulatedBlock(d, trunk.head_dim, trunk.mlp_ratio, c.modulations) for _ in range(trunk.depth))
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(d, trunk.head_dim, trunk.mlp_ratio, c.modulations) for _ in range(trunk.depth)
+        )
         self.to_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.head = nn.Linear(d, trunk.patch ** 2 * c.latent_channels)
+        self.head = nn.Linear(d, trunk.patch**2 * c.latent_channels)
         init_linear(self)
         zeros = [self.to_modulation[1], self.head] + [block.to_modulation[1] for block in self.blocks]
-        for layer in zeros: nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in zeros:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def modulations(self, t: Tensor) -> list[Tensor]:  # times (b,) -> modulations (b kinds 6 d), one a block, and (b 1 2 d) of the head
+    def modulations(
+        self, t: Tensor
+    ) -> list[Tensor]:  # times (b,) -> modulations (b kinds 6 d), one a block, and (b 1 2 d) of the head
         "Everything that depends on time alone; in sampling, one call serves all steps."
         time = self.time(t)
-        return [block.modulation(time) for block in self.blocks] + [rearrange(self.to_modulation(time), "b (two d) -> b 1 two d", two=2)]
+        return [block.modulation(time) for block in self.blocks] + [
+            rearrange(self.to_modulation(time), "b (two d) -> b 1 two d", two=2)
+        ]
 
-    def forward(self,
-                x_t: Tensor,                     # noisy latents (b c h w)
-                modulations: list[Tensor],       # from `modulations(t)`; a leading 1 serves the whole batch
-                registers: Tensor,               # from `condition` (b r d)
-                bias: Tensor | None = None,      # from `condition` (b r): added to the attention logits of registers
-                hidden_of: int | None = None,    # also return the sequence after this block (0 is the first)
-               ):                                # velocity (b c h w); with `hidden_of` a pair (velocity, (b n+r d))
-        x = self.patches_in(patchify(x_t, self.patch).to(self.patches_in.weight.dtype))    # b n d
+    def forward(
+        self,
+        x_t: Tensor,  # noisy latents (b c h w)
+        modulations: list[Tensor],  # from `modulations(t)`; a leading 1 serves the whole batch
+        registers: Tensor,  # from `condition` (b r d)
+        bias: Tensor | None = None,  # from `condition` (b r): added to the attention logits of registers
+        hidden_of: int | None = None,  # also return the sequence after this block (0 is the first)
+    ):  # velocity (b c h w); with `hidden_of` a pair (velocity, (b n+r d))
+        x = self.patches_in(patchify(x_t, self.patch).to(self.patches_in.weight.dtype))  # b n d
         x = x + rearrange(self.positions, "1 d h w -> (h w) d").to(x.dtype)
         n = x.shape[1]
-        mask = None if bias is None else torch.cat([bias.new_zeros(len(x), n), bias], 1)[:, None, None]  # b 1 1 n+r
-        x, hidden = torch.cat([x, registers.to(x.dtype)], 1), None                         # b n+r d
+        mask = (
+            None if bias is None else torch.cat([bias.new_zeros(len(x), n), bias], 1)[:, None, None]
+        )  # b 1 1 n+r
+        x, hidden = torch.cat([x, registers.to(x.dtype)], 1), None  # b n+r d
         for i, block in enumerate(self.blocks):
             x = block(x, n, modulations[i], mask)
-            if i == hidden_of: hidden = x
-        v = self.head(modulate(norm32(x[:, :n]), n, *modulations[-1].unbind(2)))           # b n p*p*c
+            if i == hidden_of:
+                hidden = x
+        v = self.head(modulate(norm32(x[:, :n]), n, *modulations[-1].unbind(2)))  # b n p*p*c
         v = unpatchify(v, self.patch, self.side)
         return v if hidden_of is None else (v, hidden)
 
 # %% ../nbs/08_tokenizer.ipynb #08-bbde5f77
 class TokenizerParts(nn.Module):
     "Encoder, quantiser, decoder and VAE of a tokenizer, and the checks at its doors."
-    def __init__(self, config: TokenizerConfig,
-                 vae: VAE | None = None):  # stage 0; without it only the calls on latents work
+
+    def __init__(
+        self, config: TokenizerConfig, vae: VAE | None = None
+    ):  # stage 0; without it only the calls on latents work
         super().__init__()
-        if config.encoder_mask == "full": warnings.warn("encoder_mask='full': every register sees all others, so all of them are encoded whatever the budget (short cut 1 is off)", stacklevel=3)
+        if config.encoder_mask == "full":
+            warnings.warn(
+                "encoder_mask='full': every register sees all others, so all of them are encoded whatever the budget (short cut 1 is off)",
+                stacklevel=3,
+            )
         self.config = config
         self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
         self.use: CodeUse | None = None  # counts codes while training, if there is one
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
-        self.short_cuts = True         # exact; switch off to see the plain computation
-        self.guidance_together: bool | None = None  # exact; both guidance passes as one batch, or one after the other; None: what is faster, see `runs_together`
+        self.short_cuts = True  # exact; switch off to see the plain computation
+        self.guidance_together: bool | None = (
+            None  # exact; both guidance passes as one batch, or one after the other; None: what is faster, see `runs_together`
+        )
 
     @property
-    def device(self) -> torch.device: return self.decoder.mask_token.device
+    def device(self) -> torch.device:
+        return self.decoder.mask_token.device
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.vae is not None: self.vae.eval()
+        if self.vae is not None:
+            self.vae.eval()
         return self
 
-    def own_parameters(self) -> list[tuple[str, nn.Parameter]]: return [(n, p) for n, p in self.named_parameters() if not n.startswith("vae.")]
-    def own_state(self) -> dict[str, Tensor]: return {n: t for n, t in self.state_dict().items() if not n.startswith("vae.")}
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.named_parameters() if not n.startswith("vae.")]
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {n: t for n, t in self.state_dict().items() if not n.startswith("vae.")}
 
     def _need_vae(self, what: str) -> VAE:
-        if self.vae is None: raise ValueError(f"{what} needs a VAE, and there is no VAE: pass vae=… to FlexTok, or use encode_latents and decode_latents")
+        if self.vae is None:
+            raise ValueError(
+                f"{what} needs a VAE, and there is no VAE: pass vae=… to FlexTok, or use encode_latents and decode_latents"
+            )
         return self.vae
 
     def _check_budget(self, budget: int | None) -> int:
         k = self.config.registers
-        if budget is None: return k
-        if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= k: raise ValueError(f"a budget must be an integer in 1 .. {k}, not {budget!r}")
+        if budget is None:
+            return k
+        if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= k:
+            raise ValueError(f"a budget must be an integer in 1 .. {k}, not {budget!r}")
         return budget
 
     def _check_latents(self, latents: Tensor) -> None:
-        c = self.config; shape = (c.latent_channels, c.latent_size, c.latent_size)
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != shape: raise ValueError(f"latents must be (b, {', '.join(map(str, shape))}), not {tuple(latents.shape)}")
-        if not torch.isfinite(latents).all(): raise ValueError("latents contain NaN or infinity: is the VAE trained, and are the images in [-1, 1]?")
+        c = self.config
+        shape = (c.latent_channels, c.latent_size, c.latent_size)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+            raise ValueError(f"latents must be (b, {', '.join(map(str, shape))}), not {tuple(latents.shape)}")
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                "latents contain NaN or infinity: is the VAE trained, and are the images in [-1, 1]?"
+            )
 
 # %% ../nbs/08_tokenizer.ipynb #08-d2ea3477
-def _pad(ids: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:  # ids (b r), zeros behind the end; how many each image has
+def _pad(
+    ids: Tensor | list[Tensor],
+) -> tuple[Tensor, list[int]]:  # ids (b r), zeros behind the end; how many each image has
     rows = [ids] if isinstance(ids, Tensor) else [torch.as_tensor(row) for row in ids]
     for row in rows:
         if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
-            raise TypeError(f"ids must be integers, not {row.dtype}: `tokenize` gives int64. (If these are whole numbers all the same: ids.long())")
+            raise TypeError(
+                f"ids must be integers, not {row.dtype}: `tokenize` gives int64. (If these are whole numbers all the same: ids.long())"
+            )
     if isinstance(ids, Tensor):
-        if ids.ndim != 2: raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be (b, r), or a list of (r,), not {tuple(ids.shape)}")
         return ids.long(), [ids.shape[1]] * len(ids)
     for row in rows:
-        if row.ndim != 1 and not (row.ndim == 2 and row.shape[0] == 1): raise ValueError(f"a list of ids holds one image in each entry, (r,) or (1, r), not {tuple(row.shape)}")
+        if row.ndim != 1 and not (row.ndim == 2 and row.shape[0] == 1):
+            raise ValueError(
+                f"a list of ids holds one image in each entry, (r,) or (1, r), not {tuple(row.shape)}"
+            )
     rows = [row.reshape(-1).long() for row in rows]
-    if not rows or min(map(len, rows)) == 0: raise ValueError("every image needs at least 1 token")
+    if not rows or min(map(len, rows)) == 0:
+        raise ValueError("every image needs at least 1 token")
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
+
 def _either(ours: str, value, default, theirs: str, other):  # the one that was given
-    if other is None: return value
-    if value != default: raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
+    if other is None:
+        return value
+    if value != default:
+        raise ValueError(f"{ours}={value} and {theirs}={other} mean the same: give one of them")
     return other
 
-def _start(parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int, generator=None) -> Tensor:  # noise (b c h w), as given or drawn
-    c = parts.config; shape = (c.latent_channels, c.latent_size, c.latent_size)
+
+def _start(
+    parts: TokenizerParts, b: int, noise: Tensor | None, seed: int | None, first_index: int, generator=None
+) -> Tensor:  # noise (b c h w), as given or drawn
+    c = parts.config
+    shape = (c.latent_channels, c.latent_size, c.latent_size)
     if generator is not None:
-        if noise is not None: raise ValueError("give the noise itself, or a generator that draws it, not both")
+        if noise is not None:
+            raise ValueError("give the noise itself, or a generator that draws it, not both")
         each = list(generator) if isinstance(generator, (list, tuple)) else [generator] * b
-        if len(each) != b: raise ValueError(f"{len(each)} generators for {b} images: give one for each, or a single one")
+        if len(each) != b:
+            raise ValueError(f"{len(each)} generators for {b} images: give one for each, or a single one")
         noise = torch.stack([torch.randn(shape, generator=g, device=g.device).to(parts.device) for g in each])
-    if noise is None: noise = torch.randn(b, *shape, device=parts.device) if seed is None else noise_like(shape, seed, range(first_index, first_index + b), parts.device)
-    if noise.shape != (b, *shape): raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
+    if noise is None:
+        noise = (
+            torch.randn(b, *shape, device=parts.device)
+            if seed is None
+            else noise_like(shape, seed, range(first_index, first_index + b), parts.device)
+        )
+    if noise.shape != (b, *shape):
+        raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
     return noise.to(parts.device)
 
-def runs_together(told: Tensor,     # registers of the pass with the condition (b r d)
-                  nothing: Tensor,  # and of the one without (b r' d)
-                  patches: int,     # n
-                 ) -> bool:         # whether one batch of both is faster than two calls
+
+def runs_together(
+    told: Tensor,  # registers of the pass with the condition (b r d)
+    nothing: Tensor,  # and of the one without (b r' d)
+    patches: int,  # n
+) -> bool:  # whether one batch of both is faster than two calls
     "Where a call alone has few rows, and the padding is a small share of them. (Measured on CPU; not yet on a GPU.)"
     return len(told) * (patches + told.shape[1]) < 512 and told.shape[1] - nothing.shape[1] <= patches // 16
 
-def _side_by_side(told: tuple, nothing: tuple) -> tuple[Tensor, Tensor | None]:  # registers (2b r d); bias (2b r), or None
+
+def _side_by_side(
+    told: tuple, nothing: tuple
+) -> tuple[Tensor, Tensor | None]:  # registers (2b r d); bias (2b r), or None
     "Both conditions as one batch. The shorter one is filled up with tokens that nobody may look at."
     (a, bias_a), (b, bias_b) = told, nothing
     missing = a.shape[1] - b.shape[1]
-    if not missing: return torch.cat([a, b.to(a.dtype)]), None if bias_a is None else torch.cat([bias_a, bias_b])
+    if not missing:
+        return torch.cat([a, b.to(a.dtype)]), None if bias_a is None else torch.cat([bias_a, bias_b])
     b = torch.cat([b[:, :1].expand(-1, missing, -1), b], 1)
-    if bias_a is None: bias_a = bias_b.new_zeros(a.shape[:2])
-    return torch.cat([a, b.to(a.dtype)]), torch.cat([bias_a, torch.cat([bias_b.new_full((len(b), missing), -math.inf), bias_b], 1)])
+    if bias_a is None:
+        bias_a = bias_b.new_zeros(a.shape[:2])
+    return torch.cat([a, b.to(a.dtype)]), torch.cat(
+        [bias_a, torch.cat([bias_b.new_full((len(b), missing), -math.inf), bias_b], 1)]
+    )
 
 # %% ../nbs/08_tokenizer.ipynb #08-6559b1a4
 class GuidedVelocity:
     "A decoder's velocity, given these codes, with guidance: what `euler` and `heun` follow."
-    def __init__(self, parts: TokenizerParts,
-                 codes: Tensor,              # codes (b r l)
-                 budget: int | Tensor,       # tokens kept: a number, or (b,)
-                 times: Tensor,              # times that will be asked for (steps,)
-                 guidance: list[float],      # g at each of them
-                 apg: APG | bool = False):   # adaptive projected guidance
+
+    def __init__(
+        self,
+        parts: TokenizerParts,
+        codes: Tensor,  # codes (b r l)
+        budget: int | Tensor,  # tokens kept: a number, or (b,)
+        times: Tensor,  # times that will be asked for (steps,)
+        guidance: list[float],  # g at each of them
+        apg: APG | bool = False,
+    ):  # adaptive projected guidance
         self.decoder, self.short, self.times, self.guidance = parts.decoder, parts.short_cuts, times, guidance
         self.modulations = self.decoder.modulations(times) if self.short else None  # of all times at once
         self.told = self.decoder.condition(codes, budget, short=self.short)
         self.nothing = self.decoder.null_condition(len(codes), self.short)
-        together = self.short and runs_together(self.told[0], self.nothing[0], self.decoder.side ** 2) if parts.guidance_together is None else parts.guidance_together
+        together = (
+            self.short and runs_together(self.told[0], self.nothing[0], self.decoder.side**2)
+            if parts.guidance_together is None
+            else parts.guidance_together
+        )
         self.both = _side_by_side(self.told, self.nothing) if together else None
         self.apg, self.running = APG() if apg is True else apg, None
 
-    def __call__(self,
-                 x: Tensor,  # latents on their way (b c h w)
-                 i: int,     # number of the time
-                ) -> Tensor: # velocity (b c h w)
-        now, g = [m[i:i + 1] for m in self.modulations] if self.short else self.decoder.modulations(self.times[i:i + 1]), self.guidance[i]
-        if g == 1: return self.decoder(x, now, *self.told)
-        if self.both: v, v_uncond = self.decoder(torch.cat([x, x]), now, *self.both).chunk(2)
-        else: v, v_uncond = self.decoder(x, now, *self.told), self.decoder(x, now, *self.nothing)
-        if not self.apg: return guide(v, v_uncond, g)
-        v, self.running = guide_apg(v, v_uncond, g, self.apg, self.running)  # under Heun, every question counts as a step
+    def __call__(
+        self,
+        x: Tensor,  # latents on their way (b c h w)
+        i: int,  # number of the time
+    ) -> Tensor:  # velocity (b c h w)
+        now, g = (
+            [m[i : i + 1] for m in self.modulations]
+            if self.short
+            else self.decoder.modulations(self.times[i : i + 1]),
+            self.guidance[i],
+        )
+        if g == 1:
+            return self.decoder(x, now, *self.told)
+        if self.both:
+            v, v_uncond = self.decoder(torch.cat([x, x]), now, *self.both).chunk(2)
+        else:
+            v, v_uncond = self.decoder(x, now, *self.told), self.decoder(x, now, *self.nothing)
+        if not self.apg:
+            return guide(v, v_uncond, g)
+        v, self.running = guide_apg(
+            v, v_uncond, g, self.apg, self.running
+        )  # under Heun, every question counts as a step
         return v
 
 # %% ../nbs/08_tokenizer.ipynb #08-0f7296af
@@ -263,12 +410,14 @@ class LatentTokenizer(TokenizerParts):
     "Latents to ids and back."
 
     @torch.no_grad()
-    def encode_latents(self,
-                       latents: Tensor,             # normalised latents (b c h w)
-                       budget: int | None = None,   # how many tokens; all by default
-                      ) -> Tensor:                  # ids (b budget), int64
+    def encode_latents(
+        self,
+        latents: Tensor,  # normalised latents (b c h w)
+        budget: int | None = None,  # how many tokens; all by default
+    ) -> Tensor:  # ids (b budget), int64
         "Latents to ids, coarse to fine: a smaller budget gives the beginning of the same list. Raises ValueError for latents or a budget that do not fit."
-        self._check_latents(latents); budget = self._check_budget(budget)
+        self._check_latents(latents)
+        budget = self._check_budget(budget)
         z = self.encoder(latents, budget if self.short_cuts else None)[:, :budget]
         return self.fsq.codes_to_ids(self.quantize(z))
 
@@ -277,63 +426,110 @@ class LatentTokenizer(TokenizerParts):
         return self.fsq(self.norm(z) if self.norm is not None else z)
 
     @torch.no_grad()
-    def decode_latents(self,
-                       ids: Tensor | list[Tensor],   # ids (b r), or a list of (r,) or (1 r) of different lengths
-                       noise: Tensor | None = None,  # start of the flow (b c h w); drawn from `seed` by default
-                       steps: int = 25,              # steps of the solver
-                       guidance: float | Callable[[float], float] = 1.,  # g, or a function t -> g; where it is 1, one pass a step
-                       apg: APG | bool = False,      # adaptive projected guidance; True takes the paper's settings
-                       seed: int | None = None,      # names the noise; None draws fresh noise
-                       first_index: int = 0,         # number of the first image, for its noise
-                       *, solver: str = "euler",     # "euler", or "heun": second order, 2 * steps - 1 questions
-                       shift: float = 1.,            # time shift; above 1 walks slower near noise
-                       generator: torch.Generator | list[torch.Generator] | None = None,  # draws the noise instead of `seed`: one for all, or one for each
-                       verbose: bool = False,        # show a progress bar
-                      ) -> Tensor:                   # normalised latents (b c h w)
+    def decode_latents(
+        self,
+        ids: Tensor | list[Tensor],  # ids (b r), or a list of (r,) or (1 r) of different lengths
+        noise: Tensor | None = None,  # start of the flow (b c h w); drawn from `seed` by default
+        steps: int = 25,  # steps of the solver
+        guidance: float
+        | Callable[[float], float] = 1.0,  # g, or a function t -> g; where it is 1, one pass a step
+        apg: APG | bool = False,  # adaptive projected guidance; True takes the paper's settings
+        seed: int | None = None,  # names the noise; None draws fresh noise
+        first_index: int = 0,  # number of the first image, for its noise
+        *,
+        solver: str = "euler",  # "euler", or "heun": second order, 2 * steps - 1 questions
+        shift: float = 1.0,  # time shift; above 1 walks slower near noise
+        generator: torch.Generator
+        | list[torch.Generator]
+        | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+        verbose: bool = False,  # show a progress bar
+    ) -> Tensor:  # normalised latents (b c h w)
         "Ids to latents: one draw from what the ids allow. Raises ValueError or TypeError for ids or settings that are none."
-        if solver not in SOLVERS: raise ValueError(f"solver {solver!r}: use one of {', '.join(SOLVERS)}")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver {solver!r}: use one of {', '.join(SOLVERS)}")
         ids, lengths = _pad(ids)
-        for k in set(lengths): self._check_budget(k)
+        for k in set(lengths):
+            self._check_budget(k)
         self.fsq.check_ids(ids)
         noise = _start(self, len(ids), noise, seed, first_index, generator)
         budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
-        if max(map(abs, g)) > 1000: raise ValueError(f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 (at most 1000)")
-        velocity = GuidedVelocity(self, self.fsq.ids_to_codes(ids.to(self.device)), budget, euler_times(steps, self.device, shift)[:-1], g, apg)
-        if not verbose: return SOLVERS[solver](velocity, noise, steps, shift)
+        if max(map(abs, g)) > 1000:
+            raise ValueError(
+                f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 (at most 1000)"
+            )
+        velocity = GuidedVelocity(
+            self,
+            self.fsq.ids_to_codes(ids.to(self.device)),
+            budget,
+            euler_times(steps, self.device, shift)[:-1],
+            g,
+            apg,
+        )
+        if not verbose:
+            return SOLVERS[solver](velocity, noise, steps, shift)
         with tqdm(total=2 * steps - 1 if solver == "heun" else steps, desc="decoding") as bar:
-            def asked(x, i): bar.update(); return velocity(x, i)
+
+            def asked(x, i):
+                bar.update()
+                return velocity(x, i)
+
             return SOLVERS[solver](asked, noise, steps, shift)
 
 # %% ../nbs/08_tokenizer.ipynb #08-79d918ae
 _said: set[str] = set()  # warnings that one process gives once
 
+
 def _check_sizes(asked, latent_size: int, factor: int) -> None:
     "Raises ValueError if other sides of pictures are asked for than the model's."
-    if asked is None: return
-    def flat(value) -> list:
-        if isinstance(value, Tensor): value = value.tolist()
-        return [side for v in value for side in flat(v)] if isinstance(value, (list, tuple)) else [value]
-    if other := [side for side in flat(asked) if side != latent_size * factor]:
-        raise ValueError(f"this model makes pictures of {latent_size * factor} px, not of {other[0]}: leave vae_image_sizes= out, and resize the pictures. "
-                         f"(Some released models can be loaded for another size: load_flextok(..., latent_size=pixels / {factor}))")
+    if asked is None:
+        return
 
-def _check_images(parts: TokenizerParts, images: Tensor) -> Tensor:  # the same, with the device and dtype of the VAE
+    def flat(value) -> list:
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        return [side for v in value for side in flat(v)] if isinstance(value, (list, tuple)) else [value]
+
+    if other := [side for side in flat(asked) if side != latent_size * factor]:
+        raise ValueError(
+            f"this model makes pictures of {latent_size * factor} px, not of {other[0]}: leave vae_image_sizes= out, and resize the pictures. "
+            f"(Some released models can be loaded for another size: load_flextok(..., latent_size=pixels / {factor}))"
+        )
+
+
+def _check_images(
+    parts: TokenizerParts, images: Tensor
+) -> Tensor:  # the same, with the device and dtype of the VAE
     "Raises ValueError for what are no images of this model, and says what to do. Warns once of images that look as if they lay in [0, 1]."
     vae = parts._need_vae("tokenize")
     side, channels = parts.config.latent_size * vae.config.factor, vae.config.in_channels
-    if not images.is_floating_point(): raise ValueError(f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts bytes)")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts bytes)"
+        )
     if tuple(images.shape[1:]) != (channels, side, side) or images.ndim != 4:
-        if images.ndim == 3: hint = "add the axis of the batch, images[None]"
-        elif images.ndim == 4 and images.shape[1] != channels and images.shape[-1] == channels: hint = "move the channels, images.permute(0, 3, 1, 2)"
-        else: hint = f"make them {side} px first: fit_square(picture, {side}) of an image file, or F.interpolate(images, ({side}, {side}), mode='bicubic', antialias=True).clamp(-1, 1)"
-        raise ValueError(f"images are {tuple(images.shape)}, and this model takes (b, {channels}, {side}, {side}): {hint}")
-    if not torch.isfinite(images).all(): raise ValueError("images contain NaN or infinity")
-    low, high = (float(x) for x in images.aminmax()) if images.numel() else (-1., 1.)
-    if max(-low, high) > 1.01: raise ValueError(f"images must lie in [-1, 1]; these reach {max(-low, high):.3g}: from_uint8 converts bytes")
+        if images.ndim == 3:
+            hint = "add the axis of the batch, images[None]"
+        elif images.ndim == 4 and images.shape[1] != channels and images.shape[-1] == channels:
+            hint = "move the channels, images.permute(0, 3, 1, 2)"
+        else:
+            hint = f"make them {side} px first: fit_square(picture, {side}) of an image file, or F.interpolate(images, ({side}, {side}), mode='bicubic', antialias=True).clamp(-1, 1)"
+        raise ValueError(
+            f"images are {tuple(images.shape)}, and this model takes (b, {channels}, {side}, {side}): {hint}"
+        )
+    if not torch.isfinite(images).all():
+        raise ValueError("images contain NaN or infinity")
+    low, high = (float(x) for x in images.aminmax()) if images.numel() else (-1.0, 1.0)
+    if max(-low, high) > 1.01:
+        raise ValueError(
+            f"images must lie in [-1, 1]; these reach {max(-low, high):.3g}: from_uint8 converts bytes"
+        )
     if 0 <= low < high and "range" not in _said:
         _said.add("range")
-        warnings.warn("nothing in these images is negative: they are taken for [-1, 1], and look as if they lay in [0, 1]. If so, write images * 2 - 1. (This is said once.)", stacklevel=4)
+        warnings.warn(
+            "nothing in these images is negative: they are taken for [-1, 1], and look as if they lay in [0, 1]. If so, write images * 2 - 1. (This is said once.)",
+            stacklevel=4,
+        )
     return images.to(parts.device, vae.latent_mean.dtype)
 
 # %% ../nbs/08_tokenizer.ipynb #08-1e78fb16
@@ -341,336 +537,572 @@ class ImageTokenizer(LatentTokenizer):
     "Images to ids and back."
 
     @torch.no_grad()
-    def tokenize(self,
-                 images: Tensor,                             # images (b 3 H W) in [-1, 1]
-                 budget: int | Tensor | list[int] | None = None,  # tokens per image: one number, one for each, or all
-                 *, as_list: bool = False,                   # as the released API: a list of (1, budget_i)
-                ) -> Tensor | list[Tensor]:                  # ids (b budget), int64; a list of (budget_i,) if one was given for each
+    def tokenize(
+        self,
+        images: Tensor,  # images (b 3 H W) in [-1, 1]
+        budget: int | Tensor | list[int] | None = None,  # tokens per image: one number, one for each, or all
+        *,
+        as_list: bool = False,  # as the released API: a list of (1, budget_i)
+    ) -> Tensor | list[Tensor]:  # ids (b budget), int64; a list of (budget_i,) if one was given for each
         "Images to ids. Uses the mean of the VAE's posterior, so equal images have equal ids. Raises ValueError for images or budgets that are none."
         latents = self._need_vae("tokenize").encode(_check_images(self, images))
-        if isinstance(budget, Tensor) and budget.ndim == 0: budget = int(budget)
+        if isinstance(budget, Tensor) and budget.ndim == 0:
+            budget = int(budget)
         if budget is None or isinstance(budget, int):
             ids = self.encode_latents(latents, budget)
             return list(ids.split(1)) if as_list else ids
         each = [self._check_budget(int(k)) for k in budget]
-        if len(each) != len(images): raise ValueError(f"{len(each)} budgets for {len(images)} images: give one for each, or a single number")
+        if len(each) != len(images):
+            raise ValueError(
+                f"{len(each)} budgets for {len(images)} images: give one for each, or a single number"
+            )
         ids = self.encode_latents(latents, max(each))
         return [row[None, :k] if as_list else row[:k] for row, k in zip(ids, each)]
 
     @torch.no_grad()
-    def detokenize(self,
-                   ids: Tensor | list[Tensor],   # ids (b r), or a list of different lengths
-                   steps: int = 25,              # steps of the solver
-                   guidance: float | Callable[[float], float] = 1.,  # g, or a function t -> g
-                   seed: int | None = 0,         # names the noise: the same seed gives the same picture
-                   noise: Tensor | None = None,  # or the noise itself (b c h w)
-                   apg: APG | bool = False,      # adaptive projected guidance
-                   first_index: int = 0,         # number of the first image, for its noise
-                   *, timesteps: int | None = None,             # what the released API calls `steps`,
-                   guidance_scale: float | None = None,         # `guidance`,
-                   perform_norm_guidance: bool | None = None,   # and `apg`
-                   solver: str = "euler",        # "euler" or "heun"
-                   shift: float = 1.,            # time shift
-                   generator: torch.Generator | list[torch.Generator] | None = None,  # draws the noise instead of `seed`: one for all, or one for each
-                   verbose: bool = False,        # show a progress bar
-                   vae_image_sizes=None,         # sides of the pictures, in the released API: checked; a model has one
-                  ) -> Tensor:                   # images (b 3 H W) in [-1, 1]
+    def detokenize(
+        self,
+        ids: Tensor | list[Tensor],  # ids (b r), or a list of different lengths
+        steps: int = 25,  # steps of the solver
+        guidance: float | Callable[[float], float] = 1.0,  # g, or a function t -> g
+        seed: int | None = 0,  # names the noise: the same seed gives the same picture
+        noise: Tensor | None = None,  # or the noise itself (b c h w)
+        apg: APG | bool = False,  # adaptive projected guidance
+        first_index: int = 0,  # number of the first image, for its noise
+        *,
+        timesteps: int | None = None,  # what the released API calls `steps`,
+        guidance_scale: float | None = None,  # `guidance`,
+        perform_norm_guidance: bool | None = None,  # and `apg`
+        solver: str = "euler",  # "euler" or "heun"
+        shift: float = 1.0,  # time shift
+        generator: torch.Generator
+        | list[torch.Generator]
+        | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+        verbose: bool = False,  # show a progress bar
+        vae_image_sizes=None,  # sides of the pictures, in the released API: checked; a model has one
+    ) -> Tensor:  # images (b 3 H W) in [-1, 1]
         "Ids to images. Raises ValueError or TypeError for ids or settings that are none, and for a setting given under both of its names."
         vae = self._need_vae("detokenize")
         _check_sizes(vae_image_sizes, self.config.latent_size, vae.config.factor)
-        if generator is not None and seed: raise ValueError(f"seed={seed} and generator= both name the noise: give one of them")
-        steps, guidance = _either("steps", steps, 25, "timesteps", timesteps), _either("guidance", guidance, 1., "guidance_scale", guidance_scale)
+        if generator is not None and seed:
+            raise ValueError(f"seed={seed} and generator= both name the noise: give one of them")
+        steps, guidance = (
+            _either("steps", steps, 25, "timesteps", timesteps),
+            _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale),
+        )
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
-        latents = self.decode_latents(ids, noise, steps, guidance, apg, seed, first_index, solver=solver, shift=shift, generator=generator, verbose=verbose)
+        latents = self.decode_latents(
+            ids,
+            noise,
+            steps,
+            guidance,
+            apg,
+            seed,
+            first_index,
+            solver=solver,
+            shift=shift,
+            generator=generator,
+            verbose=verbose,
+        )
         images = vae.decode(latents.to(vae.latent_std.dtype))
-        if not torch.isfinite(images).all(): raise ValueError("decoding gave NaN or infinity instead of pictures: a lower guidance, or float32 weights?")
+        if not torch.isfinite(images).all():
+            raise ValueError(
+                "decoding gave NaN or infinity instead of pictures: a lower guidance, or float32 weights?"
+            )
         return images.clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
 class Draws(NamedTuple):
     "The dice of a training step, one throw a sample."
-    budget: Tensor               # tokens kept (b,), int64 in 1 .. k
-    null: Tensor                 # boolean (b,): told nothing at all
-    zeroed: Tensor               # boolean (b,): zero-noise regression
-    t: Tensor                    # times (b,)
-    noise: Tensor | None = None  # (b c h w); drawn by the loss if there is none
-    longest: int | None = None   # no sample keeps more tokens than this; all k are computed if it is not known
 
-    def to(self, device) -> "Draws": return Draws(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
-    def of(self, rows: Tensor) -> "Draws": return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
+    budget: Tensor  # tokens kept (b,), int64 in 1 .. k
+    null: Tensor  # boolean (b,): told nothing at all
+    zeroed: Tensor  # boolean (b,): zero-noise regression
+    t: Tensor  # times (b,)
+    noise: Tensor | None = None  # (b c h w); drawn by the loss if there is none
+    longest: int | None = None  # no sample keeps more tokens than this; all k are computed if it is not known
+
+    def to(self, device) -> "Draws":
+        return Draws(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
+    def of(self, rows: Tensor) -> "Draws":
+        return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
 
 # %% ../nbs/08_tokenizer.ipynb #08-22bb6fff
 class DiceThrower(ImageTokenizer):
     "Images to ids and back, and the dice of a training step."
 
-    def draw(self,
-             b: int,                              # images
-             budget: int | Tensor | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
-             generator: torch.Generator | None = None,  # a CPU generator
-            ) -> Draws:                           # on the CPU, without noise
+    def draw(
+        self,
+        b: int,  # images
+        budget: int
+        | Tensor
+        | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
+        generator: torch.Generator | None = None,  # a CPU generator
+    ) -> Draws:  # on the CPU, without noise
         "Throw a training step's dice: budgets, null conditions, times."
         c = self.config
-        budget = sample_budget(c.dropout_law, b, c.registers, generator) if budget is None else torch.as_tensor(budget, device="cpu").expand(b)
-        null, t = torch.rand(b, generator=generator, device="cpu") < c.null_probability, sample_time(c.time_law, b, generator, mode_scale=c.mode_scale)
-        zeroed = torch.arange(b, device="cpu") < round(c.zero_noise * b)         # zero-noise regression: t = 1, noise 0
-        return Draws(budget, null, zeroed, torch.where(zeroed, 1., t))
+        budget = (
+            sample_budget(c.dropout_law, b, c.registers, generator)
+            if budget is None
+            else torch.as_tensor(budget, device="cpu").expand(b)
+        )
+        null, t = (
+            torch.rand(b, generator=generator, device="cpu") < c.null_probability,
+            sample_time(c.time_law, b, generator, mode_scale=c.mode_scale),
+        )
+        zeroed = torch.arange(b, device="cpu") < round(
+            c.zero_noise * b
+        )  # zero-noise regression: t = 1, noise 0
+        return Draws(budget, null, zeroed, torch.where(zeroed, 1.0, t))
 
 # %% ../nbs/08_tokenizer.ipynb #08-65651c23
 class LearningTokenizer(DiceThrower):
     "Images to ids and back, and how that is learnt."
 
-    def loss(self,
-             latents: Tensor,                  # normalised latents (b c h w)
-             repa: "REPA | None" = None,       # an early block is to know what frozen eyes see
-             features: Tensor | None = None,   # what they see on these images (b d h w), for `repa`
-             budget: int | Tensor | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
-             draws: "Draws | None" = None,     # the dice, if they are thrown already
-            ) -> tuple[Tensor, dict]:          # scalar; numbers to log
+    def loss(
+        self,
+        latents: Tensor,  # normalised latents (b c h w)
+        repa: "REPA | None" = None,  # an early block is to know what frozen eyes see
+        features: Tensor | None = None,  # what they see on these images (b d h w), for `repa`
+        budget: int
+        | Tensor
+        | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
+        draws: "Draws | None" = None,  # the dice, if they are thrown already
+    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "The flow loss under nested dropout and null condition."
         c, b, device = self.config, len(latents), latents.device
         d = (draws or self.draw(b, budget)).to(device)
         noise = torch.randn_like(latents) if d.noise is None else d.noise
         noise = noise * ~d.zeroed[:, None, None, None]
-        r = d.longest if d.longest and self.short_cuts else c.registers             # what nobody keeps is not computed
-        z = self.encoder(latents, r)                                                 # b r l
+        r = d.longest if d.longest and self.short_cuts else c.registers  # what nobody keeps is not computed
+        z = self.encoder(latents, r)  # b r l
         keep = keep_mask(d.budget, b, r, device) & ~d.null[:, None]
-        if self.norm is not None and self.norm.training: self.norm.collect(z, keep)
+        if self.norm is not None and self.norm.training:
+            self.norm.collect(z, keep)
         codes = self.quantize(z)
-        if self.use is not None: self.use.collect(codes, keep)
-        asked = mix(latents, noise, d.t), self.decoder.modulations(d.t), *self.decoder.condition(codes, d.budget, d.null, short=r < c.registers)
-        velocity, hidden = (self.decoder(*asked), None) if repa is None else self.decoder(*asked, hidden_of=repa.block)
-        loss, numbers = flow_loss(velocity, velocity_target(latents, noise)), {}     # b
-        if c.zero_noise:                                                             # means as pairs of sums: indexing by a mask would make a GPU wait
+        if self.use is not None:
+            self.use.collect(codes, keep)
+        asked = (
+            mix(latents, noise, d.t),
+            self.decoder.modulations(d.t),
+            *self.decoder.condition(codes, d.budget, d.null, short=r < c.registers),
+        )
+        velocity, hidden = (
+            (self.decoder(*asked), None) if repa is None else self.decoder(*asked, hidden_of=repa.block)
+        )
+        loss, numbers = flow_loss(velocity, velocity_target(latents, noise)), {}  # b
+        if c.zero_noise:  # means as pairs of sums: indexing by a mask would make a GPU wait
             full = d.zeroed & ~d.null & (d.budget == c.registers)
-            numbers = {"flow": ((loss * ~d.zeroed).sum(), (~d.zeroed).sum()), "regression_full": ((loss * full).sum(), full.sum())}
-        if repa is None: return loss.mean(), numbers
+            numbers = {
+                "flow": ((loss * ~d.zeroed).sum(), (~d.zeroed).sum()),
+                "regression_full": ((loss * full).sum(), full.sum()),
+            }
+        if repa is None:
+            return loss.mean(), numbers
         distance = repa(hidden, features)
         return loss.mean() + repa.weight * distance, numbers | {"repa": distance}
 
 # %% ../nbs/08_tokenizer.ipynb #08-c93e7f42
 class FlexTok(LearningTokenizer, Pretrained):
     "Variable-length, coarse-to-fine 1-D image tokenizer (Bachmann et al. 2025, arXiv:2502.13967)."
+
     part = "tokenizer"
     needs = ("config.json", "model.safetensors", "vae/config.json", "vae/model.safetensors")
 
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
         "A folder written by `save_pretrained`; its VAE lies in `vae/`, or (of a run, or a shipped model) beside it."
-        if vae is None: vae = next((VAE.from_pretrained(f) for f in (folder / "vae", folder.parent / "vae") if (f / "config.json").exists() and (f.parent == folder or belongs(folder, "vae", f))), None)
+        if vae is None:
+            vae = next(
+                (
+                    VAE.from_pretrained(f)
+                    for f in (folder / "vae", folder.parent / "vae")
+                    if (f / "config.json").exists() and (f.parent == folder or belongs(folder, "vae", f))
+                ),
+                None,
+            )
         return load_tokenizer(folder, vae)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        if self.vae is not None: self.vae._save_pretrained(Path(save_directory) / "vae")
+        if self.vae is not None:
+            self.vae._save_pretrained(Path(save_directory) / "vae")
         save_tokenizer(save_directory, self)
 
 # %% ../nbs/08_tokenizer.ipynb #08-6be81f21
-def with_decoder(tok: FlexTok,  # changed in place
-                 vae: VAE,      # the VAE that it has, but for its decoder
-                ) -> FlexTok:   # the same ids, other pictures
+def with_decoder(
+    tok: FlexTok,  # changed in place
+    vae: VAE,  # the VAE that it has, but for its decoder
+) -> FlexTok:  # the same ids, other pictures
     "Exchange the VAE for one that makes the same latents. Raises ValueError if its encoder or their scale differ: the ids would mean something else."
-    mine, its = ({n: w for n, w in v.state_dict().items() if not n.startswith("decoder.")} for v in (tok._need_vae("with_decoder"), vae))
-    other = [n for n in {**mine, **its} if n not in mine or n not in its or not torch.equal(mine[n], its[n].to(mine[n]))]
-    if other: raise ValueError(f"this VAE makes other latents: {other[0]} differs" + (f", and {len(other) - 1} more" if len(other) > 1 else ""))
+    mine, its = (
+        {n: w for n, w in v.state_dict().items() if not n.startswith("decoder.")}
+        for v in (tok._need_vae("with_decoder"), vae)
+    )
+    other = [
+        n
+        for n in {**mine, **its}
+        if n not in mine or n not in its or not torch.equal(mine[n], its[n].to(mine[n]))
+    ]
+    if other:
+        raise ValueError(
+            f"this VAE makes other latents: {other[0]} differs"
+            + (f", and {len(other) - 1} more" if len(other) > 1 else "")
+        )
     tok.vae = vae.to(tok.device).requires_grad_(False).eval()
     return tok
 
 # %% ../nbs/08_tokenizer.ipynb #08-7ef00449
 @torch.no_grad()
-def cache_latents(vae: VAE,
-                  images: Tensor,      # images (b 3 H W), uint8
-                  batch: int = 250,    # images at a time
-                 ) -> tuple[Tensor, Tensor]:  # normalised means and standard deviations (b c h w), on the CPU
+def cache_latents(
+    vae: VAE,
+    images: Tensor,  # images (b 3 H W), uint8
+    batch: int = 250,  # images at a time
+) -> tuple[Tensor, Tensor]:  # normalised means and standard deviations (b c h w), on the CPU
     "The posterior of every image, in the VAE's normalised units."
     device, means, stds = vae.latent_mean.device, [], []
     for part in images.split(batch):
         mean, logvar = vae.posterior(from_uint8(part.to(device)))
-        means.append(vae.normalize(mean).cpu()); stds.append(((.5 * logvar).exp() / vae.latent_std[:, None, None]).cpu())
+        means.append(vae.normalize(mean).cpu())
+        stds.append(((0.5 * logvar).exp() / vae.latent_std[:, None, None]).cpu())
     return torch.cat(means), torch.cat(stds)
+
 
 @dataclass
 class Latents:
     "Posteriors of images, in memory. Room 11b keeps them on the disk, behind the same two methods."
-    means: Tensor                 # normalised posterior means (N c h w)
-    stds: Tensor | None = None    # standard deviations; None: the means are the latents
-    def __len__(self) -> int: return len(self.means)
-    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor | None]: return self.means[rows], self.stds[rows] if self.stds is not None else None
 
-def latent_batches(data: Latents,   # or what room 11b keeps on the disk
-                   batch: int,      # latents a batch
-                   seed: int = 0,   # order, and the posterior samples
-                   device="cpu",    # where the batch goes
-                   features: Tensor | None = None,  # something else that is known of each image (N …), to go along
-                   sample: bool = True,  # samples of the posteriors; otherwise their means
-                  ) -> Feed:        # of latents (b c h w); of pairs (latents, features) if there are features
+    means: Tensor  # normalised posterior means (N c h w)
+    stds: Tensor | None = None  # standard deviations; None: the means are the latents
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.means[rows], self.stds[rows] if self.stds is not None else None
+
+
+def latent_batches(
+    data: Latents,  # or what room 11b keeps on the disk
+    batch: int,  # latents a batch
+    seed: int = 0,  # order, and the posterior samples
+    device="cpu",  # where the batch goes
+    features: Tensor | None = None,  # something else that is known of each image (N …), to go along
+    sample: bool = True,  # samples of the posteriors; otherwise their means
+) -> Feed:  # of latents (b c h w); of pairs (latents, features) if there are features
     "Shuffled posterior samples without end."
-    if features is not None and len(features) != len(data): raise ValueError(f"{len(features)} features for {len(data)} images: they must be of the same images, in the same order")
+    if features is not None and len(features) != len(data):
+        raise ValueError(
+            f"{len(features)} features for {len(data)} images: they must be of the same images, in the same order"
+        )
+
     def make(rows, places, step):
         latents, stds = data.latents(rows)
-        if sample and stds is not None: latents = latents + stds * noise_like(tuple(latents.shape[1:]), seed, (step * batch + places).tolist(), stream="posterior")
+        if sample and stds is not None:
+            latents = latents + stds * noise_like(
+                tuple(latents.shape[1:]), seed, (step * batch + places).tolist(), stream="posterior"
+            )
         return latents.to(device) if features is None else (latents.to(device), features[rows].to(device))
+
     return Feed(len(data), batch, make, seed)
 
 # %% ../nbs/08_tokenizer.ipynb #08-715025b4
-def _lengths(k: int) -> list[int]: return sorted({max(1, k // f) for f in (32, 8, 4, 2, 1)})  # what a micro-batch may be cut to
+def _lengths(k: int) -> list[int]:
+    return sorted({max(1, k // f) for f in (32, 8, 4, 2, 1)})  # what a micro-batch may be cut to
+
 
 class TokenizerFeed(Feed):
     "Latents, features and dice of stage 1, dealt in the order of their budgets (short cut 4)."
+
     def __init__(self, tok: "FlexTok", latents: Feed):  # of `latent_batches`
         super().__init__(latents.length, latents.batch, None, latents.seed)
-        self.tok, self.latents, self.shape = tok, latents, (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
+        self.tok, self.latents, self.shape = (
+            tok,
+            latents,
+            (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size),
+        )
 
-    def draws(self, step: int) -> Draws: return self.tok.draw(self.batch, generator=named_generator(self.seed, "draws", step))
-    def kept(self, d: Draws) -> Tensor: return d.budget * ~d.null  # tokens that matter (b,)
-    def places(self, step: int) -> Tensor: return self.kept(self.draws(step)).argsort(descending=True, stable=True)
+    def draws(self, step: int) -> Draws:
+        return self.tok.draw(self.batch, generator=named_generator(self.seed, "draws", step))
+
+    def kept(self, d: Draws) -> Tensor:
+        return d.budget * ~d.null  # tokens that matter (b,)
+
+    def places(self, step: int) -> Tensor:
+        return self.kept(self.draws(step)).argsort(descending=True, stable=True)
 
     def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
         rows, draws = self.latents.rows(step), self.draws(step)
+
         def part(places):
             found = self.latents.make(rows[places], places, step)
             latents, features = found if isinstance(found, tuple) else (found, None)
-            longest = next(n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[places].max())
-            noise = noise_like(self.shape, self.seed, (step * self.batch + places).tolist(), latents.device, "flow")
-            return (latents, features, draws.of(places)._replace(noise=noise, longest=longest)), len(places) * world / self.batch
+            longest = next(
+                n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[places].max()
+            )
+            noise = noise_like(
+                self.shape, self.seed, (step * self.batch + places).tolist(), latents.device, "flow"
+            )
+            return (latents, features, draws.of(places)._replace(noise=noise, longest=longest)), len(
+                places
+            ) * world / self.batch
+
         return [part(places) for places in self.dealt(step, rank, world, micro)]
 
 # %% ../nbs/08_tokenizer.ipynb #08-30d86b85
-def fit_tokenizer(tok: FlexTok,        # with its VAE; trained in place
-                  data: ImageSet | Latents,  # training images, or their latents
-                  config: StageConfig, # steps, learning rate, …
-                  part: str = "both",  # "both": encoder and decoder; "decoder": the ids stay what they are
-                  seed: int = 0,
-                  device="cpu",
-                  flip: bool = False,     # also learn from mirrored images
-                  precision: torch.dtype | None = None,
-                  use_compiler: bool = False,  # torch.compile the blocks
-                  progress: bool = True,
-                  repa: "REPA | None" = None,  # frozen eyes to learn from; its projector is trained along, and not saved
-                  engine: Engine | None = None,  # the machine, see room 00; by default this one device
-                 ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
+def fit_tokenizer(
+    tok: FlexTok,  # with its VAE; trained in place
+    data: ImageSet | Latents,  # training images, or their latents
+    config: StageConfig,  # steps, learning rate, …
+    part: str = "both",  # "both": encoder and decoder; "decoder": the ids stay what they are
+    seed: int = 0,
+    device="cpu",
+    flip: bool = False,  # also learn from mirrored images
+    precision: torch.dtype | None = None,
+    use_compiler: bool = False,  # torch.compile the blocks
+    progress: bool = True,
+    repa: "REPA | None" = None,  # frozen eyes to learn from; its projector is trained along, and not saved
+    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
     "Train a tokenizer, or go on with a trained one. Raises ValueError for images, a part or weights that do not fit."
-    c = tok.config; _check_training(tok, data, part)
+    c = tok.config
+    _check_training(tok, data, part)
     tok = tok.to(device).train()
-    if part == "decoder": tok.encoder.requires_grad_(False).eval(); tok.norm is None or tok.norm.eval()
+    if part == "decoder":
+        tok.encoder.requires_grad_(False).eval()
+        tok.norm is None or tok.norm.eval()
     latents, features = _training_latents(tok, data, flip, repa.to(device) if repa is not None else None)
     torch.manual_seed(seed)
     moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
     extra = list(repa.projector.named_parameters("projector")) if repa is not None else []
     tok.use = CodeUse(c.levels, c.registers, device=device)
-    statistics = EMA([tok.norm.mean, tok.norm.std] if tok.norm is not None and part == "both" else [], config.ema)
+    statistics = EMA(
+        [tok.norm.mean, tok.norm.std] if tok.norm is not None and part == "both" else [], config.ema
+    )
+
     def after(total):
-        if statistics.parameters: tok.norm.settle(total); statistics.updates = ema.updates; statistics.update()
-    player = Player("tokenizer", lambda batch, progress: tok.loss(batch[0], repa, batch[1], draws=batch[2]), moved + extra, config,
-                    [(n, x) for n, x in tok.named_buffers() if not n.startswith("vae.")] + [("use.words", tok.use.words), ("use.digits", tok.use.digits)] + [(f"norm.average.{i}", x) for i, x in enumerate(statistics.average)], after=after, measure=tok.use.numbers, modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])])
-    ema, stream = EMA([w for _, w in moved], config.ema), latent_batches(latents, config.batch, seed, device, features, c.sample_posterior)
+        if statistics.parameters:
+            tok.norm.settle(total)
+            statistics.updates = ema.updates
+            statistics.update()
+
+    player = Player(
+        "tokenizer",
+        lambda batch, progress: tok.loss(batch[0], repa, batch[1], draws=batch[2]),
+        moved + extra,
+        config,
+        [(n, x) for n, x in tok.named_buffers() if not n.startswith("vae.")]
+        + [("use.words", tok.use.words), ("use.digits", tok.use.digits)]
+        + [(f"norm.average.{i}", x) for i, x in enumerate(statistics.average)],
+        after=after,
+        measure=tok.use.numbers,
+        modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])],
+    )
+    ema, stream = (
+        EMA([w for _, w in moved], config.ema),
+        latent_batches(latents, config.batch, seed, device, features, c.sample_posterior),
+    )
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
-            log = fit([player], TokenizerFeed(tok, stream), config.steps, ema, precision, device, "tokenizer", progress=progress, engine=engine)
-    finally: tok.encoder.requires_grad_(True); tok.use = None
-    ema.apply(); statistics.apply()
+            log = fit(
+                [player],
+                TokenizerFeed(tok, stream),
+                config.steps,
+                ema,
+                precision,
+                device,
+                "tokenizer",
+                progress=progress,
+                engine=engine,
+            )
+    finally:
+        tok.encoder.requires_grad_(True)
+        tok.use = None
+    ema.apply()
+    statistics.apply()
     return tok.eval(), log
 
 # %% ../nbs/08_tokenizer.ipynb #08-ffa4910b
 def _check_training(tok: FlexTok, data: ImageSet | Latents, part: str) -> None:
     c = tok.config
-    if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
+    if part not in ("both", "decoder"):
+        raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
     if hasattr(data, "latents"):
-        if (shape := data.latents(torch.zeros(1, dtype=torch.int64))[0].shape[1:]) != (c.latent_channels, c.latent_size, c.latent_size): raise ValueError(f"the latents are {tuple(shape)}, but this tokenizer takes {(c.latent_channels, c.latent_size, c.latent_size)}")
-    elif (side := data.images.shape[-1]) != c.latent_size * tok._need_vae("training").config.factor: raise ValueError(f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * tok.vae.config.factor}")
-    if tok.decoder.mask_token.dtype != torch.float32: raise ValueError(f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass precision= for speed")
+        if (shape := data.latents(torch.zeros(1, dtype=torch.int64))[0].shape[1:]) != (
+            c.latent_channels,
+            c.latent_size,
+            c.latent_size,
+        ):
+            raise ValueError(
+                f"the latents are {tuple(shape)}, but this tokenizer takes {(c.latent_channels, c.latent_size, c.latent_size)}"
+            )
+    elif (side := data.images.shape[-1]) != c.latent_size * tok._need_vae("training").config.factor:
+        raise ValueError(
+            f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * tok.vae.config.factor}"
+        )
+    if tok.decoder.mask_token.dtype != torch.float32:
+        raise ValueError(
+            f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass precision= for speed"
+        )
 
-def _training_latents(tok: FlexTok, data: ImageSet | Latents, flip: bool, repa: "REPA | None") -> tuple[Latents, Tensor | None]:  # latents; features for REPA
+
+def _training_latents(
+    tok: FlexTok, data: ImageSet | Latents, flip: bool, repa: "REPA | None"
+) -> tuple[Latents, Tensor | None]:  # latents; features for REPA
     "What stage 1 learns from."
     if hasattr(data, "latents"):
-        if repa is not None: raise ValueError("REPA looks at images, and here are only latents: train on images, or without it")
+        if repa is not None:
+            raise ValueError(
+                "REPA looks at images, and here are only latents: train on images, or without it"
+            )
         return data, None
     images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images
     means, stds = cache_latents(tok.vae, images)
     return Latents(means, stds), repa.look(images) if repa is not None else None
 
-def train_tokenizer(data: ImageSet | Latents,  # training images, or their latents
-                    vae: VAE,          # trained stage 0
-                    preset: Preset,    # sizes and steps
-                    seed: int = 0,
-                    device="cpu",
-                    flip: bool = False,     # also learn from mirrored images
-                    precision: torch.dtype | None = None,
-                    use_compiler: bool = False,  # torch.compile the blocks
-                    progress: bool = True,
-                    repa: "REPA | None" = None,  # frozen eyes to learn from
-                    engine: Engine | None = None,  # the machine, see room 00
-                   ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
+
+def train_tokenizer(
+    data: ImageSet | Latents,  # training images, or their latents
+    vae: VAE,  # trained stage 0
+    preset: Preset,  # sizes and steps
+    seed: int = 0,
+    device="cpu",
+    flip: bool = False,  # also learn from mirrored images
+    precision: torch.dtype | None = None,
+    use_compiler: bool = False,  # torch.compile the blocks
+    progress: bool = True,
+    repa: "REPA | None" = None,  # frozen eyes to learn from
+    engine: Engine | None = None,  # the machine, see room 00
+) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
     "Train a new tokenizer on cached latents."
     torch.manual_seed(seed)
-    return fit_tokenizer(FlexTok(preset.tokenizer, vae), data, preset.train_tokenizer, "both", seed, device, flip, precision, use_compiler, progress, repa, engine)
+    return fit_tokenizer(
+        FlexTok(preset.tokenizer, vae),
+        data,
+        preset.train_tokenizer,
+        "both",
+        seed,
+        device,
+        flip,
+        precision,
+        use_compiler,
+        progress,
+        repa,
+        engine,
+    )
 
 # %% ../nbs/08_tokenizer.ipynb #08-a2cd1397
 def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
     "Weights and configuration, without the VAE but with its hash and what its weights mean."
-    vae = dict(vae=weights_hash(tok.vae), vae_means=meaning(tok.vae)) if tok.vae is not None else dict(vae=None)
+    vae = (
+        dict(vae=weights_hash(tok.vae), vae_means=meaning(tok.vae)) if tok.vae is not None else dict(vae=None)
+    )
     save_model(folder, tok.own_state(), tok.config, **vae, terms=tok.terms, **facts)
 
-def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
+
+def load_tokenizer(
+    folder: str | Path, vae: VAE | None = None
+) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
     tok, facts = load_model(folder, FlexTok, TokenizerConfig)
     if vae is not None:
         weights = weights_hash(vae)
-        if facts.get("vae") not in (None, weights): raise ValueError(f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing")
+        if facts.get("vae") not in (None, weights):
+            raise ValueError(
+                f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing"
+            )
         if facts.get("vae_means") not in (None, meaning(vae)):
-            raise ValueError(f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its configuration: its tokens would mean nothing")
+            raise ValueError(
+                f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its configuration: its tokens would mean nothing"
+            )
         tok.vae = vae.requires_grad_(False).eval()
     tok.terms = facts.get("terms")
     return tok, facts
 
 # %% ../nbs/08_tokenizer.ipynb #08-5bd0949f
 @torch.no_grad()
-def feature_map(eyes,            # a frozen extractor of room 02, or any module: images -> (b d h w)
-                images: Tensor,  # images (b 3 H W) in [-1, 1]
-               ) -> Tensor:      # what it sees, and where (b d h w)
+def feature_map(
+    eyes,  # a frozen extractor of room 02, or any module: images -> (b d h w)
+    images: Tensor,  # images (b 3 H W) in [-1, 1]
+) -> Tensor:  # what it sees, and where (b d h w)
     "Features with their places. Raises ValueError for eyes that only give one vector for the whole image."
-    if hasattr(eyes, "maps"): return eyes.maps(images, (10,))[0]
+    if hasattr(eyes, "maps"):
+        return eyes.maps(images, (10,))[0]
     seen = []
-    hook = eyes.net.register_forward_hook(lambda net, given, found: seen.append(found)) if hasattr(eyes, "net") else None
-    try: found = eyes(images)
-    finally: hook is None or hook.remove()
-    tokens = getattr(seen[0], "last_hidden_state", None) if seen else None  # of a vision transformer: class token (and others), then patches
+    hook = (
+        eyes.net.register_forward_hook(lambda net, given, found: seen.append(found))
+        if hasattr(eyes, "net")
+        else None
+    )
+    try:
+        found = eyes(images)
+    finally:
+        hook is None or hook.remove()
+    tokens = (
+        getattr(seen[0], "last_hidden_state", None) if seen else None
+    )  # of a vision transformer: class token (and others), then patches
     if tokens is not None:
         side = math.isqrt(tokens.shape[1])
-        found = rearrange(tokens[:, -side * side:], "b (h w) d -> b d h w", h=side)
-    if found.ndim != 4: raise ValueError(f"{getattr(eyes, 'name', type(eyes).__name__)} gives features {tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them")
+        found = rearrange(tokens[:, -side * side :], "b (h w) d -> b d h w", h=side)
+    if found.ndim != 4:
+        raise ValueError(
+            f"{getattr(eyes, 'name', type(eyes).__name__)} gives features {tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them"
+        )
     return found
 
 # %% ../nbs/08_tokenizer.ipynb #08-5c6467a2
 class REPA(nn.Module):
     "Representation alignment of an early decoder block (Yu et al. 2024, arXiv:2410.06940). Raises ValueError for a block that does not exist."
-    def __init__(self, config: TokenizerConfig,  # of the tokenizer that is to learn
-                 eyes,                           # a frozen extractor, see `feature_map`
-                 block: int = 1,                 # the decoder block that is read; 0 is the first
-                 weight: float = 1.,             # of the distance in the loss
-                 hidden: int | None = None):     # width of the projector; the decoder's by default
+
+    def __init__(
+        self,
+        config: TokenizerConfig,  # of the tokenizer that is to learn
+        eyes,  # a frozen extractor, see `feature_map`
+        block: int = 1,  # the decoder block that is read; 0 is the first
+        weight: float = 1.0,  # of the distance in the loss
+        hidden: int | None = None,
+    ):  # width of the projector; the decoder's by default
         super().__init__()
         trunk = config.decoder
-        if not 0 <= block < trunk.depth: raise ValueError(f"block {block}: this decoder has blocks 0 .. {trunk.depth - 1}")
+        if not 0 <= block < trunk.depth:
+            raise ValueError(f"block {block}: this decoder has blocks 0 .. {trunk.depth - 1}")
         d, h = trunk.width, hidden or trunk.width
         self.eyes, self.block, self.weight, self.side = eyes, block, weight, config.latent_size // trunk.patch
         device = next((w.device for w in eyes.parameters()), torch.device("cpu"))
         dim = feature_map(eyes, torch.zeros(1, 3, 64, 64, device=device)).shape[1]
-        self.projector = nn.Sequential(nn.Linear(d, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, dim))
+        self.projector = nn.Sequential(
+            nn.Linear(d, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, dim)
+        )
 
     @torch.no_grad()
-    def look(self,
-             images: Tensor,     # images (b 3 H W), uint8
-             batch: int = 250,   # images at a time
-            ) -> Tensor:         # features on the grid of the decoder's patches (b d h w), float16, on the CPU
+    def look(
+        self,
+        images: Tensor,  # images (b 3 H W), uint8
+        batch: int = 250,  # images at a time
+    ) -> Tensor:  # features on the grid of the decoder's patches (b d h w), float16, on the CPU
         "What the eyes see on every training image."
         device, size = self.projector[0].weight.device, (self.side, self.side)
         maps = (feature_map(self.eyes, from_uint8(part.to(device))) for part in images.split(batch))
-        return torch.cat([(m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True)).half().cpu() for m in maps])
+        return torch.cat(
+            [
+                (m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True))
+                .half()
+                .cpu()
+                for m in maps
+            ]
+        )
 
-    def forward(self,
-                hidden: Tensor,    # the decoder's sequence after `block`: patches, then registers (b n+r d)
-                features: Tensor,  # what the eyes see on the clean images (b d h w)
-               ) -> Tensor:        # scalar in 0 .. 2: mean cosine distance
+    def forward(
+        self,
+        hidden: Tensor,  # the decoder's sequence after `block`: patches, then registers (b n+r d)
+        features: Tensor,  # what the eyes see on the clean images (b d h w)
+    ) -> Tensor:  # scalar in 0 .. 2: mean cosine distance
         "How far the patches are from what the eyes see. Raises ValueError if there are no features, or on another grid."
-        if features is None or tuple(features.shape[-2:]) != (self.side, self.side): raise ValueError(f"REPA needs features (b, d, {self.side}, {self.side}) of the same images, from `look`, not {None if features is None else tuple(features.shape)}")
-        seen = self.projector(hidden[:, :self.side ** 2].to(self.projector[0].weight.dtype)).float()
-        return 1 - F.cosine_similarity(seen, rearrange(features, "b d h w -> b (h w) d").float(), dim=-1).mean()
+        if features is None or tuple(features.shape[-2:]) != (self.side, self.side):
+            raise ValueError(
+                f"REPA needs features (b, d, {self.side}, {self.side}) of the same images, from `look`, not {None if features is None else tuple(features.shape)}"
+            )
+        seen = self.projector(hidden[:, : self.side**2].to(self.projector[0].weight.dtype)).float()
+        return (
+            1 - F.cosine_similarity(seen, rearrange(features, "b d h w -> b (h w) d").float(), dim=-1).mean()
+        )

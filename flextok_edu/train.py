@@ -19,13 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import EMA, Engine, Feed, Muon, Player, Range, atomic, conform, parse_json, pick_device, read_tensors, weights_hash
+from flextok_edu.core import (
+    EMA,
+    Engine,
+    Feed,
+    Muon,
+    Player,
+    Range,
+    atomic,
+    conform,
+    parse_json,
+    pick_device,
+    read_tensors,
+    weights_hash,
+)
 
 # %% ../nbs/11_train.ipynb #11-e6a1b0d4
 def _content(tensors: dict[str, Tensor], facts: str) -> str:  # 16 hexadecimal digits
     "A hash over tensors and json of a checkpoint."
     text = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)
     return weights_hash({**tensors, "\0facts": text})
+
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the first
     "What makes a state useless: NaN or infinity in weights, averages and moments, NaN in buffers (infinity may be meant there: a mask)."
@@ -38,28 +52,35 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the fi
             return name
     return None
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (older ones have none)
+
+def _read_checkpoint(
+    path: Path,
+) -> tuple[dict[str, Tensor], dict, bool]:  # tensors, facts, whether it has a hash (older ones have none)
     "Raises ValueError for a file that is damaged or of no use, and says why."
     try:
         tensors, known = read_tensors(path)
         text = conform(known, {"facts": str}, "its header")["facts"]
         facts = conform(parse_json(text, "its text"), dict, "its text")
     except OSError as error:
-        if error.errno != errno.EIO:  # no right to read it, too many open files, …: a person can mend that, and it says nothing about the content
+        if (
+            error.errno != errno.EIO
+        ):  # no right to read it, too many open files, …: a person can mend that, and it says nothing about the content
             raise
         raise ValueError(f"is damaged ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"is damaged ({str(error).removeprefix(f'{path} ')})") from error
     if "content" in known and (found := _content(tensors, text)) != known["content"]:
-        raise ValueError(f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)")
+        raise ValueError(
+            f"is damaged (its content has hash {found}, and {known['content'][:16]} was written)"
+        )
     if bad := _not_finite(tensors):
         raise ValueError(f"is of no use ({bad} is not finite)")
     return tensors, facts, "content" in known
 
-
 # %% ../nbs/11_train.ipynb #11-a7d1aca2
 class Checkpoints:
     "A folder of checkpoints, each one file, the newest few kept. What is there is complete."
+
     def __init__(self, folder: str | Path, keep: int = 2):  # how many
         self.folder, self.keep, self.noted = Path(folder), max(1, keep), False
 
@@ -67,32 +88,49 @@ class Checkpoints:
         "All of them."
         return sorted(self.folder.glob("step-*.safetensors"))
 
-    def write(self, step: int,       # steps done
-              tensors: dict,         # name -> tensor
-              facts: dict,           # anything that json can hold
-             ) -> Path:              # the file
+    def write(
+        self,
+        step: int,  # steps done
+        tensors: dict,  # name -> tensor
+        facts: dict,  # anything that json can hold
+    ) -> Path:  # the file
         "Write one, then remove the oldest. Raises OSError, with advice, if it cannot be written; then the others are as they were."
         from safetensors.torch import save_file
+
         path = self.folder / f"step-{step:09}.safetensors"
         whole = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
         need, text = sum(x.numel() * x.element_size() for x in whole.values()), json.dumps(facts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stray in self.folder.glob(".step-*"): stray.unlink(missing_ok=True)  # of a run that was killed while it wrote
-            with atomic(path) as temporary: save_file(whole, temporary, metadata={"facts": text, "content": _content(whole, text)})
+            for stray in self.folder.glob(".step-*"):
+                stray.unlink(missing_ok=True)  # of a run that was killed while it wrote
+            with atomic(path) as temporary:
+                save_file(whole, temporary, metadata={"facts": text, "content": _content(whole, text)})
             if hasattr(os, "O_DIRECTORY"):
                 handle = os.open(self.folder, os.O_DIRECTORY)
-                try: os.fsync(handle)
-                finally: os.close(handle)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
         except Exception as error:  # safetensors has errors of its own for a full disk
-            free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent if self.folder.parent.is_dir() else "/").free
-            raise OSError(f"the checkpoint of step {step} ({need / 1e6:,.0f} MB) could not be written to {self.folder}, where {free / 1e6:,.0f} MB are free: {error}. "
-                          f"Earlier checkpoints are untouched; make room (or choose another folder) and resume") from error
+            free = shutil.disk_usage(
+                self.folder
+                if self.folder.is_dir()
+                else self.folder.parent
+                if self.folder.parent.is_dir()
+                else "/"
+            ).free
+            raise OSError(
+                f"the checkpoint of step {step} ({need / 1e6:,.0f} MB) could not be written to {self.folder}, where {free / 1e6:,.0f} MB are free: {error}. "
+                f"Earlier checkpoints are untouched; make room (or choose another folder) and resume"
+            ) from error
         files = self.files()
         now = files.index(path)
-        for old in files[:max(0, now + 1 - self.keep)]:
+        for old in files[: max(0, now + 1 - self.keep)]:
             old.unlink(missing_ok=True)
-        for ahead in files[now + 1:]:  # passed over when this run went on: it must not crowd out what is sound, and is kept as evidence
+        for ahead in files[
+            now + 1 :
+        ]:  # passed over when this run went on: it must not crowd out what is sound, and is kept as evidence
             ahead.replace(ahead.with_name(f"passed-over-{ahead.name}"))
         return path
 
@@ -106,30 +144,37 @@ class Checkpoints:
                 continue
             if not hashed and not self.noted:
                 self.noted = True
-                warnings.warn(f"{path} was written before checkpoints had a content hash: read, but not checked")
+                warnings.warn(
+                    f"{path} was written before checkpoints had a content hash: read, but not checked"
+                )
             return tensors, facts
         return None
 
 # %% ../nbs/11_train.ipynb #11-2c7d9e40
-def lock_byte(file: BinaryIO,  # an open file, of this process
-              index: int,      # which byte; it need not exist
-              take: bool,      # take or release
-             ) -> bool:        # whether it worked
+def lock_byte(
+    file: BinaryIO,  # an open file, of this process
+    index: int,  # which byte; it need not exist
+    take: bool,  # take or release
+) -> bool:  # whether it worked
     "Lock or release one byte of a file, without waiting; the lock dies with the process. Raises OSError where the disk knows no locks."
     try:
         if os.name == "nt":
             import msvcrt
+
             file.seek(index)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
         else:
             import fcntl
+
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN, 1, index)
     except (BlockingIOError, PermissionError):
         return False
     return True
 
-_CLAIM, _CLAIMED_BYTE = ".claim", 2 ** 30  # the file; the byte that is locked
+
+_CLAIM, _CLAIMED_BYTE = ".claim", 2**30  # the file; the byte that is locked
 _NO_LOCKS = {getattr(errno, name, None) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")}
+
 
 def _holder(path: Path) -> tuple[str, str]:  # "process 12 on host", "since …, by the command …"
     "What a claim's file says about its owner."
@@ -140,10 +185,16 @@ def _holder(path: Path) -> tuple[str, str]:  # "process 12 on host", "since …,
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "another process", "it left no note"
 
+
 def _describe(file: BinaryIO) -> None:
     "The text in a claim's file."
     command = " ".join([Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)])
-    said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command[:200]}
+    said = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": command[:200],
+    }
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a text
         file.truncate(0)
         file.write(json.dumps(said).encode())
@@ -157,20 +208,27 @@ def _locked(folder: Path, what: str) -> BinaryIO:  # its `.claim`, open and lock
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+b", buffering=0)
         except OSError as error:
-            raise OSError(error.errno, f"{folder} could not be written to ({error.strerror}): "
-                                       "choose another folder, change its permissions, or make room") from error
+            raise OSError(
+                error.errno,
+                f"{folder} could not be written to ({error.strerror}): "
+                "choose another folder, change its permissions, or make room",
+            ) from error
         try:
             ours = lock_byte(file, _CLAIMED_BYTE, True)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
-            warnings.warn(f"{folder} lies on a disk without locks ({error.strerror}): nobody notices if two train there")
+            warnings.warn(
+                f"{folder} lies on a disk without locks ({error.strerror}): nobody notices if two train there"
+            )
             ours = True
         if not ours:
             file.close()
             who, since = _holder(path)
-            raise ValueError(f"{folder} is taken: {who} {what} there ({since}). Wait until it has ended, stop it, or choose another folder")
+            raise ValueError(
+                f"{folder} is taken: {who} {what} there ({since}). Wait until it has ended, stop it, or choose another folder"
+            )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 _describe(file)
@@ -181,12 +239,13 @@ def _locked(folder: Path, what: str) -> BinaryIO:  # its `.claim`, open and lock
 @dataclass
 class Claim:
     "A folder that this process has claimed: what `claimed` gives."
-    folder: Path           # resolved
-    what: str              # what we do with it, for the message to others
-    made: bool             # the folder was not there before
+
+    folder: Path  # resolved
+    what: str  # what we do with it, for the message to others
+    made: bool  # the folder was not there before
     file: BinaryIO | None  # its lock
-    pid: int               # a forked child has this object, and not the lock
-    used: bool = False     # a training's session runs under this claim
+    pid: int  # a forked child has this object, and not the lock
+    used: bool = False  # a training's session runs under this claim
 
     def leave(self) -> None:
         "Release the lock. Its file goes, and so does a folder that we made and that holds nothing."
@@ -209,7 +268,11 @@ class Claim:
             if path.parent not in _claims:  # (not one of ours: to close its file would release the lock)
                 with _locked(path.parent, self.what):
                     path.unlink(missing_ok=True)
-        other = next(p for i in range(1, 10 ** 6) if not (p := self.folder.with_name(f"{self.folder.name}.old-{i}")).exists())
+        other = next(
+            p
+            for i in range(1, 10**6)
+            if not (p := self.folder.with_name(f"{self.folder.name}.old-{i}")).exists()
+        )
         if os.name == "nt":
             self.file.close()  # an open file holds its folder where it is
         self.folder.rename(other)
@@ -219,12 +282,15 @@ class Claim:
         self.file = _locked(self.folder, self.what)
         return other
 
+
 _claims: dict[Path, Claim] = {}  # what this process has claimed
 
+
 @contextlib.contextmanager
-def claimed(folder: str | Path,     # made if need be
-            what: str = "trains",   # what is done there, for the message: "process 12 on host trains there"
-           ) -> Iterator[Claim]:
+def claimed(
+    folder: str | Path,  # made if need be
+    what: str = "trains",  # what is done there, for the message: "process 12 on host trains there"
+) -> Iterator[Claim]:
     "The folder is ours within a `with` block, and until this process dies. Raises ValueError if somebody has it (this process too), and says who; OSError if it cannot be written to."
     folder = Path(folder).expanduser().resolve()
     if (there := _claims.get(folder)) and there.pid == os.getpid():
@@ -238,134 +304,233 @@ def claimed(folder: str | Path,     # made if need be
         claim.leave()
 
 # %% ../nbs/11_train.ipynb #11-3910a300
-def _whole(x: Tensor) -> Tensor: return x.full_tensor() if hasattr(x, "full_tensor") else x  # of what is spread over processes, all
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # of what is spread over processes, all
+
 
 def _like(x: Tensor, other: Tensor) -> Tensor:  # x, spread as `other` is
     from torch.distributed.tensor import DTensor, distribute_tensor
-    if isinstance(other, DTensor): return distribute_tensor(x.to(other.device), other.device_mesh, other.placements)
-    return torch.empty_like(other, dtype=x.dtype).copy_(x)  # in the same order in memory too: fused optimisers walk through weights and moments side by side
 
-def optimizer_state(optimizers: list[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:  # id of a parameter -> its name; "name/key" -> tensor
+    if isinstance(other, DTensor):
+        return distribute_tensor(x.to(other.device), other.device_mesh, other.placements)
+    return torch.empty_like(other, dtype=x.dtype).copy_(
+        x
+    )  # in the same order in memory too: fused optimisers walk through weights and moments side by side
+
+
+def optimizer_state(
+    optimizers: list[torch.optim.Optimizer], names: dict[int, str]
+) -> dict[str, Tensor]:  # id of a parameter -> its name; "name/key" -> tensor
     "All that optimisers remember."
-    return {f"{names[id(w)]}/{key}": _whole(torch.as_tensor(value)) for opt in optimizers for w, state in opt.state.items() for key, value in state.items()}
+    return {
+        f"{names[id(w)]}/{key}": _whole(torch.as_tensor(value))
+        for opt in optimizers
+        for w, state in opt.state.items()
+        for key, value in state.items()
+    }
+
 
 @torch.no_grad()
-def set_optimizer_state(optimizers: list[torch.optim.Optimizer], names: dict[int, str], state: dict[str, Tensor]) -> None:
+def set_optimizer_state(
+    optimizers: list[torch.optim.Optimizer], names: dict[int, str], state: dict[str, Tensor]
+) -> None:
     "The inverse."
     found = {}
-    for name, value in state.items(): found.setdefault(name.rsplit("/", 1)[0], {})[name.rsplit("/", 1)[1]] = value
+    for name, value in state.items():
+        found.setdefault(name.rsplit("/", 1)[0], {})[name.rsplit("/", 1)[1]] = value
     for opt in optimizers:
         for group in opt.param_groups:
             for w in group["params"]:
-                if names[id(w)] in found: opt.state[w] = {key: _like(v, w) if v.shape == w.shape else v.to(w.device if group.get("fused") else "cpu") for key, v in found[names[id(w)]].items()}
+                if names[id(w)] in found:
+                    opt.state[w] = {
+                        key: _like(v, w)
+                        if v.shape == w.shape
+                        else v.to(w.device if group.get("fused") else "cpu")
+                        for key, v in found[names[id(w)]].items()
+                    }
 
 # %% ../nbs/11_train.ipynb #11-dbecf22a
 def random_state() -> dict[str, Tensor]:
     "The global generators of this process: Python, NumPy, PyTorch, and the GPU."
     import random
     import numpy as np
+
     version, words, gauss = random.getstate()
     kind, keys, at, has, cached = np.random.get_state()
-    state = {"python": torch.tensor(words, dtype=torch.int64), "numpy": torch.from_numpy(keys.astype(np.int64)), "numpy_at": torch.tensor([at, has], dtype=torch.int64),
-             "gauss": torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64), "torch": torch.get_rng_state()}
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_at": torch.tensor([at, has], dtype=torch.int64),
+        "gauss": torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
 
 def set_random_state(state: dict[str, Tensor]) -> None:
     "The inverse. Raises ValueError for what is no such state."
     import random
     import numpy as np
+
     try:
         gauss, cached = state["gauss"].tolist()
         random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
-        np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_at"].tolist(), cached))
+        np.random.set_state(
+            ("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_at"].tolist(), cached)
+        )
         torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
     except (KeyError, TypeError, IndexError, OverflowError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the state of the random generators cannot be put back ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"the state of the random generators cannot be put back ({type(error).__name__}: {error})"
+        ) from error
 
 # %% ../nbs/11_train.ipynb #11-4fa94341
-def matmul_rate(device="cpu", dtype: torch.dtype = torch.float32, side: int | None = None, repeats: int = 5) -> float:  # FLOP/s
+def matmul_rate(
+    device="cpu", dtype: torch.dtype = torch.float32, side: int | None = None, repeats: int = 5
+) -> float:  # FLOP/s
     "What a product of two square matrices reaches on this machine, at its best of a few tries."
     side = side or (4096 if torch.device(device).type == "cuda" else 1024)
-    a, best = torch.full((side, side), 1 / side, device=device, dtype=dtype), math.inf  # (no dice: a run's own must not notice that it is measured)
+    a, best = (
+        torch.full((side, side), 1 / side, device=device, dtype=dtype),
+        math.inf,
+    )  # (no dice: a run's own must not notice that it is measured)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for _ in range(repeats + 1):
-        wait(); began = time.perf_counter(); a @ a; wait()
+        wait()
+        began = time.perf_counter()
+        a @ a
+        wait()
         best = min(best, time.perf_counter() - began)
-    return 2 * side ** 3 / best
+    return 2 * side**3 / best
+
 
 def peak_memory(device="cpu") -> int:  # bytes
     "The most that this process has held: on the GPU if there is one, else in main memory."
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
-    try: import resource
-    except ImportError: return 0  # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if os.uname().sysname == "Darwin" else 1024
+    )
 
 # %% ../nbs/11_train.ipynb #11-0292d098
 class Watch:
     "Reads the log as it grows; warns, once each, of what usually means trouble."
-    def __init__(self): self.rows, self.said = [], set()
+
+    def __init__(self):
+        self.rows, self.said = [], set()
 
     def _say(self, what: str, text: str) -> list[str]:
-        if what in self.said: return []
-        self.said.add(what); return [text]
+        if what in self.said:
+            return []
+        self.said.add(what)
+        return [text]
 
     def read(self, row: dict) -> list[str]:  # what is new and wrong
         "Look at one more row."
-        self.rows.append(row); last, found, step = self.rows[-50:], [], row["step"]
+        self.rows.append(row)
+        last, found, step = self.rows[-50:], [], row["step"]
         for name in [k for k in row if k.endswith("_grad")]:
             before = [r[name] for r in last[:-1] if name in r]
             if len(before) >= 10 and row[name] > 30 * statistics.median(before):
-                found += self._say(name, f"step {step}: the gradient of {name[:-5]} is {row[name]:.3g}, {row[name] / statistics.median(before):.0f} times its median: if it happens again, lower the learning rate or lengthen the warm-up")
+                found += self._say(
+                    name,
+                    f"step {step}: the gradient of {name[:-5]} is {row[name]:.3g}, {row[name] / statistics.median(before):.0f} times its median: if it happens again, lower the learning rate or lengthen the warm-up",
+                )
         if step >= 200 and len(last) >= 10:
-            if all(r.get("words", 1.) < .005 for r in last[-10:]):
-                found += self._say("words", f"step {step}: {100 * row['words']:.2f} % of the code words are in use: the quantiser has collapsed; try norm_before_fsq=True, zero_noise=.5, a lower learning rate")
-            if all(r.get("entropy_1", 1.) < .02 for r in last[-10:]):
-                found += self._say("entropy", f"step {step}: the first token says nothing (entropy {row['entropy_1']:.3f} of 1): try zero_noise=.5, or the half_full dropout law")
+            if all(r.get("words", 1.0) < 0.005 for r in last[-10:]):
+                found += self._say(
+                    "words",
+                    f"step {step}: {100 * row['words']:.2f} % of the code words are in use: the quantiser has collapsed; try norm_before_fsq=True, zero_noise=.5, a lower learning rate",
+                )
+            if all(r.get("entropy_1", 1.0) < 0.02 for r in last[-10:]):
+                found += self._say(
+                    "entropy",
+                    f"step {step}: the first token says nothing (entropy {row['entropy_1']:.3f} of 1): try zero_noise=.5, or the half_full dropout law",
+                )
         scores = [(r["score_real"], r["score_fake"], r["critic"]) for r in last if "score_fake" in r]
         if len(scores) >= 30:
-            if all(real - fake > 4 and loss < .02 for real, fake, loss in scores[-30:]):
-                found += self._say("critic", f"step {step}: the critic tells every reconstruction from every image (loss {scores[-1][2]:.3f}): it has won, and its gradient says nothing; lower its learning rate or `adversarial`, or start it later")
-            if all(abs(real - fake) < .01 for real, fake, _ in scores[-30:]):
-                found += self._say("dead critic", f"step {step}: the critic gives images and reconstructions the same score: it learns nothing; is it optimised, and are its inputs in [-1, 1]?")
+            if all(real - fake > 4 and loss < 0.02 for real, fake, loss in scores[-30:]):
+                found += self._say(
+                    "critic",
+                    f"step {step}: the critic tells every reconstruction from every image (loss {scores[-1][2]:.3f}): it has won, and its gradient says nothing; lower its learning rate or `adversarial`, or start it later",
+                )
+            if all(abs(real - fake) < 0.01 for real, fake, _ in scores[-30:]):
+                found += self._say(
+                    "dead critic",
+                    f"step {step}: the critic gives images and reconstructions the same score: it learns nothing; is it optimised, and are its inputs in [-1, 1]?",
+                )
         return found
 
 # %% ../nbs/11_train.ipynb #11-a4202470
 class _Turn(nn.Module):
     "A player's loss as a module: what wrappers for several processes expect."
+
     def __init__(self, player: Player, spread: bool = False):
         super().__init__()
         self.player = player
-        if spread: self.inner = nn.ModuleList(player.modules)
-        else: self.weights = nn.ParameterList([w for _, w in player.parameters])
-    def forward(self, batch, progress: float) -> tuple[Tensor, dict]: return self.player.loss(batch, progress)
+        if spread:
+            self.inner = nn.ModuleList(player.modules)
+        else:
+            self.weights = nn.ParameterList([w for _, w in player.parameters])
+
+    def forward(self, batch, progress: float) -> tuple[Tensor, dict]:
+        return self.player.loss(batch, progress)
+
 
 def _blocks(modules) -> list[nn.Module]:  # the transformer blocks in them
-    return [b for m in modules for name, part in m.named_modules() if name.split(".")[-1] == "blocks" for b in part]
+    return [
+        b
+        for m in modules
+        for name, part in m.named_modules()
+        if name.split(".")[-1] == "blocks"
+        for b in part
+    ]
+
 
 @contextlib.contextmanager
 def _quiet(turn: nn.Module, last: bool):
     "No exchange of gradients before the last part."
-    if hasattr(turn, "set_requires_gradient_sync"): turn.set_requires_gradient_sync(last)
-    with turn.no_sync() if not last and hasattr(turn, "no_sync") else contextlib.nullcontext(): yield
+    if hasattr(turn, "set_requires_gradient_sync"):
+        turn.set_requires_gradient_sync(last)
+    with turn.no_sync() if not last and hasattr(turn, "no_sync") else contextlib.nullcontext():
+        yield
 
 # %% ../nbs/11_train.ipynb #11-48ea6c05
 class _Spread:
     "A player's modules, each process holding a slice; `gather` undoes it."
+
     def __init__(self, player: Player, ema: EMA | None, device: torch.device, world: int):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+
         self.player, self.ema, self.turn = player, ema, _Turn(player, spread=True)
         self.kinds, mesh = {m: type(m) for m in self.turn.modules()}, init_device_mesh(device.type, (world,))
         blocks = _blocks(player.modules)
-        early = [b.to_modulation for b in blocks if hasattr(b, "to_modulation")]  # asked before their block runs (room 05): units of their own
+        early = [
+            b.to_modulation for b in blocks if hasattr(b, "to_modulation")
+        ]  # asked before their block runs (room 05): units of their own
         self._follow(lambda: [fully_shard(m, mesh=mesh) for m in (*early, *blocks, self.turn)])
 
     def _follow(self, change: Callable) -> None:
         "Replace the parameters, and tell everybody who held one."
-        places = {id(w): (m, name) for m in self.turn.modules() for name, w in m._parameters.items() if w is not None}
+        places = {
+            id(w): (m, name)
+            for m in self.turn.modules()
+            for name, w in m._parameters.items()
+            if w is not None
+        }
         change()
-        def now(w): m, name = places[id(w)]; return m._parameters[name]
+
+        def now(w):
+            m, name = places[id(w)]
+            return m._parameters[name]
+
         self.player.parameters[:] = [(n, now(w)) for n, w in self.player.parameters]
         if self.ema:
             self.ema.parameters = [now(w) for w in self.ema.parameters]
@@ -373,118 +538,204 @@ class _Spread:
 
     def gather(self) -> None:
         "Whole weights again, in ordinary modules."
+
         def change():
             for m, kind in self.kinds.items():
                 if hasattr(m, "_get_fsdp_state"):
-                    m.reshard(); state = m._get_fsdp_state()
-                    for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle): hook.remove()
+                    m.reshard()
+                    state = m._get_fsdp_state()
+                    for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+                        hook.remove()
                     m.__class__ = kind
             for m in self.kinds:
                 for name, w in m._parameters.items():
-                    if w is not None: m._parameters[name] = nn.Parameter(_whole(w.detach()), w.requires_grad)
+                    if w is not None:
+                        m._parameters[name] = nn.Parameter(_whole(w.detach()), w.requires_grad)
+
         self._follow(change)
 
 # %% ../nbs/11_train.ipynb #11-c7a41d38
-def _divided(rank: int, world: int, work: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:  # (m r c), the same in all processes
+def _divided(
+    rank: int, world: int, work: Callable[[Tensor], Tensor], matrices: Tensor
+) -> Tensor:  # (m r c), the same in all processes
     "`work(matrices)`, which does each for itself: a part of them here, the rest in the other processes."
-    if len(matrices) < world: return work(matrices)
+    if len(matrices) < world:
+        return work(matrices)
     from torch.distributed import all_gather_into_tensor
+
     n = math.ceil(len(matrices) / world)  # the last processes may get fewer, or none
-    part, mine = matrices.new_zeros(n, *matrices.shape[1:]), matrices[rank * n:(rank + 1) * n]
-    if len(mine): part[:len(mine)] = work(mine)
-    whole = matrices.new_empty(world * n, *matrices.shape[1:]); all_gather_into_tensor(whole, part)
-    return whole[:len(matrices)]
+    part, mine = matrices.new_zeros(n, *matrices.shape[1:]), matrices[rank * n : (rank + 1) * n]
+    if len(mine):
+        part[: len(mine)] = work(mine)
+    whole = matrices.new_empty(world * n, *matrices.shape[1:])
+    all_gather_into_tensor(whole, part)
+    return whole[: len(matrices)]
+
 
 def _alike(turn: nn.Module, device: torch.device) -> nn.Module:  # averages gradients over the processes
     "PyTorch's DDP, which leaves buffers alone."
     from torch.nn.parallel import DistributedDataParallel
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"  # the older name warns since PyTorch 2.14
-    return DistributedDataParallel(turn, [device.index] if device.type == "cuda" else None, **{buffers: False})
+
+    buffers = (
+        "forward_sync_buffers"
+        if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        else "broadcast_buffers"
+    )  # the older name warns since PyTorch 2.14
+    return DistributedDataParallel(
+        turn, [device.index] if device.type == "cuda" else None, **{buffers: False}
+    )
 
 # %% ../nbs/11_train.ipynb #11-4c06d82a
 class Shares(Engine):
     "Several processes, and several micro-batches in each, that together make the step that one process would make."
-    def __init__(self, device="auto",
-                 precision: torch.dtype | None = None,  # autocast: torch.bfloat16, or torch.float16 with a gradient scaler
-                 micro: int = 1,                        # micro-batches a process and step (gradient accumulation)
-                 sharded: bool = False,                 # spread weights and optimisers of transformers over the processes (FSDP), not only the batch
-                 recompute: bool = False):              # forget what the blocks computed, and compute it again for the gradient: less memory, a third more work
+
+    def __init__(
+        self,
+        device="auto",
+        precision: torch.dtype
+        | None = None,  # autocast: torch.bfloat16, or torch.float16 with a gradient scaler
+        micro: int = 1,  # micro-batches a process and step (gradient accumulation)
+        sharded: bool = False,  # spread weights and optimisers of transformers over the processes (FSDP), not only the batch
+        recompute: bool = False,
+    ):  # forget what the blocks computed, and compute it again for the gradient: less memory, a third more work
         from accelerate import Accelerator
+
         self.accelerator = Accelerator(cpu=str(device) == "cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         super().__init__(pick_device(str(device)) if self.world == 1 else self.accelerator.device, precision)
-        self.micro, self.sharded, self.recompute, self.speaks, self.current = micro, sharded and self.world > 1, recompute, self.rank == 0, []
+        self.micro, self.sharded, self.recompute, self.speaks, self.current = (
+            micro,
+            sharded and self.world > 1,
+            recompute,
+            self.rank == 0,
+            [],
+        )
 
     @contextlib.contextmanager
-    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
+    def session(
+        self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str
+    ) -> Iterator[tuple[int, list[dict]]]:
         "Wrap the losses; then as in room 00. Raises TypeError for batches that cannot be shared."
-        if (self.world > 1 or self.micro > 1) and not isinstance(batches, Feed): raise TypeError(f"several processes or micro-batches need a Feed (room 00), which knows whose share is whose, not {type(batches).__name__}")
-        spread = [_Spread(p, ema, self.device, self.world) for p in players if self.sharded and _blocks(p.modules)]
+        if (self.world > 1 or self.micro > 1) and not isinstance(batches, Feed):
+            raise TypeError(
+                f"several processes or micro-batches need a Feed (room 00), which knows whose share is whose, not {type(batches).__name__}"
+            )
+        spread = [
+            _Spread(p, ema, self.device, self.world) for p in players if self.sharded and _blocks(p.modules)
+        ]
         self.turns = {p.name: _Turn(p) for p in players} | {s.player.name: s.turn for s in spread}
         whole = [name for name in self.turns if name not in {s.player.name for s in spread}]
         if self.world > 1:
-            for name in whole: self.turns[name] = _alike(self.turns[name], self.device)
-        with recomputed(_blocks([m for p in players for m in p.modules]), self.recompute), super().session(players, batches, steps, ema, label) as state:
-            for opt in (o for name in whole if self.world > 1 for o in self.optimizers[name] if isinstance(o, Muon)): opt.divided = partial(_divided, self.rank, self.world)
+            for name in whole:
+                self.turns[name] = _alike(self.turns[name], self.device)
+        with (
+            recomputed(_blocks([m for p in players for m in p.modules]), self.recompute),
+            super().session(players, batches, steps, ema, label) as state,
+        ):
+            for opt in (
+                o for name in whole if self.world > 1 for o in self.optimizers[name] if isinstance(o, Muon)
+            ):
+                opt.divided = partial(_divided, self.rank, self.world)
             yield state
-        for s in spread: s.gather()
+        for s in spread:
+            s.gather()
 
     def parts(self, step: int) -> list[tuple[object, float]]:
         "This process's share of the step."
-        self.current = self.batches.parts(step, self.rank, self.world, self.micro) if isinstance(self.batches, Feed) else [(next(self.batches), 1.)]
+        self.current = (
+            self.batches.parts(step, self.rank, self.world, self.micro)
+            if isinstance(self.batches, Feed)
+            else [(next(self.batches), 1.0)]
+        )
         return self.current
 
-    def gradient(self, player: Player, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:
+    def gradient(
+        self, player: Player, batch, weight: float, progress: float, last: bool
+    ) -> tuple[Tensor, dict]:
         "As in room 00, through the wrapper."
         turn = self.turns[player.name]
         with _quiet(turn, last):
-            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None): loss, numbers = turn(batch, progress)
+            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
+                loss, numbers = turn(batch, progress)
             self.scalers[player.name].scale(loss * weight if weight != 1 else loss).backward()
         return loss.detach(), numbers
 
-    def move(self, player: Player) -> Tensor: return _whole(super().move(player))
-    def total(self, x: Tensor) -> Tensor: return self.accelerator.reduce(x.to(self.device), "sum") if self.world > 1 else x
+    def move(self, player: Player) -> Tensor:
+        return _whole(super().move(player))
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x.to(self.device), "sum") if self.world > 1 else x
 
 # %% ../nbs/11_train.ipynb #11-7ce627e2
 @contextlib.contextmanager
 def recomputed(blocks: list[nn.Module], enabled: bool = True):
     "Within this, blocks keep only their inputs, and compute again what the gradient needs (Chen et al. 2016, arXiv:1604.06174)."
     from torch.utils.checkpoint import checkpoint
+
     blocks = blocks if enabled else []
-    for block in blocks: block.forward = lambda *args, plain=block.forward, **named: checkpoint(plain, *args, use_reentrant=False, **named)
-    try: yield
+    for block in blocks:
+        block.forward = lambda *args, plain=block.forward, **named: checkpoint(
+            plain, *args, use_reentrant=False, **named
+        )
+    try:
+        yield
     finally:
-        for block in blocks: del block.forward
+        for block in blocks:
+            del block.forward
 
 # %% ../nbs/11_train.ipynb #11-91d4e7f0
 class _Remembering(Shares):
     "A run whose state goes into a checkpoint. (Needs `store`, and what `session` of room 00 sets.)"
-    def _names(self) -> dict[int, str]: return {id(w): f"{p.name}/{name}" for p in self.players for name, w in p.parameters}
+
+    def _names(self) -> dict[int, str]:
+        return {id(w): f"{p.name}/{name}" for p in self.players for name, w in p.parameters}
 
     def _state(self) -> dict[str, Tensor]:
         "Everything that a step reads, by name. (All processes must call this: slices are gathered.)"
         names, state = self._names(), {}
         for p in self.players:
-            state |= {f"weight/{p.name}/{n}": _whole(w.detach()) for n, w in p.parameters} | {f"buffer/{p.name}/{n}": x for n, x in p.buffers}
+            state |= {f"weight/{p.name}/{n}": _whole(w.detach()) for n, w in p.parameters} | {
+                f"buffer/{p.name}/{n}": x for n, x in p.buffers
+            }
             state |= {f"optimizer/{n}": x for n, x in optimizer_state(self.optimizers[p.name], names).items()}
-        if self.ema: state |= {f"ema/{names[id(w)]}": _whole(a) for w, a in zip(self.ema.parameters, self.ema.average)}
+        if self.ema:
+            state |= {f"ema/{names[id(w)]}": _whole(a) for w, a in zip(self.ema.parameters, self.ema.average)}
         own = random_state()
-        for rank in range(self.world): state |= {f"random/{rank}/{n}": x for n, x in (own if self.world == 1 else self._from(rank, own)).items()}
+        for rank in range(self.world):
+            state |= {
+                f"random/{rank}/{n}": x
+                for n, x in (own if self.world == 1 else self._from(rank, own)).items()
+            }
         return state
 
     def _from(self, rank: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed import broadcast_object_list
-        box = [own if self.rank == rank else None]; broadcast_object_list(box, src=rank); return box[0]
+
+        box = [own if self.rank == rank else None]
+        broadcast_object_list(box, src=rank)
+        return box[0]
 
     def save(self, step: int, log: list[dict]) -> None:  # step: steps done
         "A checkpoint, now. Raises FloatingPointError rather than save weights, averages or moments that are not finite."
         state = self._state()
         if bad := _not_finite(state):
-            raise FloatingPointError(f"{self.label or 'training'}: {bad} is not finite after {step} steps; not saved")
-        facts = {"step": step, "log": log, "feed": self.batches.state_dict(), "recipe": self.recipe, "changes": self.changed, "ema_updates": self.ema.updates if self.ema else 0, "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()}}
-        if self.rank == 0: self.store.write(step, state, facts)
+            raise FloatingPointError(
+                f"{self.label or 'training'}: {bad} is not finite after {step} steps; not saved"
+            )
+        facts = {
+            "step": step,
+            "log": log,
+            "feed": self.batches.state_dict(),
+            "recipe": self.recipe,
+            "changes": self.changed,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "scalers": {n: s.state_dict() for n, s in self.scalers.items() if s.is_enabled()},
+        }
+        if self.rank == 0:
+            self.store.write(step, state, facts)
         self.saved = time.monotonic()
-        if self.world > 1: self.accelerator.wait_for_everyone()
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
 
 # %% ../nbs/11_train.ipynb #11-a40c7be9
 def _changed(recipe: dict, changes: dict) -> dict:  # dotted path -> new value
@@ -496,19 +747,31 @@ def _changed(recipe: dict, changes: dict) -> dict:  # dotted path -> new value
         for key in outer:
             place = place.get(key) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
-            raise ValueError(f"the recipe of this run has no {path} that could be changed; it has: {', '.join(recipe)}")
+            raise ValueError(
+                f"the recipe of this run has no {path} that could be changed; it has: {', '.join(recipe)}"
+            )
         place[last] = value
     return recipe
+
 
 def _differences(then, now, at: str = "") -> list[tuple]:  # dotted path, value then, value now
     "Where two recipes differ."
     if isinstance(then, dict) and isinstance(now, dict):
-        return [d for key in {**then, **now} for d in _differences(then.get(key), now.get(key), f"{at}.{key}" if at else key)]
+        return [
+            d
+            for key in {**then, **now}
+            for d in _differences(then.get(key), now.get(key), f"{at}.{key}" if at else key)
+        ]
     return [] if then == now else [(at, then, now)]
 
-def _said(settings: dict) -> str: return ", ".join(f"{path}={value!r}" for path, value in settings.items())
 
-def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
+def _said(settings: dict) -> str:
+    return ", ".join(f"{path}={value!r}" for path, value in settings.items())
+
+
+def changes_of(
+    folder: str | Path,
+) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
     "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on. Raises ValueError for a checkpoint that says something else."
     found = Checkpoints(Path(folder) / "checkpoints").newest()
     if found is None:
@@ -517,37 +780,74 @@ def changes_of(folder: str | Path) -> dict:  # dotted path -> present value; emp
     return {path: value for change in facts.get("changes", []) for path, value in change["settings"].items()}
 
 # %% ../nbs/11_train.ipynb #11-61d3c8af
-_COUNTED = Range(0, 2 ** 53)
-_FACTS = {"step": _COUNTED, "log": [{"step": _COUNTED, "seconds": float}], "feed": dict, "recipe": dict, "ema_updates": _COUNTED, "scalers": dict,
-          "changes?": [{"step": _COUNTED, "settings": dict, "before?": dict}]}  # what a checkpoint says
-_SCALER = {"scale": Range(1e-38, 1e38, float), "growth_factor": Range(1, 1e6, float), "backoff_factor": Range(0, 1, float),
-           "growth_interval": Range(1, 2 ** 31), "_growth_tracker": _COUNTED}  # what a gradient scaler says
-_MOMENTS = {torch.optim.AdamW: {"step": True, "exp_avg": False, "exp_avg_sq": False}, Muon: {"momentum_buffer": False}}  # what an optimiser remembers of a weight: one number, or one for each of its
+_COUNTED = Range(0, 2**53)
+_FACTS = {
+    "step": _COUNTED,
+    "log": [{"step": _COUNTED, "seconds": float}],
+    "feed": dict,
+    "recipe": dict,
+    "ema_updates": _COUNTED,
+    "scalers": dict,
+    "changes?": [{"step": _COUNTED, "settings": dict, "before?": dict}],
+}  # what a checkpoint says
+_SCALER = {
+    "scale": Range(1e-38, 1e38, float),
+    "growth_factor": Range(1, 1e6, float),
+    "backoff_factor": Range(0, 1, float),
+    "growth_interval": Range(1, 2**31),
+    "_growth_tracker": _COUNTED,
+}  # what a gradient scaler says
+_MOMENTS = {
+    torch.optim.AdamW: {"step": True, "exp_avg": False, "exp_avg_sq": False},
+    Muon: {"momentum_buffer": False},
+}  # what an optimiser remembers of a weight: one number, or one for each of its
+
 
 def _unlike(state: dict[str, Tensor], name: str, x: Tensor) -> str | None:  # what is wrong
     "A tensor of a checkpoint against the one that it is copied into."
-    if name not in state: return f"{name} is missing"
+    if name not in state:
+        return f"{name} is missing"
     y = state[name]
-    if tuple(y.shape) != tuple(x.shape): return f"{name} is {tuple(y.shape)} there and {tuple(x.shape)} here"
-    if y.is_floating_point() != x.is_floating_point(): return f"{name} is {y.dtype} there and {x.dtype} here"
+    if tuple(y.shape) != tuple(x.shape):
+        return f"{name} is {tuple(y.shape)} there and {tuple(x.shape)} here"
+    if y.is_floating_point() != x.is_floating_point():
+        return f"{name} is {y.dtype} there and {x.dtype} here"
     return None
 
-def _odd_moments(optimizers: list[torch.optim.Optimizer], names: dict[int, str], state: dict[str, Tensor]) -> str | None:
+
+def _odd_moments(
+    optimizers: list[torch.optim.Optimizer], names: dict[int, str], state: dict[str, Tensor]
+) -> str | None:
     "What `set_optimizer_state` could not use."
-    known = {f"optimizer/{names[id(w)]}": (w, _MOMENTS.get(type(opt))) for opt in optimizers for group in opt.param_groups for w in group["params"]}
+    known = {
+        f"optimizer/{names[id(w)]}": (w, _MOMENTS.get(type(opt)))
+        for opt in optimizers
+        for group in opt.param_groups
+        for w in group["params"]
+    }
     found = {}
     for name, x in state.items():
         weight, key = name.rsplit("/", 1)
-        if weight not in known: return f"{name} is of no weight here"
+        if weight not in known:
+            return f"{name} is of no weight here"
         found.setdefault(weight, set()).add(key)
         w, keys = known[weight]
         single = x.ndim == 0 if keys is None else keys.get(key)
-        if tuple(x.shape) != (() if single else tuple(w.shape)) or not x.is_floating_point(): return f"{name} is {tuple(x.shape)} of {x.dtype}, and the weight {tuple(w.shape)}"
-    return next((f"{weight} has {', '.join(sorted(keys))}" for weight, keys in found.items() if known[weight][1] and keys != set(known[weight][1])), None)
+        if tuple(x.shape) != (() if single else tuple(w.shape)) or not x.is_floating_point():
+            return f"{name} is {tuple(x.shape)} of {x.dtype}, and the weight {tuple(w.shape)}"
+    return next(
+        (
+            f"{weight} has {', '.join(sorted(keys))}"
+            for weight, keys in found.items()
+            if known[weight][1] and keys != set(known[weight][1])
+        ),
+        None,
+    )
 
 # %% ../nbs/11_train.ipynb #11-c95e0b37
 class _Agreeing(_Remembering):
     "The recipe of a checkpoint, and ours. (Needs `recipe`, `ignore` and `changes`.)"
+
     def _agree(self, facts: dict, players: list[Player]) -> bool:  # whether something is changed here
         "The checkpoint's recipe against ours. Raises ValueError where they differ, but for what is to be changed."
         conform(facts, _FACTS, f"the checkpoint in {self.store.folder}")
@@ -558,68 +858,118 @@ class _Agreeing(_Remembering):
             now = _changed(now, self.changes)
             fresh = {path: [a, b] for path, a, b in _differences(then, now) if path in self.changes}
             then = _changed(then, self.changes)
-        differs = [f"{path}: {a!r} then, {b!r} now" for path, a, b in _differences(then, now) if path.split(".")[0] not in self.ignore]
+        differs = [
+            f"{path}: {a!r} then, {b!r} now"
+            for path, a, b in _differences(then, now)
+            if path.split(".")[0] not in self.ignore
+        ]
         if differs:
-            hint = "; ".join(f"since step {c['step']} it goes on with {_said(c['settings'])}" for c in self.changed)
-            raise ValueError(f"{self.store.folder} holds a run with another recipe ({'; '.join(differs[:8])}): "
-                             f"choose another folder, or remove that one{f' ({hint}: ask for that)' if hint else ''}")
+            hint = "; ".join(
+                f"since step {c['step']} it goes on with {_said(c['settings'])}" for c in self.changed
+            )
+            raise ValueError(
+                f"{self.store.folder} holds a run with another recipe ({'; '.join(differs[:8])}): "
+                f"choose another folder, or remove that one{f' ({hint}: ask for that)' if hint else ''}"
+            )
         if fresh:
-            self.changed.append({"step": facts["step"], "settings": {path: b for path, (a, b) in fresh.items()}, "before": {path: a for path, (a, b) in fresh.items()}})
+            self.changed.append(
+                {
+                    "step": facts["step"],
+                    "settings": {path: b for path, (a, b) in fresh.items()},
+                    "before": {path: a for path, (a, b) in fresh.items()},
+                }
+            )
         self.recipe = now
         self._built_as_said(players)
         return bool(fresh)
 
     def _built_as_said(self, players: list[Player]) -> None:
         "Raises ValueError if the training was built with what was changed away."
-        last = {path: (value, change["step"], change.get("before", {}).get(path)) for change in self.changed for path, value in change["settings"].items()}
+        last = {
+            path: (value, change["step"], change.get("before", {}).get(path))
+            for change in self.changed
+            for path, value in change["settings"].items()
+        }
         for path, (value, step, before) in last.items():
-            built = str(self.precision) if path == "precision" else getattr(players[0].config, path.split(".")[-1], None)
+            built = (
+                str(self.precision)
+                if path == "precision"
+                else getattr(players[0].config, path.split(".")[-1], None)
+            )
             if built == before != value:
-                raise ValueError(f"this run goes on with {path}={value!r} since step {step}, and the training was built with {before!r}: "
-                                 "build it with the new value")
+                raise ValueError(
+                    f"this run goes on with {path}={value!r} since step {step}, and the training was built with {before!r}: "
+                    "build it with the new value"
+                )
 
 # %% ../nbs/11_train.ipynb #11-e37f06b8
 class _Restoring(_Agreeing):
     "And out of it again."
+
     @torch.no_grad()
     def _restore(self, state: dict[str, Tensor], facts: dict) -> None:
         "Copy everything back. Raises ValueError, before anything is changed, for a state that does not fit."
         names = self._names()
         if wrong := self._unfit(state, facts, names):
-            raise ValueError(f"the checkpoint in {self.store.folder} is of another model ({wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}): choose another folder, or remove that one")
+            raise ValueError(
+                f"the checkpoint in {self.store.folder} is of another model ({wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}): choose another folder, or remove that one"
+            )
         for p in self.players:
-            for n, w in p.parameters: w.copy_(_like(state[f"weight/{p.name}/{n}"], w))
-            for n, x in p.buffers: x.copy_(state[f"buffer/{p.name}/{n}"])
-            set_optimizer_state(self.optimizers[p.name], names, {n.removeprefix("optimizer/"): x for n, x in state.items() if n.startswith(f"optimizer/{p.name}/")})
-            if facts["scalers"].get(p.name): self.scalers[p.name].load_state_dict(facts["scalers"][p.name])
+            for n, w in p.parameters:
+                w.copy_(_like(state[f"weight/{p.name}/{n}"], w))
+            for n, x in p.buffers:
+                x.copy_(state[f"buffer/{p.name}/{n}"])
+            set_optimizer_state(
+                self.optimizers[p.name],
+                names,
+                {
+                    n.removeprefix("optimizer/"): x
+                    for n, x in state.items()
+                    if n.startswith(f"optimizer/{p.name}/")
+                },
+            )
+            if facts["scalers"].get(p.name):
+                self.scalers[p.name].load_state_dict(facts["scalers"][p.name])
         if self.ema:
-            self.ema.average = [_like(state[f"ema/{names[id(w)]}"], w).clone() for w in self.ema.parameters]; self.ema.updates = facts["ema_updates"]
-        if f"random/{self.rank}/torch" in state: set_random_state({n.split("/")[2]: x for n, x in state.items() if n.startswith(f"random/{self.rank}/")})
+            self.ema.average = [_like(state[f"ema/{names[id(w)]}"], w).clone() for w in self.ema.parameters]
+            self.ema.updates = facts["ema_updates"]
+        if f"random/{self.rank}/torch" in state:
+            set_random_state(
+                {n.split("/")[2]: x for n, x in state.items() if n.startswith(f"random/{self.rank}/")}
+            )
 
     def _unfit(self, state: dict[str, Tensor], facts: dict, names: dict[int, str]) -> list[str]:
         "What in a checkpoint could not be copied back."
         here = {f"weight/{names[id(w)]}": w for p in self.players for _, w in p.parameters}
         wrong = [f"{n} is not here" for n in state if n.startswith("weight/") and n not in here]
         here |= {f"buffer/{p.name}/{n}": x for p in self.players for n, x in p.buffers}
-        if self.ema: here |= {f"ema/{names[id(w)]}": a for w, a in zip(self.ema.parameters, self.ema.average)}
+        if self.ema:
+            here |= {f"ema/{names[id(w)]}": a for w, a in zip(self.ema.parameters, self.ema.average)}
         wrong += [found for n, x in here.items() if (found := _unlike(state, n, x))]
         for p in self.players:
             moments = {n: x for n, x in state.items() if n.startswith(f"optimizer/{p.name}/")}
             wrong += [found] if (found := _odd_moments(self.optimizers[p.name], names, moments)) else []
-            if facts["scalers"].get(p.name): conform(facts["scalers"][p.name], _SCALER, f"the gradient scaler of {p.name}")
+            if facts["scalers"].get(p.name):
+                conform(facts["scalers"][p.name], _SCALER, f"the gradient scaler of {p.name}")
         return wrong
-
 
 # %% ../nbs/11_train.ipynb #11-b8450d93
 class _Measuring(_Restoring):
     "Numbers for whoever looks on: the log, the watch, a tracker."
+
     def _start_tracker(self, track: str, folder: str | Path) -> None:
-        if track not in ("tensorboard", "wandb"): raise ValueError(f"track={track!r}: use tensorboard, wandb or none")
+        if track not in ("tensorboard", "wandb"):
+            raise ValueError(f"track={track!r}: use tensorboard, wandb or none")
         from accelerate.utils import is_tensorboard_available, is_wandb_available
-        if not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track](): raise ImportError(f"{track} is not installed: pip install {track}, or track='none'")
+
+        if not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track]():
+            raise ImportError(f"{track} is not installed: pip install {track}, or track='none'")
         from accelerate import Accelerator
+
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=track, project_dir=str(folder))
-        self.accelerator.init_trackers("flextok_edu", {k: v for k, v in self.recipe.items() if isinstance(v, (int, float, str, bool))})
+        self.accelerator.init_trackers(
+            "flextok_edu", {k: v for k, v in self.recipe.items() if isinstance(v, (int, float, str, bool))}
+        )
 
     def _count(self, step: int) -> int:  # FLOPs of this process
         "The arithmetic of a step, by a rehearsal that leaves no trace. (Not in the step itself: a counter takes some operations apart, and that changes the last bit.)"
@@ -627,60 +977,95 @@ class _Measuring(_Restoring):
         parts, turn = self.parts(step), [p for p in self.players if step / self.steps >= p.start]
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             for i, (batch, weight) in enumerate(parts):
-                for p in turn: self.gradient(p, batch, weight, step / self.steps, i == len(parts) - 1)
-        for x, before in buffers: x.copy_(before)
+                for p in turn:
+                    self.gradient(p, batch, weight, step / self.steps, i == len(parts) - 1)
+        for x, before in buffers:
+            x.copy_(before)
         for p in self.players:
-            for _, w in p.parameters: w.grad = None
+            for _, w in p.parameters:
+                w.grad = None
         set_random_state(dice)
         return counter.get_total_flops()
 
     def note(self, row: dict) -> dict:
         "Learning rate, images a second, the share of this machine's matmul rate, memory; and whatever the watch sees."
         now, done = time.perf_counter(), row["step"] + 1 - self.seen
-        pace = done / (now - self.clock); self.clock, self.seen = now, row["step"] + 1
-        row |= {"lr": self.optimizers[self.players[0].name][0].param_groups[0]["lr"], "images_per_second": pace * self.batches.batch, "memory": peak_memory(self.device)}
-        if self.flops and done > 1: row["share_of_matmul"] = self.flops * pace / self.rate  # (the first step warms up)
+        pace = done / (now - self.clock)
+        self.clock, self.seen = now, row["step"] + 1
+        row |= {
+            "lr": self.optimizers[self.players[0].name][0].param_groups[0]["lr"],
+            "images_per_second": pace * self.batches.batch,
+            "memory": peak_memory(self.device),
+        }
+        if self.flops and done > 1:
+            row["share_of_matmul"] = self.flops * pace / self.rate  # (the first step warms up)
         if self.rank == 0:
-            for text in self.watch.read(row): warnings.warn(text, stacklevel=2)
-            if self.track != "none": self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            for text in self.watch.read(row):
+                warnings.warn(text, stacklevel=2)
+            if self.track != "none":
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         return row
 
 # %% ../nbs/11_train.ipynb #11-c40b7e16
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, and has saved."
 
-def _tensors(batch, name: str = "part") -> dict[str, Tensor]:  # every tensor in nested tuples and dictionaries, by its path
-    if isinstance(batch, Tensor): return {name: batch}
-    if isinstance(batch, dict): items = batch.items()
-    elif isinstance(batch, (tuple, list)): items = zip(getattr(batch, "_fields", range(len(batch))), batch)
-    else: return {}
+
+def _tensors(
+    batch, name: str = "part"
+) -> dict[str, Tensor]:  # every tensor in nested tuples and dictionaries, by its path
+    if isinstance(batch, Tensor):
+        return {name: batch}
+    if isinstance(batch, dict):
+        items = batch.items()
+    elif isinstance(batch, (tuple, list)):
+        items = zip(getattr(batch, "_fields", range(len(batch))), batch)
+    else:
+        return {}
     return {k: v for key, value in items for k, v in _tensors(value, f"{name}.{key}").items()}
+
 
 class _Listening(_Measuring):
     "Signals, and evidence."
+
     @contextlib.contextmanager
     def _listening(self):
         "Ctrl-C, SIGTERM (which queues and clouds send) and SIGHUP (a terminal that is closed) only leave a note; `end` acts on it."
+
         def hear(number, frame):
-            if self.asked == number == signal.SIGINT: raise KeyboardInterrupt  # twice: at once, without saving
+            if self.asked == number == signal.SIGINT:
+                raise KeyboardInterrupt  # twice: at once, without saving
             self.asked = number
+
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # (under nohup it is not for us)
+        if (
+            hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        ):  # (under nohup it is not for us)
             numbers.append(signal.SIGHUP)
-        try: before = {number: signal.signal(number, hear) for number in numbers}
-        except ValueError: before = {}  # not in the main thread: nobody can send us signals
-        try: yield
+        try:
+            before = {number: signal.signal(number, hear) for number in numbers}
+        except ValueError:
+            before = {}  # not in the main thread: nobody can send us signals
+        try:
+            yield
         finally:
-            for number, handler in before.items(): signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _evidence(self) -> str:
         "Write the batches of this step beside the checkpoints."
         from safetensors.torch import save_file
+
         path = self.store.folder.parent / "failed_batch.safetensors"
-        tensors = {n: x.detach().cpu().contiguous().clone() for n, x in _tensors([batch for batch, _ in self.current]).items()}
+        tensors = {
+            n: x.detach().cpu().contiguous().clone()
+            for n, x in _tensors([batch for batch, _ in self.current]).items()
+        }
         try:
-            with atomic(path) as temporary: save_file(tensors, temporary)
-        except Exception as error: return f"(Its batch could not be saved: {error})"
+            with atomic(path) as temporary:
+                save_file(tensors, temporary)
+        except Exception as error:
+            return f"(Its batch could not be saved: {error})"
         bad = [n for n, x in tensors.items() if x.is_floating_point() and not torch.isfinite(x).all()]
         return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "")
 
@@ -689,12 +1074,15 @@ class _Listening(_Measuring):
         found, less = self.store.newest(), float(f"{self.players[0].config.lr / 3:.0e}")
         if found is None:
             return f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning rate than {self.players[0].config.lr:g}, or in float32"
-        return (f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
-                "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)")
+        return (
+            f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
+            "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)"
+        )
 
 # %% ../nbs/11_train.ipynb #11-3e9d5f02
 class _Beginning(_Listening):
     "The first moments of a run. (Needs `changes`.)"
+
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
         "The folder is claimed for a session: under the claim of whoever called us, or by a new one."
@@ -712,62 +1100,114 @@ class _Beginning(_Listening):
                 claim.used = True
                 yield
 
-    def _going(self, found: tuple[dict, dict] | None, fresh: bool, steps: int, label: str) -> Iterator[tuple[int, list[dict]]]:
+    def _going(
+        self, found: tuple[dict, dict] | None, fresh: bool, steps: int, label: str
+    ) -> Iterator[tuple[int, list[dict]]]:
         "From where the checkpoint was, or from the start."
         first, log = 0, []
         if found:
             self._restore(*found)
             first, log = found[1]["step"], found[1]["log"]
-            try: self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
+            try:
+                self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-                raise ValueError(f"the checkpoint in {self.store.folder} does not fit this feed ({type(error).__name__}: {error})") from error
-            if self.rank == 0: print(f"{label or 'training'}: goes on after step {first} of {steps}" + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""), flush=True)
-            if fresh: self.save(first, log)  # so that it is written down before the first step with it
+                raise ValueError(
+                    f"the checkpoint in {self.store.folder} does not fit this feed ({type(error).__name__}: {error})"
+                ) from error
+            if self.rank == 0:
+                print(
+                    f"{label or 'training'}: goes on after step {first} of {steps}"
+                    + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""),
+                    flush=True,
+                )
+            if fresh:
+                self.save(first, log)  # so that it is written down before the first step with it
         self.rate = matmul_rate(self.device, self.precision or torch.float32)
         self.flops = self._count(first) if first < steps else 0
         self.clock, self.seen = time.perf_counter(), first
-        try: yield first, log
-        except FloatingPointError as error: raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
+        try:
+            yield first, log
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {self._evidence()}. {self._way_on()}") from error
 
 # %% ../nbs/11_train.ipynb #11-27d37043
 class LongRun(_Beginning):
     "Checkpoints, exact resume, signals, dashboard and watch around `fit`."
-    def __init__(self, folder: str | Path,             # where checkpoints and the log go
-                 device="auto", precision: torch.dtype | None = None, micro: int = 1, sharded: bool = False, recompute: bool = False,  # as in `Shares`
-                 recipe: dict | None = None,           # what the run is: a checkpoint of another recipe is refused
-                 minutes: float = 10.,                 # between checkpoints
-                 steps: int | None = None,             # or a number of steps
-                 keep: int = 2,                        # checkpoints
-                 track: str = "none",                  # "tensorboard", "wandb", or "none"
-                 ignore: tuple[str, ...] = (),         # entries of the recipe that may differ
-                 changes: dict | None = None):         # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
+
+    def __init__(
+        self,
+        folder: str | Path,  # where checkpoints and the log go
+        device="auto",
+        precision: torch.dtype | None = None,
+        micro: int = 1,
+        sharded: bool = False,
+        recompute: bool = False,  # as in `Shares`
+        recipe: dict | None = None,  # what the run is: a checkpoint of another recipe is refused
+        minutes: float = 10.0,  # between checkpoints
+        steps: int | None = None,  # or a number of steps
+        keep: int = 2,  # checkpoints
+        track: str = "none",  # "tensorboard", "wandb", or "none"
+        ignore: tuple[str, ...] = (),  # entries of the recipe that may differ
+        changes: dict | None = None,
+    ):  # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
         super().__init__(device, precision, micro, sharded, recompute)
-        self.store, self.recipe, self.minutes, self.every, self.ignore = Checkpoints(Path(folder) / "checkpoints", keep), recipe or {}, minutes, steps, ignore
+        self.store, self.recipe, self.minutes, self.every, self.ignore = (
+            Checkpoints(Path(folder) / "checkpoints", keep),
+            recipe or {},
+            minutes,
+            steps,
+            ignore,
+        )
         self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
         self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
-        if track != "none": self._start_tracker(track, folder)
+        if track != "none":
+            self._start_tracker(track, folder)
 
     @contextlib.contextmanager
-    def session(self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str) -> Iterator[tuple[int, list[dict]]]:
+    def session(
+        self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str
+    ) -> Iterator[tuple[int, list[dict]]]:
         "Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes wrong. Raises ValueError if another process trains in the folder."
-        if not isinstance(batches, Feed): raise TypeError(f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}")
+        if not isinstance(batches, Feed):
+            raise TypeError(
+                f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}"
+            )
         with self._ours():
             found = self.store.newest()
             fresh = bool(found) and self._agree(found[1], players)
             if not found and self.changes:
-                if not self.store.files(): raise ValueError(f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}")
-                warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {_said(self.changes)}")
+                if not self.store.files():
+                    raise ValueError(
+                        f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}"
+                    )
+                warnings.warn(
+                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {_said(self.changes)}"
+                )
                 self.recipe = _changed(json.loads(json.dumps(self.recipe)), self.changes)
             elif not found and self.rank == 0 and self.store.files():
-                warnings.warn(f"no checkpoint in {self.store.folder} can be used: the training begins at its first step")
+                warnings.warn(
+                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first step"
+                )
             with super().session(players, batches, steps, ema, label), self._listening():
                 yield from self._going(found, fresh, steps, label)
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."
-        asked, due = self.asked, step + 1 == self.steps or ((step + 1) % self.every == 0 if self.every else time.monotonic() - self.saved > 60 * self.minutes)
+        asked, due = (
+            self.asked,
+            step + 1 == self.steps
+            or (
+                (step + 1) % self.every == 0
+                if self.every
+                else time.monotonic() - self.saved > 60 * self.minutes
+            ),
+        )
         if self.world > 1:  # all must agree
             heard = self.total(torch.tensor([float(asked or 0), float(due)], device=self.device)).tolist()
             asked, due = asked or int(heard[0]), heard[1] > 0
-        if asked or due: self.save(step + 1, log)
-        if asked: raise Stopped(f"stopped after step {step + 1} of {self.steps}; saved in {self.store.folder}: the same command goes on from there")
+        if asked or due:
+            self.save(step + 1, log)
+        if asked:
+            raise Stopped(
+                f"stopped after step {step + 1} of {self.steps}; saved in {self.store.folder}: the same command goes on from there"
+            )

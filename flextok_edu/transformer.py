@@ -15,37 +15,50 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% ../nbs/05_transformer.ipynb #05-8ab9a8d1
-def norm32(x: Tensor,            # (… d)
-           eps: float = 1e-5,
-          ) -> Tensor:           # (… d), same dtype: zero mean, unit variance over the last axis
+def norm32(
+    x: Tensor,  # (… d)
+    eps: float = 1e-5,
+) -> Tensor:  # (… d), same dtype: zero mean, unit variance over the last axis
     "LayerNorm without parameters, computed in float32."
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 # %% ../nbs/05_transformer.ipynb #05-d8a0150b
 class Attention(nn.Module):
     "Multi-head self-attention with QK-norm, no biases. Raises ValueError if the heads do not divide the width."
+
     def __init__(self, d: int, head_dim: int = 64):
         super().__init__()
-        if d % head_dim: raise ValueError(f"width {d} is not a multiple of head_dim {head_dim}")
+        if d % head_dim:
+            raise ValueError(f"width {d} is not a multiple of head_dim {head_dim}")
         self.heads, self.scale = d // head_dim, 8 / head_dim
         self.q, self.k, self.v, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
-    def forward(self,
-                x: Tensor,                   # (b n d)
-                mask: Tensor | None = None,  # boolean (True: may look) or float (added), broadcastable to (b heads n n)
-               ) -> Tensor:                  # (b n d)
+    def forward(
+        self,
+        x: Tensor,  # (b n d)
+        mask: Tensor
+        | None = None,  # boolean (True: may look) or float (added), broadcastable to (b heads n n)
+    ) -> Tensor:  # (b n d)
         q, k, v = (rearrange(f(x), "b n (h e) -> b h n e", h=self.heads) for f in (self.q, self.k, self.v))
-        if mask is not None and mask.dtype != torch.bool: mask = mask.to(v.dtype)
-        y = F.scaled_dot_product_attention(norm32(q).to(v.dtype), norm32(k).to(v.dtype), v, attn_mask=mask, scale=self.scale)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(v.dtype)
+        y = F.scaled_dot_product_attention(
+            norm32(q).to(v.dtype), norm32(k).to(v.dtype), v, attn_mask=mask, scale=self.scale
+        )
         return self.out(rearrange(y, "b h n e -> b n (h e)"))
 
 # %% ../nbs/05_transformer.ipynb #05-ed194b34
 class SwiGLU(nn.Module):
     "fc2(silu(fc1 x) * fc3 x), no biases (Shazeer 2020)."
-    def __init__(self, d: int, ratio: float = 4.):
+
+    def __init__(self, d: int, ratio: float = 4.0):
         super().__init__()
         hidden = int(2 / 3 * int(ratio * d))
-        self.gate, self.up, self.down = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False), nn.Linear(hidden, d, bias=False)
+        self.gate, self.up, self.down = (
+            nn.Linear(d, hidden, bias=False),
+            nn.Linear(d, hidden, bias=False),
+            nn.Linear(hidden, d, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (b n d) -> (b n d)
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -53,13 +66,16 @@ class SwiGLU(nn.Module):
 # %% ../nbs/05_transformer.ipynb #05-648c75af
 class Block(nn.Module):
     "Pre-norm transformer block."
-    def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4.):
+
+    def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4.0):
         super().__init__()
         self.attention, self.mlp = Attention(d, head_dim), SwiGLU(d, mlp_ratio)
 
-    def forward(self, x: Tensor,             # (b n d)
-                mask: Tensor | None = None,  # who may look at whom
-               ) -> Tensor:                  # (b n d)
+    def forward(
+        self,
+        x: Tensor,  # (b n d)
+        mask: Tensor | None = None,  # who may look at whom
+    ) -> Tensor:  # (b n d)
         x = x + self.attention(norm32(x), mask)
         return x + self.mlp(norm32(x))
 
@@ -69,29 +85,35 @@ def init_linear(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 # %% ../nbs/05_transformer.ipynb #05-9c0a1d3e
-def patchify(x: Tensor,    # latents (b c h w)
-             p: int,       # side of a patch
-            ) -> Tensor:   # (b n p*p*c), n = (h/p)(w/p), in raster order
+def patchify(
+    x: Tensor,  # latents (b c h w)
+    p: int,  # side of a patch
+) -> Tensor:  # (b n p*p*c), n = (h/p)(w/p), in raster order
     "Cut into patches: (row in patch, column in patch, channel), channel fastest."
     return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
-def unpatchify(x: Tensor,   # (b n p*p*c)
-               p: int,      # side of a patch
-               h: int,      # rows of patches
-              ) -> Tensor:  # latents (b c h*p w*p)
+
+def unpatchify(
+    x: Tensor,  # (b n p*p*c)
+    p: int,  # side of a patch
+    h: int,  # rows of patches
+) -> Tensor:  # latents (b c h*p w*p)
     "The inverse."
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=h)
 
 # %% ../nbs/05_transformer.ipynb #05-8ea0aefd
-def sincos_2d(d: int,      # width, divisible by 4
-              h: int,      # rows
-              w: int,      # columns
-             ) -> Tensor:  # table (1 d h w)
+def sincos_2d(
+    d: int,  # width, divisible by 4
+    h: int,  # rows
+    w: int,  # columns
+) -> Tensor:  # table (1 d h w)
     "Fixed 2-D sine-cosine positions: half of the channels say the row, half the column."
-    if d % 4: raise ValueError(f"width {d} is not divisible by 4")
+    if d % 4:
+        raise ValueError(f"width {d} is not divisible by 4")
     frequency = 1 / 10_000 ** (torch.arange(d // 4) / (d // 4))
     row, column = torch.arange(h)[:, None] * frequency, torch.arange(w)[:, None] * frequency
     column = torch.cat([column.sin(), column.cos()], 1)[None].expand(h, -1, -1)
@@ -101,10 +123,17 @@ def sincos_2d(d: int,      # width, divisible by 4
 # %% ../nbs/05_transformer.ipynb #05-77947aea
 class TimeEmbedding(nn.Module):
     "t -> vector: cosines and sines at geometric frequencies, then Linear, SiLU, Linear."
-    def __init__(self, d: int, features: int = 256, max_timestep: float = 1.):  # max_timestep: the largest t it is given
+
+    def __init__(
+        self, d: int, features: int = 256, max_timestep: float = 1.0
+    ):  # max_timestep: the largest t it is given
         super().__init__()
         half = features // 2
-        self.register_buffer("frequencies", 1000 / max_timestep * torch.exp(-math.log(256) * torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "frequencies",
+            1000 / max_timestep * torch.exp(-math.log(256) * torch.arange(half) / half),
+            persistent=False,
+        )
         self.mlp = nn.Sequential(nn.Linear(features, d), nn.SiLU(), nn.Linear(d, d))
 
     def forward(self, t: Tensor) -> Tensor:  # times (b,) -> (b d)
@@ -112,57 +141,83 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
 
 # %% ../nbs/05_transformer.ipynb #05-f6ac147c
-def modulate(x: Tensor,        # patches, then registers (b n+k d)
-             n: int,           # how many are patches
-             shift: Tensor,    # (b kinds d)
-             scale: Tensor,    # (b kinds d)
-            ) -> Tensor:       # (b n+k d)
+def modulate(
+    x: Tensor,  # patches, then registers (b n+k d)
+    n: int,  # how many are patches
+    shift: Tensor,  # (b kinds d)
+    scale: Tensor,  # (b kinds d)
+) -> Tensor:  # (b n+k d)
     "x * (1 + scale) + shift, every position with the modulation of its kind."
-    if shift.shape[1] == 1: return torch.addcmul(shift, x, 1 + scale)
-    return torch.cat([modulate(x[:, :n], n, shift[:, :1], scale[:, :1]), modulate(x[:, n:], 0, shift[:, 1:], scale[:, 1:])], 1)
+    if shift.shape[1] == 1:
+        return torch.addcmul(shift, x, 1 + scale)
+    return torch.cat(
+        [
+            modulate(x[:, :n], n, shift[:, :1], scale[:, :1]),
+            modulate(x[:, n:], 0, shift[:, 1:], scale[:, 1:]),
+        ],
+        1,
+    )
 
-def gated(x: Tensor,     # (b n+k d)
-          n: int,        # how many are patches
-          gate: Tensor,  # (b kinds d)
-          y: Tensor,     # what is added (b n+k d)
-         ) -> Tensor:    # (b n+k d)
+
+def gated(
+    x: Tensor,  # (b n+k d)
+    n: int,  # how many are patches
+    gate: Tensor,  # (b kinds d)
+    y: Tensor,  # what is added (b n+k d)
+) -> Tensor:  # (b n+k d)
     "x + gate * y, likewise."
-    if gate.shape[1] == 1: return torch.addcmul(x, gate, y)
-    return torch.cat([gated(x[:, :n], n, gate[:, :1], y[:, :n]), gated(x[:, n:], 0, gate[:, 1:], y[:, n:])], 1)
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, gate, y)
+    return torch.cat(
+        [gated(x[:, :n], n, gate[:, :1], y[:, :n]), gated(x[:, n:], 0, gate[:, 1:], y[:, n:])], 1
+    )
 
 # %% ../nbs/05_transformer.ipynb #05-6364703d
 class ModulatedBlock(nn.Module):
     "adaLN-zero block (Peebles & Xie 2022) whose patches and registers may have modulations of their own."
-    def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4., kinds: int = 2):  # kinds: 2, or 1 if patches and registers share
+
+    def __init__(
+        self, d: int, head_dim: int = 64, mlp_ratio: float = 4.0, kinds: int = 2
+    ):  # kinds: 2, or 1 if patches and registers share
         super().__init__()
         self.kinds = kinds
         self.attention, self.mlp = Attention(d, head_dim), SwiGLU(d, mlp_ratio)
         self.to_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, kinds * 6 * d))
-        nn.init.zeros_(self.to_modulation[1].weight); nn.init.zeros_(self.to_modulation[1].bias)
+        nn.init.zeros_(self.to_modulation[1].weight)
+        nn.init.zeros_(self.to_modulation[1].bias)
 
-    def modulation(self,
-                   time: Tensor   # embedded times (b d)
-                  ) -> Tensor:    # modulations (b kinds 6 d): gate, gate, shift, scale, shift, scale
+    def modulation(
+        self,
+        time: Tensor,  # embedded times (b d)
+    ) -> Tensor:  # modulations (b kinds 6 d): gate, gate, shift, scale, shift, scale
         "From the clock to shifts, scales and gates."
-        return rearrange(self.to_modulation(time), "b (kinds six d) -> b kinds six d", kinds=self.kinds, six=6)
+        return rearrange(
+            self.to_modulation(time), "b (kinds six d) -> b kinds six d", kinds=self.kinds, six=6
+        )
 
-    def forward(self,
-                x: Tensor,                   # patches, then registers (b n+k d)
-                n: int,                      # how many are patches
-                modulation: Tensor,          # (b kinds 6 d)
-                mask: Tensor | None = None,  # who may look at whom
-               ) -> Tensor:                  # (b n+k d)
+    def forward(
+        self,
+        x: Tensor,  # patches, then registers (b n+k d)
+        n: int,  # how many are patches
+        modulation: Tensor,  # (b kinds 6 d)
+        mask: Tensor | None = None,  # who may look at whom
+    ) -> Tensor:  # (b n+k d)
         gate1, gate2, shift1, scale1, shift2, scale2 = modulation.unbind(2)  # b kinds d, each
         x = gated(x, n, gate1, self.attention(modulate(norm32(x), n, shift1, scale1), mask))
         return gated(x, n, gate2, self.mlp(modulate(norm32(x), n, shift2, scale2)))
 
 # %% ../nbs/05_transformer.ipynb #05-98c80d17
-def sees_normed_input(block: ModulatedBlock  # any modulated block
-                     ) -> bool:              # whether both halves read norm(x), not x
+def sees_normed_input(
+    block: ModulatedBlock,  # any modulated block
+) -> bool:  # whether both halves read norm(x), not x
     "The update x -> block(x) - x of a block whose attention alone is on must not change when x is scaled; likewise its MLP."
-    d = block.attention.q.weight.shape[0]; x = torch.randn(1, 6, d); same = []
+    d = block.attention.q.weight.shape[0]
+    x = torch.randn(1, 6, d)
+    same = []
     for half in (0, 1):
-        modulation = torch.zeros(1, block.kinds, 6, d); modulation[:, :, half] = 1
-        with torch.no_grad(): one, ten = (block(s * x, 4, modulation) - s * x for s in (1., 10.))
+        modulation = torch.zeros(1, block.kinds, 6, d)
+        modulation[:, :, half] = 1
+        with torch.no_grad():
+            one, ten = (block(s * x, 4, modulation) - s * x for s in (1.0, 10.0))
         same.append(torch.allclose(one, ten, atol=1e-3))
     return all(same)

@@ -15,13 +15,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .core import EMA, Engine, Feed, Player, Preset, Pretrained, StageConfig, VAEConfig, VAELossConfig, fit, from_uint8, load_model, noise_like, save_model
+from flextok_edu.core import (
+    EMA,
+    Engine,
+    Feed,
+    Player,
+    Preset,
+    Pretrained,
+    StageConfig,
+    VAEConfig,
+    VAELossConfig,
+    fit,
+    from_uint8,
+    load_model,
+    noise_like,
+    save_model,
+)
 from .data import ImageSet
 from .features import Lite0, perceptual_distance
 
 # %% ../nbs/03_vae.ipynb #03-59970e3c
 class ResBlock(nn.Module):
     "x + conv(silu(norm(conv(silu(norm(x))))))."
+
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -33,8 +49,10 @@ class ResBlock(nn.Module):
         y = self.conv2(F.silu(self.norm2(y)))
         return self.shortcut(x) + y
 
+
 class SpatialAttention(nn.Module):
     "Single-head attention over all positions, residual."
+
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -45,35 +63,60 @@ class SpatialAttention(nn.Module):
         y = F.scaled_dot_product_attention(*(f(y)[:, None] for f in (self.q, self.k, self.v)))[:, 0]
         return x + rearrange(self.out(y), "b (h w) c -> b c h w", h=x.shape[2])
 
+
 class Down(nn.Module):
     "Halve the side: a strided convolution, padded at the right and below only (as SDXL's)."
+
     def __init__(self, c: int):
-        super().__init__(); self.conv = nn.Conv2d(c, c, 3, stride=2)
-    def forward(self, x: Tensor) -> Tensor: return self.conv(F.pad(x, (0, 1, 0, 1)))
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
 
 class Up(nn.Module):
     "Double the side: repeat every pixel, then convolve."
+
     def __init__(self, c: int):
-        super().__init__(); self.conv = nn.Conv2d(c, c, 3, padding=1)
-    def forward(self, x: Tensor) -> Tensor: return self.conv(F.interpolate(x, scale_factor=2., mode="nearest"))
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 # %% ../nbs/03_vae.ipynb #03-a99f5dc7
 def _middle(c: int, config: VAEConfig) -> nn.Sequential:
     "Residual block, attention, residual block, at the lowest resolution."
-    return nn.Sequential(ResBlock(c, c, config.groups), SpatialAttention(c, config.groups) if config.attention else nn.Identity(), ResBlock(c, c, config.groups))
+    return nn.Sequential(
+        ResBlock(c, c, config.groups),
+        SpatialAttention(c, config.groups) if config.attention else nn.Identity(),
+        ResBlock(c, c, config.groups),
+    )
+
 
 def _level(c_in: int, c_out: int, blocks: int, resize: nn.Module | None, groups: int) -> nn.Sequential:
     "Some residual blocks, then perhaps a change of resolution."
-    return nn.Sequential(*[ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)], *([resize] if resize else []))
+    return nn.Sequential(
+        *[ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)],
+        *([resize] if resize else []),
+    )
+
 
 class VAEEncoder(nn.Module):
     "Images to the mean and log-variance of the latents."
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, last = config.channels, len(config.channels) - 1
         self.fold = nn.PixelUnshuffle(config.stem)
-        self.conv_in = nn.Conv2d(config.in_channels * config.stem ** 2, widths[0], 3, padding=1)
-        self.levels = nn.Sequential(*[_level(widths[max(i - 1, 0)], w, config.layers, Down(w) if i < last else None, config.groups) for i, w in enumerate(widths)])
+        self.conv_in = nn.Conv2d(config.in_channels * config.stem**2, widths[0], 3, padding=1)
+        self.levels = nn.Sequential(
+            *[
+                _level(widths[max(i - 1, 0)], w, config.layers, Down(w) if i < last else None, config.groups)
+                for i, w in enumerate(widths)
+            ]
+        )
         self.middle = _middle(widths[-1], config)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -88,15 +131,24 @@ class VAEEncoder(nn.Module):
 # %% ../nbs/03_vae.ipynb #03-9d6ba0cc
 class VAEDecoder(nn.Module):
     "Latents to images."
+
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = config.channels[::-1]; last = len(widths) - 1
+        widths = config.channels[::-1]
+        last = len(widths) - 1
         self.latents_in = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], config)
-        self.levels = nn.Sequential(*[_level(widths[max(i - 1, 0)], w, config.layers + 1, Up(w) if i < last else None, config.groups) for i, w in enumerate(widths)])
+        self.levels = nn.Sequential(
+            *[
+                _level(
+                    widths[max(i - 1, 0)], w, config.layers + 1, Up(w) if i < last else None, config.groups
+                )
+                for i, w in enumerate(widths)
+            ]
+        )
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.in_channels * config.stem ** 2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels * config.stem**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(config.stem)
 
     def forward(self, latents: Tensor) -> Tensor:  # latents (b c h w) -> images (b 3 H W)
@@ -108,6 +160,7 @@ class VAEDecoder(nn.Module):
 # %% ../nbs/03_vae.ipynb #03-d76ba80a
 class VAEParts(nn.Module):
     "Encoder, decoder, and the measured mean and scale of each latent channel."
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -116,73 +169,95 @@ class VAEParts(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
         self.to(memory_format=torch.channels_last)  # convolutions are faster this way, on CPU and CUDA
 
-    def posterior(self,
-                  images: Tensor             # images (b 3 H W) in [-1, 1]; H and W divisible by the factor
-                 ) -> tuple[Tensor, Tensor]: # mean and log-variance (b c h w), not normalised
+    def posterior(
+        self,
+        images: Tensor,  # images (b 3 H W) in [-1, 1]; H and W divisible by the factor
+    ) -> tuple[Tensor, Tensor]:  # mean and log-variance (b c h w), not normalised
         "The distribution of latents given the images. Raises ValueError for a shape that does not fit."
         c, f = self.config.in_channels, self.config.factor
         if images.ndim != 4 or images.shape[1] != c or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images must be (b, {c}, H, W) with H and W divisible by {f}, not {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be (b, {c}, H, W) with H and W divisible by {f}, not {tuple(images.shape)}"
+            )
         mean, logvar = self.encoder(images.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
-    def normalize(self, latents: Tensor) -> Tensor:    # (b c h w): zero mean, unit scale per channel
+    def normalize(self, latents: Tensor) -> Tensor:  # (b c h w): zero mean, unit scale per channel
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
     def denormalize(self, latents: Tensor) -> Tensor:  # the inverse
         return latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
 
 # %% ../nbs/03_vae.ipynb #03-7c36a97f
 class VAE(VAEParts, Pretrained):
     "KL autoencoder (Rombach et al. 2022, the shape of SDXL's). `encode` and `decode` speak normalised latents."
+
     part = "vae"
 
-    def encode(self,
-               images: Tensor,          # images (b 3 H W) in [-1, 1]
-              ) -> Tensor:              # latents (b c h w), normalised: the posterior mean
+    def encode(
+        self,
+        images: Tensor,  # images (b 3 H W) in [-1, 1]
+    ) -> Tensor:  # latents (b c h w), normalised: the posterior mean
         "Images to latents, without randomness."
         return self.normalize(self.posterior(images)[0])
 
-    def decode(self,
-               latents: Tensor          # latents (b c h w), normalised
-              ) -> Tensor:              # images (b 3 H W), about [-1, 1]
+    def decode(
+        self,
+        latents: Tensor,  # latents (b c h w), normalised
+    ) -> Tensor:  # images (b 3 H W), about [-1, 1]
         "Latents to images."
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels: raise ValueError(f"latents must be (b, {self.config.latent_channels}, h, w), not {tuple(latents.shape)}")
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents must be (b, {self.config.latent_channels}, h, w), not {tuple(latents.shape)}"
+            )
         return self.decoder(self.denormalize(latents).contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def measure_latents(self, images: Tensor, batch: int = 250) -> None:  # images (b 3 H W), uint8
         "Measure mean and scale of each latent channel over these images (of the whole posterior, not of its mean alone)."
-        device, total, squares, count = self.latent_mean.device, 0., 0., 0
+        device, total, squares, count = self.latent_mean.device, 0.0, 0.0, 0
         for part in images.split(batch):
             mean, logvar = self.posterior(from_uint8(part.to(device)))
             mean, logvar = mean.cpu().double(), logvar.cpu().double()  # float64 on the CPU: MPS has none
-            total = total + mean.sum((0, 2, 3)); squares = squares + (mean.square() + logvar.exp()).sum((0, 2, 3)); count += mean[:, 0].numel()
+            total = total + mean.sum((0, 2, 3))
+            squares = squares + (mean.square() + logvar.exp()).sum((0, 2, 3))
+            count += mean[:, 0].numel()
         mean = total / count
-        self.latent_mean.copy_(mean.float()); self.latent_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt().float())
+        self.latent_mean.copy_(mean.float())
+        self.latent_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt().float())
 
     @classmethod
     def _load_pretrained(cls, folder: Path) -> "VAE":
         vae, facts = load_model(folder, cls, VAEConfig)
         vae.terms = facts.get("terms")
         return vae
-    def _save_pretrained(self, save_directory: Path) -> None: save_model(save_directory, self, self.config, terms=self.terms)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(save_directory, self, self.config, terms=self.terms)
 
 # %% ../nbs/03_vae.ipynb #03-2b94d23f
-def kl_to_standard_normal(mean: Tensor,     # (b c h w)
-                          logvar: Tensor,   # (b c h w)
-                         ) -> Tensor:       # scalar: nats per latent element
+def kl_to_standard_normal(
+    mean: Tensor,  # (b c h w)
+    logvar: Tensor,  # (b c h w)
+) -> Tensor:  # scalar: nats per latent element
     "KL(N(mean, exp(logvar)) || N(0, 1)), averaged over elements."
-    return .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 # %% ../nbs/03_vae.ipynb #03-272814ae
 class PatchDiscriminator(nn.Module):
     "Scores overlapping windows of an image: high for real, low for reconstructed (Isola et al. 2017)."
+
     def __init__(self, channels: int = 3, width: int = 32, layers: int = 3):
         super().__init__()
         widths = [width * 2 ** min(i, 2) for i in range(layers)]
         body, c = [], channels
         for i, w in enumerate(widths):
-            body += [nn.Conv2d(c, w, 4, stride=2, padding=1), nn.GroupNorm(4, w) if i else nn.Identity(), nn.LeakyReLU(.2)]; c = w
+            body += [
+                nn.Conv2d(c, w, 4, stride=2, padding=1),
+                nn.GroupNorm(4, w) if i else nn.Identity(),
+                nn.LeakyReLU(0.2),
+            ]
+            c = w
         self.body = nn.Sequential(*body, nn.Conv2d(c, 1, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
@@ -192,26 +267,33 @@ class PatchDiscriminator(nn.Module):
 # %% ../nbs/03_vae.ipynb #03-e1322301
 class AutoencoderLoss(nn.Module):
     "The autoencoder's turn: its terms, weighted."
-    def __init__(self, vae: VAE, weights: VAELossConfig,
-                 eyes: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
-                 pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss):  # the pixel term: (output, images) -> scalar
+
+    def __init__(
+        self,
+        vae: VAE,
+        weights: VAELossConfig,
+        eyes: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
+        pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
+    ):  # the pixel term: (output, images) -> scalar
         super().__init__()
-        if weights.perceptual and eyes is None: raise ValueError("a perceptual loss needs eyes: pass extractor(), or set its weight to 0")
+        if weights.perceptual and eyes is None:
+            raise ValueError("a perceptual loss needs eyes: pass extractor(), or set its weight to 0")
         self.vae, self.weights, self.eyes, self.pixel = vae, weights, eyes, pixel
         self.critic = PatchDiscriminator(vae.config.in_channels) if weights.adversarial else None
         self.logvar = nn.Parameter(torch.zeros(())) if weights.learned_logvar else None
-        self.fake = None      # this step's reconstructions, for the critic
+        self.fake = None  # this step's reconstructions, for the critic
         self.distance = None  # this step's reconstruction error, for the scale
 
-    def autoencoder(self,
-                    images: Tensor,    # images (b 3 H W) in [-1, 1]
-                    progress: float,   # share of the training that is over, 0 .. 1
-                    noise: Tensor | None = None,  # of the posterior's sample (b c h w); drawn if not given
-                   ) -> tuple[Tensor, dict]:  # scalar; numbers to log
+    def autoencoder(
+        self,
+        images: Tensor,  # images (b 3 H W) in [-1, 1]
+        progress: float,  # share of the training that is over, 0 .. 1
+        noise: Tensor | None = None,  # of the posterior's sample (b c h w); drawn if not given
+    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "Pixels + perceptual + KL + adversarial, each with its weight."
         w = self.weights
         mean, logvar = self.vae.posterior(images)
-        latents = mean + (.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
+        latents = mean + (0.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
         output = self.vae.decoder(latents)
         pixel, kl = self.pixel(output, images), kl_to_standard_normal(mean, logvar)
         numbers = {"l1": pixel if self.pixel is F.l1_loss else F.l1_loss(output.detach(), images), "kl": kl}
@@ -224,7 +306,7 @@ class AutoencoderLoss(nn.Module):
             loss = loss / s.exp() + s
         loss = loss + w.kl * kl
         if w.adversarial and progress >= w.adversarial_start:
-            self.critic.requires_grad_(False)             # its turn comes next
+            self.critic.requires_grad_(False)  # its turn comes next
             numbers["adversarial"] = -self.critic(output).mean()
             loss = loss + w.adversarial * numbers["adversarial"]
             self.critic.requires_grad_(True)
@@ -234,34 +316,67 @@ class AutoencoderLoss(nn.Module):
 # %% ../nbs/03_vae.ipynb #03-130e0108
 class VAELoss(AutoencoderLoss):
     "All losses of stage 0. `players` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
-    def discriminator(self,
-                      images: Tensor,  # the same images (b 3 H W) in [-1, 1]
-                      progress: float, # 0 .. 1
-                     ) -> tuple[Tensor, dict]:  # scalar; numbers to log
+
+    def discriminator(
+        self,
+        images: Tensor,  # the same images (b 3 H W) in [-1, 1]
+        progress: float,  # 0 .. 1
+    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "Hinge loss on real images and on this step's reconstructions."
         real, fake = self.critic(images).float(), self.critic(self.fake).float()
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2, {"score_real": real.mean(), "score_fake": fake.mean()}
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2, {
+            "score_real": real.mean(),
+            "score_fake": fake.mean(),
+        }
 
-    def scale(self,
-              images: Tensor,   # not looked at: the error of this step is known
-              progress: float,  # 0 .. 1
-             ) -> tuple[Tensor, dict]:  # scalar; numbers to log
+    def scale(
+        self,
+        images: Tensor,  # not looked at: the error of this step is known
+        progress: float,  # 0 .. 1
+    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."
         return self.distance / self.logvar.exp() + self.logvar, {"logvar": self.logvar.detach()}
 
-    def players(self, config: StageConfig) -> list[Player]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
+    def players(
+        self, config: StageConfig
+    ) -> list[Player]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."
-        own = lambda lr: StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.)
-        players = [Player("vae", lambda b, s: self.autoencoder(b[0], s, *b[2:]), list(self.vae.named_parameters()), config, modules=[self.vae])]
-        if self.critic: players.append(Player("critic", lambda b, s: self.discriminator(b[0], s), list(self.critic.named_parameters()), own(min(config.lr, 5e-4)), start=self.weights.adversarial_start, modules=[self.critic]))
-        if self.logvar is not None: players.append(Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(.1)))
+        own = lambda lr: StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.0)
+        players = [
+            Player(
+                "vae",
+                lambda b, s: self.autoencoder(b[0], s, *b[2:]),
+                list(self.vae.named_parameters()),
+                config,
+                modules=[self.vae],
+            )
+        ]
+        if self.critic:
+            players.append(
+                Player(
+                    "critic",
+                    lambda b, s: self.discriminator(b[0], s),
+                    list(self.critic.named_parameters()),
+                    own(min(config.lr, 5e-4)),
+                    start=self.weights.adversarial_start,
+                    modules=[self.critic],
+                )
+            )
+        if self.logvar is not None:
+            players.append(
+                Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(0.1))
+            )
         return players
 
 # %% ../nbs/03_vae.ipynb #03-decdca30
 class PosteriorFeed(Feed):
     "Images, and the noise of their posterior samples, which so belongs to a step and a place, not to the process that draws it."
-    def __init__(self, images: Feed,  # of images and labels
-                 config: VAEConfig):
+
+    def __init__(
+        self,
+        images: Feed,  # of images and labels
+        config: VAEConfig,
+    ):
         super().__init__(getattr(images, "length", 1), images.batch, None, images.seed)
         self.images, self.config = images, config
         self.state_dict, self.load_state_dict = images.state_dict, images.load_state_dict
@@ -269,33 +384,61 @@ class PosteriorFeed(Feed):
     def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
         def noise(images, places):
             sides = [side // self.config.factor for side in images.shape[2:]]
-            return noise_like((self.config.latent_channels, *sides), self.seed, (step * self.batch + places).tolist(), images.device, "posterior")
-        parts = self.images.parts(step, rank, world, micro)
-        return [((*batch, noise(batch[0], places)), weight) for (batch, weight), places in zip(parts, self.dealt(step, rank, world, micro), strict=True)]
+            return noise_like(
+                (self.config.latent_channels, *sides),
+                self.seed,
+                (step * self.batch + places).tolist(),
+                images.device,
+                "posterior",
+            )
 
-def train_vae(data: ImageSet,             # training images (or a source of room 01b)
-              preset: Preset,             # sizes, loss weights, steps
-              eyes: Lite0 | None = None,  # for the perceptual loss
-              seed: int = 0,
-              device="cpu",
-              flip: bool = False,         # mirror images at random
-              precision: torch.dtype | None = None,
-              progress: bool = True,
-              engine: Engine | None = None,  # the machine, see room 00; by default this one device
-              vae: VAE | None = None,     # a trained one to go on with, changed in place
-              part: str = "decoder",      # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
-             ) -> tuple[VAE, list[dict]]: # averaged weights with measured latents, eval mode; training log
+        parts = self.images.parts(step, rank, world, micro)
+        return [
+            ((*batch, noise(batch[0], places)), weight)
+            for (batch, weight), places in zip(parts, self.dealt(step, rank, world, micro), strict=True)
+        ]
+
+
+def train_vae(
+    data: ImageSet,  # training images (or a source of room 01b)
+    preset: Preset,  # sizes, loss weights, steps
+    eyes: Lite0 | None = None,  # for the perceptual loss
+    seed: int = 0,
+    device="cpu",
+    flip: bool = False,  # mirror images at random
+    precision: torch.dtype | None = None,
+    progress: bool = True,
+    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+    vae: VAE | None = None,  # a trained one to go on with, changed in place
+    part: str = "decoder",  # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
+) -> tuple[VAE, list[dict]]:  # averaged weights with measured latents, eval mode; training log
     "Train a VAE from scratch and measure its latents; or go on with a trained one, on other pictures for example. Raises ValueError for a VAE of another shape than the preset's, and for a part that is none."
     config, old, frozen = preset.train_vae, vae, vae is not None and part == "decoder"
-    if part not in ("both", "decoder"): raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
-    if old is not None and old.config != preset.vae: raise ValueError(f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}: choose the preset that it was made with")
+    if part not in ("both", "decoder"):
+        raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
+    if old is not None and old.config != preset.vae:
+        raise ValueError(
+            f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}: choose the preset that it was made with"
+        )
     torch.manual_seed(seed)
     vae = (VAE(preset.vae) if old is None else old).to(device)
     vae.requires_grad_(True).encoder.requires_grad_(not frozen)
     losses = VAELoss(vae, preset.vae_loss, eyes).to(device)
     ema = EMA(vae, config.ema)
     feed = PosteriorFeed(data.feed(config.batch, seed, device, flip), preset.vae)
-    log = fit(losses.players(config), feed, config.steps, ema, precision, device, "VAE", progress=progress, engine=engine)
-    ema.apply(); vae.requires_grad_(True).eval()
-    if not frozen: vae.measure_latents(data.head(5000))
+    log = fit(
+        losses.players(config),
+        feed,
+        config.steps,
+        ema,
+        precision,
+        device,
+        "VAE",
+        progress=progress,
+        engine=engine,
+    )
+    ema.apply()
+    vae.requires_grad_(True).eval()
+    if not frozen:
+        vae.measure_latents(data.head(5000))
     return vae, log

@@ -19,73 +19,171 @@ from tyro.conf import Positional
 
 from .ar import ARModel, load_ar, position_losses, tokenizer_hash, tokenizer_identity
 from .commands import UsageError, command, habits, open_tokenizer, size_of
-from .core import (EvalConfig, Preset, Range, StageConfig, VAEConfig, conform, drawable, from_dict, from_uint8, load_model,
-                              pick_device, plain, read_json, save_model, seed_everything, shipped_models, weights_hash, write_text)
-from .data import KINDS, ImageSet, Learned, ToyScenes, load_learned, read_squares, save_learned, spread
-from .evaluate import Report, load_report, may_fill, may_replace, save_picture, token_counts, trained_how, versions
+from flextok_edu.core import (
+    EvalConfig,
+    Preset,
+    Range,
+    StageConfig,
+    VAEConfig,
+    conform,
+    drawable,
+    from_dict,
+    from_uint8,
+    load_model,
+    pick_device,
+    plain,
+    read_json,
+    save_model,
+    seed_everything,
+    shipped_models,
+    weights_hash,
+    write_text,
+)
+from flextok_edu.data import (
+    KINDS,
+    ImageSet,
+    Learned,
+    ToyScenes,
+    load_learned,
+    read_squares,
+    save_learned,
+    spread,
+)
+from flextok_edu.evaluate import (
+    Report,
+    load_report,
+    may_fill,
+    may_replace,
+    save_picture,
+    token_counts,
+    trained_how,
+    versions,
+)
 from .features import AttributeClassifier, extractor
-from .pipeline import PICTURES, SUSTAINED, Job, Models, RunConfig, _rows, evaluate_all, held_out_scenes, ready_to_write
+from flextok_edu.pipeline import (
+    PICTURES,
+    SUSTAINED,
+    Job,
+    Models,
+    RunConfig,
+    _rows,
+    evaluate_all,
+    held_out_scenes,
+    ready_to_write,
+)
 from .tokenizer import FlexTok, load_tokenizer
 from .vae import VAE
 
 # %% ../nbs/17_zoo.ipynb #17-3f8959b2
-def halved(model: nn.Module,
-           state: dict[str, Tensor] | None = None,  # its state, or a part of it; all by default
-          ) -> dict[str, Tensor]:                   # parameters in float16, buffers as they are
+def halved(
+    model: nn.Module,
+    state: dict[str, Tensor] | None = None,  # its state, or a part of it; all by default
+) -> dict[str, Tensor]:  # parameters in float16, buffers as they are
     "Half the bytes. Raises ValueError for a weight that float16 cannot hold."
     trained = {name for name, _ in model.named_parameters()}
-    small = {name: x.half() if name in trained else x for name, x in (model.state_dict() if state is None else state).items()}
-    if bad := next((name for name, x in small.items() if not torch.isfinite(x).all()), None): raise ValueError(f"{bad} does not fit into float16 (largest: 65,504), or is not finite: that model cannot be packed")
+    small = {
+        name: x.half() if name in trained else x
+        for name, x in (model.state_dict() if state is None else state).items()
+    }
+    if bad := next((name for name, x in small.items() if not torch.isfinite(x).all()), None):
+        raise ValueError(
+            f"{bad} does not fit into float16 (largest: 65,504), or is not finite: that model cannot be packed"
+        )
     return small
 
 # %% ../nbs/17_zoo.ipynb #17-48abfd22
 PARTS = ("vae", "tokenizer", "ar", "classifier")  # each needs at most those before it
 
+
 def _folders(run) -> dict[str, Path]:  # part -> its folder, of the parts that are finished
     "Raises ValueError or FileNotFoundError for parts that are none, or that cannot be used alone."
     if isinstance(run, dict):
-        if unknown := [k for k in run if k not in PARTS]: raise ValueError(f"there is no part {unknown[0]!r}: give folders for some of {', '.join(PARTS)}")
+        if unknown := [k for k in run if k not in PARTS]:
+            raise ValueError(f"there is no part {unknown[0]!r}: give folders for some of {', '.join(PARTS)}")
         found = {p: Path(run[p]).expanduser() for p in PARTS if p in run}
-        if bad := [f for f in found.values() if not (f / "config.json").exists()]: raise FileNotFoundError(f"{bad[0]} holds no finished model")
-    else: found = {p: Path(run).expanduser() / p for p in PARTS if (Path(run).expanduser() / p / "config.json").exists()}
-    if "vae" not in found: raise ValueError(f"{run} holds no finished VAE: give the folder of a finished run, or one for each part")
-    if "ar" in found and "tokenizer" not in found: raise ValueError(f"{run} has an AR model and no tokenizer: nobody could read its ids")
+        if bad := [f for f in found.values() if not (f / "config.json").exists()]:
+            raise FileNotFoundError(f"{bad[0]} holds no finished model")
+    else:
+        found = {
+            p: Path(run).expanduser() / p
+            for p in PARTS
+            if (Path(run).expanduser() / p / "config.json").exists()
+        }
+    if "vae" not in found:
+        raise ValueError(
+            f"{run} holds no finished VAE: give the folder of a finished run, or one for each part"
+        )
+    if "ar" in found and "tokenizer" not in found:
+        raise ValueError(f"{run} has an AR model and no tokenizer: nobody could read its ids")
     return found
 
+
 def _open(folder: Path, part: str) -> tuple[nn.Module, dict]:  # a model in float32; what its config.json says
-    if part == "vae": return load_model(folder, VAE, VAEConfig)
-    if part == "classifier": return load_model(folder, lambda config: AttributeClassifier(), StageConfig)
+    if part == "vae":
+        return load_model(folder, VAE, VAEConfig)
+    if part == "classifier":
+        return load_model(folder, lambda config: AttributeClassifier(), StageConfig)
     return (load_tokenizer if part == "tokenizer" else load_ar)(folder)
 
 # %% ../nbs/17_zoo.ipynb #17-7805bf73
-_DECIDES = {"vae": ("vae", "vae_loss", "train_vae"), "ar": ("ar", "train_ar"), "classifier": ("train_classifier",)}  # which part of the preset is whose; the rest is the tokenizer's
+_DECIDES = {
+    "vae": ("vae", "vae_loss", "train_vae"),
+    "ar": ("ar", "train_ar"),
+    "classifier": ("train_classifier",),
+}  # which part of the preset is whose; the rest is the tokenizer's
+
 
 def _text(value, what: type = str):  # a fact of the kind that it should be; None for anything else
     return value if isinstance(value, what) and not isinstance(value, bool) else None
 
+
 def _group(value: dict, name: str) -> dict:  # an object inside an object; empty for anything else
     return found if isinstance(found := value.get(name), dict) else {}
+
 
 def _made(told: dict) -> dict:  # from what run.json says
     asked, recipe = _group(told, "asked") or _group(told, "options"), _group(told, "recipe")
     images = _group(told, "data").get("train") or _group(recipe, "learns_from").get("source_hash")
     rest = {k: v for k, v in recipe.items() if k in ("part", "begun_from") and isinstance(v, str)}
     versions = {k: v for k, v in _group(told, "versions").items() if isinstance(v, str)}
-    return {"command": _text(told.get("command")), "data": _text(asked.get("data")), "seed": _text(asked.get("seed"), int),
-            "images": _text(images), "versions": versions or None, **rest}
+    return {
+        "command": _text(told.get("command")),
+        "data": _text(asked.get("data")),
+        "seed": _text(asked.get("seed"), int),
+        "images": _text(images),
+        "versions": versions or None,
+        **rest,
+    }
+
 
 def _told_by(folder: Path) -> list[Path]:  # the folders whose records are of this model
     "Its own, and that of the run around it. (A VAE that lies in the folder of a tokenizer was not trained there.)"
     return [folder] if (folder.parent / "config.json").exists() else [folder, folder.parent]
 
-def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # preset; part -> command, data, seed, images, versions
+
+def _history(
+    folders: dict[str, Path], evaluate: EvalConfig | None
+) -> dict:  # preset; part -> command, data, seed, images, versions
     "What is known of the training. Unknown things are None; `part` and `begun_from` are there if it went on with a trained model. Raises ValueError for a run.json that is none."
-    files = {p: next((g / "run.json" for g in _told_by(f) if (g / "run.json").is_file()), None) for p, f in folders.items()}
-    told = {p: conform(read_json(g, "record of a training"), {"preset?": (dict, None)}, str(g)) if g else {} for p, g in files.items()}
+    files = {
+        p: next((g / "run.json" for g in _told_by(f) if (g / "run.json").is_file()), None)
+        for p, f in folders.items()
+    }
+    told = {
+        p: conform(read_json(g, "record of a training"), {"preset?": (dict, None)}, str(g)) if g else {}
+        for p, g in files.items()
+    }
     p = next((told[k]["preset"] for k in ("tokenizer", "vae") if told.get(k, {}).get("preset")), None)
     if p:
-        p = p | {key: told[k]["preset"][key] for k, keys in _DECIDES.items() if told.get(k, {}).get("preset") for key in keys if key in told[k]["preset"]}
-        if evaluate: p = p | {"evaluate": asdict(evaluate)}
+        p = p | {
+            key: told[k]["preset"][key]
+            for k, keys in _DECIDES.items()
+            if told.get(k, {}).get("preset")
+            for key in keys
+            if key in told[k]["preset"]
+        }
+        if evaluate:
+            p = p | {"evaluate": asdict(evaluate)}
         from_dict(Preset, p)
     presets = {k: t.get("preset") for k, t in told.items() if k != "classifier"}
     how = trained_how(**{k: from_dict(Preset, q) if q else None for k, q in presets.items()})
@@ -93,118 +191,215 @@ def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:  # 
 
 # %% ../nbs/17_zoo.ipynb #17-79329c28
 def _round(model: nn.Module) -> nn.Module:  # in place: what the halved file becomes when it is read
-    model.load_state_dict(halved(model)); return model.eval()
+    model.load_state_dict(halved(model))
+    return model.eval()
 
-def _thin(log: list[dict], rows: int = 300) -> list[dict]:  # of a log, at most so many rows (and the last), with few digits
-    kept = log[::math.ceil(len(log) / rows)] if len(log) > rows else log
-    return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in kept + (log[-1:] if kept[-1:] != log[-1:] else [])]
+
+def _thin(
+    log: list[dict], rows: int = 300
+) -> list[dict]:  # of a log, at most so many rows (and the last), with few digits
+    kept = log[:: math.ceil(len(log) / rows)] if len(log) > rows else log
+    return [
+        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in kept + (log[-1:] if kept[-1:] != log[-1:] else [])
+    ]
+
 
 def _keep(folder: Path, to: Path, part: str, model: nn.Module, facts: dict, config, **new) -> None:
     "Write one part."
     rest = {k: v for k, v in facts.items() if k not in ("config", "weights", "loaded", *new)}
-    rest.setdefault("stage", {"stage": part, "steps": None, "batch": None, "seconds": 0, "images_per_second": None, "parameters": sum(w.numel() for w in model.parameters())})
+    rest.setdefault(
+        "stage",
+        {
+            "stage": part,
+            "steps": None,
+            "batch": None,
+            "seconds": 0,
+            "images_per_second": None,
+            "parameters": sum(w.numel() for w in model.parameters()),
+        },
+    )
     save_model(to / part, halved(model), config, loaded=weights_hash(model), **rest, **new)
-    if log := read_log(folder): write_text(to / part / "log.json", json.dumps(_thin(log)))
+    if log := read_log(folder):
+        write_text(to / part / "log.json", json.dumps(_thin(log)))
     learned = next((found for f in _told_by(folder) if (found := load_learned(f)) is not None), None)
-    if learned is not None: save_learned(to / part, learned)
+    if learned is not None:
+        save_learned(to / part, learned)
+
 
 def read_log(folder: Path) -> list[dict] | None:  # rows of numbers; None if there is no log
     "The log beside a model. Raises ValueError for one that is damaged."
+
     def row(value):
         "an object of numbers, with a step"
         return type(value["step"]) is int and all(type(v) in (int, float) for v in value.values())
+
     file = folder / "log.json"
     return conform(read_json(file, "log of a training"), [row], str(file)) if file.exists() else None
 
 # %% ../nbs/17_zoo.ipynb #17-c180953d
 def _write_parts(folders: dict[str, Path], to: Path) -> None:
     "Every part, each told the new hash of the one before."
-    vae, facts = _open(folders["vae"], "vae"); small = _round(_open(folders["vae"], "vae")[0])
+    vae, facts = _open(folders["vae"], "vae")
+    small = _round(_open(folders["vae"], "vae")[0])
     _keep(folders["vae"], to, "vae", small, facts, small.config)
     if "tokenizer" in folders:
-        tok, facts = _open(folders["tokenizer"], "tokenizer"); tok_small = _round(_open(folders["tokenizer"], "tokenizer")[0])
-        if facts.get("vae") not in (None, weights_hash(vae)): raise ValueError(f"the tokenizer in {folders['tokenizer']} was trained with VAE {facts['vae']}, and the one in {folders['vae']} is {weights_hash(vae)}: they do not belong together")
-        _keep(folders["tokenizer"], to, "tokenizer", tok_small, facts, tok_small.config, vae=weights_hash(small))
+        tok, facts = _open(folders["tokenizer"], "tokenizer")
+        tok_small = _round(_open(folders["tokenizer"], "tokenizer")[0])
+        if facts.get("vae") not in (None, weights_hash(vae)):
+            raise ValueError(
+                f"the tokenizer in {folders['tokenizer']} was trained with VAE {facts['vae']}, and the one in {folders['vae']} is {weights_hash(vae)}: they do not belong together"
+            )
+        _keep(
+            folders["tokenizer"], to, "tokenizer", tok_small, facts, tok_small.config, vae=weights_hash(small)
+        )
     if "ar" in folders:
-        model, facts = _open(folders["ar"], "ar"); tok.vae, tok_small.vae = vae, small
-        if facts.get("tokenizer") not in (None, tokenizer_hash(tok)): raise ValueError(f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the one in {folders['tokenizer']} is {tokenizer_hash(tok)}")
+        model, facts = _open(folders["ar"], "ar")
+        tok.vae, tok_small.vae = vae, small
+        if facts.get("tokenizer") not in (None, tokenizer_hash(tok)):
+            raise ValueError(
+                f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the one in {folders['tokenizer']} is {tokenizer_hash(tok)}"
+            )
         bound = {"tokenizer": tokenizer_hash(tok_small), "tokenizer_identity": tokenizer_identity(tok_small)}
         _keep(folders["ar"], to, "ar", _round(model), facts, model.config, **bound)
-    if "classifier" in folders: model, facts = _open(folders["classifier"], "classifier"); _keep(folders["classifier"], to, "classifier", _round(model), facts, from_dict(StageConfig, facts["config"]))
+    if "classifier" in folders:
+        model, facts = _open(folders["classifier"], "classifier")
+        _keep(
+            folders["classifier"],
+            to,
+            "classifier",
+            _round(model),
+            facts,
+            from_dict(StageConfig, facts["config"]),
+        )
 
 # %% ../nbs/17_zoo.ipynb #17-73fe8b31
 def _read(folders: dict[str, Path]) -> tuple[VAE, FlexTok | None, ARModel | None, AttributeClassifier | None]:
     "The parts, as a user loads them: hashes are checked on the way."
     vae = _open(folders["vae"], "vae")[0]
     tok = load_tokenizer(folders["tokenizer"], vae)[0] if "tokenizer" in folders else None
-    return vae, tok, load_ar(folders["ar"], tok)[0] if "ar" in folders else None, _open(folders["classifier"], "classifier")[0] if "classifier" in folders else None
+    return (
+        vae,
+        tok,
+        load_ar(folders["ar"], tok)[0] if "ar" in folders else None,
+        _open(folders["classifier"], "classifier")[0] if "classifier" in folders else None,
+    )
+
 
 @torch.no_grad()
-def rounding(before: tuple,    # VAE, tokenizer, AR model, classifier; the last three may be None
-             after: tuple,     # the same, packed and read back
-             images: Tensor,   # pictures to see it on (b 3 h w) in [-1, 1]
-            ) -> dict[str, float]:
+def rounding(
+    before: tuple,  # VAE, tokenizer, AR model, classifier; the last three may be None
+    after: tuple,  # the same, packed and read back
+    images: Tensor,  # pictures to see it on (b 3 h w) in [-1, 1]
+) -> dict[str, float]:
     "vae_mae, of its reconstructions (white is 1); equal_ids, a share; mae_change, of the error of reconstructions from all tokens; nats_change, of the AR model's loss; equal_readings, a share."
     (vae, tok, ar, reader), (vae2, tok2, ar2, reader2) = before, after
     found = {"vae_mae": (vae.decode(vae.encode(images)) - vae2.decode(vae2.encode(images))).abs().mean() / 2}
     if tok is not None:
         ids, ids2, some = tok.tokenize(images), tok2.tokenize(images), spread(len(images), 16)
-        error, error2 = ((t.detokenize(i[some], 5) - images[some]).abs().mean() / 2 for t, i in ((tok, ids), (tok2, ids2)))
+        error, error2 = (
+            (t.detokenize(i[some], 5) - images[some]).abs().mean() / 2 for t, i in ((tok, ids), (tok2, ids2))
+        )
         found |= {"equal_ids": (ids == ids2).float().mean(), "mae_change": (error2 - error).abs()}
     if ar is not None:
         nobody = torch.full((len(ids),), ar.config.classes)
-        found["nats_change"] = (position_losses(ar2, ids, nobody) - position_losses(ar, ids, nobody)).mean().abs()
-    if reader is not None: found["equal_readings"] = (reader.read(images) == reader2.read(images)).float().mean()
+        found["nats_change"] = (
+            (position_losses(ar2, ids, nobody) - position_losses(ar, ids, nobody)).mean().abs()
+        )
+    if reader is not None:
+        found["equal_readings"] = (reader.read(images) == reader2.read(images)).float().mean()
     return {k: float(v) for k, v in found.items()}
 
-def _side(vae: VAE, tok: FlexTok | None) -> int: return (tok.config.latent_size if tok is not None else 8) * vae.config.factor  # of the images
+
+def _side(vae: VAE, tok: FlexTok | None) -> int:
+    return (tok.config.latent_size if tok is not None else 8) * vae.config.factor  # of the images
 
 # %% ../nbs/17_zoo.ipynb #17-9d4e671d
-def _table(report: Report | str | Path, known: set[str]) -> Report:  # known: hashes of the tokenizers that may have been measured
-    if not isinstance(report, Report): report = load_report(report)
+def _table(
+    report: Report | str | Path, known: set[str]
+) -> Report:  # known: hashes of the tokenizers that may have been measured
+    if not isinstance(report, Report):
+        report = load_report(report)
     measured = report.card.get("weights", {}).get("tokenizer")
-    if measured not in known: raise ValueError(f"the table was measured on tokenizer {measured}, and this one is {' (rounded) or '.join(sorted(known))}: measure it, or leave the table out")
+    if measured not in known:
+        raise ValueError(
+            f"the table was measured on tokenizer {measured}, and this one is {' (rounded) or '.join(sorted(known))}: measure it, or leave the table out"
+        )
     return replace(report, scores={})  # each picture's score would be a large file of its own
 
+
 def _fits(name: str, size: float, limit: float) -> None:  # megabytes
-    if size > limit: raise ValueError(f"{name} would take {size:.1f} MB, more than {limit:g}: train a smaller model, or raise the limit")
+    if size > limit:
+        raise ValueError(
+            f"{name} would take {size:.1f} MB, more than {limit:g}: train a smaller model, or raise the limit"
+        )
 
 # %% ../nbs/17_zoo.ipynb #17-16ca9e12
-def pack(run: str | Path | dict,  # folder of a `flextok_run`, or one with folders vae, tokenizer, ar, classifier in it, or {part: its folder}
-         name: str,             # what it will be asked for by
-         zoo: str | Path,       # where shipped models lie: flextok_edu/zoo in a clone
-         text: str = "",        # for the card: what it is for, what a stranger would recognise
-         limits: str = "",      # for the card: what it cannot do, besides what holds for all
-         limit: float = 25.,    # megabytes, at most
-         same: float = .98,     # share of ids that rounding must leave as they are
-         near: float = .002,    # by how much it may change the VAE's pictures, and the error of the tokenizer's (white is 1)
-         images: Tensor | None = None,  # pictures to see that on (b 3 h w) in [-1, 1]; 64 scenes by default
-         report: Report | str | Path | None = None,  # results of the run's or of the packed weights, or their table.json; by default the run's, if it has one
-         evaluate: EvalConfig | None = None,  # how it is best decoded; by default as in the run's preset
-         again: bool = False,   # take the place of the one of this name, as soon as nothing is to be refused any more
-        ) -> Path:              # zoo / name
+def pack(
+    run: str
+    | Path
+    | dict,  # folder of a `flextok_run`, or one with folders vae, tokenizer, ar, classifier in it, or {part: its folder}
+    name: str,  # what it will be asked for by
+    zoo: str | Path,  # where shipped models lie: flextok_edu/zoo in a clone
+    text: str = "",  # for the card: what it is for, what a stranger would recognise
+    limits: str = "",  # for the card: what it cannot do, besides what holds for all
+    limit: float = 25.0,  # megabytes, at most
+    same: float = 0.98,  # share of ids that rounding must leave as they are
+    near: float = 0.002,  # by how much it may change the VAE's pictures, and the error of the tokenizer's (white is 1)
+    images: Tensor | None = None,  # pictures to see that on (b 3 h w) in [-1, 1]; 64 scenes by default
+    report: Report
+    | str
+    | Path
+    | None = None,  # results of the run's or of the packed weights, or their table.json; by default the run's, if it has one
+    evaluate: EvalConfig | None = None,  # how it is best decoded; by default as in the run's preset
+    again: bool = False,  # take the place of the one of this name, as soon as nothing is to be refused any more
+) -> Path:  # zoo / name
     "Make a shipped model of a trained one. Raises ValueError if parts do not belong together, if it would be too large, if rounding changes too much, or if the name is taken."
     goal, folders = Path(zoo) / name, _folders(run)
-    if not re.fullmatch(r"\w[\w.-]*", name): raise ValueError(f"{name!r} cannot be the name of a shipped model: use one word of letters, digits, - and _")
-    if goal.exists() and not again: raise ValueError(f"{goal} is there already: remove it first, choose another name, or say again=True")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a shipped model: use one word of letters, digits, - and _"
+        )
+    if goal.exists() and not again:
+        raise ValueError(f"{goal} is there already: remove it first, choose another name, or say again=True")
     _fits(name, sum((f / "model.safetensors").stat().st_size for f in folders.values()) / 2e6, limit)
-    hidden = goal.with_name(f".{name}.new"); shutil.rmtree(hidden, ignore_errors=True)
+    hidden = goal.with_name(f".{name}.new")
+    shutil.rmtree(hidden, ignore_errors=True)
     try:
-        facts = _history(folders, evaluate); _write_parts(folders, hidden)
+        facts = _history(folders, evaluate)
+        _write_parts(folders, hidden)
         before, after = _read(folders), _read({p: hidden / p for p in folders})
-        if images is None: images = from_uint8(ToyScenes("val", _side(*before[:2]), (facts["preset"] or {}).get("level", 2), length=64).render()[0])
+        if images is None:
+            images = from_uint8(
+                ToyScenes(
+                    "val", _side(*before[:2]), (facts["preset"] or {}).get("level", 2), length=64
+                ).render()[0]
+            )
         facts["rounding"] = n = rounding(before, after, images)
-        if n.get("equal_ids", 1.) < same: raise ValueError(f"in float16 only {n['equal_ids']:.1%} of the ids stay the same, and {same:.0%} must: lower `same` if the pictures are still good")
-        if max(n["vae_mae"], n.get("mae_change", 0.)) > near: raise ValueError(f"in float16 the pictures change by {n['vae_mae']:.2g} (VAE), their error by {n.get('mae_change', 0.):.2g} (tokenizer); at most {near:g} is allowed (`near`)")
+        if n.get("equal_ids", 1.0) < same:
+            raise ValueError(
+                f"in float16 only {n['equal_ids']:.1%} of the ids stay the same, and {same:.0%} must: lower `same` if the pictures are still good"
+            )
+        if max(n["vae_mae"], n.get("mae_change", 0.0)) > near:
+            raise ValueError(
+                f"in float16 the pictures change by {n['vae_mae']:.2g} (VAE), their error by {n.get('mae_change', 0.0):.2g} (tokenizer); at most {near:g} is allowed (`near`)"
+            )
         write_text(hidden / "model.json", json.dumps(facts, indent=1))
-        if report is None and not isinstance(run, dict) and (Path(run).expanduser() / "table.json").exists(): report = run
-        if report is not None: _table(report, {tokenizer_hash(m[1]) for m in (before, after) if m[1] is not None}).save(hidden)
+        if report is None and not isinstance(run, dict) and (Path(run).expanduser() / "table.json").exists():
+            report = run
+        if report is not None:
+            _table(report, {tokenizer_hash(m[1]) for m in (before, after) if m[1] is not None}).save(hidden)
         write_text(hidden / "README.md", model_card(hidden, name, text, limits))
-        size = sum(f.stat().st_size for f in hidden.rglob("*") if f.is_file()) / 1e6; _fits(name, size, limit)
-        old = goal.with_name(f".{name}.old"); shutil.rmtree(old, ignore_errors=True)
-        if goal.exists(): goal.rename(old)
-        hidden.rename(goal); shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(hidden, ignore_errors=True)
+        size = sum(f.stat().st_size for f in hidden.rglob("*") if f.is_file()) / 1e6
+        _fits(name, size, limit)
+        old = goal.with_name(f".{name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if goal.exists():
+            goal.rename(old)
+        hidden.rename(goal)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
     print(f"{goal}: {size:.2f} MB, {', '.join(folders)}; " + ", ".join(f"{k} {v:.4g}" for k, v in n.items()))
     return goal
 
@@ -213,48 +408,81 @@ def markdown(label) -> str:  # a name or fact from somewhere else
     "The same as text: nothing in it is markup, and it stays on its line."
     return re.sub(r"([\\`*\[\]<>|&$~#!]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z]))", r"\\\1", plain(label))
 
-def _known(value, form: str = "") -> str: return "?" if value is None else markdown(format(value, form))
 
-_STAGE = {"parameters": Range(0, 10 ** 12), "steps?": (Range(0, 10 ** 12), None), "batch?": (Range(0, 10 ** 9), None),
-          "seconds?": (float, None), "training_seconds?": (float, None), "images_per_second?": (float, None)}
+def _known(value, form: str = "") -> str:
+    return "?" if value is None else markdown(format(value, form))
+
+
+_STAGE = {
+    "parameters": Range(0, 10**12),
+    "steps?": (Range(0, 10**12), None),
+    "batch?": (Range(0, 10**9), None),
+    "seconds?": (float, None),
+    "training_seconds?": (float, None),
+    "images_per_second?": (float, None),
+}
+
 
 def _stage(folder: Path) -> dict:  # of a packed part: what its config.json says
     "Raises ValueError for one that says too little."
-    return conform(read_json(folder / "config.json"), {"stage": _STAGE, "loaded": str}, str(folder / "config.json"))
+    return conform(
+        read_json(folder / "config.json"), {"stage": _STAGE, "loaded": str}, str(folder / "config.json")
+    )
+
 
 def _row(folder: Path, part: str, made: dict) -> str:  # of the card's table
     own, m = _stage(folder / part), made.get(part, {})
     s = own["stage"]
-    hours, size = (s.get("training_seconds") or s.get("seconds") or 0) / 3600, (folder / part / "model.safetensors").stat().st_size / 1e6
+    hours, size = (
+        (s.get("training_seconds") or s.get("seconds") or 0) / 3600,
+        (folder / part / "model.safetensors").stat().st_size / 1e6,
+    )
     data, seed, steps, batch = m.get("data"), m.get("seed"), s.get("steps"), s.get("batch")
-    cells = [part, f"{s['parameters'] / 1e6:.2f} M", _known(data), _known(seed), f"{_known(steps, ',')} x {_known(batch)}", f"{hours:.2f}",
-             f"{size:.2f} MB", f"`{re.sub('[^0-9a-zA-Z]', '?', own['loaded'])}`"]
+    cells = [
+        part,
+        f"{s['parameters'] / 1e6:.2f} M",
+        _known(data),
+        _known(seed),
+        f"{_known(steps, ',')} x {_known(batch)}",
+        f"{hours:.2f}",
+        f"{size:.2f} MB",
+        f"`{re.sub('[^0-9a-zA-Z]', '?', own['loaded'])}`",
+    ]
     return f"| {' | '.join(cells)} |"
+
 
 def learned_facts(learned: Learned | None) -> dict | str:  # for a card
     "What a part learned from."
     return "unknown: no record beside its weights" if learned is None else learned.facts
 
+
 def _learned_from(folder: Path) -> str:  # a sentence for each part
     found = {part: learned_facts(load_learned(folder / part)) for part in PARTS if (folder / part).is_dir()}
+
     def said(facts):
-        if isinstance(facts, str): return facts
+        if isinstance(facts, str):
+            return facts
         return f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
+
     return "\n".join(f"- {part}: {said(facts)}" for part, facts in found.items())
 
+
 def _decoding(p: Preset | None, writes: bool) -> str:  # p: of its training; whether there is an AR model
-    if p is None: return ""
+    if p is None:
+        return ""
     e = p.evaluate
     lists = f", and write new lists with `ar_guidance={e.ar_guidance:g}`" if writes else ""
     return f"Decode with `steps={e.steps}, guidance={e.guidance:g}`{lists}: the functions' own defaults are other ones, the commands take these. "
 
+
 def _measured(folder: Path) -> str:  # the results, with the weights that they are of
-    if not (folder / "table.json").exists(): return "Nothing was measured yet."
+    if not (folder / "table.json").exists():
+        return "Nothing was measured yet."
     report, tok = load_report(folder), _read({p: folder / p for p in ("vae", "tokenizer")})[1]
     these = report.card["weights"].get("tokenizer") == tokenizer_hash(tok)
     table = str(report)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", table)), default=0))  # longer than any inside
-    return f"""On {report.card['images']:,} held-out pictures, {report.card['steps']} steps, guidance {report.card['guidance']:g}, of {'these weights' if these else 'the same weights before rounding'}. All conditions: `table.json`.
+    return f"""On {report.card["images"]:,} held-out pictures, {report.card["steps"]} steps, guidance {report.card["guidance"]:g}, of {"these weights" if these else "the same weights before rounding"}. All conditions: `table.json`.
 
 {fence}
 {table}
@@ -265,37 +493,64 @@ def _texts(value) -> bool:
     "an object of texts"
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
+
 def _numbers(value) -> bool:
     "an object of finite numbers"
-    return isinstance(value, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in value.values())
+    return isinstance(value, dict) and all(
+        type(v) in (int, float) and math.isfinite(v) for v in value.values()
+    )
 
-_PART = {**{f"{key}?": (str, None) for key in ("command", "data", "images", "part", "begun_from")}, "seed?": (int, None), "versions?": (_texts, None)}
-_MODEL = {"preset": (dict, None), "made": {f"{part}?": _PART for part in PARTS}, "packed_with?": _texts, "rounding?": _numbers,
-          "weights_are?": str, "vae_trained_against?": str}
 
-def read_facts(place: Path  # folder of a shipped model
-              ) -> dict:    # what model.json says
+_PART = {
+    **{f"{key}?": (str, None) for key in ("command", "data", "images", "part", "begun_from")},
+    "seed?": (int, None),
+    "versions?": (_texts, None),
+}
+_MODEL = {
+    "preset": (dict, None),
+    "made": {f"{part}?": _PART for part in PARTS},
+    "packed_with?": _texts,
+    "rounding?": _numbers,
+    "weights_are?": str,
+    "vae_trained_against?": str,
+}
+
+
+def read_facts(
+    place: Path,  # folder of a shipped model
+) -> dict:  # what model.json says
     "Raises FileNotFoundError if there is none, ValueError for one that cannot be true: nothing of that size is ever built."
     file = place / "model.json"
-    facts = conform(read_json(file, "description of a shipped model", 2 ** 20), _MODEL, str(file))
+    facts = conform(read_json(file, "description of a shipped model", 2**20), _MODEL, str(file))
     try:
-        if facts["preset"] is not None: from_dict(Preset, facts["preset"])
-    except ValueError as error: raise ValueError(f"{file}: {error}") from None
+        if facts["preset"] is not None:
+            from_dict(Preset, facts["preset"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return facts
 
 # %% ../nbs/17_zoo.ipynb #17-bda5d148
-def model_card(folder: Path,      # of a packed model, with model.json
-               name: str,
-               text: str = "",    # what it is for, what a stranger would recognise
-               limits: str = "",  # what it cannot do
-              ) -> str:           # markdown
+def model_card(
+    folder: Path,  # of a packed model, with model.json
+    name: str,
+    text: str = "",  # what it is for, what a stranger would recognise
+    limits: str = "",  # what it cannot do
+) -> str:  # markdown
     "What it is, how it was made, how good it is, what it may be used for."
     facts = read_facts(folder)
     p, made = from_dict(Preset, facts["preset"]) if facts["preset"] else None, facts["made"]
     of = next((m["versions"] for m in made.values() if m.get("versions")), None)
-    def said(v): return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
-    changes = "; ".join(f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < .1 else '.4f'}}" for k, v in facts.get("rounding", {}).items())
-    averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(facts.get("weights_are"), markdown(facts.get("weights_are", "unknown")))
+
+    def said(v):
+        return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
+
+    changes = "; ".join(
+        f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < 0.1 else '.4f'}}"
+        for k, v in facts.get("rounding", {}).items()
+    )
+    averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(
+        facts.get("weights_are"), markdown(facts.get("weights_are", "unknown"))
+    )
     return f"""---
 license: apache-2.0
 library_name: flextok_edu
@@ -303,26 +558,26 @@ tags: [flextok, image-tokenizer]
 ---
 # {name}
 
-{text or 'A small FlexTok, trained from scratch.'}
+{text or "A small FlexTok, trained from scratch."}
 
 ## Intended use
 
-For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f', `flextok_demo --model {name}`' if all((folder / part).is_dir() for part in PARTS) else ''}. {_decoding(p, (folder / 'ar').is_dir())}Nothing that matters to anybody should be decided by it.
+For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f", `flextok_demo --model {name}`" if all((folder / part).is_dir() for part in PARTS) else ""}. {_decoding(p, (folder / "ar").is_dir())}Nothing that matters to anybody should be decided by it.
 
 ## How it was trained
 
-Preset {_known(p and p.name)}, {_known(p and p.image_size)} px. The VAE was trained against {markdown(facts.get('vae_trained_against', 'unknown'))}.
+Preset {_known(p and p.name)}, {_known(p and p.image_size)} px. The VAE was trained against {markdown(facts.get("vae_trained_against", "unknown"))}.
 
 | part | parameters | data | seed | steps x images | hours | file | weights in memory |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(_row(folder, part, made) for part in PARTS if (folder / part / 'config.json').exists())}
+{chr(10).join(_row(folder, part, made) for part in PARTS if (folder / part / "config.json").exists())}
 
 What each part learned from (a picture of these is not held out, whatever split is made today):
 
 {_learned_from(folder)}
 
 The weights are {averaged}, stored in float16 (buffers in float32). What the rounding changes: {changes}.
-{f'Trained with {said(of)}; packed' if of else 'Packed'} with {said(facts.get('packed_with', {}))}. The rest of what decides the result is in `model.json` and in each part's `config.json` and `log.json`.
+{f"Trained with {said(of)}; packed" if of else "Packed"} with {said(facts.get("packed_with", {}))}. The rest of what decides the result is in `model.json` and in each part's `config.json` and `log.json`.
 
 ## Measured
 
@@ -330,32 +585,42 @@ The weights are {averaged}, stored in float16 (buffers in float32). What the rou
 
 ## Limits
 
-{limits + chr(10) + chr(10) if limits else ''}It has seen only the data named above: anything else comes back as what it knows.
+{limits + chr(10) + chr(10) if limits else ""}It has seen only the data named above: anything else comes back as what it knows.
 
 Licence: Apache-2.0, like the code.
 """
 
 # %% ../nbs/17_zoo.ipynb #17-ed6ef584
-def parse_budgets(text: str,       # "1,4,16,all"
-                  registers: int,  # k of the tokenizer
-                 ) -> list[int]:   # token counts, each once
+def parse_budgets(
+    text: str,  # "1,4,16,all"
+    registers: int,  # k of the tokenizer
+) -> list[int]:  # token counts, each once
     "Raises UsageError for what is none."
     found = []
     for word in text.replace(",", " ").split():
         k = registers if word == "all" else int(word) if word.isdecimal() else 0
-        if not 1 <= k <= registers: raise UsageError(f"--budgets {text}: {word!r} is no number of tokens in 1 .. {registers}, nor 'all'")
+        if not 1 <= k <= registers:
+            raise UsageError(
+                f"--budgets {text}: {word!r} is no number of tokens in 1 .. {registers}, nor 'all'"
+            )
         found.append(k)
-    if not found: raise UsageError("--budgets is empty: for example 1,4,16,all")
+    if not found:
+        raise UsageError("--budgets is empty: for example 1,4,16,all")
     return list(dict.fromkeys(found))
 
+
 def _model(name: str | None) -> str:  # the one that was asked for, or the first that is shipped
-    if name: return name
-    if not shipped_models(): raise UsageError("--model is missing, and no model comes with this package: give the folder of a run")
+    if name:
+        return name
+    if not shipped_models():
+        raise UsageError("--model is missing, and no model comes with this package: give the folder of a run")
     return "tiny" if "tiny" in shipped_models() else next(iter(shipped_models()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
     "What both commands take."
+
     model: str | None = None
     "A model that comes with the package (or, to reconstruct, the folder of a run). By default tiny, or the first that there is."
     device: str = "auto"
@@ -367,6 +632,7 @@ class ShowOptions:
 @dataclass(frozen=True, kw_only=True)
 class ReconstructOptions(ShowOptions):
     "Your own pictures through 1, 4, 16, … tokens: a row for each, all in one PNG."
+
     images: Positional[tuple[str, ...]]
     "Files. Each is cut to a square in the middle and resized."
     budgets: str = "1,4,16,all"
@@ -380,38 +646,76 @@ class ReconstructOptions(ShowOptions):
     force: bool = False
     "Replace a picture of this name that another program made."
 
+
 def _photos(o: ReconstructOptions) -> list[Path]:
     "Raises UsageError or FileNotFoundError, before anything is loaded."
     paths, out = [Path(f).expanduser() for f in o.images], Path(o.out).expanduser()
-    if not paths: raise UsageError("say which pictures: their files")
-    if missing := [f for f in paths if not f.is_file()]: raise FileNotFoundError(f"{missing[0]} is no file" + (f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""))
-    if out.suffix.lower() != ".png": raise UsageError(f"--out {o.out}: the picture is a PNG, so let its name end in .png")
-    try: may_replace(out, o.force, paths)
-    except ValueError as error: raise UsageError(f"--out {o.out}: {error}") from None
-    if o.steps is not None and o.steps < 1 or o.guidance is not None and not math.isfinite(o.guidance): raise UsageError(f"--steps {o.steps} --guidance {o.guidance}: at least one step, and a finite number")
+    if not paths:
+        raise UsageError("say which pictures: their files")
+    if missing := [f for f in paths if not f.is_file()]:
+        raise FileNotFoundError(
+            f"{missing[0]} is no file" + (f", nor are {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {o.out}: the picture is a PNG, so let its name end in .png")
+    try:
+        may_replace(out, o.force, paths)
+    except ValueError as error:
+        raise UsageError(f"--out {o.out}: {error}") from None
+    if o.steps is not None and o.steps < 1 or o.guidance is not None and not math.isfinite(o.guidance):
+        raise UsageError(f"--steps {o.steps} --guidance {o.guidance}: at least one step, and a finite number")
     return paths
 
 # %% ../nbs/17_zoo.ipynb #17-9b7ca4c3
-def reconstruct(o: ReconstructOptions, base: Preset | None = None) -> int:  # exit status: 1 if some pictures could not be read
+def reconstruct(
+    o: ReconstructOptions, base: Preset | None = None
+) -> int:  # exit status: 1 if some pictures could not be read
     "Read, tokenise, decode, draw."
     paths, name = _photos(o), _model(o.model)
-    tok = open_tokenizer(name, pick_device(o.device)); budgets, size, usual = parse_budgets(o.budgets, tok.config.registers), size_of(tok), habits(name)
-    steps, guidance = usual.steps if o.steps is None else o.steps, usual.guidance if o.guidance is None else o.guidance
+    tok = open_tokenizer(name, pick_device(o.device))
+    budgets, size, usual = parse_budgets(o.budgets, tok.config.registers), size_of(tok), habits(name)
+    steps, guidance = (
+        usual.steps if o.steps is None else o.steps,
+        usual.guidance if o.guidance is None else o.guidance,
+    )
     squares, good = read_squares(paths, size, False)
     broken = [str(f) for i, f in enumerate(paths) if i not in good]
-    if not good: raise ValueError(f"{', '.join(map(plain, broken))}: cannot be read as a picture")
+    if not good:
+        raise ValueError(f"{', '.join(map(plain, broken))}: cannot be read as a picture")
     with torch.no_grad():
-        x = from_uint8(squares).to(tok.device); ids = tok.tokenize(x)
-        columns = [x, tok.vae.decode(tok.vae.encode(x)), *(tok.detokenize(ids[:, :k], steps, guidance, o.seed) for k in budgets)]
+        x = from_uint8(squares).to(tok.device)
+        ids = tok.tokenize(x)
+        columns = [
+            x,
+            tok.vae.decode(tok.vae.encode(x)),
+            *(tok.detokenize(ids[:, :k], steps, guidance, o.seed) for k in budgets),
+        ]
     tops = ["original", "VAE alone", *(f"{k} token{'s' * (k > 1)}" for k in budgets)]
-    rows, names = [torch.stack([c[j] for c in columns]) for j in range(len(good))], [drawable(paths[i].stem[:14]) for i in good]
+    rows, names = (
+        [torch.stack([c[j] for c in columns]) for j in range(len(good))],
+        [drawable(paths[i].stem[:14]) for i in good],
+    )
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "strip.png"
-        _rows(rows, names, drawn, drawable(f"{name}: {steps} steps, guidance {guidance:g}"), tops, max(1, round(144 / size)))
-        with Image.open(drawn) as strip: save_picture(Path(o.out).expanduser(), strip)
-    if broken: print(f"flextok_reconstruct: left out, cannot be read as a picture: {', '.join(map(plain, broken))}", file=sys.stderr, flush=True)
+        _rows(
+            rows,
+            names,
+            drawn,
+            drawable(f"{name}: {steps} steps, guidance {guidance:g}"),
+            tops,
+            max(1, round(144 / size)),
+        )
+        with Image.open(drawn) as strip:
+            save_picture(Path(o.out).expanduser(), strip)
+    if broken:
+        print(
+            f"flextok_reconstruct: left out, cannot be read as a picture: {', '.join(map(plain, broken))}",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"{len(good)} of {len(paths)} pictures in {plain(o.out)}", flush=True)
     return int(bool(broken))
+
 
 def reconstruct_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_reconstruct`."
@@ -421,67 +725,109 @@ def reconstruct_main(argv: list[str] | None = None) -> None:
 @dataclass(frozen=True, repr=False)
 class TrainedOn(ImageSet):
     "In place of the training images, which are not here: what the model's record says of them."
+
     name: str = ""  # hash of the pictures, if it is known
     count: int = 0  # how many there were
 
-    def __len__(self) -> int: return self.count
+    def __len__(self) -> int:
+        return self.count
+
     @property
-    def hash(self) -> str: return self.name
+    def hash(self) -> str:
+        return self.name
+
 
 def trained_on(name: str, facts: dict, place: Path, size: int) -> TrainedOn:  # size: of its images
     "What a shipped model says of the pictures that its tokenizer learned from."
     made, learned = facts["made"].get("tokenizer", {}), load_learned(place / "tokenizer")
-    source = learned.source if learned else f"{made.get('data') or 'unknown data'}, seed {_known(made.get('seed'))}"
+    source = (
+        learned.source
+        if learned
+        else f"{made.get('data') or 'unknown data'}, seed {_known(made.get('seed'))}"
+    )
     more = dict(keys=learned.keys, rule=learned.rule) if learned else {}
-    return TrainedOn(torch.empty(0, 3, size, size, dtype=torch.uint8), torch.empty(0, 4, dtype=torch.int64), KINDS, f"{source} (the shipped model {name})",
-                     True, name=made.get("images") or "", count=learned.count if learned else 0, **more)
+    return TrainedOn(
+        torch.empty(0, 3, size, size, dtype=torch.uint8),
+        torch.empty(0, 4, dtype=torch.int64),
+        KINDS,
+        f"{source} (the shipped model {name})",
+        True,
+        name=made.get("images") or "",
+        count=learned.count if learned else 0,
+        **more,
+    )
+
 
 @torch.no_grad()
-def images_that_fit(tok: FlexTok,
-                    few: Tensor,        # some pictures (b 3 h w) in [-1, 1]: they are decoded, and timed
-                    steps: int,         # of the flow decoder
-                    guidance: float,    # of the flow decoder
-                    seconds: float,     # that there are for the measurement
-                    least: int = 16,    # so many in any case
-                   ) -> int:
+def images_that_fit(
+    tok: FlexTok,
+    few: Tensor,  # some pictures (b 3 h w) in [-1, 1]: they are decoded, and timed
+    steps: int,  # of the flow decoder
+    guidance: float,  # of the flow decoder
+    seconds: float,  # that there are for the measurement
+    least: int = 16,  # so many in any case
+) -> int:
     "How many images can be measured at every token count within so many seconds."
-    ids, spent = tok.tokenize(few), 0.
+    ids, spent = tok.tokenize(few), 0.0
     for k in token_counts(tok.config.registers):
-        began = time.perf_counter(); tok.detokenize(ids[:, :k], steps, guidance).cpu(); spent += time.perf_counter() - began
-    each = 1.5 * 1.5 * SUSTAINED * spent / len(few)  # half as many samples; half as much again for metrics and the AR model; slower in the long run
-    return max(least, int((seconds - 24 * spent / len(few)) / each))         # 24 more are drawn for the page
+        began = time.perf_counter()
+        tok.detokenize(ids[:, :k], steps, guidance).cpu()
+        spent += time.perf_counter() - began
+    each = (
+        1.5 * 1.5 * SUSTAINED * spent / len(few)
+    )  # half as many samples; half as much again for metrics and the AR model; slower in the long run
+    return max(least, int((seconds - 24 * spent / len(few)) / each))  # 24 more are drawn for the page
 
 # %% ../nbs/17_zoo.ipynb #17-bc5709cd
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(ShowOptions):
     "A shipped model on one page: pictures, table, curves, conditions. No training."
+
     out: str = "runs/demo"
     "Folder for report.html, pictures and table."
-    minutes: float = 3.
+    minutes: float = 3.0
     "Be ready after about so long; how much is measured depends on it. Sixteen scenes are in any case, which takes mini some minutes more on a CPU."
     images: int | None = None
     "Measure on at most so many held-out scenes."
     force: bool = False
     "Replace files of the same names that another program wrote."
 
+
 def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts of model.json
     "Raises UsageError or ValueError for a model or options that cannot be shown."
     name, out = _model(o.model), Path(o.out).expanduser()
-    if name not in shipped_models(): raise UsageError(f"--model {name}: not among the models that come with the package ({', '.join(shipped_models()) or 'none'})")
-    if not (math.isfinite(o.minutes) and o.minutes > 0) or o.images is not None and o.images < 2: raise UsageError(f"--minutes {o.minutes} --images {o.images}: more than 0, and at least 2")
-    if (out / "run.json").exists(): raise ValueError(f"{out} holds a training run: choose another --out")
-    may_fill(out, [*PICTURES, "report.html", "stages.json", "table.json", "table.csv", "table_scores.safetensors"], o.force)
+    if name not in shipped_models():
+        raise UsageError(
+            f"--model {name}: not among the models that come with the package ({', '.join(shipped_models()) or 'none'})"
+        )
+    if not (math.isfinite(o.minutes) and o.minutes > 0) or o.images is not None and o.images < 2:
+        raise UsageError(f"--minutes {o.minutes} --images {o.images}: more than 0, and at least 2")
+    if (out / "run.json").exists():
+        raise ValueError(f"{out} holds a training run: choose another --out")
+    may_fill(
+        out,
+        [*PICTURES, "report.html", "stages.json", "table.json", "table.csv", "table_scores.safetensors"],
+        o.force,
+    )
     place = shipped_models()[name]
-    if missing := [p for p in PARTS if not (place / p).is_dir()]: raise ValueError(f"{name} has no {missing[0]}: a page needs all of {', '.join(PARTS)}")
-    if not any((place / p / "log.json").exists() for p in PARTS): raise ValueError(f"{name} has no log.json of any part: there are no training curves to draw")
+    if missing := [p for p in PARTS if not (place / p).is_dir()]:
+        raise ValueError(f"{name} has no {missing[0]}: a page needs all of {', '.join(PARTS)}")
+    if not any((place / p / "log.json").exists() for p in PARTS):
+        raise ValueError(f"{name} has no log.json of any part: there are no training curves to draw")
     facts = read_facts(place)
-    if not facts["preset"]: raise ValueError(f"{place / 'model.json'} does not know the preset that {name} was trained with: pack it again, with the run.json of its training beside the weights")
+    if not facts["preset"]:
+        raise ValueError(
+            f"{place / 'model.json'} does not know the preset that {name} was trained with: pack it again, with the run.json of its training beside the weights"
+        )
     return name, place, facts
 
 # %% ../nbs/17_zoo.ipynb #17-095d53ae
 def _shown(place: Path, part: str) -> dict:  # a line of the page's table
     said = _stage(place / part)["stage"]
-    return {"stage": part} | {key: said.get(key) or 0 for key in ("steps", "images_per_second", "seconds", "parameters")}
+    return {"stage": part} | {
+        key: said.get(key) or 0 for key in ("steps", "images_per_second", "seconds", "parameters")
+    }
+
 
 def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     "Load, measure, draw."
@@ -489,20 +835,59 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     ready_to_write(o.out)  # better known now than after the measurement
     p = from_dict(Preset, facts["preset"])
     seed_everything(o.seed)
-    tok = FlexTok.from_pretrained(name, device=device); ar = ARModel.from_pretrained(name, device=device, tokenizer=tok); reader = AttributeClassifier.from_pretrained(name, device=device)
-    judge, e = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device), p.evaluate
+    tok = FlexTok.from_pretrained(name, device=device)
+    ar = ARModel.from_pretrained(name, device=device, tokenizer=tok)
+    reader = AttributeClassifier.from_pretrained(name, device=device)
+    judge, e = (
+        extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device),
+        p.evaluate,
+    )
     few = from_uint8(held_out_scenes(p, o.seed, 12).images).to(device)
-    n = min(o.images or e.images, e.images, images_that_fit(tok, few, e.steps, e.guidance, 60 * o.minutes - (time.perf_counter() - began) - 25))  # 25 s: this process's start, pictures
+    n = min(
+        o.images or e.images,
+        e.images,
+        images_that_fit(tok, few, e.steps, e.guidance, 60 * o.minutes - (time.perf_counter() - began) - 25),
+    )  # 25 s: this process's start, pictures
     p = replace(p, evaluate=replace(e, images=n, samples=min(e.samples, max(2, n // 2))))
     print(f"{name}: {n} held-out scenes, {p.evaluate.samples} new ones", flush=True)
-    logs, stages = {part: log for part in PARTS if (log := read_log(place / part))}, [_shown(place, part) for part in PARTS]
-    p = replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), steps=s["steps"]) for part, s in zip(PARTS, stages) if s["steps"]})  # all trainings of a part: no usual curves for those
+    logs, stages = (
+        {part: log for part in PARTS if (log := read_log(place / part))},
+        [_shown(place, part) for part in PARTS],
+    )
+    p = replace(
+        p,
+        **{
+            f"train_{part}": replace(getattr(p, f"train_{part}"), steps=s["steps"])
+            for part, s in zip(PARTS, stages)
+            if s["steps"]
+        },
+    )  # all trainings of a part: no usual curves for those
     train = trained_on(name, facts, place, p.image_size)
-    job = Job(RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device), p, device, None, False, judge, judge, train, held_out_scenes(p, o.seed, n), began)
+    job = Job(
+        RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device),
+        p,
+        device,
+        None,
+        False,
+        judge,
+        judge,
+        train,
+        held_out_scenes(p, o.seed, n),
+        began,
+    )
     learned = {part: load_learned(place / part) for part in PARTS}
-    report = evaluate_all(job, Models(tok.vae, reader, tok, ar, logs, stages), (place / "README.md").read_text(encoding="utf-8"), learned)
-    print(f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - began) / 60:.1f} minutes)", flush=True)
+    report = evaluate_all(
+        job,
+        Models(tok.vae, reader, tok, ar, logs, stages),
+        (place / "README.md").read_text(encoding="utf-8"),
+        learned,
+    )
+    print(
+        f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - began) / 60:.1f} minutes)",
+        flush=True,
+    )
     return job.out / "report.html"
+
 
 def demo_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_demo`."

@@ -1,4 +1,5 @@
 """Shared by all tests: few threads, no display."""
+
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")

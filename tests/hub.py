@@ -1,4 +1,5 @@
 """A stand-in for the Hugging Face hub: the few addresses that downloads and uploads of small files use, on this machine."""
+
 import base64
 import hashlib
 import json
@@ -44,12 +45,31 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
             files = self.server.repos[name]
             if "tree" in parts:
-                return self.answer([{"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for f, b in files.items()])
-            return self.answer({"id": name, "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files], "private": False, "tags": [], "downloads": 0, "likes": 0})
+                return self.answer(
+                    [
+                        {"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                        for f, b in files.items()
+                    ]
+                )
+            return self.answer(
+                {
+                    "id": name,
+                    "sha": "a" * 40,
+                    "siblings": [{"rfilename": f} for f in files],
+                    "private": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                }
+            )
         name, file = "/".join(parts[:2]), "/".join(parts[4:])
         body = self.server.repos.get(name, {}).get(file)
         if body is None:
-            return self.answer({"error": "not found"}, 404, **{"X-Error-Code": "EntryNotFound" if name in self.server.repos else "RepoNotFound"})
+            return self.answer(
+                {"error": "not found"},
+                404,
+                **{"X-Error-Code": "EntryNotFound" if name in self.server.repos else "RepoNotFound"},
+            )
         self.answer(body, **{"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": "a" * 40})
 
     do_HEAD = do_GET
@@ -67,11 +87,27 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         name = "/".join(path.split("/")[2:4])
         if "preupload" in path:
-            return self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]})
+            return self.answer(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in json.loads(body)["files"]
+                    ]
+                }
+            )
         if "commit" in path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
-                    self.server.repos[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer({"success": True, "commitOid": "b" * 40, "commitUrl": f"{self.server.address}/{name}/commit/{'b' * 40}", "hookOutput": ""})
+                    self.server.repos[name][entry["value"]["path"]] = base64.b64decode(
+                        entry["value"]["content"]
+                    )
+            return self.answer(
+                {
+                    "success": True,
+                    "commitOid": "b" * 40,
+                    "commitUrl": f"{self.server.address}/{name}/commit/{'b' * 40}",
+                    "hookOutput": "",
+                }
+            )
         self.answer({"error": f"not part of the stand-in: {path}"}, 501)

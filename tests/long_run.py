@@ -1,7 +1,8 @@
 """A stage of FlexTok, small, as a program: for tests that kill it, or start it on two processes. The last line is json: losses, and a hash of the weights.
 
-    python tests/long_run.py STAGE FOLDER|- [key=value …]      (FOLDER: with checkpoints; -: without)
+python tests/long_run.py STAGE FOLDER|- [key=value …]      (FOLDER: with checkpoints; -: without)
 """
+
 import json
 import os
 import sys
@@ -18,17 +19,36 @@ from flextok_edu.train import LongRun, Shares
 from flextok_edu.vae import VAE, train_vae
 
 TRUNK = dict(width=32, head_dim=16)
-SMALL = replace(PRESETS["micro"], vae=VAEConfig(latent_channels=4, channels=(16, 16), layers=1, groups=4, attention=False))
-SMALL = replace(SMALL, vae_loss=replace(SMALL.vae_loss, perceptual=0., adversarial=.1, adversarial_start=.3, learned_logvar=True), ar=replace(SMALL.ar, length=8, width=32, head_dim=16, depth=2),
-                tokenizer=replace(SMALL.tokenizer, registers=8, encoder=TrunkConfig(depth=1, **TRUNK), decoder=TrunkConfig(depth=2, **TRUNK), dropout_law="powers_of_two"))
+SMALL = replace(
+    PRESETS["micro"], vae=VAEConfig(latent_channels=4, channels=(16, 16), layers=1, groups=4, attention=False)
+)
+SMALL = replace(
+    SMALL,
+    vae_loss=replace(
+        SMALL.vae_loss, perceptual=0.0, adversarial=0.1, adversarial_start=0.3, learned_logvar=True
+    ),
+    ar=replace(SMALL.ar, length=8, width=32, head_dim=16, depth=2),
+    tokenizer=replace(
+        SMALL.tokenizer,
+        registers=8,
+        encoder=TrunkConfig(depth=1, **TRUNK),
+        decoder=TrunkConfig(depth=2, **TRUNK),
+        dropout_law="powers_of_two",
+    ),
+)
 
 
 def stage(name, steps=20, batch=8, optimizer="adamw", engine=None, precision=None):
     """Train it on noise: (model, log)."""
-    config = StageConfig(steps=steps, batch=batch, lr=3e-3, warmup=3, ema=.9, optimizer=optimizer)
+    config = StageConfig(steps=steps, batch=batch, lr=3e-3, warmup=3, ema=0.9, optimizer=optimizer)
     p = replace(SMALL, train_vae=config, train_tokenizer=config, train_ar=config)
     g = torch.Generator().manual_seed(0)
-    data = ImageSet(torch.randint(0, 256, (40, 3, 16, 16), generator=g, dtype=torch.uint8), torch.arange(40)[:, None] % 12, tuple(map(str, range(12))), "noise")
+    data = ImageSet(
+        torch.randint(0, 256, (40, 3, 16, 16), generator=g, dtype=torch.uint8),
+        torch.arange(40)[:, None] % 12,
+        tuple(map(str, range(12))),
+        "noise",
+    )
     seed_everything(0)
     if name == "vae":
         return train_vae(data, p, progress=False, engine=engine, precision=precision)
@@ -36,7 +56,9 @@ def stage(name, steps=20, batch=8, optimizer="adamw", engine=None, precision=Non
     if name == "tokenizer":
         return train_tokenizer(data, vae, p, progress=False, engine=engine, precision=precision)
     tokens = Tokens(torch.randint(0, 1000, (40, 8), generator=g), data.labels[:, 0], data.classes)
-    return train_ar(tokens, FlexTok(p.tokenizer, vae).eval(), p, progress=False, engine=engine, precision=precision)
+    return train_ar(
+        tokens, FlexTok(p.tokenizer, vae).eval(), p, progress=False, engine=engine, precision=precision
+    )
 
 
 def own_hash(model):
@@ -49,11 +71,22 @@ def main(name, folder, *options):
     if "save" in options:
         options["steps"] = options.pop("save")
     torch.set_num_threads(1)
-    engine = Shares("cpu", **options) if folder == "-" else LongRun(folder, "cpu", recipe={"stage": name} | plan, **options)
+    engine = (
+        Shares("cpu", **options)
+        if folder == "-"
+        else LongRun(folder, "cpu", recipe={"stage": name} | plan, **options)
+    )
     model, log = stage(name, engine=engine, **plan)
     if engine.rank == 0:
-        dealt = any(isinstance(getattr(o, "divided", None), partial) for opts in engine.optimizers.values() for o in opts)  # does Muon share its work?
-        print(json.dumps({"world": engine.world, "dealt": dealt, "log": log, "hash": own_hash(model)}), flush=True)
+        dealt = any(
+            isinstance(getattr(o, "divided", None), partial)
+            for opts in engine.optimizers.values()
+            for o in opts
+        )  # does Muon share its work?
+        print(
+            json.dumps({"world": engine.world, "dealt": dealt, "log": log, "hash": own_hash(model)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Shared by the tests that plant bugs: a check must pass on the code as it is, and fail once the bug is in."""
+
 import pytest
 import torch
 
 
-def randomize(module, scale=.2):
+def randomize(module, scale=0.2):
     """Large random weights, so that nothing passes by being zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -14,6 +15,7 @@ def randomize(module, scale=.2):
 
 def planted(pairs):
     """Two tests from pairs (check, bug). A check raises AssertionError if something is wrong; a bug takes monkeypatch and puts it wrong."""
+
     @pytest.mark.parametrize("check", dict.fromkeys(check for check, _ in pairs), ids=lambda f: f.__name__)
     def test_the_code_passes(check):
         check()

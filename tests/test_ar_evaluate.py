@@ -1,4 +1,5 @@
 """Writing tokens (room 09) and laying results side by side (room 10): what must hold, and the planted bug that each test catches."""
+
 import json
 import math
 import sys
@@ -10,7 +11,18 @@ from torch import nn
 
 import flextok_edu.ar as ar
 import flextok_edu.evaluate as evaluate
-from flextok_edu.ar import ARModel, CachedGPT, choose, guidance_at, keep_likely, position_losses, sample_images, token_chances, tokenizer_hash, unigram_entropies
+from flextok_edu.ar import (
+    ARModel,
+    CachedGPT,
+    choose,
+    guidance_at,
+    keep_likely,
+    position_losses,
+    sample_images,
+    token_chances,
+    tokenizer_hash,
+    unigram_entropies,
+)
 from flextok_edu.core import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data import ImageSet
 from flextok_edu.evaluate import Report, column, compare, conditions, load_report
@@ -18,7 +30,13 @@ from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
 LABELS = torch.tensor([0, 1, 2, 3])
-KNOBS = [{}, dict(guidance=2.), dict(guidance=lambda j: 1 + j / 3, top_k=9, top_p=.9, temperature=1.3), dict(top_p=.5), dict(temperature=0)]
+KNOBS = [
+    {},
+    dict(guidance=2.0),
+    dict(guidance=lambda j: 1 + j / 3, top_k=9, top_p=0.9, temperature=1.3),
+    dict(top_p=0.5),
+    dict(temperature=0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +46,19 @@ def model():
     model = ARModel(ARConfig(vocabulary=50, length=10, classes=3, width=64, depth=2)).eval()
     with torch.no_grad():
         for w in model.parameters():
-            w.add_(.1 * torch.randn_like(w))
+            w.add_(0.1 * torch.randn_like(w))
     return model
 
 
 # --- room 09: what is written depends on (seed, index) alone ------------------------------------------------------
 
+
 def check_alone_as_in_a_batch(model, options):
     written = model.generate(LABELS, seed=3, first_index=5, **options)
     for i in range(4):
-        assert torch.equal(model.generate(LABELS[i:i + 1], seed=3, first_index=5 + i, **options)[0], written[i])
+        assert torch.equal(
+            model.generate(LABELS[i : i + 1], seed=3, first_index=5 + i, **options)[0], written[i]
+        )
 
 
 def check_fewer_are_the_beginning(model, options):
@@ -47,33 +68,66 @@ def check_fewer_are_the_beginning(model, options):
 
 
 def check_a_seed_per_sample(model, options):
-    seeds = (7, 7, 2 ** 40, 0)
-    alone = torch.cat([model.generate(LABELS[i:i + 1], seed=s, **options) for i, s in enumerate(seeds)])
+    seeds = (7, 7, 2**40, 0)
+    alone = torch.cat([model.generate(LABELS[i : i + 1], seed=s, **options) for i, s in enumerate(seeds)])
     assert torch.equal(model.generate(LABELS, seeds=seeds, **options), alone)
     assert torch.equal(model.generate(LABELS, seeds=torch.tensor(seeds), **options), alone)
 
 
 @pytest.mark.parametrize("options", KNOBS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("check", (check_alone_as_in_a_batch, check_fewer_are_the_beginning, check_a_seed_per_sample), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "check",
+    (check_alone_as_in_a_batch, check_fewer_are_the_beginning, check_a_seed_per_sample),
+    ids=lambda f: f.__name__,
+)
 def test_written_samples(model, check, options):
     check(model, options)
 
 
 def numbers_of_the_batch(monkeypatch):
     real = ar.token_chances
-    monkeypatch.setattr(ar, "token_chances", lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds))
+    monkeypatch.setattr(
+        ar,
+        "token_chances",
+        lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds),
+    )
+
 
 def numbers_for_the_asked_length(monkeypatch):
-    monkeypatch.setattr(ARModel, "generate", lambda self, labels, length=None, seed=0, **o: self.write(
-        labels, [1.] * (length or 10), (lambda u: lambda j, logits: choose(logits, u[:, j:j + 1]))(ar.token_chances(10, range(len(labels)), seed + (length or 10)))))
+    monkeypatch.setattr(
+        ARModel,
+        "generate",
+        lambda self, labels, length=None, seed=0, **o: self.write(
+            labels,
+            [1.0] * (length or 10),
+            (lambda u: lambda j, logits: choose(logits, u[:, j : j + 1]))(
+                ar.token_chances(10, range(len(labels)), seed + (length or 10))
+            ),
+        ),
+    )
+
 
 def seeds_number_the_samples_too(monkeypatch):
-    monkeypatch.setattr(ar, "token_chances", lambda length, indices, seed=0, seeds=None: token_chances(length, indices, seed) if seeds is None
-                        else torch.cat([token_chances(length, [i], int(s)) for i, s in enumerate(seeds)]))
+    monkeypatch.setattr(
+        ar,
+        "token_chances",
+        lambda length, indices, seed=0, seeds=None: (
+            token_chances(length, indices, seed)
+            if seeds is None
+            else torch.cat([token_chances(length, [i], int(s)) for i, s in enumerate(seeds)])
+        ),
+    )
 
 
-@pytest.mark.parametrize("check,bug", ((check_alone_as_in_a_batch, numbers_of_the_batch), (check_fewer_are_the_beginning, numbers_for_the_asked_length),
-                                       (check_a_seed_per_sample, seeds_number_the_samples_too)), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "check,bug",
+    (
+        (check_alone_as_in_a_batch, numbers_of_the_batch),
+        (check_fewer_are_the_beginning, numbers_for_the_asked_length),
+        (check_a_seed_per_sample, seeds_number_the_samples_too),
+    ),
+    ids=lambda f: f.__name__,
+)
 def test_the_bug_is_caught(model, check, bug, monkeypatch):
     bug(monkeypatch)
     with pytest.raises(AssertionError):
@@ -86,38 +140,75 @@ def test_old_numbers_stay():
     old = ARModel(ARConfig(vocabulary=8, length=4, classes=2, width=64, depth=1)).eval()
     with torch.no_grad():
         for i, w in enumerate(old.parameters()):
-            w.copy_((torch.arange(w.numel()).reshape(w.shape) * (i + 3)).sin() * .5)
-    found = [old.generate(torch.tensor([0, 1, 2]), **o).tolist() for o in ({}, dict(guidance=2., temperature=.7, seed=3, first_index=5), dict(temperature=0))]
-    assert found == [[[1, 7, 1, 6], [6, 5, 6, 6], [3, 1, 4, 7]], [[2, 4, 5, 6], [7, 6, 0, 5], [2, 3, 4, 5]], [[2, 3, 4, 6], [2, 3, 4, 6], [1, 3, 4, 6]]]
+            w.copy_((torch.arange(w.numel()).reshape(w.shape) * (i + 3)).sin() * 0.5)
+    found = [
+        old.generate(torch.tensor([0, 1, 2]), **o).tolist()
+        for o in ({}, dict(guidance=2.0, temperature=0.7, seed=3, first_index=5), dict(temperature=0))
+    ]
+    assert found == [
+        [[1, 7, 1, 6], [6, 5, 6, 6], [3, 1, 4, 7]],
+        [[2, 4, 5, 6], [7, 6, 0, 5], [2, 3, 4, 5]],
+        [[2, 3, 4, 6], [2, 3, 4, 6], [1, 3, 4, 6]],
+    ]
 
 
 def test_off_means_off(model):
-    plain = model.generate(LABELS, guidance=2.)
-    for off in (dict(top_k=0), dict(top_k=None), dict(top_k=50), dict(top_p=0.), dict(top_p=1.), dict(seeds=None)):
-        assert torch.equal(model.generate(LABELS, guidance=2., **off), plain)
-    for same in (lambda j: 2., [2.] * 10, torch.full((12,), 2.), torch.tensor(2.)):
+    plain = model.generate(LABELS, guidance=2.0)
+    for off in (
+        dict(top_k=0),
+        dict(top_k=None),
+        dict(top_k=50),
+        dict(top_p=0.0),
+        dict(top_p=1.0),
+        dict(seeds=None),
+    ):
+        assert torch.equal(model.generate(LABELS, guidance=2.0, **off), plain)
+    for same in (lambda j: 2.0, [2.0] * 10, torch.full((12,), 2.0), torch.tensor(2.0)):
         assert torch.equal(model.generate(LABELS, guidance=same), plain)
-    assert torch.equal(model.generate(LABELS, guidance=lambda j: 1.), model.generate(LABELS))
+    assert torch.equal(model.generate(LABELS, guidance=lambda j: 1.0), model.generate(LABELS))
 
 
 def test_guidance_acts_where_it_is_asked_for(model):
     """A schedule that is 1 up to position j writes the unguided beginning, and differs after."""
     plain = model.generate(LABELS.repeat(8), seed=1)
     for j in (0, 3, 7):
-        written = model.generate(LABELS.repeat(8), seed=1, guidance=lambda i: 6. if i >= j else 1.)
+        written = model.generate(LABELS.repeat(8), seed=1, guidance=lambda i: 6.0 if i >= j else 1.0)
         assert torch.equal(written[:, :j], plain[:, :j]) and not torch.equal(written[:, j], plain[:, j])
 
 
 def test_guidance_by_hand(model):
     with torch.no_grad():
         one, none = (model(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([c]))[:, 0] for c in (1, 3))
-    for g in (-1., 0., 2.5):
-        assert model.generate(torch.tensor([1]), 1, guidance=g, temperature=0).item() == (none + g * (one - none)).argmax().item()
+    for g in (-1.0, 0.0, 2.5):
+        assert (
+            model.generate(torch.tensor([1]), 1, guidance=g, temperature=0).item()
+            == (none + g * (one - none)).argmax().item()
+        )
 
 
-@pytest.mark.parametrize("bad", (dict(length=0), dict(length=11), dict(temperature=-1.), dict(temperature=math.nan), dict(top_k=-1), dict(top_k=51), dict(top_k=2.5), dict(top_p=1.5), dict(top_p=-.1),
-                                 dict(guidance=[1., 2.]), dict(guidance=math.nan), dict(guidance=lambda j: math.inf), dict(seeds=[1]), dict(seeds=[1, 2, 3, .5]), dict(seeds=torch.rand(4)),
-                                 dict(seeds=[1, 2, 3, 4], seed=5), dict(seeds=[1, 2, 3, 4], first_index=5)), ids=lambda bad: "+".join(bad))
+@pytest.mark.parametrize(
+    "bad",
+    (
+        dict(length=0),
+        dict(length=11),
+        dict(temperature=-1.0),
+        dict(temperature=math.nan),
+        dict(top_k=-1),
+        dict(top_k=51),
+        dict(top_k=2.5),
+        dict(top_p=1.5),
+        dict(top_p=-0.1),
+        dict(guidance=[1.0, 2.0]),
+        dict(guidance=math.nan),
+        dict(guidance=lambda j: math.inf),
+        dict(seeds=[1]),
+        dict(seeds=[1, 2, 3, 0.5]),
+        dict(seeds=torch.rand(4)),
+        dict(seeds=[1, 2, 3, 4], seed=5),
+        dict(seeds=[1, 2, 3, 4], first_index=5),
+    ),
+    ids=lambda bad: "+".join(bad),
+)
 def test_nonsense_is_refused(model, bad):
     with pytest.raises(ValueError, match=next(iter(bad)).rstrip("s")):
         model.generate(LABELS, **bad)
@@ -125,10 +216,11 @@ def test_nonsense_is_refused(model, bad):
 
 # --- room 09: the choice of a token ---------------------------------------------------------------------------------
 
+
 def reference_kept(p, top_k, top_p):
     """By hand, one row: sort, cut, cut."""
-    order = sorted(range(len(p)), key=lambda i: (-p[i], i))[:top_k or len(p)]
-    total, kept, mass = sum(p[i] for i in order), [], 0.
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))[: top_k or len(p)]
+    total, kept, mass = sum(p[i] for i in order), [], 0.0
     for i in order:
         if top_p and mass / total >= top_p:
             break
@@ -139,50 +231,63 @@ def reference_kept(p, top_k, top_p):
 
 def check_kept():
     p = torch.rand(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
-    for top_k, top_p in ((1, None), (5, None), (None, .3), (None, .95), (4, .6), (12, 1.), (None, 1e-9)):
+    for top_k, top_p in ((1, None), (5, None), (None, 0.3), (None, 0.95), (4, 0.6), (12, 1.0), (None, 1e-9)):
         kept = keep_likely(p.log(), top_k, top_p)
         for row, found in zip(p, kept):
             assert found.isfinite().nonzero()[:, 0].tolist() == reference_kept(row.tolist(), top_k, top_p)
-            assert torch.equal(found[found.isfinite()], row.log()[found.isfinite()]), "what stays is not changed"
+            assert torch.equal(found[found.isfinite()], row.log()[found.isfinite()]), (
+                "what stays is not changed"
+            )
 
 
 def test_kept():
     check_kept()
-    assert keep_likely(torch.zeros(2, 3, 6), top_k=2).isfinite().sum(-1).tolist() == [[2] * 3] * 2, "equal tokens: exactly two"
+    assert keep_likely(torch.zeros(2, 3, 6), top_k=2).isfinite().sum(-1).tolist() == [[2] * 3] * 2, (
+        "equal tokens: exactly two"
+    )
     x = torch.randn(3, 6)
     before = x.clone()
-    keep_likely(x, 2, .5)
+    keep_likely(x, 2, 0.5)
     assert torch.equal(x, before), "nothing is written in place"
 
 
 def test_kept_one_too_many_is_caught(monkeypatch):
     real = ar.keep_likely
-    monkeypatch.setitem(globals(), "keep_likely", lambda logits, top_k=None, top_p=None: real(logits, min(top_k + 1, 12) if top_k else top_k, top_p))
+    monkeypatch.setitem(
+        globals(),
+        "keep_likely",
+        lambda logits, top_k=None, top_p=None: real(logits, min(top_k + 1, 12) if top_k else top_k, top_p),
+    )
     with pytest.raises(AssertionError):
         check_kept()
 
 
 def test_drawn_as_often_as_they_should_be():
-    p = torch.tensor([.05, .38, .07, .24, .1, .16])
+    p = torch.tensor([0.05, 0.38, 0.07, 0.24, 0.1, 0.16])
     u = token_chances(1, range(6000))
-    for options in (dict(), dict(temperature=.5), dict(temperature=2.), dict(top_k=3), dict(top_p=.7)):
+    for options in (dict(), dict(temperature=0.5), dict(temperature=2.0), dict(top_k=3), dict(top_p=0.7)):
         cut = {k: v for k, v in options.items() if k != "temperature"}
-        expected = keep_likely(p.log() / options.get("temperature", 1.), **cut).softmax(-1)
+        expected = keep_likely(p.log() / options.get("temperature", 1.0), **cut).softmax(-1)
         counted = torch.bincount(choose(p.log().expand(6000, 6), u, **options), minlength=6) / 6000
-        assert (counted - expected).abs().max() < .02 and (counted[expected == 0] == 0).all()
+        assert (counted - expected).abs().max() < 0.02 and (counted[expected == 0] == 0).all()
 
 
 def test_edges_of_the_chance():
     """The smallest and the largest u still fall on a token that was kept."""
-    logits = torch.tensor([[-math.inf, 1., 2., -math.inf]])
-    assert [choose(logits, torch.tensor([[u]])).item() for u in (1e-38, 1 - 1e-7, 1.)] == [1, 2, 2]
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
+    assert [choose(logits, torch.tensor([[u]])).item() for u in (1e-38, 1 - 1e-7, 1.0)] == [1, 2, 2]
 
 
 def test_guidance_list():
-    assert guidance_at(2, 2) == [2., 2.] and guidance_at(torch.tensor([1., 2., 3.]), 2) == [1., 2.] and guidance_at(lambda j: -j, 2) == [0., -1.]
+    assert (
+        guidance_at(2, 2) == [2.0, 2.0]
+        and guidance_at(torch.tensor([1.0, 2.0, 3.0]), 2) == [1.0, 2.0]
+        and guidance_at(lambda j: -j, 2) == [0.0, -1.0]
+    )
 
 
 # --- room 09: reading ----------------------------------------------------------------------------------------------
+
 
 def check_causal(model):
     ids = torch.randint(50, (4, 10), generator=torch.Generator().manual_seed(0))
@@ -192,7 +297,7 @@ def check_causal(model):
             other = ids.clone()
             other[:, j] = (other[:, j] + 7) % 50
             changed = (model(other, LABELS) - logits).abs().amax((0, 2)) > 1e-6
-            assert not changed[:j + 1].any() and (j == 9 or changed[j + 1])
+            assert not changed[: j + 1].any() and (j == 9 or changed[j + 1])
 
 
 def test_causal(model):
@@ -210,7 +315,9 @@ def test_batches_do_not_matter(model):
     labels = torch.arange(7) % 4
     with torch.no_grad():
         whole = model(ids, labels)
-        assert torch.allclose(torch.cat([model(i[None], c[None]) for i, c in zip(ids, labels)]), whole, atol=1e-5)
+        assert torch.allclose(
+            torch.cat([model(i[None], c[None]) for i, c in zip(ids, labels)]), whole, atol=1e-5
+        )
     costs = position_losses(model, ids, labels)
     assert torch.allclose(position_losses(model, ids, labels, batch=2), costs, atol=1e-5)
     by_hand = -whole.log_softmax(-1).gather(-1, ids[..., None])[..., 0].mean(0)
@@ -218,8 +325,14 @@ def test_batches_do_not_matter(model):
 
 
 def test_unigram_entropies():
-    ids = torch.stack([torch.arange(400) % 4, torch.zeros(400, dtype=torch.int64), (torch.arange(400) % 4 == 0).long()], 1)
-    assert torch.allclose(unigram_entropies(ids, 9), torch.tensor([math.log(4), 0., -.25 * math.log(.25) - .75 * math.log(.75)]), atol=1e-5)
+    ids = torch.stack(
+        [torch.arange(400) % 4, torch.zeros(400, dtype=torch.int64), (torch.arange(400) % 4 == 0).long()], 1
+    )
+    assert torch.allclose(
+        unigram_entropies(ids, 9),
+        torch.tensor([math.log(4), 0.0, -0.25 * math.log(0.25) - 0.75 * math.log(0.75)]),
+        atol=1e-5,
+    )
 
 
 def test_three_models_share_their_weights(model):
@@ -234,17 +347,23 @@ def test_three_models_share_their_weights(model):
 
 def test_images_by_seeds():
     torch.manual_seed(0)
-    tok = FlexTok(TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 1)), VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4))).eval()
+    tok = FlexTok(
+        TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 1)),
+        VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4)),
+    ).eval()
     writer = ARModel(ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=1)).eval()
     writer.tokenizer = tokenizer_hash(tok)
-    options = dict(steps=1, top_k=50, top_p=.9, ar_guidance=lambda j: 2. if j < 2 else 1.)
+    options = dict(steps=1, top_k=50, top_p=0.9, ar_guidance=lambda j: 2.0 if j < 2 else 1.0)
     images = sample_images(writer, tok, LABELS[:3], 4, seeds=[11, 12, 11], **options)
     for i, seed in enumerate((11, 12, 11)):
-        assert torch.allclose(sample_images(writer, tok, LABELS[i:i + 1], 4, seed=seed, **options)[0], images[i], atol=1e-5)
+        assert torch.allclose(
+            sample_images(writer, tok, LABELS[i : i + 1], 4, seed=seed, **options)[0], images[i], atol=1e-5
+        )
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
 # --- room 10: results side by side ----------------------------------------------------------------------------------
+
 
 class Eyes(nn.Module):
     name = "pixels/2x2"
@@ -254,35 +373,58 @@ class Eyes(nn.Module):
 
 
 def images(n=40, seed=0):
-    return ImageSet(torch.randint(0, 256, (n, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8), torch.zeros(n, 1, dtype=torch.int64), ("all",), "test")
+    return ImageSet(
+        torch.randint(
+            0, 256, (n, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+        ),
+        torch.zeros(n, 1, dtype=torch.int64),
+        ("all",),
+        "test",
+    )
 
 
 class Fade(nn.Module):
     """Stands for a tokenizer: with r of 4 tokens it shows the picture faded by (1 - r/8), plus an error."""
-    def __init__(self, error=0.):
+
+    def __init__(self, error=0.0):
         super().__init__()
         self.register_buffer("error", torch.tensor(error))
-        self.config, self.device, self.vae = type("Config", (), {"registers": 4}), torch.device("cpu"), nn.Identity()
-        self.vae.encode, self.vae.decode = (lambda x: x * .9), (lambda z: z)  # not quite exact: a PSNR of infinity has no error
+        self.config, self.device, self.vae = (
+            type("Config", (), {"registers": 4}),
+            torch.device("cpu"),
+            nn.Identity(),
+        )
+        self.vae.encode, self.vae.decode = (
+            (lambda x: x * 0.9),
+            (lambda z: z),
+        )  # not quite exact: a PSNR of infinity has no error
 
     def tokenize(self, x):  # the ids are the numbers of the pictures
         self.seen = torch.cat([getattr(self, "seen", x[:0]), x])
         return torch.arange(len(self.seen) - len(x), len(self.seen))[:, None].expand(-1, 4)
 
-    def detokenize(self, ids, steps=0, guidance=1., seed=0, first_index=0):
+    def detokenize(self, ids, steps=0, guidance=1.0, seed=0, first_index=0):
         return self.seen[ids[:, 0]] * (ids.shape[1] / 8 + self.error)
 
 
-CONFIG = EvalConfig(images=40, steps=2, guidance=1.)
+CONFIG = EvalConfig(images=40, steps=2, guidance=1.0)
 
 
-def measured(error=0., data=None, **options):
-    return evaluate.evaluate_tokenizer(Fade(error), images() if data is None else data, images(seed=1), Eyes(), options.pop("config", CONFIG), progress=False, **options)
+def measured(error=0.0, data=None, **options):
+    return evaluate.evaluate_tokenizer(
+        Fade(error),
+        images() if data is None else data,
+        images(seed=1),
+        Eyes(),
+        options.pop("config", CONFIG),
+        progress=False,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
 def pair():
-    return measured(), measured(.004)
+    return measured(), measured(0.004)
 
 
 def test_a_fair_comparison(pair):
@@ -290,7 +432,11 @@ def test_a_fair_comparison(pair):
     assert not found.mismatches("mae") and not found.mismatches(column(Eyes.name))
     gap, error, paired = found.difference("mae", tokens=2)
     by_hand = pair[1].scores["tokens/2/mae"] - pair[0].scores["tokens/2/mae"]
-    assert paired and math.isclose(gap, by_hand.mean(), rel_tol=1e-4) and math.isclose(error, by_hand.std() / 40 ** .5, rel_tol=1e-4)
+    assert (
+        paired
+        and math.isclose(gap, by_hand.mean(), rel_tol=1e-4)
+        and math.isclose(error, by_hand.std() / 40**0.5, rel_tol=1e-4)
+    )
     assert found.best("mae", tokens=2) == 1 and found.best("psnr", tokens=2) == 1, "less error, more decibels"
     assert "not ranked" not in str(found) and "paired" in str(found)
     assert compare(*reversed(pair)).best("mae", tokens=2) == 0
@@ -306,7 +452,11 @@ def test_pairs_are_sharper(pair):
 
 def test_nothing_against_itself(pair):
     same = compare(pair[0], pair[0])
-    assert same.difference("mae", tokens=4)[0] == 0 and same.best("mae", tokens=4) is None and same.best(column(Eyes.name), tokens=4) is None
+    assert (
+        same.difference("mae", tokens=4)[0] == 0
+        and same.best("mae", tokens=4) is None
+        and same.best(column(Eyes.name), tokens=4) is None
+    )
 
 
 def other_card(report, **changes):
@@ -321,7 +471,20 @@ def other_card(report, **changes):
     return replace(report, card=card)
 
 
-@pytest.mark.parametrize("name,value", (("data_hash", "0"), ("crop", "random"), ("image_size", 8), ("images", 39), ("seed", 1), ("steps", 3), ("guidance", 2.), ("weights_are", "last"), ("steps", None)))
+@pytest.mark.parametrize(
+    "name,value",
+    (
+        ("data_hash", "0"),
+        ("crop", "random"),
+        ("image_size", 8),
+        ("images", 39),
+        ("seed", 1),
+        ("steps", 3),
+        ("guidance", 2.0),
+        ("weights_are", "last"),
+        ("steps", None),
+    ),
+)
 def test_what_must_agree(pair, name, value):
     found = compare(pair[0], other_card(pair[1], **{name: value}))
     assert list(found.mismatches("mae")) == [name]
@@ -330,7 +493,9 @@ def test_what_must_agree(pair, name, value):
     text = str(found)
     assert f"! {name}" in text and "not ranked: " in text
     forced = compare(pair[0], other_card(pair[1], **{name: value}), force=True)
-    assert (forced.best("mae", tokens=1) == 1 or name in ("data_hash", "images")) and "ranked by force" in str(forced)
+    assert (
+        forced.best("mae", tokens=1) == 1 or name in ("data_hash", "images")
+    ) and "ranked by force" in str(forced)
 
 
 def test_only_what_depends_on_it_is_refused(pair):
@@ -340,22 +505,36 @@ def test_only_what_depends_on_it_is_refused(pair):
         assert found.best("mae", tokens=2) == 1 and list(found.mismatches(key)) == [name]
         with pytest.raises(ValueError, match="not ranked"):
             found.best(key, tokens=2)
-    drawn = {"ar_guidance": 1., "samples": 8, "temperature": 1.}  # only a measurement with samples has these
-    for name, value in (("ar_guidance", 9.), ("samples", 3), ("temperature", .5)):
+    drawn = {
+        "ar_guidance": 1.0,
+        "samples": 8,
+        "temperature": 1.0,
+    }  # only a measurement with samples has these
+    for name, value in (("ar_guidance", 9.0), ("samples", 3), ("temperature", 0.5)):
         found = compare(other_card(pair[0], **drawn), other_card(pair[1], **drawn | {name: value}))
-        assert not found.mismatches("mae") and list(found.mismatches(key, "samples")) == [name] and f"· {name}" in str(found)
+        assert (
+            not found.mismatches("mae")
+            and list(found.mismatches(key, "samples")) == [name]
+            and f"· {name}" in str(found)
+        )
     found = compare(pair[0], other_card(pair[1], steps=7))
     assert not found.mismatches("mae", "VAE alone"), "an autoencoder takes no steps"
 
 
 def test_other_pictures_are_not_paired(pair):
-    other = measured(.01, images(seed=5))
+    other = measured(0.01, images(seed=5))
     found = compare(pair[0], other)
     assert found.difference("mae", tokens=2)[2] is False and "data_hash" in found.mismatches("mae")
 
 
 def forgets_the_reference(monkeypatch):
-    monkeypatch.setattr(evaluate, "conditions", lambda card, key, what: {k: v for k, v in conditions(card, key, what).items() if k not in ("steps", "reference")})
+    monkeypatch.setattr(
+        evaluate,
+        "conditions",
+        lambda card, key, what: {
+            k: v for k, v in conditions(card, key, what).items() if k not in ("steps", "reference")
+        },
+    )
 
 
 def test_a_forgotten_condition_is_caught(pair, monkeypatch):
@@ -371,7 +550,9 @@ def test_saved_and_read(pair, tmp_path):
     back = load_report(tmp_path)
     assert back == pair[0] and back == load_report(tmp_path / "table.json")
     assert all(torch.equal(back.scores[k], v.float()) for k, v in pair[0].scores.items())
-    assert compare(back, pair[1]).difference("mae", tokens=2) == pytest.approx(compare(*pair).difference("mae", tokens=2))
+    assert compare(back, pair[1]).difference("mae", tokens=2) == pytest.approx(
+        compare(*pair).difference("mae", tokens=2)
+    )
     pair[1].save(tmp_path, "other")
     (tmp_path / "other_scores.safetensors").replace(tmp_path / "table_scores.safetensors")
     with pytest.raises(ValueError, match="does not belong"):
@@ -390,7 +571,7 @@ def test_old_tables_without_scores(pair, tmp_path):
 
 
 def test_three_side_by_side(pair):
-    found = compare(*pair, measured(-.01))
+    found = compare(*pair, measured(-0.01))
     assert found.best("mae", tokens=2) == 1 and "C - A" in str(found)
     with pytest.raises(ValueError, match="2 to 26"):
         compare(pair[0])
@@ -400,17 +581,23 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     pair[0].save(tmp_path / "a")
     pair[1].save(tmp_path / "b")
     other_card(pair[1], steps=9).save(tmp_path / "c")
+
     def command(*args):
         monkeypatch.setattr(sys, "argv", ["flextok_compare", *map(str, args)])
         evaluate.compare_main()
         return capsys.readouterr().out
+
     assert "not ranked" not in command(tmp_path / "a", tmp_path / "b")
     with pytest.raises(SystemExit, match="steps"):
         command(tmp_path / "a", tmp_path / "c")
     assert "! steps" in capsys.readouterr().out, "the table is printed all the same"
     assert "ranked by force" in command(tmp_path / "a", tmp_path / "c", "--force")
     assert "usage" in command() and "usage" in command("--help")
-    for args, message in (((tmp_path / "a",), "2 to 26"), ((tmp_path / "a", tmp_path / "none"), "finished run"), ((tmp_path / "a", "--fast"), "no option")):
+    for args, message in (
+        ((tmp_path / "a",), "2 to 26"),
+        ((tmp_path / "a", tmp_path / "none"), "finished run"),
+        ((tmp_path / "a", "--fast"), "no option"),
+    ):
         with pytest.raises(SystemExit, match=message):
             command(*args)
 
@@ -419,9 +606,23 @@ def test_the_file_is_as_it_was(pair, tmp_path):
     """Columns and keys of the files that others read."""
     pair[0].save(tmp_path)
     stored = json.loads((tmp_path / "table.json").read_text())
-    assert set(stored) == {"format", "notes", "card", "rows"} and stored["format"] == "flextok_edu.table" and all(row["card"] == pair[0].card for row in stored["rows"])
-    assert [r["what"] for r in stored["rows"]] == ["originals", "real against real", "VAE alone", "tokens", "tokens", "tokens"]
-    assert list(stored["rows"][-1])[:3] == ["what", "tokens", "n"] and "frechet_pixels_gain_se" in stored["rows"][-1]
+    assert (
+        set(stored) == {"format", "notes", "card", "rows"}
+        and stored["format"] == "flextok_edu.table"
+        and all(row["card"] == pair[0].card for row in stored["rows"])
+    )
+    assert [r["what"] for r in stored["rows"]] == [
+        "originals",
+        "real against real",
+        "VAE alone",
+        "tokens",
+        "tokens",
+        "tokens",
+    ]
+    assert (
+        list(stored["rows"][-1])[:3] == ["what", "tokens", "n"]
+        and "frechet_pixels_gain_se" in stored["rows"][-1]
+    )
     assert Report(pair[0].rows, pair[0].card, pair[0].notes) == pair[0]
 
 
@@ -430,9 +631,11 @@ def test_scores_in_parts(n, batch):
     """Picture by picture the same as all at once, also where one is left over; unequal shapes are refused."""
     x, y = torch.rand(2, n, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole, parts = evaluate.image_scores(x, y, 1000), evaluate.image_scores(x, y, batch)
-    alone = [evaluate.image_scores(x[i:i + 1], y[i:i + 1]) for i in range(n)]
+    alone = [evaluate.image_scores(x[i : i + 1], y[i : i + 1]) for i in range(n)]
     for key in ("mae", "psnr", "ssim"):
         assert parts[key].shape == (n,) and torch.allclose(parts[key], whole[key], atol=1e-6)
-        assert torch.allclose(torch.cat([a[key] for a in alone]), whole[key], atol=1e-5) and (n == 1 or whole[key].std() > 0)
+        assert torch.allclose(torch.cat([a[key] for a in alone]), whole[key], atol=1e-5) and (
+            n == 1 or whole[key].std() > 0
+        )
     with pytest.raises(ValueError, match="same size"):
         evaluate.image_scores(x, y[..., :16])

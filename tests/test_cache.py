@@ -1,4 +1,5 @@
 """Caches on the disk: killed builders, builders side by side, full disks, foreign and damaged shards, random access, feeds."""
+
 import json
 import multiprocessing
 import os
@@ -18,8 +19,24 @@ from safetensors.torch import load_file
 from planting import planted
 
 import flextok_edu.cache as cache
-from flextok_edu.cache import (Cache, CachePlan, DamagedShard, LatentCache, Pictures, TokenCache, build_cache, cache_latents_to, cache_plan, cache_tokens_to, decoded_pictures,
-                               latent_recipe, read_header, shard_path, pictures_of, write_shard)
+from flextok_edu.cache import (
+    Cache,
+    CachePlan,
+    DamagedShard,
+    LatentCache,
+    Pictures,
+    TokenCache,
+    build_cache,
+    cache_latents_to,
+    cache_plan,
+    cache_tokens_to,
+    decoded_pictures,
+    latent_recipe,
+    read_header,
+    shard_path,
+    pictures_of,
+    write_shard,
+)
 from flextok_edu.ar import token_batches, train_ar
 from flextok_edu.core import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data import ImageSet, leave_out_learned, learned_from, picture_key
@@ -34,52 +51,69 @@ COUNT, SHARD = 96, 8  # 12 shards
 def numbers(start, stop):
     return torch.arange(start, stop), torch.arange(start, stop) % 10
 
+
 def halves(x):
-    return {"latents": x[:, None, None].float() * .5 + torch.zeros(1, 1, 500)}
+    return {"latents": x[:, None, None].float() * 0.5 + torch.zeros(1, 1, 500)}
+
 
 def slow(x):
-    time.sleep(.02)
+    time.sleep(0.02)
     return halves(x)
 
+
 def every_build(folder, encode=halves, load=numbers, facts=FACTS, count=COUNT, **options):
-    return build_cache(folder, encode, count, load, facts, **{"shard": SHARD, "batch": 4, "progress": False, **options})
+    return build_cache(
+        folder, encode, count, load, facts, **{"shard": SHARD, "batch": 4, "progress": False, **options}
+    )
+
 
 def files(folder):
     return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir()) if f.name != "build.lock"}
+
 
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
     vae = VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4)).eval()
-    vae.latent_mean.copy_(torch.tensor([.1, -.2, .3, 0.]))
-    vae.latent_std.copy_(torch.tensor([.5, 2., 1., .7]))
+    vae.latent_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 0.7]))
     tok = FlexTok(TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 1)), vae).eval()
-    images = torch.randint(0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (50, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return vae, tok, ImageSet(images, torch.arange(50)[:, None] % 7, tuple("abcdefg"), "noise")
 
 
 # --- processes -------------------------------------------------------------------------------------------------
 
+
 def half_a_file_then_kill(victim):
     """The process dies in the middle of writing one shard."""
     real = cache.save
+
     def save(tensors, facts):
         whole = real(tensors, facts)
         if f'"index\\": {victim},' not in whole[:2000].decode("latin1"):
             return whole
+
         class Half(bytes):
             pass
+
         return Half(whole)
+
     write = Path.write_bytes
+
     def write_bytes(self, data):
         if type(data) is bytes:
             return write(self, data)
         with open(self, "wb") as f:
-            f.write(data[:len(data) // 2])
+            f.write(data[: len(data) // 2])
             f.flush()
             os.fsync(f.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
+
     cache.save, Path.write_bytes = save, write_bytes
+
 
 def work(folder, log, victim=None):
     """What each process of these tests does: build, and write down which shards it encoded."""
@@ -87,14 +121,17 @@ def work(folder, log, victim=None):
     if victim is not None:
         half_a_file_then_kill(victim)
     real = cache._make
+
     def make(path, facts, index, *rest):
         did = real(path, facts, index, *rest)
         if did:
             with open(log, "a") as f:
                 f.write(f"{index}\n")
         return did
+
     cache._make = make
     every_build(folder, slow)
+
 
 @pytest.fixture(scope="module")
 def start():
@@ -104,19 +141,25 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_cache"])
     patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))  # where the server finds what it is to import
+    patch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    )  # where the server finds what it is to import
+
     def begin(*arguments):
         process = context.Process(target=work, args=arguments)
         process.start()
         return process
+
     yield begin
     patch.undo()
+
 
 def until(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
-        time.sleep(.002)
+        time.sleep(0.002)
+
 
 def shards(folder):
     return sorted(folder.glob("latents-*.safetensors"))
@@ -135,7 +178,9 @@ def test_killed_again_and_again(start, tmp_path):
     process = start(folder, tmp_path / "log", 9)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert not shard_path(folder, "latents", 9).exists() and list(folder.glob(".latents-00009*")), "it died while it wrote"
+    assert not shard_path(folder, "latents", 9).exists() and list(folder.glob(".latents-00009*")), (
+        "it died while it wrote"
+    )
     with pytest.raises(FileNotFoundError, match="not finished: 3 of 12"):
         Cache(folder, {})
     before = {f: f.stat().st_mtime_ns for f in shards(folder)}
@@ -162,7 +207,9 @@ def test_a_dead_builder_frees_its_shard(start, tmp_path):
     dying, living = (start(tmp_path / "shared", tmp_path / f"log{i}", v) for i, v in enumerate((5, None)))
     dying.join(60), living.join(60)
     assert living.exitcode == 0
-    assert len(Cache(tmp_path / "shared", FACTS)) == COUNT and not list((tmp_path / "shared").glob(".latents*"))
+    assert len(Cache(tmp_path / "shared", FACTS)) == COUNT and not list(
+        (tmp_path / "shared").glob(".latents*")
+    )
 
 
 def test_a_builder_waits_for_what_others_make(start, tmp_path):
@@ -172,7 +219,7 @@ def test_a_builder_waits_for_what_others_make(start, tmp_path):
         assert ours
         process = start(tmp_path, tmp_path / "log")
         until(lambda: len(shards(tmp_path)) == 11)
-        time.sleep(.3)
+        time.sleep(0.3)
         assert process.is_alive() and not shard_path(tmp_path, "latents", 5).exists()
     process.join(60)
     claims.close()
@@ -181,10 +228,12 @@ def test_a_builder_waits_for_what_others_make(start, tmp_path):
 
 def test_one_build_a_process(tmp_path):
     gate, inside = threading.Event(), threading.Event()
+
     def waits(x):
         inside.set()
         gate.wait(10)
         return halves(x)
+
     thread = threading.Thread(target=every_build, args=(tmp_path, waits))
     thread.start()
     inside.wait(10)
@@ -199,7 +248,9 @@ def test_one_build_a_process(tmp_path):
 
 def test_memory(tmp_path):
     """A process that reads a whole cache does not hold it."""
-    every_build(tmp_path, lambda x: {"latents": torch.randn(len(x), 1, 250_000, dtype=torch.float32)}, count=64)  # 64 MB
+    every_build(
+        tmp_path, lambda x: {"latents": torch.randn(len(x), 1, 250_000, dtype=torch.float32)}, count=64
+    )  # 64 MB
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch; torch.set_num_threads(1)
@@ -218,6 +269,7 @@ print(anon() - before)
 
 # --- disks -----------------------------------------------------------------------------------------------------
 
+
 def test_full_disk(tmp_path):
     """A file-size limit stands in for a full disk: an error that says what to do, nothing half-written, finished shards kept."""
     resource = pytest.importorskip("resource")
@@ -226,11 +278,17 @@ def test_full_disk(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(OSError, match="latents-00005.*could not be written.*finished are kept: make room"):
+        with pytest.raises(
+            OSError, match="latents-00005.*could not be written.*finished are kept: make room"
+        ):
             every_build(tmp_path, grows, load)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["build.lock", "cache.json", *(f"latents-0000{i}.safetensors" for i in range(5))]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "build.lock",
+        "cache.json",
+        *(f"latents-0000{i}.safetensors" for i in range(5)),
+    ]
     assert every_build(tmp_path, grows, load) == 7
 
 
@@ -239,14 +297,20 @@ def test_really_full_disk(tmp_path):
     """A tmpfs of 1 MB: the plan refuses; told to leave no margin and misled by the first rows, the build stops cleanly."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("may not mount")
     try:
         with pytest.raises(OSError, match="make room, choose another disk"):
             every_build(disk / "a", lambda x: {"latents": torch.zeros(len(x), 1, 10_000)})
         with pytest.raises(OSError, match="No space left.*kept"):
-            every_build(disk / "b", lambda x: {"latents": torch.zeros(len(x), 1, 10 if x[0] < 24 else 10_000)})
-        assert 3 <= len(shards(disk / "b")) < 12 and not list((disk / "b").glob(".*")), "finished ones are kept, nothing half-written is left"
+            every_build(
+                disk / "b", lambda x: {"latents": torch.zeros(len(x), 1, 10 if x[0] < 24 else 10_000)}
+            )
+        assert 3 <= len(shards(disk / "b")) < 12 and not list((disk / "b").glob(".*")), (
+            "finished ones are kept, nothing half-written is left"
+        )
         for f in shards(disk / "b"):
             read_header(f)
     finally:
@@ -261,18 +325,25 @@ def test_unwritable(tmp_path):
 
 def test_plan(tmp_path):
     plan = cache_plan(tmp_path / "new" / "cache", halves, COUNT, numbers, FACTS, SHARD, 4)
-    assert (plan.images, plan.missing, plan.shards, plan.row_bytes) == (COUNT, COUNT, 12, 2016) and plan.free > 0 and not (tmp_path / "new").exists()
+    assert (
+        (plan.images, plan.missing, plan.shards, plan.row_bytes) == (COUNT, COUNT, 12, 2016)
+        and plan.free > 0
+        and not (tmp_path / "new").exists()
+    )
     every_build(tmp_path)
     shards(tmp_path)[-1].unlink()
     assert cache_plan(tmp_path, halves, COUNT, numbers, FACTS, SHARD, 4).missing == 8
-    imagenet = CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000., int(85e9), 0)
+    imagenet = CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000.0, int(85e9), 0)
     imagenet.check()
-    assert "84.0 GB in 1,252 shards" in str(imagenet) and "21 min at 1,000 images/s" in str(imagenet), str(imagenet)
+    assert "84.0 GB in 1,252 shards" in str(imagenet) and "21 min at 1,000 images/s" in str(imagenet), str(
+        imagenet
+    )
     with pytest.raises(OSError, match="84.0 GB more, and 2.0 GB should stay free"):
-        CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000., int(85e9), int(2e9)).check()
+        CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000.0, int(85e9), int(2e9)).check()
 
 
 # --- what is in the folder -------------------------------------------------------------------------------------
+
 
 def test_damage_is_found_and_repaired(tmp_path):
     every_build(tmp_path)
@@ -280,7 +351,14 @@ def test_damage_is_found_and_repaired(tmp_path):
     good = path.read_bytes()
     flipped = bytearray(good)
     flipped[-100] ^= 1
-    for content, verify in ((good[:-1], False), (good + b"x", False), (good[:40], False), (b"", False), (b"\xff" * 100, False), (bytes(flipped), True)):
+    for content, verify in (
+        (good[:-1], False),
+        (good + b"x", False),
+        (good[:40], False),
+        (b"", False),
+        (b"\xff" * 100, False),
+        (bytes(flipped), True),
+    ):
         path.write_bytes(content)
         with pytest.raises(DamagedShard, match="00003.*build the cache again"):
             Cache(tmp_path, {}, verify)
@@ -305,7 +383,9 @@ def test_a_strangers_shard_is_refused_and_kept(tmp_path):
     stranger, at = shards(tmp_path / "b")[2].read_bytes(), shard_path(tmp_path / "a", "latents", 2)
     at.write_bytes(stranger)
     for what in (lambda: Cache(tmp_path / "a", FACTS), lambda: every_build(tmp_path / "a")):
-        with pytest.raises(ValueError, match='belongs to another cache: of: "other numbers" there, "numbers" here'):
+        with pytest.raises(
+            ValueError, match='belongs to another cache: of: "other numbers" there, "numbers" here'
+        ):
             what()
     assert at.read_bytes() == stranger
     for other in ({"count": 95}, {"shard": 16}, {"facts": {**FACTS, "of": "x"}}):
@@ -319,64 +399,95 @@ def test_equal_shards_are_equal_files(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=300)
     write_shard(tmp_path / "two", {"a": torch.ones(2), "b": torch.arange(3)}, {"x": 3, "y": 2, "z": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert torch.equal(load_file(tmp_path / "two")["b"], torch.arange(3)), "any safetensors reader can open it"
+    assert torch.equal(load_file(tmp_path / "two")["b"], torch.arange(3)), (
+        "any safetensors reader can open it"
+    )
 
 
 def check_alignment(tmp_path=None):
     """Items that cannot be used leave no hole: latents, label and item of a row belong together."""
     import tempfile
+
     def load(a, b):
         items = torch.tensor([i for i in range(a, b) if i % 7 and not 24 <= i < 40])
         return items, items % 10, items
+
     with tempfile.TemporaryDirectory() as folder:
         every_build(folder, load=load)
         c = Cache(folder, FACTS)
         there = torch.tensor([i for i in range(COUNT) if i % 7 and not 24 <= i < 40])
         rows = torch.randperm(len(there))
         assert len(c) == len(there) and torch.equal(c.items, there) and torch.equal(c.labels, there % 10)
-        assert torch.equal(c.take("latents", rows)[:, 0], there[rows] * .5)
+        assert torch.equal(c.take("latents", rows)[:, 0], there[rows] * 0.5)
         assert c.take("latents", torch.tensor([], dtype=torch.long)).shape == (0, 500)
+
 
 def shards_assumed_full(monkeypatch):
     real = Cache.__init__
+
     def init(self, *a, **k):
         real(self, *a, **k)
         self.starts = torch.arange(len(self.paths) + 1) * self.facts["shard"]
+
     monkeypatch.setattr(Cache, "__init__", init)
+
 
 def answer_in_the_order_of_the_shards(monkeypatch):
     real = Cache.take
     monkeypatch.setattr(Cache, "take", lambda self, name, rows: real(self, name, rows.sort().values))
 
+
 def items_not_kept(monkeypatch):
     real = cache._loaded
+
     def loaded(found, a, b):
         images, about = real(found, a, b)
         return images, about | {"items": torch.arange(a, a + len(images))}
+
     monkeypatch.setattr(cache, "_loaded", loaded)
 
-test_alignment, test_misalignment_is_caught = planted([(check_alignment, shards_assumed_full), (check_alignment, answer_in_the_order_of_the_shards), (check_alignment, items_not_kept)])
+
+test_alignment, test_misalignment_is_caught = planted(
+    [
+        (check_alignment, shards_assumed_full),
+        (check_alignment, answer_in_the_order_of_the_shards),
+        (check_alignment, items_not_kept),
+    ]
+)
 
 
-@pytest.mark.parametrize("found,message", [
-    (lambda a, b: numbers(a, b - 1), "must also return the items"), (lambda a, b: (*numbers(a, b), torch.arange(b - 1, a - 1, -1)), "ascending"),
-    (lambda a, b: (*numbers(a, b), torch.arange(a, b) + 1), "must lie there"), (lambda a, b: (torch.arange(a, b), torch.zeros(b - a, 2)), "labels"),
-    (lambda a, b: (torch.arange(0), torch.arange(0), torch.arange(0)), "none of the 96 images")])
+@pytest.mark.parametrize(
+    "found,message",
+    [
+        (lambda a, b: numbers(a, b - 1), "must also return the items"),
+        (lambda a, b: (*numbers(a, b), torch.arange(b - 1, a - 1, -1)), "ascending"),
+        (lambda a, b: (*numbers(a, b), torch.arange(a, b) + 1), "must lie there"),
+        (lambda a, b: (torch.arange(a, b), torch.zeros(b - a, 2)), "labels"),
+        (lambda a, b: (torch.arange(0), torch.arange(0), torch.arange(0)), "none of the 96 images"),
+    ],
+)
 def test_a_source_that_is_wrong(found, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         every_build(tmp_path, load=found)
+
+
 def test_labels_of_no_class_are_refused_when_they_are_written(tmp_path):
     """For tokens always, for other things where there are classes; latents of one class `all` do not look at labels."""
     for facts in ({**FACTS, "classes": ["a", "b"]}, {**FACTS, "kind": "tokens", "classes": ["all"]}):
-        with pytest.raises(ValueError, match="among items 0 .. 7 of the source labels reach from 0 to 7, and there are . classes"):
+        with pytest.raises(
+            ValueError,
+            match="among items 0 .. 7 of the source labels reach from 0 to 7, and there are . classes",
+        ):
             every_build(tmp_path / str(len(facts["classes"])), facts=facts)
     every_build(tmp_path / "all", facts={**FACTS, "classes": ["all"]})
     assert Cache(tmp_path / "all", {}).labels.max() == 9
 
 
-
 def test_an_encode_that_is_wrong(tmp_path):
-    for encode, message in ((lambda x: {"latents": torch.zeros(2, 1, 3)}, "2 rows of 'latents' for 4 images"), (lambda x: {"latents": torch.full((len(x), 1, 3), 1e6).half()}, "NaN or infinity.*float16.*wider")):
+    for encode, message in (
+        (lambda x: {"latents": torch.zeros(2, 1, 3)}, "2 rows of 'latents' for 4 images"),
+        (lambda x: {"latents": torch.full((len(x), 1, 3), 1e6).half()}, "NaN or infinity.*float16.*wider"),
+    ):
         with pytest.raises(ValueError, match=message):
             every_build(tmp_path, encode)
     assert not shards(tmp_path)
@@ -384,19 +495,28 @@ def test_an_encode_that_is_wrong(tmp_path):
 
 # --- latents and tokens ----------------------------------------------------------------------------------------
 
+
 def test_latents(models, tmp_path):
     vae, _, data = models
     means, stds = cache_latents(vae, data.images)
-    for dtype, close in ((torch.float16, dict(rtol=2e-3, atol=1e-3)), (torch.float32, dict(rtol=1e-4, atol=1e-5))):
+    for dtype, close in (
+        (torch.float16, dict(rtol=2e-3, atol=1e-3)),
+        (torch.float32, dict(rtol=1e-4, atol=1e-5)),
+    ):
         c = cache_latents_to(tmp_path / str(dtype), vae, data, dtype, shard=16, batch=5, progress=False)
         rows = torch.tensor([49, 0, 16, 15, 15])
         for got, want in zip(c.latents(rows), (means, stds)):
             assert got.dtype == torch.float32 and torch.allclose(got, want[rows], **close)
         assert torch.equal(c.labels, data.labels[:, 0]) and len(c) == 50
-        assert load_file(c.paths[0])["latents"].dtype == dtype and shard_path(c.folder, "latents", 3) == c.paths[-1]
+        assert (
+            load_file(c.paths[0])["latents"].dtype == dtype
+            and shard_path(c.folder, "latents", 3) == c.paths[-1]
+        )
     both = cache_latents_to(tmp_path / "both", vae, data, torch.float32, True, 16, 5, progress=False)
     assert len(both) == 100 and torch.equal(both.labels, data.labels[:, 0].repeat(2))
-    assert torch.allclose(both.latents(torch.arange(50, 100))[0], cache_latents(vae, data.images.flip(-1))[0], atol=1e-5)
+    assert torch.allclose(
+        both.latents(torch.arange(50, 100))[0], cache_latents(vae, data.images.flip(-1))[0], atol=1e-5
+    )
     with pytest.raises(IndexError, match="0 .. 99"):
         both.latents(torch.tensor([100]))
     again = pickle.loads(pickle.dumps(both))
@@ -406,11 +526,21 @@ def test_latents(models, tmp_path):
 def test_tokens(models, tmp_path):
     vae, tok, data = models
     latents = cache_latents_to(tmp_path / "latents", vae, data, torch.float32, True, 16, 5, progress=False)
-    one, two = (cache_tokens_to(tmp_path / name, tok, source, True, 20, 6, progress=False) for name, source in (("images", data), ("again", latents)))
+    one, two = (
+        cache_tokens_to(tmp_path / name, tok, source, True, 20, 6, progress=False)
+        for name, source in (("images", data), ("again", latents))
+    )
     ids = torch.cat([tok.tokenize(x.float() / 127.5 - 1) for x in (data.images, data.images.flip(-1))])
     for c in (one, two):
-        assert (c.ids(torch.arange(100)) != ids).float().mean() < .01 and torch.equal(c.labels, data.labels[:, 0].repeat(2)) and torch.equal(c.items, torch.arange(50))
-        assert load_file(c.paths[0])["ids"].dtype == torch.uint16 and c.ids(torch.tensor([3])).dtype == torch.int64
+        assert (
+            (c.ids(torch.arange(100)) != ids).float().mean() < 0.01
+            and torch.equal(c.labels, data.labels[:, 0].repeat(2))
+            and torch.equal(c.items, torch.arange(50))
+        )
+        assert (
+            load_file(c.paths[0])["ids"].dtype == torch.uint16
+            and c.ids(torch.tensor([3])).dtype == torch.int64
+        )
     assert one.facts["of"] == "images" and two.facts["of"] == "latents, float32"
     TokenCache(tmp_path / "again", tok, verify=True)
     plain = cache_latents_to(tmp_path / "plain", vae, data, shard=16, progress=False)
@@ -429,15 +559,40 @@ def test_what_is_refused(models, tmp_path):
     rescaled.load_state_dict(vae.state_dict())
     rescaled.latent_std[0] *= 2
     source = pictures_of(data)
+
     def like(**other):
-        return Pictures(**{**{k: getattr(source, k) for k in ("load", "count", "size", "crop", "source", "hash")}, **other})
-    cases = [(lambda: LatentCache(tmp_path / "l", VAE(vae.config)), "vae: "), (lambda: LatentCache(tmp_path / "l", rescaled), "latent_std: "),
-             (lambda: TokenCache(tmp_path / "t", FlexTok(tok.config, vae)), "tokenizer: "), (lambda: TokenCache(tmp_path / "l", tok), "kind: "),
-             (lambda: LatentCache(tmp_path / "l", vae, like(size=64)), "size: 32 there, 64 here"), (lambda: LatentCache(tmp_path / "l", vae, like(crop="random")), 'crop: "as in memory" there, "random" here'),
-             (lambda: LatentCache(tmp_path / "l", vae, like(hash="0")), "source_hash: "), (lambda: LatentCache(tmp_path / "l", vae, like(count=49)), "count: 50 there, 49 here"),
-             (lambda: cache_latents_to(tmp_path / "l", vae, data, torch.float32, shard=16, progress=False), 'dtype: "float16" there, "float32" here'),
-             (lambda: cache_latents_to(tmp_path / "l", vae, data, shard=32, progress=False), "shard: 16 there, 32 here"),
-             (lambda: build_cache(tmp_path / "n", *latent_recipe(vae, like(size=64)), progress=False), "says that they are")]
+        return Pictures(
+            **{
+                **{k: getattr(source, k) for k in ("load", "count", "size", "crop", "source", "hash")},
+                **other,
+            }
+        )
+
+    cases = [
+        (lambda: LatentCache(tmp_path / "l", VAE(vae.config)), "vae: "),
+        (lambda: LatentCache(tmp_path / "l", rescaled), "latent_std: "),
+        (lambda: TokenCache(tmp_path / "t", FlexTok(tok.config, vae)), "tokenizer: "),
+        (lambda: TokenCache(tmp_path / "l", tok), "kind: "),
+        (lambda: LatentCache(tmp_path / "l", vae, like(size=64)), "size: 32 there, 64 here"),
+        (
+            lambda: LatentCache(tmp_path / "l", vae, like(crop="random")),
+            'crop: "as in memory" there, "random" here',
+        ),
+        (lambda: LatentCache(tmp_path / "l", vae, like(hash="0")), "source_hash: "),
+        (lambda: LatentCache(tmp_path / "l", vae, like(count=49)), "count: 50 there, 49 here"),
+        (
+            lambda: cache_latents_to(tmp_path / "l", vae, data, torch.float32, shard=16, progress=False),
+            'dtype: "float16" there, "float32" here',
+        ),
+        (
+            lambda: cache_latents_to(tmp_path / "l", vae, data, shard=32, progress=False),
+            "shard: 16 there, 32 here",
+        ),
+        (
+            lambda: build_cache(tmp_path / "n", *latent_recipe(vae, like(size=64)), progress=False),
+            "says that they are",
+        ),
+    ]
     for what, message in cases:
         with pytest.raises(ValueError, match=message):
             what()
@@ -448,17 +603,29 @@ def test_what_is_refused(models, tmp_path):
 
 class Drawer:
     """As room 01b's sources are: items by number, some of them broken, one without a valid label."""
+
     name, classes, hash = "a drawer", ("a", "b", "c"), "0123456789abcdef"
-    def __init__(self, images): self.images = images
-    def __len__(self): return len(self.images)
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
     def item(self, i):
         if i == 5:
             raise OSError("gone")
         return type("Item", (), {"data": self.images[i], "label": 3 if i == 9 else i % 3})
 
+
 def test_pictures_from_a_source(models, tmp_path):
     vae, tok, data = models
-    pictures = decoded_pictures(Drawer(data.images), 32, lambda item, size: "damaged" if torch.equal(item.data, data.images[7]) else item.data, threads=3)
+    pictures = decoded_pictures(
+        Drawer(data.images),
+        32,
+        lambda item, size: "damaged" if torch.equal(item.data, data.images[7]) else item.data,
+        threads=3,
+    )
     c = cache_latents_to(tmp_path, vae, pictures, torch.float32, shard=4, batch=2, progress=False)
     left = [i for i in range(50) if i not in (5, 7, 9)]
     assert c.items.tolist() == left and c.skipped == 3 and c.labels.tolist() == [i % 3 for i in left]
@@ -484,7 +651,7 @@ def check_damage_is_met_at_the_first_touch(tmp_path):
         data[-2000:] = os.urandom(2000)
         path.write_bytes(data)
     c = Cache(tmp_path, FACTS)
-    assert torch.equal(c.take("latents", torch.arange(24))[:, 0], torch.arange(24) * .5)
+    assert torch.equal(c.take("latents", torch.arange(24))[:, 0], torch.arange(24) * 0.5)
     again = pickle.loads(pickle.dumps(c))
     for reader in (c, again):
         for _ in range(2):
@@ -492,13 +659,24 @@ def check_damage_is_met_at_the_first_touch(tmp_path):
                 reader.take("latents", torch.tensor([1, 30]))
         with pytest.raises(DamagedShard, match="latents-0000"):
             reader.labels
-    assert every_build(tmp_path, verify=True) == 2 and torch.equal(Cache(tmp_path, FACTS).take("latents", torch.tensor([30]))[:, 0], torch.tensor([15.]))
+    assert every_build(tmp_path, verify=True) == 2 and torch.equal(
+        Cache(tmp_path, FACTS).take("latents", torch.tensor([30]))[:, 0], torch.tensor([15.0])
+    )
+
 
 def never_looked_at(monkeypatch):
     monkeypatch.setattr(cache, "check_content", lambda path: load_file(path))
 
+
 def only_the_header(monkeypatch):
-    monkeypatch.setattr(Cache, "_check", lambda self, shard: self.maps.update({(shard, n): t for n, t in load_file(self.paths[shard]).items()}))
+    monkeypatch.setattr(
+        Cache,
+        "_check",
+        lambda self, shard: self.maps.update(
+            {(shard, n): t for n, t in load_file(self.paths[shard]).items()}
+        ),
+    )
+
 
 @pytest.mark.parametrize("bug", (None, never_looked_at, only_the_header))
 def test_damage_is_met_at_the_first_touch(bug, tmp_path, monkeypatch):
@@ -530,22 +708,37 @@ def test_ids_and_labels_out_of_range(models, tmp_path):
     cache_tokens_to(tmp_path, tok, data, progress=False, shard=32)
     path = shard_path(tmp_path, "tokens", 1)
     good = load_file(path)
+
     def other(name, value):
         x = good[name].clone().long()
         x.view(-1)[3] = value
         return {name: x.to(good[name].dtype)}
-    for changes, message in ((other("ids", 1000), "ids reach from .* to 1000, and the vocabulary ends at 999"), (other("labels", 7), "labels reach from 0 to 7, and there are 7 classes"),
-                             (other("labels", -1), "labels reach from -1"), (other("items", 60), "items are not in order"), (other("items", 0), "items are not in order")):
+
+    for changes, message in (
+        (other("ids", 1000), "ids reach from .* to 1000, and the vocabulary ends at 999"),
+        (other("labels", 7), "labels reach from 0 to 7, and there are 7 classes"),
+        (other("labels", -1), "labels reach from -1"),
+        (other("items", 60), "items are not in order"),
+        (other("items", 0), "items are not in order"),
+    ):
         rewrite(path, **good | changes)
         c = TokenCache(tmp_path, tok)
         c.ids(torch.arange(32))
         with pytest.raises(DamagedShard, match=f"tokens-00001.*{message}"):
             c.ids(torch.tensor([40]))
         with pytest.raises(DamagedShard, match=message):
-            train_ar(c, tok, replace(PRESETS["micro"], train_ar=StageConfig(steps=2, batch=4)), progress=False)
+            train_ar(
+                c, tok, replace(PRESETS["micro"], train_ar=StageConfig(steps=2, batch=4)), progress=False
+            )
     rewrite(path, **good)
-    for changes, message in (({"ids": good["ids"][:, :, :5].contiguous()}, "rows .*the shards before it"), ({"ids": good["ids"][:5]}, "has shape .* for 18 rows"), ({"ids": good["ids"].to(torch.int32)}, "is I32, and the cache uint16"),
-                             ({"labels": good["labels"][:3]}, "labels must be I64"), ({"items": good["items"].float()}, "items must be I64"), ({"ids": good["ids"].repeat(1, 2, 1)}, "2 sides, and the cache 1")):
+    for changes, message in (
+        ({"ids": good["ids"][:, :, :5].contiguous()}, "rows .*the shards before it"),
+        ({"ids": good["ids"][:5]}, "has shape .* for 18 rows"),
+        ({"ids": good["ids"].to(torch.int32)}, "is I32, and the cache uint16"),
+        ({"labels": good["labels"][:3]}, "labels must be I64"),
+        ({"items": good["items"].float()}, "items must be I64"),
+        ({"ids": good["ids"].repeat(1, 2, 1)}, "2 sides, and the cache 1"),
+    ):
         rewrite(path, **good | changes)
         with pytest.raises(DamagedShard, match=f"tokens-00001.*{message}"):
             TokenCache(tmp_path, tok)
@@ -554,13 +747,31 @@ def test_ids_and_labels_out_of_range(models, tmp_path):
         TokenCache(tmp_path, short)
 
 
-@pytest.mark.parametrize("changes,message", [
-    ({"count": 10 ** 9}, "124,999,988 of 125,000,000 shards are missing"), ({"count": 10 ** 30}, "count is 1000.*must be a whole number"), ({"count": "96"}, "count"), ({"count": True}, "count"),
-    ({"count": 0}, "count"), ({"shard": 1}, "84 of 96 shards are missing"), ({"shard": 10 ** 12}, "shard"), ({"kind": "../latents"}, "kind"), ({"kind": 3}, "kind"), ({"classes": "abc"}, "classes"),
-    ({"classes": [1]}, "classes"), ({"mirror": 2}, "mirror"), ({"format": 2}, "has format 2"), ({"format": None}, "has format None"), ({"latent_mean": ["x"]}, "latent_mean"), ({"vocabulary": -1}, "vocabulary")])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"count": 10**9}, "124,999,988 of 125,000,000 shards are missing"),
+        ({"count": 10**30}, "count is 1000.*must be a whole number"),
+        ({"count": "96"}, "count"),
+        ({"count": True}, "count"),
+        ({"count": 0}, "count"),
+        ({"shard": 1}, "84 of 96 shards are missing"),
+        ({"shard": 10**12}, "shard"),
+        ({"kind": "../latents"}, "kind"),
+        ({"kind": 3}, "kind"),
+        ({"classes": "abc"}, "classes"),
+        ({"classes": [1]}, "classes"),
+        ({"mirror": 2}, "mirror"),
+        ({"format": 2}, "has format 2"),
+        ({"format": None}, "has format None"),
+        ({"latent_mean": ["x"]}, "latent_mean"),
+        ({"vocabulary": -1}, "vocabulary"),
+    ],
+)
 def test_what_cache_json_may_say(changes, message, tmp_path):
     """Refused in no time, and before anything is made of a number in it."""
     import tracemalloc
+
     every_build(tmp_path)
     path = tmp_path / "cache.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -573,7 +784,17 @@ def test_what_cache_json_may_say(changes, message, tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", (b"[" * 100_000, b"{", b"null", b"\xff\xfe", b'{"format": ' + b"9" * 5000 + b"}", b'{"format": 1, "count": 1e999}'))
+@pytest.mark.parametrize(
+    "text",
+    (
+        b"[" * 100_000,
+        b"{",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": ' + b"9" * 5000 + b"}",
+        b'{"format": 1, "count": 1e999}',
+    ),
+)
 def test_cache_json_that_is_none(text, tmp_path):
     every_build(tmp_path)
     (tmp_path / "cache.json").write_bytes(text)
@@ -592,8 +813,13 @@ def permuted(tok, levels=(5, 5, 5, 8)):
 def test_other_fsq_levels_are_another_tokenizer(models, tmp_path):
     vae, tok, data = models
     other = permuted(tok)
-    assert cache.tokenizer_hash(other) == cache.tokenizer_hash(tok) and other.fsq.vocabulary == tok.fsq.vocabulary
-    assert not torch.equal(other.tokenize(data.images[:8].float() / 127.5 - 1), tok.tokenize(data.images[:8].float() / 127.5 - 1))
+    assert (
+        cache.tokenizer_hash(other) == cache.tokenizer_hash(tok)
+        and other.fsq.vocabulary == tok.fsq.vocabulary
+    )
+    assert not torch.equal(
+        other.tokenize(data.images[:8].float() / 127.5 - 1), tok.tokenize(data.images[:8].float() / 127.5 - 1)
+    )
     cache_tokens_to(tmp_path, tok, data, progress=False)
     with pytest.raises(ValueError, match="tokenizer_identity: "):
         TokenCache(tmp_path, other)
@@ -608,7 +834,9 @@ def without_identities(folder):
     path.write_text(json.dumps(facts))
     for path in folder.glob("*.safetensors"):
         made, _ = read_header(path)
-        write_shard(path, load_file(path), {k: v for k, v in made.items() if k not in (*cache._LATER, "content")})
+        write_shard(
+            path, load_file(path), {k: v for k, v in made.items() if k not in (*cache._LATER, "content")}
+        )
 
 
 def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
@@ -638,21 +866,46 @@ def test_a_cache_knows_what_it_was_made_of(models, tmp_path):
     keys = torch.tensor([picture_key(x) for x in data.images])
     known = replace(data, keys=keys, rule="one in eight")
     latents = cache_latents_to(tmp_path / "l", vae, known, mirror=True, shard=16, progress=False)
-    tokens, again = cache_tokens_to(tmp_path / "t", tok, latents, shard=20, progress=False), cache_tokens_to(tmp_path / "u", tok, known, progress=False)
+    tokens, again = (
+        cache_tokens_to(tmp_path / "t", tok, latents, shard=20, progress=False),
+        cache_tokens_to(tmp_path / "u", tok, known, progress=False),
+    )
     wanted = learned_from(known)
-    for c in (latents, tokens, again, LatentCache(tmp_path / "l", vae, known), LatentCache(tmp_path / "l", vae, data)):
+    for c in (
+        latents,
+        tokens,
+        again,
+        LatentCache(tmp_path / "l", vae, known),
+        LatentCache(tmp_path / "l", vae, data),
+    ):
         assert torch.equal(c.keys, keys) and torch.equal(c.learned.keys, keys.sort().values)
         assert c.learned.facts == wanted.facts == c.facts["learned"] and c.learned.rule == "one in eight"
-    some = replace(known, images=data.images[40:].repeat(2, 1, 1, 1), labels=data.labels[40:].repeat(2, 1), keys=torch.cat([keys[40:], torch.arange(10)]))
+    some = replace(
+        known,
+        images=data.images[40:].repeat(2, 1, 1, 1),
+        labels=data.labels[40:].repeat(2, 1),
+        keys=torch.cat([keys[40:], torch.arange(10)]),
+    )
     left, said = leave_out_learned(some, {"tokenizer": tokens.learned})
     assert len(left) == 10 and said["tokenizer"]["overlap"] == 10
 
     class Keyed(Drawer):
         rule = "own split"
         keys = torch.arange(50)
+
     source = Keyed(data.images)
-    broken = cache_latents_to(tmp_path / "b", vae, decoded_pictures(source, 32, lambda item, size: item.data), shard=4, progress=False)
-    assert broken.learned.keys.tolist() == [i for i in range(50) if i not in (5, 9)] and broken.learned.rule == "own split" and broken.learned.count == 48
+    broken = cache_latents_to(
+        tmp_path / "b",
+        vae,
+        decoded_pictures(source, 32, lambda item, size: item.data),
+        shard=4,
+        progress=False,
+    )
+    assert (
+        broken.learned.keys.tolist() == [i for i in range(50) if i not in (5, 9)]
+        and broken.learned.rule == "own split"
+        and broken.learned.count == 48
+    )
     nothing = cache_latents_to(tmp_path / "n", vae, data, progress=False)
     assert nothing.learned.keys is None and nothing.learned.rule == "unknown"
     scenes = cache_latents_to(tmp_path / "s", vae, replace(data, rule="scenes"), progress=False)
@@ -665,7 +918,7 @@ def test_keys_are_checked_without_reading_the_rest(models, tmp_path):
     c = cache_latents_to(tmp_path, vae, replace(data, keys=keys, rule="own split"), shard=16, progress=False)
     header = c.headers[1]["keys"]["data_offsets"][0] + c.data[1]
     good = c.paths[1].read_bytes()
-    c.paths[1].write_bytes(good[:header] + bytes([good[header] ^ 1]) + good[header + 1:])
+    c.paths[1].write_bytes(good[:header] + bytes([good[header] ^ 1]) + good[header + 1 :])
     with pytest.raises(DamagedShard, match="latents-00001.*its keys are not those"):
         LatentCache(tmp_path, vae).learned
     c.paths[1].write_bytes(good)
@@ -677,14 +930,22 @@ def test_keys_are_checked_without_reading_the_rest(models, tmp_path):
         made, _ = read_header(path)
         tensors = load_file(path)
         tensors.pop("keys")
-        write_shard(path, tensors, {k: v for k, v in made.items() if k not in ("learned", "keys_content", "content")})
+        write_shard(
+            path, tensors, {k: v for k, v in made.items() if k not in ("learned", "keys_content", "content")}
+        )
     path = tmp_path / "cache.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "learned"}))
     old = LatentCache(tmp_path, vae, replace(data, keys=keys, rule="own split"))
     assert old.learned.rule == "unknown" and old.learned.keys is None and old.learned.count == 50
 
 
-@pytest.mark.parametrize("keys,message", [(lambda a, b: torch.arange(a, b - 1), "must be as many"), (lambda a, b: torch.arange(a, b).float(), "int64")])
+@pytest.mark.parametrize(
+    "keys,message",
+    [
+        (lambda a, b: torch.arange(a, b - 1), "must be as many"),
+        (lambda a, b: torch.arange(a, b).float(), "int64"),
+    ],
+)
 def test_keys_that_are_wrong(keys, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         every_build(tmp_path, load=lambda a, b: (*numbers(a, b), torch.arange(a, b), keys(a, b)))
@@ -692,9 +953,13 @@ def test_keys_that_are_wrong(keys, message, tmp_path):
 
 # --- feeds -----------------------------------------------------------------------------------------------------
 
+
 def test_feeds(models, tmp_path):
     vae, tok, data = models
-    latents, tokens = cache_latents_to(tmp_path / "l", vae, data, shard=16, progress=False), cache_tokens_to(tmp_path / "t", tok, data, progress=False)
+    latents, tokens = (
+        cache_latents_to(tmp_path / "l", vae, data, shard=16, progress=False),
+        cache_tokens_to(tmp_path / "t", tok, data, progress=False),
+    )
     feed, other = latent_batches(latents, 12, seed=3), latent_batches(latents, 12, seed=3)
     batches = [next(feed) for _ in range(9)]
     other.step = 6
@@ -703,14 +968,18 @@ def test_feeds(models, tmp_path):
     epoch = torch.cat([feed.rows(s) for s in range(5)])[:50]
     assert torch.equal(epoch.sort().values, torch.arange(50)), "each item once an epoch"
     means, stds = latents.latents(feed.rows(2))
-    assert torch.equal(next(latent_batches(latents, 12, seed=3, sample=False)), latents.latents(feed.rows(0))[0])
+    assert torch.equal(
+        next(latent_batches(latents, 12, seed=3, sample=False)), latents.latents(feed.rows(0))[0]
+    )
     noise = (batches[2] - means) / stds
-    assert .9 < noise.std() < 1.1 and not torch.equal(noise[0], noise[1])
+    assert 0.9 < noise.std() < 1.1 and not torch.equal(noise[0], noise[1])
     for world, micro in ((2, 1), (1, 3), (2, 2)):
         shares = [part for rank in range(world) for part in other.parts(2, rank, world, micro)]
         assert sum(w for _, w in shares) / world == pytest.approx(1)
         got = torch.cat([b for b, _ in shares])
-        assert torch.equal(got.flatten(1).sum(1).sort().values, batches[2].flatten(1).sum(1).sort().values), "the same latents, whoever draws them"
+        assert torch.equal(got.flatten(1).sum(1).sort().values, batches[2].flatten(1).sum(1).sort().values), (
+            "the same latents, whoever draws them"
+        )
     ids, labels, _ = next(token_batches(tokens, 10, seed=1))
     rows = token_batches(tokens, 10, seed=1).rows(0)
     assert torch.equal(ids, tokens.ids(rows)) and torch.equal(labels, data.labels[rows, 0])
@@ -719,13 +988,20 @@ def test_feeds(models, tmp_path):
 def test_training_reads_caches(models, tmp_path):
     """Stages 1 and 2 train from the disk as from memory: the same losses from the same latents."""
     vae, tok, data = models
-    latents, tokens = cache_latents_to(tmp_path / "l", vae, data, dtype=torch.float32, progress=False), cache_tokens_to(tmp_path / "t", tok, data, progress=False)
-    config = StageConfig(steps=4, batch=6, warmup=1, ema=.5)
+    latents, tokens = (
+        cache_latents_to(tmp_path / "l", vae, data, dtype=torch.float32, progress=False),
+        cache_tokens_to(tmp_path / "t", tok, data, progress=False),
+    )
+    config = StageConfig(steps=4, batch=6, warmup=1, ema=0.5)
     logs = []
     for source in (data, latents):
         torch.manual_seed(0)
         logs.append(fit_tokenizer(FlexTok(tok.config, vae), source, config, progress=False)[1])
     assert [a["tokenizer"] for a in logs[0]] == pytest.approx([b["tokenizer"] for b in logs[1]], rel=1e-5)
-    p = replace(PRESETS["micro"], train_ar=config, ar=replace(PRESETS["micro"].ar, width=32, depth=1, head_dim=16))
+    p = replace(
+        PRESETS["micro"], train_ar=config, ar=replace(PRESETS["micro"].ar, width=32, depth=1, head_dim=16)
+    )
     (model, a), (_, b) = (train_ar(source, tok, p, progress=False) for source in (data, tokens))
-    assert [r["ar"] for r in a] == pytest.approx([r["ar"] for r in b], rel=1e-6) and model.config.classes == len(data.classes)
+    assert [r["ar"] for r in a] == pytest.approx(
+        [r["ar"] for r in b], rel=1e-6
+    ) and model.config.classes == len(data.classes)

@@ -1,4 +1,5 @@
 """What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (room 10)."""
+
 import os
 import subprocess
 import sys
@@ -14,9 +15,17 @@ from torch import nn
 import flextok_edu.evaluate as evaluate
 from flextok_edu.core import EvalConfig, preset
 from flextok_edu.data import ImageSet, Learned, evenly, picture_keys, read_squares
-from flextok_edu.evaluate import LEFT_OVER, PERCEPTUAL, UNKNOWN, compare, evaluate_tokenizer, make_card, trained_how
+from flextok_edu.evaluate import (
+    LEFT_OVER,
+    PERCEPTUAL,
+    UNKNOWN,
+    compare,
+    evaluate_tokenizer,
+    make_card,
+    trained_how,
+)
 
-CONFIG = EvalConfig(images=40, steps=2, guidance=1.)
+CONFIG = EvalConfig(images=40, steps=2, guidance=1.0)
 
 
 class Eyes(nn.Module):
@@ -28,10 +37,15 @@ class Eyes(nn.Module):
 
 class Half(nn.Module):
     """Stands for a tokenizer of 4 tokens that shows every picture in grey, a bit lighter with each token. It knows its living pictures."""
+
     def __init__(self):
         super().__init__()
-        self.config, self.device, self.vae = type("Config", (), {"registers": 4}), torch.device("cpu"), nn.Identity()
-        self.vae.encode, self.vae.decode = (lambda x: x * .9), self.shown
+        self.config, self.device, self.vae = (
+            type("Config", (), {"registers": 4}),
+            torch.device("cpu"),
+            nn.Identity(),
+        )
+        self.vae.encode, self.vae.decode = (lambda x: x * 0.9), self.shown
         self.alive, self.most = 0, 0
 
     def shown(self, pictures):
@@ -46,7 +60,7 @@ class Half(nn.Module):
     def tokenize(self, x):
         return torch.zeros(len(x), 4, dtype=torch.int64)
 
-    def detokenize(self, ids, steps=0, guidance=1., seed=0, first_index=0):
+    def detokenize(self, ids, steps=0, guidance=1.0, seed=0, first_index=0):
         return self.shown(torch.rand(len(ids), 3, 16, 16) * ids.shape[1] / 8)
 
 
@@ -64,26 +78,43 @@ def measured(data, other=None, config=CONFIG, **options):
 
 # --- which pictures -------------------------------------------------------------------------------------------------
 
+
 def test_an_even_spread_is_measured():
     """Forty of four hundred pictures in the order of ten classes: four of each class, not forty of the first."""
     data = in_order(10, 40)
     chosen = evenly(list(range(400)), 40)
     few, rest = evaluate.measured_and_rest(data, 40, 1000)
     assert few.labels[:, 0].bincount().tolist() == [4] * 10 and len(rest) == 360
-    assert measured(data).card["data_hash"] == replace(data, images=data.images[chosen], labels=data.labels[chosen]).hash
+    assert (
+        measured(data).card["data_hash"]
+        == replace(data, images=data.images[chosen], labels=data.labels[chosen]).hash
+    )
     whole, nothing = evaluate.measured_and_rest(data, 400, 1000)
     assert whole is data and len(nothing) == 0
     some = evaluate.measured_and_rest(data, 40, 20)[1]
-    assert some.labels[:, 0].bincount().tolist() == [2] * 10 and not set(map(bytes, some.images.numpy())) & set(map(bytes, few.images.numpy()))
+    assert some.labels[:, 0].bincount().tolist() == [2] * 10 and not set(
+        map(bytes, some.images.numpy())
+    ) & set(map(bytes, few.images.numpy()))
 
 
 def test_the_floor_sees_all_classes():
     """Other pictures in the order of their classes: the floor is as low as for a shuffled set, not as high as for one class."""
     data, other = in_order(10, 4), in_order(10, 40, seed=1)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
-    def floor(some): return next(r["frechet_pixels"] for r in measured(data, some, other_is="training pictures").rows if r["what"] == "real against real")
+
+    def floor(some):
+        return next(
+            r["frechet_pixels"]
+            for r in measured(data, some, other_is="training pictures").rows
+            if r["what"] == "real against real"
+        )
+
     mixed, first = replace(other, images=other.images[order]), replace(other, images=other.images[:40])
-    assert floor(other) < 1.5 * floor(mixed) and floor(first) > 5 * floor(other), (floor(other), floor(mixed), floor(first))
+    assert floor(other) < 1.5 * floor(mixed) and floor(first) > 5 * floor(other), (
+        floor(other),
+        floor(mixed),
+        floor(first),
+    )
 
 
 def test_the_floor_is_held_out_where_it_can_be():
@@ -93,7 +124,9 @@ def test_the_floor_is_held_out_where_it_can_be():
     assert measured(few, other, other_is="training pictures").card["floor"] == "training pictures"
     assert measured(few, other).card["floor"] == UNKNOWN
     alone = measured(few)
-    assert alone.card["floor"].startswith("none") and not any(r["what"] == "real against real" for r in alone.rows)
+    assert alone.card["floor"].startswith("none") and not any(
+        r["what"] == "real against real" for r in alone.rows
+    )
     assert "real against real: training pictures" in str(measured(few, other, other_is="training pictures"))
     assert "real against real: held-out pictures" in str(measured(plenty))
 
@@ -103,8 +136,12 @@ def test_no_pictures_are_kept(monkeypatch):
     largest, real = [], evaluate.from_uint8
     monkeypatch.setattr(evaluate, "from_uint8", lambda x: largest.append(len(x)) or real(x))
     data, tok = in_order(10, 20), Half()
-    report = evaluate_tokenizer(tok, data, in_order(10, 20, seed=1), Eyes(), EvalConfig(images=200, steps=1), batch=10, progress=False)
-    assert max(largest) <= 125 and sum(r["what"] == "tokens" for r in report.rows) == 3, "the floor's features take 125 at a time"
+    report = evaluate_tokenizer(
+        tok, data, in_order(10, 20, seed=1), Eyes(), EvalConfig(images=200, steps=1), batch=10, progress=False
+    )
+    assert max(largest) <= 125 and sum(r["what"] == "tokens" for r in report.rows) == 3, (
+        "the floor's features take 125 at a time"
+    )
     assert tok.most <= 20, f"{tok.most} reconstructions of 200 lived at once"
 
 
@@ -112,8 +149,13 @@ def test_no_pictures_are_kept(monkeypatch):
 def test_scores_take_as_much_memory_whatever_the_size(side, most, monkeypatch):
     """SSIM of 125 pictures of 256 px would take 4 GB: there are fewer at a time."""
     import torchmetrics.functional.image as metrics
+
     seen = []
-    monkeypatch.setattr(metrics, "structural_similarity_index_measure", lambda a, b, **how: seen.append(len(a)) or torch.zeros(len(a)))
+    monkeypatch.setattr(
+        metrics,
+        "structural_similarity_index_measure",
+        lambda a, b, **how: seen.append(len(a)) or torch.zeros(len(a)),
+    )
     x = torch.zeros(130, 3, side, side)
     evaluate.image_scores(x, x)
     assert max(seen) == most and sum(seen) == 130
@@ -121,16 +163,26 @@ def test_scores_take_as_much_memory_whatever_the_size(side, most, monkeypatch):
 
 def test_batches_change_nothing():
     data = in_order(10, 4)
+
     class Mirror(Half):
-        def tokenize(self, x): return (x[:, 0, 0, :4] * 100).long()
-        def detokenize(self, ids, *rest, **more): return (ids.float().mean(1) / 100)[:, None, None, None].expand(-1, 3, 16, 16) * 1.
-    one, two = (evaluate_tokenizer(Mirror(), data, None, Eyes(), CONFIG, batch=b, progress=False) for b in (40, 7))
+        def tokenize(self, x):
+            return (x[:, 0, 0, :4] * 100).long()
+
+        def detokenize(self, ids, *rest, **more):
+            return (ids.float().mean(1) / 100)[:, None, None, None].expand(-1, 3, 16, 16) * 1.0
+
+    one, two = (
+        evaluate_tokenizer(Mirror(), data, None, Eyes(), CONFIG, batch=b, progress=False) for b in (40, 7)
+    )
     assert one.card == two.card
     for a, b in zip(one.rows, two.rows):
-        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a if isinstance(a[k], float))
+        assert a.keys() == b.keys() and all(
+            a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a if isinstance(a[k], float)
+        )
 
 
 # --- what a card says -----------------------------------------------------------------------------------------------
+
 
 def averaged(p, ema, *parts):
     return replace(p, **{f"train_{part}": replace(getattr(p, f"train_{part}"), ema=ema) for part in parts})
@@ -139,16 +191,33 @@ def averaged(p, ema, *parts):
 def test_how_the_models_were_trained():
     """From the presets they were trained with: micro's VAE had EfficientNet and a critic, tiny's nothing but pixels; averages where there were some."""
     micro, tiny = preset("micro"), preset("tiny")
-    assert trained_how(vae=micro, tokenizer=micro) == {"weights_are": "EMA", "vae_trained_against": f"{PERCEPTUAL} and a critic"}
+    assert trained_how(vae=micro, tokenizer=micro) == {
+        "weights_are": "EMA",
+        "vae_trained_against": f"{PERCEPTUAL} and a critic",
+    }
     assert trained_how(vae=tiny, tokenizer=tiny)["vae_trained_against"] == "nothing but pixels"
-    critic = replace(tiny, vae_loss=replace(tiny.vae_loss, adversarial=.1, adversarial_start=.5))
+    critic = replace(tiny, vae_loss=replace(tiny.vae_loss, adversarial=0.1, adversarial_start=0.5))
     assert trained_how(vae=critic)["vae_trained_against"] == "a critic"
-    assert trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, perceptual=1.)))["vae_trained_against"] == f"{PERCEPTUAL} and a critic"
-    assert trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, adversarial_start=1.)))["vae_trained_against"] == "nothing but pixels"
-    last = averaged(micro, 0., "vae", "tokenizer")
+    assert (
+        trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, perceptual=1.0)))[
+            "vae_trained_against"
+        ]
+        == f"{PERCEPTUAL} and a critic"
+    )
+    assert (
+        trained_how(vae=replace(critic, vae_loss=replace(critic.vae_loss, adversarial_start=1.0)))[
+            "vae_trained_against"
+        ]
+        == "nothing but pixels"
+    )
+    last = averaged(micro, 0.0, "vae", "tokenizer")
     assert trained_how(vae=last, tokenizer=last)["weights_are"] == "of the last step"
     assert trained_how(vae=last, tokenizer=micro)["weights_are"] == "vae of the last step, tokenizer EMA"
-    assert trained_how(vae=None, tokenizer=None) == trained_how() == {"weights_are": "unknown", "vae_trained_against": "unknown"}
+    assert (
+        trained_how(vae=None, tokenizer=None)
+        == trained_how()
+        == {"weights_are": "unknown", "vae_trained_against": "unknown"}
+    )
     assert "unknown" in trained_how(vae=None, tokenizer=micro)["weights_are"]
 
 
@@ -156,6 +225,7 @@ def test_the_perceptual_features_are_those():
     """The card names the blocks that the loss reads by default."""
     import inspect
     from flextok_edu.features import Lite0
+
     after = inspect.signature(Lite0.maps).parameters["after"].default
     assert PERCEPTUAL == f"{Lite0.name.split('/')[0]} blocks {' and '.join(map(str, after))}"
 
@@ -163,12 +233,32 @@ def test_the_perceptual_features_are_those():
 def test_nothing_is_assumed():
     """A card that nobody helped knows neither crop nor training, and has no conditions of samples that were not drawn."""
     card = measured(in_order(10, 4)).card
-    assert card["weights_are"] == card["vae_trained_against"] == "unknown" and card["crop"].startswith("unknown")
+    assert card["weights_are"] == card["vae_trained_against"] == "unknown" and card["crop"].startswith(
+        "unknown"
+    )
     assert card["learned"] == {"vae": UNKNOWN, "tokenizer": UNKNOWN}
     assert not {"samples", "ar_guidance", "temperature"} & set(card)
-    known = make_card(in_order(2, 4), [Eyes()], CONFIG, 0, {"learned": {"vae": {"rule": "one in eight", "count": 7}}, "device": "cpu"}, vae=nn.Linear(1, 1), tokenizer=nn.Linear(1, 1), ar=nn.Linear(1, 1), extractor=Eyes())
-    assert known["learned"] == {"vae": {"rule": "one in eight", "count": 7}, "tokenizer": UNKNOWN, "ar": UNKNOWN} and known["device"] == "cpu"
-    assert known["samples"] == CONFIG.samples and set(known["weights"]) == {"vae", "tokenizer", "ar", "extractor"}
+    known = make_card(
+        in_order(2, 4),
+        [Eyes()],
+        CONFIG,
+        0,
+        {"learned": {"vae": {"rule": "one in eight", "count": 7}}, "device": "cpu"},
+        vae=nn.Linear(1, 1),
+        tokenizer=nn.Linear(1, 1),
+        ar=nn.Linear(1, 1),
+        extractor=Eyes(),
+    )
+    assert (
+        known["learned"] == {"vae": {"rule": "one in eight", "count": 7}, "tokenizer": UNKNOWN, "ar": UNKNOWN}
+        and known["device"] == "cpu"
+    )
+    assert known["samples"] == CONFIG.samples and set(known["weights"]) == {
+        "vae",
+        "tokenizer",
+        "ar",
+        "extractor",
+    }
     scenes = replace(in_order(2, 4), scenes=True)
     assert make_card(scenes, [Eyes()], CONFIG, 0)["crop"] == "as rendered"
 
@@ -176,20 +266,32 @@ def test_nothing_is_assumed():
 def test_learned_is_laid_side_by_side(tmp_path):
     """What the parts learned from survives a file, and a comparison shows where it differs, without refusing to rank."""
     data = in_order(10, 4)
-    one, two = (measured(data, facts={"learned": {"vae": {"rule": rule, "count": 5}, "tokenizer": "unknown: no record"}}) for rule in ("scenes", "one in eight"))
+    one, two = (
+        measured(
+            data, facts={"learned": {"vae": {"rule": rule, "count": 5}, "tokenizer": "unknown: no record"}}
+        )
+        for rule in ("scenes", "one in eight")
+    )
     one.save(tmp_path)
     assert evaluate.load_report(tmp_path) == one
     found = compare(tmp_path, two)
-    assert "· learned.vae.rule" in str(found) and "learned.vae.count" not in str(found) and not found.mismatches("mae")
+    assert (
+        "· learned.vae.rule" in str(found)
+        and "learned.vae.count" not in str(found)
+        and not found.mismatches("mae")
+    )
 
 
 # --- a folder divided by a model's record ---------------------------------------------------------------------------
+
 
 def a_folder(place, count=12):
     """Pictures by name; 10.png has the pixels of 0.png in another file, and 11.png is the same file as 5.png."""
     place.mkdir()
     for i in range(count - 2):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(place / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(
+            place / f"{i}.png"
+        )
     with Image.open(place / "0.png") as image:
         image.save(place / "10.png", compress_level=0)
     (place / "11.png").write_bytes((place / "5.png").read_bytes())
@@ -202,10 +304,25 @@ def test_split_by_record(tmp_path):
     keys = picture_keys([place / f"{i}.png" for i in (10, 3, 4)]).sort().values  # 10.png, and not 0.png
     learned = Learned("by hand", "three files", 3, "0", keys)
     train, val = evaluate.split_by_record(place, 8, learned, progress=False)
-    def names(part): return {bytes(x.numpy()) for x in part.images}
-    whole = {i: bytes(x.numpy()) for i, x in enumerate(read_squares([place / f"{i}.png" for i in range(12)], 8, False)[0])}
-    assert names(train) == {whole[i] for i in (0, 3, 4)} and len(train) == 3 and names(val) == {whole[i] for i in (1, 2, 5, 6, 7, 8, 9)} and len(val) == 7
-    assert val.rule == "by hand" and val.labels.shape == (7, 1) and "7 of 10 different pictures in 12 files" in val.source
+
+    def names(part):
+        return {bytes(x.numpy()) for x in part.images}
+
+    whole = {
+        i: bytes(x.numpy())
+        for i, x in enumerate(read_squares([place / f"{i}.png" for i in range(12)], 8, False)[0])
+    }
+    assert (
+        names(train) == {whole[i] for i in (0, 3, 4)}
+        and len(train) == 3
+        and names(val) == {whole[i] for i in (1, 2, 5, 6, 7, 8, 9)}
+        and len(val) == 7
+    )
+    assert (
+        val.rule == "by hand"
+        and val.labels.shape == (7, 1)
+        and "7 of 10 different pictures in 12 files" in val.source
+    )
     other = evaluate.split_by_record(place, 8, learned, seed=1, progress=False)[1]
     assert names(other) == names(val) and not torch.equal(other.images, val.images)
     with pytest.raises(ValueError, match="no list"):
@@ -216,17 +333,23 @@ def test_split_by_record(tmp_path):
 
 # --- labels are text --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, of a glyph that it does not have
-@pytest.mark.parametrize("name", ("$5_to_$10/x", "\\frac{/x", "a^{b_$c$", "中文/x", "caf\udce9/x", "two\nlines/x"))
+@pytest.mark.parametrize(
+    "name", ("$5_to_$10/x", "\\frac{/x", "a^{b_$c$", "中文/x", "caf\udce9/x", "two\nlines/x")
+)
 def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
     """In the figure, in the table and in a comparison: no mathematics, no line of its own, nothing that cannot be written."""
     import matplotlib.pyplot as plt
+
     monkeypatch.setattr(Eyes, "name", name)
     report = measured(in_order(10, 4))
     figure = evaluate.plot_report(report)
     figure.savefig(tmp_path / "quality.png")
     titles = [ax.title for ax in figure.axes]
-    assert not any(t.get_parse_math() for t in titles) and any("x" in t.get_text() or "c$" in t.get_text() for t in titles)
+    assert not any(t.get_parse_math() for t in titles) and any(
+        "x" in t.get_text() or "c$" in t.get_text() for t in titles
+    )
     plt.close(figure)
     for text in (str(report), str(compare(report, report))):
         text.encode("utf-8")
@@ -235,6 +358,7 @@ def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
 
 def test_one_score_is_drawn_too():
     import matplotlib.pyplot as plt
+
     report = measured(in_order(10, 4))
     rows = [{k: v for k, v in row.items() if k in ("what", "tokens", "n", "mae")} for row in report.rows]
     plt.close(evaluate.plot_report(replace(report, rows=rows)))
@@ -252,5 +376,10 @@ def test_compare_on_any_terminal(encoding, tmp_path):
     except (OSError, UnicodeError):
         pytest.skip("this file system cannot hold the name")
     run = "import sys; from flextok_edu.evaluate import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
-    found = subprocess.run([sys.executable, "-c", run, there, there], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-c", run, there, there],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=120,
+    )
     assert found.returncode == 0 and b"mae, tokens" in found.stdout, found.stderr[-500:]

@@ -1,4 +1,5 @@
 """The commands: end to end at micro, stopped and started again, and given nonsense."""
+
 import importlib
 import json
 import os
@@ -26,8 +27,23 @@ from flextok_edu.vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--train-images", "40", "--device", "cpu"]
-TINY = DATA + ["--compile", "off", "--set", "evaluate.images=12", "evaluate.samples=12", "train_vae.batch=8", "train_tokenizer.batch=8", "train_ar.batch=8", "vae.channels=16,16", "vae.groups=4",
-               "tokenizer.encoder.width=64", "tokenizer.decoder.width=64", "tokenizer.decoder.depth=2", "ar.width=64", "ar.depth=1"]
+TINY = DATA + [
+    "--compile",
+    "off",
+    "--set",
+    "evaluate.images=12",
+    "evaluate.samples=12",
+    "train_vae.batch=8",
+    "train_tokenizer.batch=8",
+    "train_ar.batch=8",
+    "vae.channels=16,16",
+    "vae.groups=4",
+    "tokenizer.encoder.width=64",
+    "tokenizer.decoder.width=64",
+    "tokenizer.decoder.depth=2",
+    "ar.width=64",
+    "ar.depth=1",
+]
 
 
 def call(name, *argv):
@@ -63,7 +79,9 @@ def pictures(tmp_path_factory):
     root, data = tmp_path_factory.mktemp("pictures"), ToyScenes("train", 64, 1, seed=1, length=24)
     for i in range(24):
         (root / ("day", "night")[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(np.array(draw(data.scene(i), 40 + 3 * i))).save(root / ("day", "night")[i % 2] / f"{i}.png")
+        Image.fromarray(np.array(draw(data.scene(i), 40 + 3 * i))).save(
+            root / ("day", "night")[i % 2] / f"{i}.png"
+        )
     return root
 
 
@@ -72,6 +90,7 @@ def weights(folder):
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
+
 
 def test_every_number_of_every_preset_can_be_set():
     p = preset("micro")
@@ -84,10 +103,24 @@ def test_every_number_of_every_preset_can_be_set():
     assert override(p, json.loads(json.dumps(asdict(p)))) == p, "what json gives back is the same preset"
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("train_tokenizer.learning_rate=1", "there is no setting 'train_tokenizer.learning_rate'"), ("tokeniser.registers=8", "did you mean tokenizer.registers"), ("registers=8", "did you mean tokenizer.registers"),
-    ("train_vae.stepz=8", "did you mean train_vae.steps"), ("tokenizer.registers=many", "must be int"), ("train_vae.steps=1.5", "must be int"), ("train_vae.lr=nan", "must be float"), ("vae.attention=1", "must be bool"),
-    ("vae=3", "is a group"), ("image_size.x=3", "there is no setting"), ("tokenizer.levels=8,x", "must be int"), ("train_vae.steps", "name=value"), ("=3", "name=value")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("train_tokenizer.learning_rate=1", "there is no setting 'train_tokenizer.learning_rate'"),
+        ("tokeniser.registers=8", "did you mean tokenizer.registers"),
+        ("registers=8", "did you mean tokenizer.registers"),
+        ("train_vae.stepz=8", "did you mean train_vae.steps"),
+        ("tokenizer.registers=many", "must be int"),
+        ("train_vae.steps=1.5", "must be int"),
+        ("train_vae.lr=nan", "must be float"),
+        ("vae.attention=1", "must be bool"),
+        ("vae=3", "is a group"),
+        ("image_size.x=3", "there is no setting"),
+        ("tokenizer.levels=8,x", "must be int"),
+        ("train_vae.steps", "name=value"),
+        ("=3", "name=value"),
+    ],
+)
 def test_settings_that_are_none(text, expected):
     with pytest.raises(UsageError, match=expected):
         override(preset("micro"), parse_settings((text,)))
@@ -95,18 +128,35 @@ def test_settings_that_are_none(text, expected):
 
 def test_a_config_of_ones_own(tmp_path, capsys):
     file = tmp_path / "mine.json"
-    file.write_text(json.dumps({"options": {"seed": 3}, "preset": {"name": "micro", "train_vae": {"lr": 1, "steps": 2}}}))
+    file.write_text(
+        json.dumps({"options": {"seed": 3}, "preset": {"name": "micro", "train_vae": {"lr": 1, "steps": 2}}})
+    )
     found = read_settings(file)
-    assert found.options["seed"] == 3 and found.preset.train_vae.lr == 1. and type(found.preset.train_vae.lr) is float and found.preset.train_vae.batch == preset("micro").train_vae.batch
-    options, base = commands.command_line(commands.TrainOptions, "flextok_train", ["vae", "--config", str(file), "--seed", "4"])
+    assert (
+        found.options["seed"] == 3
+        and found.preset.train_vae.lr == 1.0
+        and type(found.preset.train_vae.lr) is float
+        and found.preset.train_vae.batch == preset("micro").train_vae.batch
+    )
+    options, base = commands.command_line(
+        commands.TrainOptions, "flextok_train", ["vae", "--config", str(file), "--seed", "4"]
+    )
     assert options.seed == 4 and base == found.preset, "the command line goes before the file"
-    for text, expected in (('{"option": {}}', "did you mean options"), ('{"options": {"sede": 1}}', "did you mean seed"), ('{"options": {"seed": "x"}}', "must be int"), ('{"preset": {"train_vae": {"lrr": 1}}}', "did you mean train_vae.lr"),
-                           ("{", "no json"), ("[]", "must hold an object"), ('{"command": "flextok_cache latents"}', "is of flextok_cache latents")):
+    for text, expected in (
+        ('{"option": {}}', "did you mean options"),
+        ('{"options": {"sede": 1}}', "did you mean seed"),
+        ('{"options": {"seed": "x"}}', "must be int"),
+        ('{"preset": {"train_vae": {"lrr": 1}}}', "did you mean train_vae.lr"),
+        ("{", "no json"),
+        ("[]", "must hold an object"),
+        ('{"command": "flextok_cache latents"}', "is of flextok_cache latents"),
+    ):
         file.write_text(text)
         refused(capsys, 2, expected, "train", "vae", "--config", file)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
+
 
 def test_models_open_as_a_user_opens_them(trained):
     vae, tok = VAE.from_pretrained(trained / "vae"), FlexTok.from_pretrained(trained / "tok")
@@ -119,7 +169,10 @@ def test_models_open_as_a_user_opens_them(trained):
 def test_a_run_from_its_own_json_gives_the_same_weights(trained, tmp_path, stage, capsys):
     assert call("train", "--config", trained / stage / "run.json", "--out", tmp_path / "again") == 0
     assert weights(tmp_path / "again") == weights(trained / stage)
-    assert call("train", "--config", tmp_path / "again" / "run.json", "--out", tmp_path / "again") == 0 and "finished before" in capsys.readouterr().out
+    assert (
+        call("train", "--config", tmp_path / "again" / "run.json", "--out", tmp_path / "again") == 0
+        and "finished before" in capsys.readouterr().out
+    )
 
 
 def test_another_run_in_the_same_folder(trained, tmp_path, capsys):
@@ -129,7 +182,9 @@ def test_another_run_in_the_same_folder(trained, tmp_path, capsys):
     refused(capsys, 1, "preset.train_vae.steps: 2 then, 3 now", "train", *argv, "--steps", 3)
     refused(capsys, 1, "seed: 0 then, 1 now", "train", *argv, "--steps", 2, "--seed", 1)
     assert call("train", *argv, "--steps", 3, "--fresh") == 0
-    assert weights(tmp_path / "vae.old-1") == first and weights(tmp_path / "vae") != first, "put aside, not deleted"
+    assert weights(tmp_path / "vae.old-1") == first and weights(tmp_path / "vae") != first, (
+        "put aside, not deleted"
+    )
 
 
 PROGRAM = "import sys; from flextok_edu.commands import train_main; train_main(sys.argv[1:])"
@@ -150,19 +205,39 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
     """SIGTERM at a random moment of the training; the same command again; the weights of a run that nobody disturbed."""
     argv = ["tokenizer", "--vae", trained / "vae", "--steps", 40, *TINY]
     assert call("train", *argv, "--out", tmp_path / "calm") == 0
-    child = subprocess.Popen([sys.executable, "-c", LOUD, *map(str, argv), "--out", str(tmp_path / "hard")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOUD, *map(str, argv), "--out", str(tmp_path / "hard")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert "40 steps of 8" in child.stdout.readline() and child.stdout.readline() == "in training\n"
-    time.sleep(float(np.random.uniform(0., .8)))
+    time.sleep(float(np.random.uniform(0.0, 0.8)))
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=300)
     if child.returncode:  # else it was faster than we
-        assert child.returncode == 143 and "the same command goes on from there" in err and "Traceback" not in err, err
-        assert list((tmp_path / "hard" / "checkpoints").iterdir()) and not (tmp_path / "hard" / "config.json").exists()
+        assert (
+            child.returncode == 143
+            and "the same command goes on from there" in err
+            and "Traceback" not in err
+        ), err
+        assert (
+            list((tmp_path / "hard" / "checkpoints").iterdir())
+            and not (tmp_path / "hard" / "config.json").exists()
+        )
         capsys.readouterr()
         assert call("train", *argv, "--out", tmp_path / "hard") == 0
         assert "goes on after step" in capsys.readouterr().out
     assert weights(tmp_path / "hard") == weights(tmp_path / "calm")
-    assert [{k: r[k] for k in ("step", "tokenizer")} for r in json.loads((tmp_path / "hard" / "log.json").read_text())] == [{k: r[k] for k in ("step", "tokenizer")} for r in json.loads((tmp_path / "calm" / "log.json").read_text())]
+    assert [
+        {k: r[k] for k in ("step", "tokenizer")}
+        for r in json.loads((tmp_path / "hard" / "log.json").read_text())
+    ] == [
+        {k: r[k] for k in ("step", "tokenizer")}
+        for r in json.loads((tmp_path / "calm" / "log.json").read_text())
+    ]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -170,22 +245,42 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
 def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
     """In the third step, from inside: the signal arrives while the loop runs."""
     real, count = commands.Told.parts, []
+
     def parts(self, step):
         count.append(step)
         if len(count) == 4:
             os.kill(os.getpid(), number)
         return real(self, step)
+
     monkeypatch.setattr(commands.Told, "parts", parts)
     argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
     refused(capsys, status, "the same command goes on", "train", *argv)
     monkeypatch.undo()
     assert call("train", *argv) == 0 and "goes on after step" in capsys.readouterr().out
     before = signal.getsignal(signal.SIGTERM)
-    assert before in (signal.SIG_DFL, None) or before.__module__ != "flextok_edu.commands", "the handler is put back"
+    assert before in (signal.SIG_DFL, None) or before.__module__ != "flextok_edu.commands", (
+        "the handler is put back"
+    )
 
 
 def test_micro_batches_and_recomputing_make_the_same_step(trained, tmp_path):
-    assert call("train", "tokenizer", "--vae", trained / "vae", "--out", tmp_path / "tok", "--steps", 4, "--micro", 2, "--recompute", *TINY) == 0
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--vae",
+            trained / "vae",
+            "--out",
+            tmp_path / "tok",
+            "--steps",
+            4,
+            "--micro",
+            2,
+            "--recompute",
+            *TINY,
+        )
+        == 0
+    )
     a, b = (FlexTok.from_pretrained(f).own_state() for f in (trained / "tok", tmp_path / "tok"))
     assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < 1e-2
 
@@ -200,72 +295,285 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
     ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), 2)
     with pytest.raises(ValueError, match="its tokens would mean nothing"):
         FlexTok.from_pretrained(trained / "tok", vae=new)
-    assert torch.equal(with_decoder(tok, new).tokenize(images), ids) and not torch.equal(tok.detokenize(ids, 2), picture)
+    assert torch.equal(with_decoder(tok, new).tokenize(images), ids) and not torch.equal(
+        tok.detokenize(ids, 2), picture
+    )
     tok.save_pretrained(tmp_path / "tok")
     assert torch.equal(FlexTok.from_pretrained(tmp_path / "tok", vae=new).tokenize(images), ids)
     shifted = VAE.from_pretrained(tmp_path / "vae")
     shifted.latent_std *= 2
     with pytest.raises(ValueError, match="makes other latents: latent_std"):
         with_decoder(tok, shifted)
-    refused(capsys, 1, "the VAE to go on with", "train", "vae", "--vae", trained / "vae", "--out", tmp_path / "other", "--steps", 3, *TINY, "vae.layers=2")
+    refused(
+        capsys,
+        1,
+        "the VAE to go on with",
+        "train",
+        "vae",
+        "--vae",
+        trained / "vae",
+        "--out",
+        tmp_path / "other",
+        "--steps",
+        3,
+        *TINY,
+        "vae.layers=2",
+    )
 
 
 def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path, capsys):
     """`--part both` for the VAE, then `--tokenizer` beside `--vae`: begun from the old weights, ids of the new latents, and written down so."""
-    argv = ["--data", pictures, "--seed", 1, "--steps", 3, *TINY[2:]]  # another seed: what began anew would be far from the old weights
+    argv = [
+        "--data",
+        pictures,
+        "--seed",
+        1,
+        "--steps",
+        3,
+        *TINY[2:],
+    ]  # another seed: what began anew would be far from the old weights
+
     def near(new, old):  # by a small part of the way to a new one
         torch.manual_seed(1)
         fresh = type(old)(old.config)
-        far = lambda m: sum(float((w - dict(old.named_parameters())[n]).detach().square().sum()) for n, w in m.named_parameters() if n in dict(old.named_parameters()))
-        return far(new) < .1 * far(fresh)
-    assert call("train", "vae", "--vae", trained / "vae", "--part", "both", "--out", tmp_path / "vae", *argv) == 0
+        far = lambda m: sum(
+            float((w - dict(old.named_parameters())[n]).detach().square().sum())
+            for n, w in m.named_parameters()
+            if n in dict(old.named_parameters())
+        )
+        return far(new) < 0.1 * far(fresh)
+
+    assert (
+        call("train", "vae", "--vae", trained / "vae", "--part", "both", "--out", tmp_path / "vae", *argv)
+        == 0
+    )
     old, new = (VAE.from_pretrained(f) for f in (trained / "vae", tmp_path / "vae"))
     moved = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
     assert {"latent_mean", "latent_std", "encoder.conv_in.weight", "decoder.latents_in.weight"} <= moved
     assert near(new, old)
 
-    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv) == 0
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--tokenizer",
+            trained / "tok",
+            "--vae",
+            tmp_path / "vae",
+            "--part",
+            "both",
+            "--out",
+            tmp_path / "both",
+            *argv,
+        )
+        == 0
+    )
     tok = FlexTok.from_pretrained(tmp_path / "both")
     first = FlexTok.from_pretrained(trained / "tok")
     tok.vae, its = None, tok.vae
     first.vae = None
-    assert weights_hash(its) == weights_hash(new) and near(tok, first) and weights_hash(tok) != weights_hash(first)
+    assert (
+        weights_hash(its) == weights_hash(new)
+        and near(tok, first)
+        and weights_hash(tok) != weights_hash(first)
+    )
     recipe = json.loads((tmp_path / "both" / "run.json").read_text())["recipe"]
-    assert recipe["part"] == "both" and recipe["begun_from"] == weights_hash(FlexTok.from_pretrained(trained / "tok").own_state())
+    assert recipe["part"] == "both" and recipe["begun_from"] == weights_hash(
+        FlexTok.from_pretrained(trained / "tok").own_state()
+    )
     capsys.readouterr()
-    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv) == 0
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--tokenizer",
+            trained / "tok",
+            "--vae",
+            tmp_path / "vae",
+            "--part",
+            "both",
+            "--out",
+            tmp_path / "both",
+            *argv,
+        )
+        == 0
+    )
     assert "finished before" in capsys.readouterr().out
 
-    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "decoder", *argv) == 0
+    assert (
+        call("train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "decoder", *argv) == 0
+    )
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     before, after = FlexTok.from_pretrained(trained / "tok"), FlexTok.from_pretrained(tmp_path / "decoder")
     assert torch.equal(before.tokenize(images), after.tokenize(images)), "the decoder alone: ids stay"
-    assert not torch.equal(before.detokenize(before.tokenize(images), 2), after.detokenize(after.tokenize(images), 2))
-    refused(capsys, 1, "makes other latents", "train", "tokenizer", "--tokenizer", trained / "tok", "--vae", tmp_path / "vae", "--out", tmp_path / "x", *argv)
-    refused(capsys, 2, "--part encoder", "train", "tokenizer", "--tokenizer", trained / "tok", "--part", "encoder", "--out", tmp_path / "x", *argv)
-    for stage, other in (("vae", []), ("tokenizer", ["--vae", trained / "vae"]), ("ar", ["--tokenizer", trained / "tok"])):
-        refused(capsys, 2, "--part both: say which", "train", stage, *other, "--part", "both", "--out", tmp_path / "x", *argv)
-    refused(capsys, 1, "the tokenizer to go on with", "train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv, "tokenizer.decoder.depth=1")
-    refused(capsys, 1, "holds another run (begun_from", "train", "tokenizer", "--tokenizer", tmp_path / "decoder", "--vae", tmp_path / "vae", "--part", "both", "--out", tmp_path / "both", *argv)
+    assert not torch.equal(
+        before.detokenize(before.tokenize(images), 2), after.detokenize(after.tokenize(images), 2)
+    )
+    refused(
+        capsys,
+        1,
+        "makes other latents",
+        "train",
+        "tokenizer",
+        "--tokenizer",
+        trained / "tok",
+        "--vae",
+        tmp_path / "vae",
+        "--out",
+        tmp_path / "x",
+        *argv,
+    )
+    refused(
+        capsys,
+        2,
+        "--part encoder",
+        "train",
+        "tokenizer",
+        "--tokenizer",
+        trained / "tok",
+        "--part",
+        "encoder",
+        "--out",
+        tmp_path / "x",
+        *argv,
+    )
+    for stage, other in (
+        ("vae", []),
+        ("tokenizer", ["--vae", trained / "vae"]),
+        ("ar", ["--tokenizer", trained / "tok"]),
+    ):
+        refused(
+            capsys,
+            2,
+            "--part both: say which",
+            "train",
+            stage,
+            *other,
+            "--part",
+            "both",
+            "--out",
+            tmp_path / "x",
+            *argv,
+        )
+    refused(
+        capsys,
+        1,
+        "the tokenizer to go on with",
+        "train",
+        "tokenizer",
+        "--tokenizer",
+        trained / "tok",
+        "--out",
+        tmp_path / "x",
+        *argv,
+        "tokenizer.decoder.depth=1",
+    )
+    refused(
+        capsys,
+        1,
+        "holds another run (begun_from",
+        "train",
+        "tokenizer",
+        "--tokenizer",
+        tmp_path / "decoder",
+        "--vae",
+        tmp_path / "vae",
+        "--part",
+        "both",
+        "--out",
+        tmp_path / "both",
+        *argv,
+    )
 
 
 def test_an_ar_model_goes_on(trained, tmp_path, capsys):
     """On its own ids, or on those of another tokenizer; begun from the trained weights, which stay what they are."""
     argv = ["--steps", 2, *TINY]
-    assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--part", "both", "--out", tmp_path / "other", *argv) == 0
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--tokenizer",
+            trained / "tok",
+            "--part",
+            "both",
+            "--out",
+            tmp_path / "other",
+            *argv,
+        )
+        == 0
+    )
     for name, tok in (("same", trained / "tok"), ("moved", tmp_path / "other")):
         was = weights(trained / "ar")
-        assert call("train", "ar", "--ar", trained / "ar", "--tokenizer", tok, "--out", tmp_path / name, *argv) == 0
+        assert (
+            call("train", "ar", "--ar", trained / "ar", "--tokenizer", tok, "--out", tmp_path / name, *argv)
+            == 0
+        )
         facts = json.loads((tmp_path / name / "run.json").read_text())["recipe"]
-        assert facts["begun_from"] == was == weights(trained / "ar") and facts["after"] == weights_hash(FlexTok.from_pretrained(tok))
+        assert facts["begun_from"] == was == weights(trained / "ar") and facts["after"] == weights_hash(
+            FlexTok.from_pretrained(tok)
+        )
         check_tokenizer(ARModel.from_pretrained(tmp_path / name), FlexTok.from_pretrained(tok))
         assert call("train", "ar", "--tokenizer", tok, "--out", tmp_path / f"{name}_anew", *argv) == 0
         first = lambda folder: json.loads((folder / "log.json").read_text())[0]["ar"]
-        assert first(tmp_path / name) < first(tmp_path / f"{name}_anew"), "what it knew helps from the first step"
-    refused(capsys, 2, "learns nothing from an AR model", "train", "vae", "--ar", trained / "ar", "--out", tmp_path / "x", *argv)
-    refused(capsys, 2, "has no parts", "train", "ar", "--ar", trained / "ar", "--part", "both", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv)
-    refused(capsys, 1, "the AR model to go on with", "train", "ar", "--ar", trained / "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "x", *argv, "ar.depth=2")
-    refused(capsys, 1, "holds another run (begun_from", "train", "ar", "--tokenizer", trained / "tok", "--out", tmp_path / "same", *argv)
+        assert first(tmp_path / name) < first(tmp_path / f"{name}_anew"), (
+            "what it knew helps from the first step"
+        )
+    refused(
+        capsys,
+        2,
+        "learns nothing from an AR model",
+        "train",
+        "vae",
+        "--ar",
+        trained / "ar",
+        "--out",
+        tmp_path / "x",
+        *argv,
+    )
+    refused(
+        capsys,
+        2,
+        "has no parts",
+        "train",
+        "ar",
+        "--ar",
+        trained / "ar",
+        "--part",
+        "both",
+        "--tokenizer",
+        trained / "tok",
+        "--out",
+        tmp_path / "x",
+        *argv,
+    )
+    refused(
+        capsys,
+        1,
+        "the AR model to go on with",
+        "train",
+        "ar",
+        "--ar",
+        trained / "ar",
+        "--tokenizer",
+        trained / "tok",
+        "--out",
+        tmp_path / "x",
+        *argv,
+        "ar.depth=2",
+    )
+    refused(
+        capsys,
+        1,
+        "holds another run (begun_from",
+        "train",
+        "ar",
+        "--tokenizer",
+        trained / "tok",
+        "--out",
+        tmp_path / "same",
+        *argv,
+    )
 
 
 def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
@@ -275,13 +583,20 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
     argv = ["--part", "both", "--steps", 2, *TINY]
     assert call("train", "tokenizer", "--tokenizer", trained / "tok", "--out", tmp_path / "a", *argv) == 0
     for last, name in ("ab", "bc"):
-        assert call("train", "tokenizer", "--tokenizer", tmp_path / last, "--out", tmp_path / name, *argv) == 0
+        assert (
+            call("train", "tokenizer", "--tokenizer", tmp_path / last, "--out", tmp_path / name, *argv) == 0
+        )
     tool.assemble([tmp_path / name for name in "abc"], tmp_path / "all")
     assert weights(tmp_path / "all") == weights(tmp_path / "c") != weights(tmp_path / "b")
-    held = lambda name: weights_hash(FlexTok.from_pretrained(tmp_path / name))  # of the file, whatever config.json says
+    held = lambda name: weights_hash(
+        FlexTok.from_pretrained(tmp_path / name)
+    )  # of the file, whatever config.json says
     assert held("all") == held("c") != held("b")
     read = lambda name: json.loads((tmp_path / "all" / name).read_text())
-    assert [r["step"] for r in read("log.json")] == [*range(6)] and (read("config.json")["stage"]["steps"], read("config.json")["stage"]["of_which_later_trainings"]) == (6, 4)
+    assert [r["step"] for r in read("log.json")] == [*range(6)] and (
+        read("config.json")["stage"]["steps"],
+        read("config.json")["stage"]["of_which_later_trainings"],
+    ) == (6, 4)
     assert read("run.json")["command"].count("2 steps, lr") == 2
     assert read("run.json")["recipe"]["begun_from"] == weights(trained / "tok")
 
@@ -292,24 +607,71 @@ def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
     tool, runs = importlib.import_module("ship_tiny"), tmp_path / "runs"
     for name, source in (("vae", "vae"), ("tokenizer", "tok"), ("classifier", "ar")):
         shutil.copytree(trained / source, runs / name)
-    for name, *argv in (("vae2", "vae", "--vae", runs / "vae", "--steps", 3), ("vae3", "vae", "--vae", runs / "vae2", "--part", "both", "--steps", 2), ("vae4", "vae", "--vae", runs / "vae3", "--steps", 1),
-                        ("tokenizer2", "tokenizer", "--tokenizer", runs / "tokenizer", "--vae", runs / "vae3", "--part", "both", "--steps", 2), ("ar", "ar", "--tokenizer", runs / "tokenizer2", "--steps", 2),
-                        ("tokenizer3", "tokenizer", "--tokenizer", runs / "tokenizer2", "--steps", 3), ("tokenizer4", "tokenizer", "--tokenizer", runs / "tokenizer3", "--part", "both", "--steps", 2),
-                        ("ar2", "ar", "--ar", runs / "ar", "--tokenizer", runs / "tokenizer4", "--steps", 1)):
+    for name, *argv in (
+        ("vae2", "vae", "--vae", runs / "vae", "--steps", 3),
+        ("vae3", "vae", "--vae", runs / "vae2", "--part", "both", "--steps", 2),
+        ("vae4", "vae", "--vae", runs / "vae3", "--steps", 1),
+        (
+            "tokenizer2",
+            "tokenizer",
+            "--tokenizer",
+            runs / "tokenizer",
+            "--vae",
+            runs / "vae3",
+            "--part",
+            "both",
+            "--steps",
+            2,
+        ),
+        ("ar", "ar", "--tokenizer", runs / "tokenizer2", "--steps", 2),
+        ("tokenizer3", "tokenizer", "--tokenizer", runs / "tokenizer2", "--steps", 3),
+        ("tokenizer4", "tokenizer", "--tokenizer", runs / "tokenizer3", "--part", "both", "--steps", 2),
+        ("ar2", "ar", "--ar", runs / "ar", "--tokenizer", runs / "tokenizer4", "--steps", 1),
+    ):
         assert call("train", *argv, "--out", runs / name, *TINY) == 0
     tool.assemble(runs, tmp_path / "all")
-    tok, old = FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"), FlexTok.from_pretrained(runs / "tokenizer4")
+    tok, old = (
+        FlexTok.from_pretrained(tmp_path / "all" / "tokenizer"),
+        FlexTok.from_pretrained(runs / "tokenizer4"),
+    )
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(VAE.from_pretrained(runs / "vae4")) != weights_hash(old.vae)
+    assert torch.equal(tok.tokenize(images), old.tokenize(images)) and weights_hash(tok.vae) == weights_hash(
+        VAE.from_pretrained(runs / "vae4")
+    ) != weights_hash(old.vae)
     check_tokenizer(ARModel.from_pretrained(tmp_path / "all" / "ar"), tok)
     read = lambda part, name: json.loads((tmp_path / "all" / part / name).read_text())
     for part, last, count, alone in (("vae", 9, 10, 4), ("tokenizer", 10, 11, 3), ("ar", 2, 3, None)):
         steps, stage = [row["step"] for row in read(part, "log.json")], read(part, "config.json")["stage"]
-        assert steps == sorted(set(steps)) and steps[-1] == last and (stage["steps"], stage.get("of_which_decoder_alone")) == (count, alone)
-        assert ("--ar (1 steps" if part == "ar" else "part both (2 steps") in read(part, "run.json")["command"]
-    assert all((tmp_path / "all" / part / name).is_file() for part in ("vae", "tokenizer", "ar") for name in ("log.json", "run.json"))
+        assert (
+            steps == sorted(set(steps))
+            and steps[-1] == last
+            and (stage["steps"], stage.get("of_which_decoder_alone")) == (count, alone)
+        )
+        assert ("--ar (1 steps" if part == "ar" else "part both (2 steps") in read(part, "run.json")[
+            "command"
+        ]
+    assert all(
+        (tmp_path / "all" / part / name).is_file()
+        for part in ("vae", "tokenizer", "ar")
+        for name in ("log.json", "run.json")
+    )
     shutil.rmtree(runs / "ar2")
-    assert call("train", "ar", "--ar", runs / "ar", "--tokenizer", runs / "tokenizer3", "--out", runs / "ar2", "--steps", 1, *TINY) == 0
+    assert (
+        call(
+            "train",
+            "ar",
+            "--ar",
+            runs / "ar",
+            "--tokenizer",
+            runs / "tokenizer3",
+            "--out",
+            runs / "ar2",
+            "--steps",
+            1,
+            *TINY,
+        )
+        == 0
+    )
     with pytest.raises(ValueError, match="writes ids of tokenizer"):
         tool.assemble(runs, tmp_path / "mixed")
 
@@ -317,8 +679,23 @@ def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
 def test_two_processes(trained, tmp_path):
     """Under torchrun: one of them speaks and writes."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "program.py"), *map(str, ["ar", "--tokenizer", trained / "tok", "--out", tmp_path / "ar", "--steps", 3, *TINY])],
-                            capture_output=True, text=True, timeout=400, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "program.py"),
+            *map(str, ["ar", "--tokenizer", trained / "tok", "--out", tmp_path / "ar", "--steps", 3, *TINY]),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("3 steps of 8") == 1 and result.stdout.count("saved in") == 1
     a, b = (ARModel.from_pretrained(f).state_dict() for f in (trained / "ar", tmp_path / "ar"))
@@ -326,17 +703,105 @@ def test_two_processes(trained, tmp_path):
 
 
 def test_training_from_caches(trained, tmp_path, capsys):
-    assert call("cache", "latents", "--vae", trained / "vae", "--out", tmp_path / "latents", "--float32", *DATA) == 0
-    assert call("train", "tokenizer", "--vae", trained / "vae", "--cache", tmp_path / "latents", "--out", tmp_path / "tok", "--steps", 4, *TINY) == 0
-    assert weights(tmp_path / "tok") == weights(trained / "tok"), "float32 latents of the same images in the same order"
+    assert (
+        call("cache", "latents", "--vae", trained / "vae", "--out", tmp_path / "latents", "--float32", *DATA)
+        == 0
+    )
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--vae",
+            trained / "vae",
+            "--cache",
+            tmp_path / "latents",
+            "--out",
+            tmp_path / "tok",
+            "--steps",
+            4,
+            *TINY,
+        )
+        == 0
+    )
+    assert weights(tmp_path / "tok") == weights(trained / "tok"), (
+        "float32 latents of the same images in the same order"
+    )
     assert call("cache", "tokens", "--tokenizer", trained / "tok", "--out", tmp_path / "tokens", *DATA) == 0
-    assert call("cache", "tokens", "--tokenizer", trained / "tok", "--latents", tmp_path / "latents", "--out", tmp_path / "tokens2") == 0
-    assert call("train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "tokens", "--out", tmp_path / "ar", "--steps", 3, *TINY) == 0
-    assert call("train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "tokens2", "--out", tmp_path / "ar2", "--steps", 3, *TINY) == 0
+    assert (
+        call(
+            "cache",
+            "tokens",
+            "--tokenizer",
+            trained / "tok",
+            "--latents",
+            tmp_path / "latents",
+            "--out",
+            tmp_path / "tokens2",
+        )
+        == 0
+    )
+    assert (
+        call(
+            "train",
+            "ar",
+            "--tokenizer",
+            trained / "tok",
+            "--cache",
+            tmp_path / "tokens",
+            "--out",
+            tmp_path / "ar",
+            "--steps",
+            3,
+            *TINY,
+        )
+        == 0
+    )
+    assert (
+        call(
+            "train",
+            "ar",
+            "--tokenizer",
+            trained / "tok",
+            "--cache",
+            tmp_path / "tokens2",
+            "--out",
+            tmp_path / "ar2",
+            "--steps",
+            3,
+            *TINY,
+        )
+        == 0
+    )
     assert weights(tmp_path / "ar") == weights(tmp_path / "ar2") == weights(trained / "ar")
     assert json.loads((tmp_path / "ar2" / "config.json").read_text())["classes"] == list(KINDS)
-    refused(capsys, 1, "holds no cache", "train", "tokenizer", "--vae", trained / "vae", "--cache", tmp_path / "nothing", "--out", tmp_path / "x", *TINY)
-    refused(capsys, 1, "not the one that you mean", "train", "ar", "--tokenizer", trained / "tok", "--cache", tmp_path / "latents", "--out", tmp_path / "x", *TINY)
+    refused(
+        capsys,
+        1,
+        "holds no cache",
+        "train",
+        "tokenizer",
+        "--vae",
+        trained / "vae",
+        "--cache",
+        tmp_path / "nothing",
+        "--out",
+        tmp_path / "x",
+        *TINY,
+    )
+    refused(
+        capsys,
+        1,
+        "not the one that you mean",
+        "train",
+        "ar",
+        "--tokenizer",
+        trained / "tok",
+        "--cache",
+        tmp_path / "latents",
+        "--out",
+        tmp_path / "x",
+        *TINY,
+    )
 
 
 def test_training_from_a_folder_and_from_the_disk(trained, pictures, tmp_path, capsys):
@@ -344,49 +809,178 @@ def test_training_from_a_folder_and_from_the_disk(trained, pictures, tmp_path, c
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for f in sorted(pictures.rglob("*.png")):
             tar.add(f, f"{f.stem}.png")
-    for name, data in (("disk", ["--data", pictures, "--from-disk"]), ("tar", ["--data", tmp_path / "x.tar"])):
+    for name, data in (
+        ("disk", ["--data", pictures, "--from-disk"]),
+        ("tar", ["--data", tmp_path / "x.tar"]),
+    ):
         assert call("train", "vae", *data, "--out", tmp_path / f"{name}_vae", "--steps", 2, *TINY[2:]) == 0
-    assert call("train", "tokenizer", *data, "--vae", tmp_path / "tar_vae", "--out", tmp_path / "tok", "--steps", 2, *TINY[2:]) == 0
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            *data,
+            "--vae",
+            tmp_path / "tar_vae",
+            "--out",
+            tmp_path / "tok",
+            "--steps",
+            2,
+            *TINY[2:],
+        )
+        == 0
+    )
     assert (tmp_path / "tok.latents" / "cache.json").exists()
-    assert call("train", "ar", "--data", pictures, "--from-disk", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "ar", "--steps", 2, *TINY[2:]) == 0
+    assert (
+        call(
+            "train",
+            "ar",
+            "--data",
+            pictures,
+            "--from-disk",
+            "--tokenizer",
+            tmp_path / "tok",
+            "--out",
+            tmp_path / "ar",
+            "--steps",
+            2,
+            *TINY[2:],
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "ar" / "config.json").read_text())["classes"] == ["day", "night"]
 
 
 # --- nonsense --------------------------------------------------------------------------------------------------------
 
+
 def test_nonsense_is_one_line(trained, pictures, tmp_path, capsys):
     out = ["--out", tmp_path / "x"]
     refused(capsys, 2, "--vae is missing", "train", "tokenizer", *out, *TINY)
-    refused(capsys, 1, "there is no VAE in it; there is no such folder", "train", "tokenizer", "--vae", "no/such", *out, *TINY)
+    refused(
+        capsys,
+        1,
+        "there is no VAE in it; there is no such folder",
+        "train",
+        "tokenizer",
+        "--vae",
+        "no/such",
+        *out,
+        *TINY,
+    )
     refused(capsys, 1, "there is no VAE in it", "train", "tokenizer", "--vae", trained / "ar", *out, *TINY)
-    refused(capsys, 1, "the tokenizer of preset micro takes 4 x 4 x 4", "train", "tokenizer", "--vae", trained / "vae", *out, *TINY, "tokenizer.latent_size=4")
+    refused(
+        capsys,
+        1,
+        "the tokenizer of preset micro takes 4 x 4 x 4",
+        "train",
+        "tokenizer",
+        "--vae",
+        trained / "vae",
+        *out,
+        *TINY,
+        "tokenizer.latent_size=4",
+    )
     refused(capsys, 1, "mikro", "train", "vae", "--preset", "mikro", *out)
     refused(capsys, 1, "no/such", "train", "vae", "--data", "no/such", *out, "--device", "cpu")
     refused(capsys, 1, "precision", "train", "vae", "--precision", "half", *out, *TINY)
     refused(capsys, 2, "there is no setting 'vae.nothing'", "train", "vae", "--set", "vae.nothing=3", *out)
     refused(capsys, 2, "at least 1", "train", "vae", "--steps", 0, *out, *TINY)
-    refused(capsys, 1, "there is no class 'boot': did you mean boat", "generate", "boot", "--ar", trained / "ar", "--device", "cpu")
-    refused(capsys, 1, "a budget must be an integer in 1 .. 16", "generate", "boat", "--ar", trained / "ar", "--budgets", 17, "--device", "cpu")
-    refused(capsys, 1, "there is no AR model in it", "generate", "boat", "--ar", trained / "vae", "--tokenizer", trained / "tok", "--device", "cpu")
+    refused(
+        capsys,
+        1,
+        "there is no class 'boot': did you mean boat",
+        "generate",
+        "boot",
+        "--ar",
+        trained / "ar",
+        "--device",
+        "cpu",
+    )
+    refused(
+        capsys,
+        1,
+        "a budget must be an integer in 1 .. 16",
+        "generate",
+        "boat",
+        "--ar",
+        trained / "ar",
+        "--budgets",
+        17,
+        "--device",
+        "cpu",
+    )
+    refused(
+        capsys,
+        1,
+        "there is no AR model in it",
+        "generate",
+        "boat",
+        "--ar",
+        trained / "vae",
+        "--tokenizer",
+        trained / "tok",
+        "--device",
+        "cpu",
+    )
     assert not (tmp_path / "x").exists(), "nothing was begun"
-    for argv in (["train", "--nonsense"], ["train"], ["cache", "latents"], ["generate"], ["estimate", "micro", "--steps", "x"]):
+    for argv in (
+        ["train", "--nonsense"],
+        ["train"],
+        ["cache", "latents"],
+        ["generate"],
+        ["estimate", "micro", "--steps", "x"],
+    ):
         assert call(*argv) == 2, argv
     capsys.readouterr()
 
 
 def test_an_ar_model_of_another_tokenizer(trained, tmp_path, capsys):
-    assert call("train", "tokenizer", "--vae", trained / "vae", "--out", tmp_path / "tok", "--steps", 4, "--seed", 1, *TINY) == 0
-    refused(capsys, 1, "writes ids of tokenizer", "generate", "boat", "--ar", trained / "ar", "--tokenizer", tmp_path / "tok", "--device", "cpu")
+    assert (
+        call(
+            "train",
+            "tokenizer",
+            "--vae",
+            trained / "vae",
+            "--out",
+            tmp_path / "tok",
+            "--steps",
+            4,
+            "--seed",
+            1,
+            *TINY,
+        )
+        == 0
+    )
+    refused(
+        capsys,
+        1,
+        "writes ids of tokenizer",
+        "generate",
+        "boat",
+        "--ar",
+        trained / "ar",
+        "--tokenizer",
+        tmp_path / "tok",
+        "--device",
+        "cpu",
+    )
 
 
-@pytest.mark.parametrize("name", ("train", "cache", "tokenize", "detokenize", "generate", "eval", "estimate", "run"))
+@pytest.mark.parametrize(
+    "name", ("train", "cache", "tokenize", "detokenize", "generate", "eval", "estimate", "run")
+)
 def test_help(name, capsys):
     assert call(name, "--help") == 0
     text = capsys.readouterr().out
-    assert f"usage: flextok_{name}" in text and "MISSING" not in text and all(len(line) < 140 for line in text.splitlines())
+    assert (
+        f"usage: flextok_{name}" in text
+        and "MISSING" not in text
+        and all(len(line) < 140 for line in text.splitlines())
+    )
 
 
 # --- pictures and ids ------------------------------------------------------------------------------------------------
+
 
 def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
     tok = ["--tokenizer", trained / "tok", "--device", "cpu"]
@@ -395,17 +989,63 @@ def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
     head, *rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(len(r["ids"]) == 16 for r in rows) and head["registers"] == 16
     some = [pictures / "day" / "0.png", tmp_path / "broken.jpg", pictures / "day" / "2.png"]
-    refused(capsys, 1, "1 of 3 pictures could not be read", "tokenize", *some, *tok, "--out", tmp_path / "some.jsonl", "--budgets", 4, 8, 2)
+    refused(
+        capsys,
+        1,
+        "1 of 3 pictures could not be read",
+        "tokenize",
+        *some,
+        *tok,
+        "--out",
+        tmp_path / "some.jsonl",
+        "--budgets",
+        4,
+        8,
+        2,
+    )
     _, *few = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
     by = {r["image"]: r["ids"] for r in rows}
-    assert [(r["image"], len(r["ids"])) for r in few] == [(str(some[0]), 4), (str(some[2]), 2)] and few[0]["ids"] == by[str(some[0])][:4] and few[1]["ids"] == by[str(some[2])][:2]
-    assert call("detokenize", tmp_path / "some.jsonl", *tok, "--steps", 2, "--budgets", 1, 16, "--out", tmp_path / "back") == 0
-    assert sorted(f.name for f in (tmp_path / "back").iterdir()) == ["0000_0_001.png", "0001_2_001.png", "sheet.png"], "16 of 4 or 2 tokens are none"
+    assert (
+        [(r["image"], len(r["ids"])) for r in few] == [(str(some[0]), 4), (str(some[2]), 2)]
+        and few[0]["ids"] == by[str(some[0])][:4]
+        and few[1]["ids"] == by[str(some[2])][:2]
+    )
+    assert (
+        call(
+            "detokenize",
+            tmp_path / "some.jsonl",
+            *tok,
+            "--steps",
+            2,
+            "--budgets",
+            1,
+            16,
+            "--out",
+            tmp_path / "back",
+        )
+        == 0
+    )
+    assert sorted(f.name for f in (tmp_path / "back").iterdir()) == [
+        "0000_0_001.png",
+        "0001_2_001.png",
+        "sheet.png",
+    ], "16 of 4 or 2 tokens are none"
     assert Image.open(tmp_path / "back" / "0000_0_001.png").size == (32, 32)
-    refused(capsys, 1, "could be read", "tokenize", tmp_path / "broken.jpg", *tok, "--out", tmp_path / "none.jsonl")
+    refused(
+        capsys,
+        1,
+        "could be read",
+        "tokenize",
+        tmp_path / "broken.jpg",
+        *tok,
+        "--out",
+        tmp_path / "none.jsonl",
+    )
     refused(capsys, 1, "is not there", "tokenize", tmp_path / "nothing.jpg", *tok)
     refused(capsys, 2, "2 budgets for 3 pictures", "tokenize", *some, *tok, "--budgets", 1, 2)
-    (tmp_path / "other.jsonl").write_text((tmp_path / "all.jsonl").read_text().replace(head["tokenizer"], "0" * 16))
+    (tmp_path / "other.jsonl").write_text(
+        (tmp_path / "all.jsonl").read_text().replace(head["tokenizer"], "0" * 16)
+    )
     refused(capsys, 1, "are of tokenizer 0000000000000000", "detokenize", tmp_path / "other.jsonl", *tok)
     (tmp_path / "other.jsonl").write_text("no json")
     refused(capsys, 1, "is no file of ids", "detokenize", tmp_path / "other.jsonl", *tok)
@@ -424,37 +1064,118 @@ def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):
 
 
 def test_measuring(trained, tmp_path, capsys):
-    assert call("eval", trained / "tok", "--ar", trained / "ar", "--out", tmp_path / "table", "--device", "cpu") == 0
+    assert (
+        call("eval", trained / "tok", "--ar", trained / "ar", "--out", tmp_path / "table", "--device", "cpu")
+        == 0
+    )
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
-    assert [r["tokens"] for r in rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16] and {r["n"] for r in rows} == {12}, "counts of the run that made the tokenizer"
+    assert [r["tokens"] for r in rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16] and {
+        r["n"] for r in rows
+    } == {12}, "counts of the run that made the tokenizer"
     assert call("eval", "--config", tmp_path / "table" / "run.json", "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "table.json").read_text())["rows"]
-    assert [{k: v for k, v in r.items() if k != "card"} for r in again] == [{k: v for k, v in r.items() if k != "card"} for r in rows]
+    assert [{k: v for k, v in r.items() if k != "card"} for r in again] == [
+        {k: v for k, v in r.items() if k != "card"} for r in rows
+    ]
 
 
 def test_estimate(capsys):
-    assert call("estimate", "micro", "--steps", 2, "--seconds", 4, "--device", "cpu", "--set", "train_ar.steps=1000") == 0
+    assert (
+        call(
+            "estimate",
+            "micro",
+            "--steps",
+            2,
+            "--seconds",
+            4,
+            "--device",
+            "cpu",
+            "--set",
+            "train_ar.steps=1000",
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    for word in ("vae ", "classifier ", "tokenizer ", "ar ", "in all", "cache of latents: 1.04 kB an image", "all 20,000: 0.02 GB", "1,000 x 128"):
+    for word in (
+        "vae ",
+        "classifier ",
+        "tokenizer ",
+        "ar ",
+        "in all",
+        "cache of latents: 1.04 kB an image",
+        "all 20,000: 0.02 GB",
+        "1,000 x 128",
+    ):
         assert word in said, said
 
 
 def test_estimate_scales_what_was_measured():
-    pace = commands.Pace(batch=4, steps=3, seconds=2., gradient=1.5, peak=10 * 10**9, flops=0, share=.5)
+    pace = commands.Pace(batch=4, steps=3, seconds=2.0, gradient=1.5, peak=10 * 10**9, flops=0, share=0.5)
     e = commands.Estimate("vae", pace, batch=16, steps=900, memory=1e9)
-    assert e.seconds == .5 + 4 * 1.5 and e.hours == pytest.approx(commands.SUSTAINED * 900 * 6.5 / 3600)
+    assert e.seconds == 0.5 + 4 * 1.5 and e.hours == pytest.approx(commands.SUSTAINED * 900 * 6.5 / 3600)
     assert "measured with 4 a step and scaled" in commands.estimate_line(e)
 
 
 # --- the whole course ------------------------------------------------------------------------------------------------
 
+
 def test_a_whole_run_from_its_own_json(tmp_path, capsys):
-    argv = ["--device", "cpu", "--train-images", 60, "--images", 12, "--compile", "off", "--set", *TINY[TINY.index("--set") + 1:], "train_classifier.batch=8"]
+    argv = [
+        "--device",
+        "cpu",
+        "--train-images",
+        60,
+        "--images",
+        12,
+        "--compile",
+        "off",
+        "--set",
+        *TINY[TINY.index("--set") + 1 :],
+        "train_classifier.batch=8",
+    ]
     assert call("run", "--out", tmp_path / "a", "--steps", 3, *argv) == 0
     assert json.loads((tmp_path / "a" / "run.json").read_text())["preset"]["vae"]["channels"] == [16, 16]
-    refused(capsys, 1, "ar.depth: 1 then, 2 now", "run", "--out", tmp_path / "a", "--steps", 3, *argv, "ar.depth=2")
-    assert call("run", "--config", tmp_path / "a" / "run.json", "--out", tmp_path / "b", "--device", "cpu", "--compile", "off") == 0
+    refused(
+        capsys,
+        1,
+        "ar.depth: 1 then, 2 now",
+        "run",
+        "--out",
+        tmp_path / "a",
+        "--steps",
+        3,
+        *argv,
+        "ar.depth=2",
+    )
+    assert (
+        call(
+            "run",
+            "--config",
+            tmp_path / "a" / "run.json",
+            "--out",
+            tmp_path / "b",
+            "--device",
+            "cpu",
+            "--compile",
+            "off",
+        )
+        == 0
+    )
     for stage in ("vae", "classifier", "tokenizer", "ar"):
         assert weights(tmp_path / "a" / stage) == weights(tmp_path / "b" / stage), stage
-    assert call("generate", "all", "--ar", tmp_path / "a", "--steps", 1, "--device", "cpu", "--out", tmp_path / "new") == 0, "the folder of a run holds all models"
+    assert (
+        call(
+            "generate",
+            "all",
+            "--ar",
+            tmp_path / "a",
+            "--steps",
+            1,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "new",
+        )
+        == 0
+    ), "the folder of a run holds all models"
     refused(capsys, 1, "must be a positive number", "run", "--minutes", -3)

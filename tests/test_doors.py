@@ -1,4 +1,5 @@
 """What a file of a stranger may do at the doors of models: nothing but be refused in a sentence."""
+
 import json
 import os
 import re
@@ -15,10 +16,40 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flextok_edu import core
-from flextok_edu.ar import ARModel, bind_tokenizer, check_tokenizer, load_ar, save_ar, tokenizer_hash, tokenizer_identity
-from flextok_edu.core import (ARConfig, PRESETS, Preset, Range, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig, atomic, check_limits,
-                              conform, drawable, from_dict, identity, load_model, one_of, parse_json, plain, read_json, save_model, to_json,
-                              weights_hash, write_text)
+from flextok_edu.ar import (
+    ARModel,
+    bind_tokenizer,
+    check_tokenizer,
+    load_ar,
+    save_ar,
+    tokenizer_hash,
+    tokenizer_identity,
+)
+from flextok_edu.core import (
+    ARConfig,
+    PRESETS,
+    Preset,
+    Range,
+    StageConfig,
+    TokenizerConfig,
+    TrunkConfig,
+    VAEConfig,
+    atomic,
+    check_limits,
+    conform,
+    drawable,
+    from_dict,
+    identity,
+    load_model,
+    one_of,
+    parse_json,
+    plain,
+    read_json,
+    save_model,
+    to_json,
+    weights_hash,
+    write_text,
+)
 from flextok_edu.tokenizer import FlexTok, load_tokenizer, save_tokenizer
 from flextok_edu.vae import VAE
 
@@ -31,9 +62,18 @@ MODELS = {"vae": (VAE, VAE_SMALL), "tokenizer": (FlexTok, TOK_SMALL), "ar": (ARM
 
 # --- json --------------------------------------------------------------------------------------------------
 
-BAD_TEXTS = {"brackets": "[" * 100_000, "closed brackets": "[" * 150 + "]" * 150, "braces": '{"a":' * 100_000, "empty": "", "half": '{"a": 1',
-             "a long number": "1" * 10_000, "words": "depth: 3", "no UTF-8": b"\xff\xfe{}", "a surrogate of bytes": b'"\xed\xa0\x80"',
-             "zeros": b"\x00" * 100}
+BAD_TEXTS = {
+    "brackets": "[" * 100_000,
+    "closed brackets": "[" * 150 + "]" * 150,
+    "braces": '{"a":' * 100_000,
+    "empty": "",
+    "half": '{"a": 1',
+    "a long number": "1" * 10_000,
+    "words": "depth: 3",
+    "no UTF-8": b"\xff\xfe{}",
+    "a surrogate of bytes": b'"\xed\xa0\x80"',
+    "zeros": b"\x00" * 100,
+}
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
@@ -52,7 +92,7 @@ def test_files_that_are_no_json(tmp_path):
         read_json(tmp_path)
     path = tmp_path / "x.json"
     with open(path, "wb") as file:
-        file.truncate(2 ** 40)
+        file.truncate(2**40)
     with pytest.raises(ValueError, match="more than 67,108,864 are not read"):
         read_json(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
@@ -62,38 +102,66 @@ def test_files_that_are_no_json(tmp_path):
     assert read_json(path) == {"ä": [1, 2.5, None]}
 
 
-SHAPE = {"count": int, "name?": (str, None), "rows": [{"ids": [Range(0, 9)], "kind": one_of("a", "b")}], "scale?": Range(0, 1, float)}
+SHAPE = {
+    "count": int,
+    "name?": (str, None),
+    "rows": [{"ids": [Range(0, 9)], "kind": one_of("a", "b")}],
+    "scale?": Range(0, 1, float),
+}
 
 
 def test_conform_lets_through():
-    for value in ({"count": 1, "rows": []}, {"count": 0, "name": None, "rows": [{"ids": [0, 9], "kind": "a", "more": 1}], "scale": 1, "other": 5}):
+    for value in (
+        {"count": 1, "rows": []},
+        {"count": 0, "name": None, "rows": [{"ids": [0, 9], "kind": "a", "more": 1}], "scale": 1, "other": 5},
+    ):
         assert conform(value, SHAPE) is value
-    assert conform([1, 2.5], [float]) and conform(3, (int, [int])) == 3 and conform({"a": 1}, {"a": int, ...: False})
+    assert (
+        conform([1, 2.5], [float])
+        and conform(3, (int, [int])) == 3
+        and conform({"a": 1}, {"a": int, ...: False})
+    )
 
 
-@pytest.mark.parametrize("value, says", (
-    ({"rows": []}, "ids.jsonl has no 'count': a whole number"), ({"count": True, "rows": []}, "ids.jsonl.count is True; it must be a whole number"),
-    ({"count": 1.0, "rows": []}, "ids.jsonl.count is 1.0"), ([], r"ids.jsonl is \[\]; it must be an object"), ({"count": 1, "rows": {}}, "ids.jsonl.rows is {}"),
-    ({"count": 1, "rows": [{"ids": [1, 1.9], "kind": "a"}]}, r"ids.jsonl.rows\[0\].ids\[1\] is 1.9; it must be a whole number in 0 .. 9"),
-    ({"count": 1, "rows": [{"ids": [True], "kind": "a"}]}, r"rows\[0\].ids\[0\] is True"), ({"count": 1, "rows": [{"ids": [], "kind": "c"}]}, r"kind is 'c'; it must be 'a' or 'b'"),
-    ({"count": 1, "rows": [], "name": 3}, "name is 3; it must be text or nothing"), ({"count": 1, "rows": [], "scale": float("nan")}, "scale is nan"),
-    ({"count": 1, "rows": [], "scale": 10 ** 400}, "scale is 1000"), ({"count": 1, "rows": [], "scale": float("inf")}, "scale is inf")))
+@pytest.mark.parametrize(
+    "value, says",
+    (
+        ({"rows": []}, "ids.jsonl has no 'count': a whole number"),
+        ({"count": True, "rows": []}, "ids.jsonl.count is True; it must be a whole number"),
+        ({"count": 1.0, "rows": []}, "ids.jsonl.count is 1.0"),
+        ([], r"ids.jsonl is \[\]; it must be an object"),
+        ({"count": 1, "rows": {}}, "ids.jsonl.rows is {}"),
+        (
+            {"count": 1, "rows": [{"ids": [1, 1.9], "kind": "a"}]},
+            r"ids.jsonl.rows\[0\].ids\[1\] is 1.9; it must be a whole number in 0 .. 9",
+        ),
+        ({"count": 1, "rows": [{"ids": [True], "kind": "a"}]}, r"rows\[0\].ids\[0\] is True"),
+        ({"count": 1, "rows": [{"ids": [], "kind": "c"}]}, r"kind is 'c'; it must be 'a' or 'b'"),
+        ({"count": 1, "rows": [], "name": 3}, "name is 3; it must be text or nothing"),
+        ({"count": 1, "rows": [], "scale": float("nan")}, "scale is nan"),
+        ({"count": 1, "rows": [], "scale": 10**400}, "scale is 1000"),
+        ({"count": 1, "rows": [], "scale": float("inf")}, "scale is inf"),
+    ),
+)
 def test_conform_names_the_place(value, says):
     with pytest.raises(ValueError, match=says):
         conform(value, SHAPE, "ids.jsonl")
 
 
 def test_conform_alternatives_and_further_keys():
-    with pytest.raises(ValueError, match=r"x.ids\[0\] is 'a'"):  # it is an object: then what is wrong inside it
+    with pytest.raises(
+        ValueError, match=r"x.ids\[0\] is 'a'"
+    ):  # it is an object: then what is wrong inside it
         conform({"ids": ["a"]}, (str, {"ids": [int]}), "x")
     with pytest.raises(ValueError, match="x has an unknown key 'b'; it may have: a"):
         conform({"a": 1, "b": 2}, {"a": int, ...: False}, "x")
     with pytest.raises(ValueError, match="x is 'a{1,15}"):
-        conform("a" * 10 ** 6, int, "x")
+        conform("a" * 10**6, int, "x")
     assert not one_of(1, 2)(True) and not one_of(1)(1.0) and one_of(0.0, None)(0) and not one_of("a")([])
 
 
 # --- configurations ----------------------------------------------------------------------------------------
+
 
 def test_presets_are_within_their_limits():
     for p in PRESETS.values():
@@ -103,13 +171,55 @@ def test_presets_are_within_their_limits():
         assert shapes.keys() == {f.name for f in core.fields(kind)}, "every setting has a limit"
 
 
-HUGE = {"tokenizer": (("encoder.depth", 10 ** 9), ("decoder.depth", 10 ** 9), ("encoder.depth", 1000), ("registers", 10 ** 9), ("registers", 65536), ("latent_size", 10 ** 9),
-                      ("latent_size", 65536), ("time_features", 10 ** 10), ("time_features", 65536), ("encoder.width", 10 ** 9), ("decoder.width", 65536), ("latent_channels", 10 ** 9),
-                      ("latent_channels", 65536), ("decoder.mlp_ratio", 1e300), ("decoder.mlp_ratio", 256.), ("levels", [2] * 10 ** 5), ("levels", [65536] * 5), ("encoder.patch", 0)),
-        "ar": (("vocabulary", 10 ** 12), ("vocabulary", 2 ** 31 - 1), ("length", 10 ** 9), ("length", 65536), ("classes", 10 ** 9), ("classes", 2 ** 24), ("depth", 10 ** 9), ("depth", 1000),
-               ("width", 2 ** 40), ("width", 65536), ("mlp_ratio", 1e300)),
-        "vae": (("channels", [10 ** 9, 10 ** 9]), ("channels", [65536] * 2), ("channels", [4] * 10 ** 6), ("layers", 10 ** 9), ("layers", 100), ("stem", 10 ** 5), ("stem", 64),
-                ("in_channels", 10 ** 9), ("in_channels", 1000), ("latent_channels", 10 ** 9), ("latent_channels", 65536), ("groups", 0))}
+HUGE = {
+    "tokenizer": (
+        ("encoder.depth", 10**9),
+        ("decoder.depth", 10**9),
+        ("encoder.depth", 1000),
+        ("registers", 10**9),
+        ("registers", 65536),
+        ("latent_size", 10**9),
+        ("latent_size", 65536),
+        ("time_features", 10**10),
+        ("time_features", 65536),
+        ("encoder.width", 10**9),
+        ("decoder.width", 65536),
+        ("latent_channels", 10**9),
+        ("latent_channels", 65536),
+        ("decoder.mlp_ratio", 1e300),
+        ("decoder.mlp_ratio", 256.0),
+        ("levels", [2] * 10**5),
+        ("levels", [65536] * 5),
+        ("encoder.patch", 0),
+    ),
+    "ar": (
+        ("vocabulary", 10**12),
+        ("vocabulary", 2**31 - 1),
+        ("length", 10**9),
+        ("length", 65536),
+        ("classes", 10**9),
+        ("classes", 2**24),
+        ("depth", 10**9),
+        ("depth", 1000),
+        ("width", 2**40),
+        ("width", 65536),
+        ("mlp_ratio", 1e300),
+    ),
+    "vae": (
+        ("channels", [10**9, 10**9]),
+        ("channels", [65536] * 2),
+        ("channels", [4] * 10**6),
+        ("layers", 10**9),
+        ("layers", 100),
+        ("stem", 10**5),
+        ("stem", 64),
+        ("in_channels", 10**9),
+        ("in_channels", 1000),
+        ("latent_channels", 10**9),
+        ("latent_channels", 65536),
+        ("groups", 0),
+    ),
+}
 
 
 def changed(folder: Path, place: str, value) -> None:
@@ -138,16 +248,22 @@ def copy(saved: Path, to: Path, name: str) -> Path:
     return to / name
 
 
-@pytest.mark.parametrize("name, place, value", [(name, *case) for name, cases in HUGE.items() for case in cases], ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    "name, place, value",
+    [(name, *case) for name, cases in HUGE.items() for case in cases],
+    ids=lambda v: str(v)[:20],
+)
 def test_sizes_are_not_believed(saved, tmp_path, monkeypatch, name, place, value):
     """Refused before anything of that size is allocated: no model is built off the meta device, and little memory is taken."""
     folder, (cls, config) = copy(saved, tmp_path, name), MODELS[name]
     changed(folder, place, value)
     real = []
+
     def build(c):
         with torch.device(torch.get_default_device()):
             real.append(torch.empty(0).device.type != "meta")
             return cls(c)
+
     load_model(saved / name, build, type(config))
     assert real == [False, True], "first without memory, then with"
     real.clear()
@@ -163,7 +279,7 @@ def test_sizes_are_not_believed(saved, tmp_path, monkeypatch, name, place, value
         cls.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("value", (5e-324, 1e-300, 0, -1., float("inf"), "1"))
+@pytest.mark.parametrize("value", (5e-324, 1e-300, 0, -1.0, float("inf"), "1"))
 def test_times_stay_finite(saved, tmp_path, value):
     folder = copy(saved, tmp_path, "tokenizer")
     changed(folder, "max_timestep", value)
@@ -174,14 +290,29 @@ def test_times_stay_finite(saved, tmp_path, value):
         assert torch.isfinite(tok.decode_latents(torch.zeros(1, 8, dtype=torch.int64), steps=2)).all()
 
 
-@pytest.mark.parametrize("kind, values, says", (
-    (TrunkConfig, {"width": 65}, "width 65 is not a multiple of head_dim 64"), (TrunkConfig, {"width": 6, "head_dim": 3}, "width 6 is not divisible by 4"),
-    (VAEConfig, {"groups": 3}, "groups 3 does not divide channels 128"), (TokenizerConfig, {"latent_size": 31}, "latent_size 31 is not a multiple of patch 2"),
-    (TokenizerConfig, {"time_features": 3}, "time_features 3 is odd"), (TokenizerConfig, {"levels": [8, 1]}, "levels is .*each 2 or more"), (TokenizerConfig, {"levels": []}, "levels"),
-    (TokenizerConfig, {"levels": 8}, "levels is 8"), (TokenizerConfig, {"encoder": 3}, "TokenizerConfig.encoder is 3; it must be an object"), (TokenizerConfig, {"encoder": {"depth": True}}, "TokenizerConfig.encoder.depth is True"),
-    (TokenizerConfig, {"encoder_mask": "none"}, "'causal_last' or 'causal' or 'full'"), (TokenizerConfig, {"modulations": True}, "modulations is True; it must be 1 or 2"), (StageConfig, {"lr": "1e-3"}, "lr is '1e-3'; it must be a number in"),
-    (StageConfig, {"optimizer": "sgd"}, "'adamw' or 'muon'"), (Preset, {"name": "x", "vae": None}, "Preset.vae is None"), (Preset, {}, "Preset needs the setting 'name'"), (Preset, [], "it must be an object"),
-    (ARConfig, {"dept": 2}, "ARConfig has no setting 'dept'")))
+@pytest.mark.parametrize(
+    "kind, values, says",
+    (
+        (TrunkConfig, {"width": 65}, "width 65 is not a multiple of head_dim 64"),
+        (TrunkConfig, {"width": 6, "head_dim": 3}, "width 6 is not divisible by 4"),
+        (VAEConfig, {"groups": 3}, "groups 3 does not divide channels 128"),
+        (TokenizerConfig, {"latent_size": 31}, "latent_size 31 is not a multiple of patch 2"),
+        (TokenizerConfig, {"time_features": 3}, "time_features 3 is odd"),
+        (TokenizerConfig, {"levels": [8, 1]}, "levels is .*each 2 or more"),
+        (TokenizerConfig, {"levels": []}, "levels"),
+        (TokenizerConfig, {"levels": 8}, "levels is 8"),
+        (TokenizerConfig, {"encoder": 3}, "TokenizerConfig.encoder is 3; it must be an object"),
+        (TokenizerConfig, {"encoder": {"depth": True}}, "TokenizerConfig.encoder.depth is True"),
+        (TokenizerConfig, {"encoder_mask": "none"}, "'causal_last' or 'causal' or 'full'"),
+        (TokenizerConfig, {"modulations": True}, "modulations is True; it must be 1 or 2"),
+        (StageConfig, {"lr": "1e-3"}, "lr is '1e-3'; it must be a number in"),
+        (StageConfig, {"optimizer": "sgd"}, "'adamw' or 'muon'"),
+        (Preset, {"name": "x", "vae": None}, "Preset.vae is None"),
+        (Preset, {}, "Preset needs the setting 'name'"),
+        (Preset, [], "it must be an object"),
+        (ARConfig, {"dept": 2}, "ARConfig has no setting 'dept'"),
+    ),
+)
 def test_settings_that_cannot_be(kind, values, says):
     with pytest.raises(ValueError, match=says):
         from_dict(kind, values)
@@ -189,24 +320,44 @@ def test_settings_that_cannot_be(kind, values, says):
 
 def test_looking_first_costs_little():
     """Shapes are found without PyTorch's compiler and sympy: they would take longer to load than a small model."""
-    code = ("import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.features import AttributeClassifier\n"
-            "for kind in (FlexTok, ARModel, AttributeClassifier): kind.from_pretrained('tiny')\nprint([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    code = (
+        "import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.features import AttributeClassifier\n"
+        "for kind in (FlexTok, ARModel, AttributeClassifier): kind.from_pretrained('tiny')\nprint([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     assert result.returncode == 0 and result.stdout.strip() == "[]", (result.stdout, result.stderr[-1000:])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_on_meta_are_the_real_ones(name):
-    for cls, config in (MODELS[name], {"vae": (VAE, PRESETS["tiny"].vae), "tokenizer": (FlexTok, PRESETS["micro"].tokenizer), "ar": (ARModel, PRESETS["micro"].ar)}[name]):
+    for cls, config in (
+        MODELS[name],
+        {
+            "vae": (VAE, PRESETS["tiny"].vae),
+            "tokenizer": (FlexTok, PRESETS["micro"].tokenizer),
+            "ar": (ARModel, PRESETS["micro"].ar),
+        }[name],
+    ):
         real, shapes = cls(config).state_dict(), core.on_meta(cls, config, "x").state_dict()
-        assert {n: (w.shape, w.is_floating_point()) for n, w in real.items()} == {n: (w.shape, w.is_floating_point()) for n, w in shapes.items()}
+        assert {n: (w.shape, w.is_floating_point()) for n, w in real.items()} == {
+            n: (w.shape, w.is_floating_point()) for n, w in shapes.items()
+        }
         assert all(w.is_meta for w in shapes.values())
 
 
 # --- what is wrong with the two files ----------------------------------------------------------------------
 
-CONFIGS = {"a list": [], "nothing": None, "no weights": {"config": {}}, "a number for the hash": {"config": {}, "weights": 3}, "a list of settings": {"config": [], "weights": "a"},
-           "classes that are none": {"config": {}, "weights": "a", "classes": [1]}, "terms that are none": {"config": {}, "weights": "a", "terms": 5}}
+CONFIGS = {
+    "a list": [],
+    "nothing": None,
+    "no weights": {"config": {}},
+    "a number for the hash": {"config": {}, "weights": 3},
+    "a list of settings": {"config": [], "weights": "a"},
+    "classes that are none": {"config": {}, "weights": "a", "classes": [1]},
+    "terms that are none": {"config": {}, "weights": "a", "terms": 5},
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -220,14 +371,25 @@ def test_a_configuration_of_another_shape(saved, tmp_path, name):
 def test_weights_that_are_none(saved, tmp_path):
     folder, file = copy(saved, tmp_path, "ar"), tmp_path / "ar" / "model.safetensors"
     whole = file.read_bytes()
-    for content, says in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "git-lfs pointer, not the file: git lfs pull"), (b"PK\3\4", "is a pickle"), (b"", "damaged"),
-                          (whole[:-5], "damaged"), ((2 ** 60).to_bytes(8, "little") + whole[8:], "damaged")):
+    for content, says in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n",
+            "git-lfs pointer, not the file: git lfs pull",
+        ),
+        (b"PK\3\4", "is a pickle"),
+        (b"", "damaged"),
+        (whole[:-5], "damaged"),
+        ((2**60).to_bytes(8, "little") + whole[8:], "damaged"),
+    ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=says):
             load_ar(folder)
     state = {n: w.clone() for n, w in ARModel(AR_SMALL).state_dict().items()}
-    for change, says in ((dict(start=torch.zeros(65)), r"'start' has shape \(65,\), but the configuration says \(64,\)"), (dict(start=torch.zeros(64, dtype=torch.int64)), "'start' holds int64, not real numbers"),
-                         (dict(more=torch.zeros(1)), "surplus tensors 'more'")):
+    for change, says in (
+        (dict(start=torch.zeros(65)), r"'start' has shape \(65,\), but the configuration says \(64,\)"),
+        (dict(start=torch.zeros(64, dtype=torch.int64)), "'start' holds int64, not real numbers"),
+        (dict(more=torch.zeros(1)), "surplus tensors 'more'"),
+    ):
         save_file(state | change, file)
         with pytest.raises(ValueError, match="do not fit the model that config.json describes: .*" + says):
             load_ar(folder)
@@ -238,7 +400,10 @@ def test_weights_that_are_none(saved, tmp_path):
 
 # --- identity ----------------------------------------------------------------------------------------------
 
-PINNED = {"tiny": ("7ce56d2736c72642", "c809aa9106366039", "c7c90ad88fe10165"), "clipart": ("fea0e60188b242de", "f4dd89c4f9322cdd", "070ec5bff23541c0")}
+PINNED = {
+    "tiny": ("7ce56d2736c72642", "c809aa9106366039", "c7c90ad88fe10165"),
+    "clipart": ("fea0e60188b242de", "f4dd89c4f9322cdd", "070ec5bff23541c0"),
+}
 
 
 @pytest.mark.parametrize("name", PINNED)
@@ -246,19 +411,44 @@ def test_identities_of_what_is_shipped(name):
     """They never change: caches, ids and AR models are bound by them."""
     tok = FlexTok.from_pretrained(name)
     assert (tokenizer_hash(tok), tokenizer_identity(tok), identity(tok.vae)) == PINNED[name]
-    text = json.dumps({"weights": weights_hash(tok)} | core.canonical(tok.config) | core.canonical(tok.vae.config), sort_keys=True, separators=(",", ":"))
-    assert text == ('{"tokenizer":{"decoder.head_dim":64,"decoder.patch":2,"encoder.head_dim":64,"encoder.patch":2,"latent_channels":4,"latent_size":8,"levels":[8,5,5,5],"registers":32},'
-                    '"vae":{"channels":[48,96],"groups":8,"in_channels":3,"latent_channels":4,"stem":4},"weights":"' + PINNED[name][0] + '"}')
+    text = json.dumps(
+        {"weights": weights_hash(tok)} | core.canonical(tok.config) | core.canonical(tok.vae.config),
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    assert text == (
+        '{"tokenizer":{"decoder.head_dim":64,"decoder.patch":2,"encoder.head_dim":64,"encoder.patch":2,"latent_channels":4,"latent_size":8,"levels":[8,5,5,5],"registers":32},'
+        '"vae":{"channels":[48,96],"groups":8,"in_channels":3,"latent_channels":4,"stem":4},"weights":"'
+        + PINNED[name][0]
+        + '"}'
+    )
 
 
 def test_identity_says_what_weights_mean():
     def one(vae=VAE_SMALL, **changes):
         torch.manual_seed(0)
         return FlexTok(replace(TOK_SMALL, **changes), VAE(vae))
+
     first = one()
-    for other in (one(levels=(5, 8, 5, 5)), one(encoder=replace(TOK_SMALL.encoder, head_dim=32)), one(encoder_mask="causal"), one(max_timestep=2.), one(vae=replace(VAE_SMALL, groups=8))):
+    for other in (
+        one(levels=(5, 8, 5, 5)),
+        one(encoder=replace(TOK_SMALL.encoder, head_dim=32)),
+        one(encoder_mask="causal"),
+        one(max_timestep=2.0),
+        one(vae=replace(VAE_SMALL, groups=8)),
+    ):
         assert weights_hash(first) == weights_hash(other) and identity(first) != identity(other)
-    for same in (one(dropout_law="uniform", null_probability=.3, time_law="uniform", sample_posterior=False, zero_noise=.5, mode_scale=.5), one(max_timestep=1)):  # how it is trained
+    for same in (
+        one(
+            dropout_law="uniform",
+            null_probability=0.3,
+            time_law="uniform",
+            sample_posterior=False,
+            zero_noise=0.5,
+            mode_scale=0.5,
+        ),
+        one(max_timestep=1),
+    ):  # how it is trained
         assert identity(first) == identity(same)
     assert identity(ARModel(AR_SMALL)) != identity(ARModel(AR_SMALL)), "other weights"
 
@@ -270,12 +460,22 @@ def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
 
     class Renamed:
         digits, register_kind = TOK_SMALL.levels, "one"
+
         def __getattr__(self, key):
             if key == "levels":
                 raise AttributeError(key)
             return getattr(TOK_SMALL, key)
+
     before = identity(old)
-    monkeypatch.setitem(core.IDENTITY, Renamed, (name, settings | {"levels": ("digits", settings["levels"][1]), "register_kind": ("register_kind", "one")}))
+    monkeypatch.setitem(
+        core.IDENTITY,
+        Renamed,
+        (
+            name,
+            settings
+            | {"levels": ("digits", settings["levels"][1]), "register_kind": ("register_kind", "one")},
+        ),
+    )
     old.config = Renamed()
     assert identity(old) == before
     Renamed.register_kind = "two"
@@ -284,13 +484,40 @@ def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
 
 def test_the_frozen_list():
     """Whoever changes this list changes the names of everything that was ever made. Add to it (with the value that changes nothing); never take away."""
-    says = {kind.__name__: (name, {key: place for key, (place, _) in settings.items()}, {key: v for key, (_, v) in settings.items() if v is not core._ALWAYS}) for kind, (name, settings) in core.IDENTITY.items()}
+    says = {
+        kind.__name__: (
+            name,
+            {key: place for key, (place, _) in settings.items()},
+            {key: v for key, (_, v) in settings.items() if v is not core._ALWAYS},
+        )
+        for kind, (name, settings) in core.IDENTITY.items()
+    }
     same = lambda *keys: {key: key for key in keys}
     assert says == {
-        "VAEConfig": ("vae", same("in_channels", "latent_channels", "channels", "stem", "groups", "attention"), {"stem": 1, "attention": True}),
-        "TokenizerConfig": ("tokenizer", same("latent_channels", "latent_size", "registers", "levels", "encoder.patch", "encoder.head_dim", "decoder.patch", "decoder.head_dim", "encoder_mask", "max_timestep", "modulations"),
-                            {"encoder_mask": "causal_last", "max_timestep": 1., "modulations": 2}),
-        "ARConfig": ("ar", same("classes", "head_dim"), {})}
+        "VAEConfig": (
+            "vae",
+            same("in_channels", "latent_channels", "channels", "stem", "groups", "attention"),
+            {"stem": 1, "attention": True},
+        ),
+        "TokenizerConfig": (
+            "tokenizer",
+            same(
+                "latent_channels",
+                "latent_size",
+                "registers",
+                "levels",
+                "encoder.patch",
+                "encoder.head_dim",
+                "decoder.patch",
+                "decoder.head_dim",
+                "encoder_mask",
+                "max_timestep",
+                "modulations",
+            ),
+            {"encoder_mask": "causal_last", "max_timestep": 1.0, "modulations": 2},
+        ),
+        "ARConfig": ("ar", same("classes", "head_dim"), {}),
+    }
 
 
 def test_ar_models_know_their_tokenizer(tmp_path):
@@ -358,8 +585,20 @@ def test_tokenizers_know_their_vae(tmp_path):
 
 # --- names and files ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, shown", (("Äpfel 中 $5", "Äpfel 中 $5"), ("a\x1b[31mb", r"a\x1b[31mb"), ("caf\udce9", r"caf\xe9"), ("\ud800", r"\ud800"), ("a\nb\tc\0", r"a\x0ab\x09c\x00"),
-                                         ("abc\u202ecod", r"abc\u202ecod"), ("\U000e0001", r"\U000e0001"), (Path("x"), "x")))
+
+@pytest.mark.parametrize(
+    "text, shown",
+    (
+        ("Äpfel 中 $5", "Äpfel 中 $5"),
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("caf\udce9", r"caf\xe9"),
+        ("\ud800", r"\ud800"),
+        ("a\nb\tc\0", r"a\x0ab\x09c\x00"),
+        ("abc\u202ecod", r"abc\u202ecod"),
+        ("\U000e0001", r"\U000e0001"),
+        (Path("x"), "x"),
+    ),
+)
 def test_plain(text, shown):
     assert plain(text) == shown
     shown.encode("utf-8")
@@ -369,7 +608,11 @@ def test_drawable_names_can_be_drawn(tmp_path):
     import warnings
 
     import matplotlib.pyplot as plt
-    assert drawable("Äpfel α $5_to_$10") == "Äpfel α $5_to_$10" and drawable("中 \U00020bb7 caf\udce9") == r"\u4e2d \U00020bb7 caf\xe9"
+
+    assert (
+        drawable("Äpfel α $5_to_$10") == "Äpfel α $5_to_$10"
+        and drawable("中 \U00020bb7 caf\udce9") == r"\u4e2d \U00020bb7 caf\xe9"
+    )
     figure, axes = plt.subplots()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of glyphs that it does not have
@@ -380,7 +623,10 @@ def test_drawable_names_can_be_drawn(tmp_path):
 
 def test_titles_are_no_mathematics():
     import matplotlib.pyplot as plt
-    core.plot_log([{"step": 0, "loss": 1.}, {"step": 1, "loss": .5}], title="$5_to_$10 \x1b").figure.canvas.draw()
+
+    core.plot_log(
+        [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}], title="$5_to_$10 \x1b"
+    ).figure.canvas.draw()
     core.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
     plt.close("all")
 
@@ -420,7 +666,10 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     import safetensors.torch
 
     def full(*args, **options):
-        raise safetensors.SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+        raise safetensors.SafetensorError(
+            'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
+        )
+
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="model.safetensors could not be written: .*No space left"):
         save_model(tmp_path / "m", nn.Linear(2, 2), AR_SMALL)
@@ -429,7 +678,14 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
 def test_constraints_agree():
     """What constraints.txt asks for is what was tested with everything else."""
-    pins = {name: dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")) for name in ("constraints.txt", "constraints-all.txt")}
+    pins = {
+        name: dict(
+            line.split("==")
+            for line in (ROOT / name).read_text().splitlines()
+            if line and not line.startswith("#")
+        )
+        for name in ("constraints.txt", "constraints-all.txt")
+    }
     few, all_of_them = ({k.lower().replace("_", "-"): v for k, v in pins[name].items()} for name in pins)
     missing = {k for k in few if k not in all_of_them and k not in ("torch", "torchvision")}
     assert not missing and all(all_of_them.get(k, v) == v for k, v in few.items()) and len(all_of_them) > 100

@@ -1,4 +1,5 @@
 """The studies in nbs/experiments and the solutions in nbs/solutions run: all their code, at `micro`, in a clean process and an empty folder."""
+
 import json
 import os
 import subprocess
@@ -22,18 +23,41 @@ def read(notebook):
     if cells[0]["cell_type"] == "raw":
         assert "skip_exec: true" in source(cells.pop(0))
     title = source(cells[0]).strip().splitlines()
-    assert cells[0]["cell_type"] == "markdown" and len(title) == 2 and title[0].startswith("# ") and title[1].startswith("> ")
+    assert (
+        cells[0]["cell_type"] == "markdown"
+        and len(title) == 2
+        and title[0].startswith("# ")
+        and title[1].startswith("> ")
+    )
     code = [c for c in cells if c["cell_type"] == "code"]
     assert not [c for c in code if "#| export" in source(c)] and any(c["outputs"] for c in code)
-    assert not [o for c in code for o in c["outputs"] if o["output_type"] == "error"] and notebook.stat().st_size < 1_500_000
+    assert (
+        not [o for c in code for o in c["outputs"] if o["output_type"] == "error"]
+        and notebook.stat().st_size < 1_500_000
+    )
     return cells
 
 
 def run(notebook, cells, folder, limit):
     """All code of a notebook as a program."""
-    (folder / "program.py").write_text("\n\n".join(source(c) for c in cells if c["cell_type"] == "code"), encoding="utf-8")
-    result = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=limit, cwd=folder,
-                            env={**os.environ, "FLEXTOK_SIZE": "micro", "IN_TEST": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "TQDM_DISABLE": "1"})
+    (folder / "program.py").write_text(
+        "\n\n".join(source(c) for c in cells if c["cell_type"] == "code"), encoding="utf-8"
+    )
+    result = subprocess.run(
+        [sys.executable, "program.py"],
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        cwd=folder,
+        env={
+            **os.environ,
+            "FLEXTOK_SIZE": "micro",
+            "IN_TEST": "1",
+            "PYTHONPATH": str(ROOT),
+            "MPLBACKEND": "Agg",
+            "TQDM_DISABLE": "1",
+        },
+    )
     assert result.returncode == 0, (notebook.name, result.stdout[-1500:], result.stderr[-3000:])
 
 
@@ -44,7 +68,9 @@ def test_there_are_studies_and_solutions():
 @pytest.mark.parametrize("notebook", STUDIES, ids=lambda f: f.stem)
 def test_study(notebook, tmp_path):
     cells = read(notebook)
-    assert '"raw"' in notebook.read_text(encoding="utf-8")[:200], "nbdev_test must not run it at full size: skip_exec"
+    assert '"raw"' in notebook.read_text(encoding="utf-8")[:200], (
+        "nbdev_test must not run it at full size: skip_exec"
+    )
     assert any("FLEXTOK_SIZE" in source(c) for c in cells if c["cell_type"] == "code"), "a knob for the size"
     run(notebook, cells, tmp_path, 900)
 

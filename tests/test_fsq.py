@@ -1,4 +1,5 @@
 """Our quantiser against an independent implementation (a development dependency, so it is always there)."""
+
 import math
 
 import pytest
@@ -34,5 +35,9 @@ def test_codes_that_are_not_finite_count_nothing(bad):
     without = keep.clone()
     without[2, 1] = without[4] = False
     use, wanted = counted(sick, keep), counted(codes, without)
-    assert torch.equal(use.words, wanted.words) and torch.equal(use.digits, wanted.digits) and use.words.sum() == 14
+    assert (
+        torch.equal(use.words, wanted.words)
+        and torch.equal(use.digits, wanted.digits)
+        and use.words.sum() == 14
+    )
     assert counted(torch.full((2, 3, 4), bad), keep[:2]).words.sum() == 0

@@ -1,6 +1,7 @@
 """Thousands of damaged tables and descriptions of models: each is read, or refused in one sentence (ValueError); nothing else, and nothing large.
 
 FLEXTOK_FUZZ=10 tries ten times as many."""
+
 import json
 import os
 import random
@@ -14,7 +15,31 @@ from flextok_edu.evaluate import Report, column, compare, load_report, plot_repo
 from flextok_edu.zoo import PARTS, markdown, model_card, read_facts, read_log
 
 CASES = 2000 * int(os.environ.get("FLEXTOK_FUZZ", "1"))
-ODD = [None, True, -1, 0, 1.9, 2 ** 63, 10 ** 400, -10 ** 18, 1e308, float("nan"), float("inf"), "", "x", "1", "a|b`<c>[d](e)\n# f", "\ud800", "$x_{", [], {}, [[]], [{}], {"": {}}, "9" * 5000]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1.9,
+    2**63,
+    10**400,
+    -(10**18),
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1",
+    "a|b`<c>[d](e)\n# f",
+    "\ud800",
+    "$x_{",
+    [],
+    {},
+    [[]],
+    [{}],
+    {"": {}},
+    "9" * 5000,
+]
 
 
 def nodes(value, path=()):
@@ -37,15 +62,15 @@ def damaged(value, dice):
         for key in above:
             inside = inside[key]
         how = dice.random()
-        if how < .5:
+        if how < 0.5:
             inside[last] = dice.choice(ODD)
-        elif how < .6:
+        elif how < 0.6:
             del inside[last]
-        elif how < .7 and isinstance(inside, list):
+        elif how < 0.7 and isinstance(inside, list):
             inside.append(inside[last])
-        elif how < .8 and isinstance(inside, dict):
+        elif how < 0.8 and isinstance(inside, dict):
             inside[str(dice.choice(ODD))] = inside.pop(last)
-        elif how < .9:
+        elif how < 0.9:
             inside[last] = [inside[last]]
         else:
             other = value
@@ -59,14 +84,14 @@ def as_text(value, dice):
     """As bytes; some of them cut, with a wrong byte, doubled or nested a hundred thousand times."""
     data = json.dumps(value).encode("utf-8", "surrogatepass")
     how = dice.random()
-    if how < .06:
-        return data[:dice.randrange(len(data) + 1)]
-    if how < .12 and data:
+    if how < 0.06:
+        return data[: dice.randrange(len(data) + 1)]
+    if how < 0.12 and data:
         at = dice.randrange(len(data))
-        return data[:at] + bytes([dice.randrange(256)]) + data[at + 1:]
-    if how < .13:
+        return data[:at] + bytes([dice.randrange(256)]) + data[at + 1 :]
+    if how < 0.13:
         return b"[" * 100_000 + data
-    if how < .14:
+    if how < 0.14:
         return data + data
     return data
 
@@ -82,14 +107,42 @@ def tried(work, allowed=(ValueError, FileNotFoundError)):
 
 
 def a_report():
-    rows = [{"what": "originals", "n": 4, "acc_kind": 1., "acc_kind_se": 0.}, {"what": "real against real", "n": 4, "frechet_pixels": 1., "frechet_pixels_se": .1}]
+    rows = [
+        {"what": "originals", "n": 4, "acc_kind": 1.0, "acc_kind_se": 0.0},
+        {"what": "real against real", "n": 4, "frechet_pixels": 1.0, "frechet_pixels_se": 0.1},
+    ]
     scores = {}
     for what in ({"what": "VAE alone"}, {"what": "tokens", "tokens": 1}, {"what": "tokens", "tokens": 2}):
-        values = torch.tensor([.1, .2, .3, .4])
-        rows.append({**what, "n": 4, "mae": float(values.mean()), "mae_se": .06, "psnr": float("inf"), "psnr_se": float("nan"), "frechet_pixels": 2., "frechet_pixels_se": .2})
+        values = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        rows.append(
+            {
+                **what,
+                "n": 4,
+                "mae": float(values.mean()),
+                "mae_se": 0.06,
+                "psnr": float("inf"),
+                "psnr_se": float("nan"),
+                "frechet_pixels": 2.0,
+                "frechet_pixels_se": 0.2,
+            }
+        )
         scores[score_key(what, "mae")] = values
-    card = {"data": "a folder", "data_hash": "0", "image_size": 8, "crop": "c", "images": 4, "reference": "the same", "extractors": ["pixels/2x2"], "seed": 0, "steps": 2,
-            "guidance": 1., "weights_are": "EMA", "weights": {"vae": "0", "extractor": "1"}, "learned": {"vae": {"rule": "one in eight", "count": 3}}, "floor": "training pictures"}
+    card = {
+        "data": "a folder",
+        "data_hash": "0",
+        "image_size": 8,
+        "crop": "c",
+        "images": 4,
+        "reference": "the same",
+        "extractors": ["pixels/2x2"],
+        "seed": 0,
+        "steps": 2,
+        "guidance": 1.0,
+        "weights_are": "EMA",
+        "weights": {"vae": "0", "extractor": "1"},
+        "learned": {"vae": {"rule": "one in eight", "count": 3}},
+        "floor": "training pictures",
+    }
     return Report(rows, card, ["a note"], scores)
 
 
@@ -98,21 +151,26 @@ def memory():
     """Nothing may take a gigabyte more than there is now."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2 ** 30
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
 
 
 def test_tables(tmp_path, memory):
     """Read, printed and compared, or refused; a table that was read never fails later."""
     dice, good = random.Random(0), a_report()
     good.save(tmp_path)
-    stored, weights = json.loads((tmp_path / "table.json").read_text()), (tmp_path / "table_scores.safetensors").read_bytes()
+    stored, weights = (
+        json.loads((tmp_path / "table.json").read_text()),
+        (tmp_path / "table_scores.safetensors").read_bytes(),
+    )
     well = 0
     for case in range(CASES):
         (tmp_path / "table.json").write_bytes(as_text(damaged(stored, dice), dice))
         spoilt = bytearray(weights)
         if case % 10 == 0:
             spoilt[dice.randrange(len(spoilt))] = dice.randrange(256)
-        (tmp_path / "table_scores.safetensors").write_bytes(spoilt[:dice.randrange(len(spoilt))] if case % 50 == 0 else spoilt)
+        (tmp_path / "table_scores.safetensors").write_bytes(
+            spoilt[: dice.randrange(len(spoilt))] if case % 50 == 0 else spoilt
+        )
         found = []
         if not tried(lambda: found.append(load_report(tmp_path))):
             continue
@@ -122,8 +180,9 @@ def test_tables(tmp_path, memory):
         tried(lambda: compare(good, found[0], force=True).best(column("pixels/2x2"), tokens=2), ValueError)
         if case % 200 == 0:
             import matplotlib.pyplot as plt
+
             tried(lambda: plt.close(plot_report(found[0])), ValueError)
-    assert .1 * CASES < well < .9 * CASES, well
+    assert 0.1 * CASES < well < 0.9 * CASES, well
 
 
 def test_descriptions(tmp_path, memory):
@@ -131,16 +190,41 @@ def test_descriptions(tmp_path, memory):
     dice, place = random.Random(1), tmp_path / "model"
     from dataclasses import asdict
     from flextok_edu.core import preset
-    made = {"command": "flextok_train vae", "data": "a folder", "seed": 0, "images": "0", "versions": {"torch": "2"}}
-    facts = {"preset": asdict(preset("micro")), "made": {"vae": made, "tokenizer": made}, "weights_are": "EMA", "vae_trained_against": "nothing but pixels",
-             "packed_with": {"torch": "2"}, "rounding": {"vae_mae": .1}}
-    config = {"config": {}, "weights": "0", "loaded": "0123456789abcdef", "stage": {"stage": "vae", "steps": 3, "batch": 4, "seconds": 1., "images_per_second": 9., "parameters": 10}}
+
+    made = {
+        "command": "flextok_train vae",
+        "data": "a folder",
+        "seed": 0,
+        "images": "0",
+        "versions": {"torch": "2"},
+    }
+    facts = {
+        "preset": asdict(preset("micro")),
+        "made": {"vae": made, "tokenizer": made},
+        "weights_are": "EMA",
+        "vae_trained_against": "nothing but pixels",
+        "packed_with": {"torch": "2"},
+        "rounding": {"vae_mae": 0.1},
+    }
+    config = {
+        "config": {},
+        "weights": "0",
+        "loaded": "0123456789abcdef",
+        "stage": {
+            "stage": "vae",
+            "steps": 3,
+            "batch": 4,
+            "seconds": 1.0,
+            "images_per_second": 9.0,
+            "parameters": 10,
+        },
+    }
     keys = torch.arange(4)
     for part in ("vae", "tokenizer"):
         (place / part).mkdir(parents=True)
         (place / part / "model.safetensors").write_bytes(b"0" * 100)
         save_learned(place / part, Learned("one in eight", "a folder", 4, _hash_keys(keys), keys))
-    log = [{"step": i, "loss": .5, "seconds": 1.} for i in range(5)]
+    log = [{"step": i, "loss": 0.5, "seconds": 1.0} for i in range(5)]
     learned = json.loads((place / "vae" / "learned.json").read_text())
     files = {"model.json": facts, "vae/config.json": config, "vae/log.json": log, "vae/learned.json": learned}
     for name, value in {**files, "tokenizer/config.json": config}.items():
@@ -151,20 +235,43 @@ def test_descriptions(tmp_path, memory):
         name = "model.json" if case % 2 else dice.choice(list(files))
         (place / name).write_bytes(as_text(damaged(files[name], dice), dice))
         cards = []
-        good = tried(lambda: (read_facts(place), read_log(place / "vae"), cards.append(model_card(place, "m"))))
+        good = tried(
+            lambda: (read_facts(place), read_log(place / "vae"), cards.append(model_card(place, "m")))
+        )
         well += good
         for card in cards:
             card.encode("utf-8")
-            assert card.count("\n| ") == 3 and card.count("\n## ") == whole.count("\n## ") and "<c>" not in card, (name, card)
+            assert (
+                card.count("\n| ") == 3 and card.count("\n## ") == whole.count("\n## ") and "<c>" not in card
+            ), (name, card)
         (place / name).write_text(json.dumps(files[name]))
-    assert .05 * CASES < well < .9 * CASES, well
+    assert 0.05 * CASES < well < 0.9 * CASES, well
 
 
-@pytest.mark.parametrize("text", ("a|b", "`x`", "<b>", "[a](b)", "line\nline", "\r", "\x1b[31m", "\ud800", "_x_", "$1 and $2", "&lt;", "# x", "\u202e"))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "a|b",
+        "`x`",
+        "<b>",
+        "[a](b)",
+        "line\nline",
+        "\r",
+        "\x1b[31m",
+        "\ud800",
+        "_x_",
+        "$1 and $2",
+        "&lt;",
+        "# x",
+        "\u202e",
+    ),
+)
 def test_markdown(text):
     """No sign that opens markup is left unescaped, and the result is one printable line."""
     found = markdown(f"before {text} after")
-    assert found.isprintable() and "\n" not in found and found.startswith("before ") and found.endswith(" after")
+    assert (
+        found.isprintable() and "\n" not in found and found.startswith("before ") and found.endswith(" after")
+    )
     bare = found.replace("\\\\", "")
     for sign in "|`<>[]$&#":
         assert bare.count(sign) == bare.count("\\" + sign), (sign, found)

@@ -1,4 +1,5 @@
 """What a training reads back, changed in thousands of ways: checkpoints, shards, cache.json. Each is used, passed over, or refused by a ValueError or OSError in words; nothing else comes out."""
+
 import json
 import random
 import sys
@@ -36,9 +37,25 @@ def run(tmp_path_factory):
             super().end(step, log)
             if step == 3:
                 seen.append(self)
+
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    player = Player("net", lambda b, _: (net(b).square().mean(), {}), list(net.named_parameters()), StageConfig(lr=.01), list(net.named_buffers()))
-    fit([player], Feed(40, 4, lambda rows, places, step: x[rows]), 4, EMA(net), progress=False, engine=Open(folder, "cpu", steps=2, recipe={"stage": "net", "preset": {"lr": .01, "train_net": {"lr": .01}}}))
+    player = Player(
+        "net",
+        lambda b, _: (net(b).square().mean(), {}),
+        list(net.named_parameters()),
+        StageConfig(lr=0.01),
+        list(net.named_buffers()),
+    )
+    fit(
+        [player],
+        Feed(40, 4, lambda rows, places, step: x[rows]),
+        4,
+        EMA(net),
+        progress=False,
+        engine=Open(
+            folder, "cpu", steps=2, recipe={"stage": "net", "preset": {"lr": 0.01, "train_net": {"lr": 0.01}}}
+        ),
+    )
     return seen[0]
 
 
@@ -52,38 +69,71 @@ def test_checkpoints(run):
 
     def case(rng: random.Random):
         action = rng.random()
-        if action < .3:
+        if action < 0.3:
             bad = fuzzing.mutated_bytes(rng, data)
-        elif action < .5:
+        elif action < 0.5:
             bad = fuzzing.mutated_safetensors(rng, data, "facts")
         else:  # with the right hash: somebody meant it
             state, said = dict(tensors), facts
-            if action < .75:
+            if action < 0.75:
                 said = fuzzing.mutated_json(rng, facts)
             else:
                 name = rng.choice(list(state))
                 x = state.pop(name)
-                if rng.random() < .8:
-                    other = rng.choice((x[..., None], x.flatten()[:1], x.flatten()[:0], x.double(), x.long() if x.is_floating_point() else x.float(), x.repeat(2, *[1] * (x.ndim - 1)) if x.ndim else x[None], torch.zeros_like(x), x))
-                    state[name if rng.random() < .7 else rng.choice((name + "x", "x/" + name, "weight/net/x", "random/0/torch", "optimizer/net/0.weight/x", "optimizer/net", "x"))] = other.contiguous()
+                if rng.random() < 0.8:
+                    other = rng.choice(
+                        (
+                            x[..., None],
+                            x.flatten()[:1],
+                            x.flatten()[:0],
+                            x.double(),
+                            x.long() if x.is_floating_point() else x.float(),
+                            x.repeat(2, *[1] * (x.ndim - 1)) if x.ndim else x[None],
+                            torch.zeros_like(x),
+                            x,
+                        )
+                    )
+                    state[
+                        name
+                        if rng.random() < 0.7
+                        else rng.choice(
+                            (
+                                name + "x",
+                                "x/" + name,
+                                "weight/net/x",
+                                "random/0/torch",
+                                "optimizer/net/0.weight/x",
+                                "optimizer/net",
+                                "x",
+                            )
+                        )
+                    ] = other.contiguous()
             try:
                 text = json.dumps(said)
-                bad = save({n: t.clone() for n, t in state.items()}, {"facts": text, "content": train._content(state, text)})
+                bad = save(
+                    {n: t.clone() for n, t in state.items()},
+                    {"facts": text, "content": train._content(state, text)},
+                )
             except UnicodeEncodeError:
                 return
         put(newest, bad)
-        if action > .9:
+        if action > 0.9:
             assert isinstance(changes_of(run.store.folder.parent), dict)
         found = run.store.newest()
         if found:
             steps.add(str(found[1].get("step")))
             run._agree(found[1], run.players)
             run._restore(*found)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         heard = fuzzing.fuzz("checkpoint", case)
     put(newest, data)
-    assert heard["fine"] > .3 * fuzzing.CASES and heard["ValueError"] > .1 * fuzzing.CASES and {"2", "4"} <= steps
+    assert (
+        heard["fine"] > 0.3 * fuzzing.CASES
+        and heard["ValueError"] > 0.1 * fuzzing.CASES
+        and {"2", "4"} <= steps
+    )
     run._restore(*run.store.newest())
     assert set(load_file(run.store.files()[-1])) == set(tensors)
 
@@ -91,10 +141,29 @@ def test_checkpoints(run):
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
+
     def load(start, stop):
         return torch.arange(start, stop), torch.arange(start, stop) % 3
-    facts = {"kind": "tokens", "of": "numbers", "classes": ["a", "b", "c"], "vocabulary": 1000, "dtype": "uint16", "mirror": False, "tokenizer": "0" * 16}
-    build_cache(folder, lambda x: {"ids": (x[:, None, None] * torch.arange(4)).to(torch.uint16)}, 16, load, facts, shard=8, batch=8, progress=False)
+
+    facts = {
+        "kind": "tokens",
+        "of": "numbers",
+        "classes": ["a", "b", "c"],
+        "vocabulary": 1000,
+        "dtype": "uint16",
+        "mirror": False,
+        "tokenizer": "0" * 16,
+    }
+    build_cache(
+        folder,
+        lambda x: {"ids": (x[:, None, None] * torch.arange(4)).to(torch.uint16)},
+        16,
+        load,
+        facts,
+        shard=8,
+        batch=8,
+        progress=False,
+    )
     return folder
 
 
@@ -108,33 +177,62 @@ def everything(folder):
 
 def test_shards(cached):
     path = shard_path(cached, "tokens", 1)
-    data, tensors, facts = path.read_bytes(), {n: x.clone() for n, x in load_file(path).items()}, {k: v for k, v in read_header(path)[0].items() if k != "content"}
+    data, tensors, facts = (
+        path.read_bytes(),
+        {n: x.clone() for n, x in load_file(path).items()},
+        {k: v for k, v in read_header(path)[0].items() if k != "content"},
+    )
 
     def case(rng: random.Random):
         action = rng.random()
-        if action < .35:
+        if action < 0.35:
             put(path, fuzzing.mutated_bytes(rng, data))
-        elif action < .75:
+        elif action < 0.75:
             put(path, fuzzing.mutated_safetensors(rng, data, "flextok_edu.cache"))
         else:
             state, said = dict(tensors), facts
-            if action < .85:
+            if action < 0.85:
                 said = fuzzing.mutated_json(rng, facts)
                 said = said if isinstance(said, dict) else {"x": said}
             else:
                 name = rng.choice(list(state))
                 x = state.pop(name)
-                if rng.random() < .8:
-                    state[name if rng.random() < .8 else rng.choice(("x", "ids", "labels", ""))] = rng.choice((x[..., None], x[:1], x[:0], x.float(), x.flatten(), x.long() - 5000, x.long() + 5000, x.flip(0), torch.zeros(()))).clone()
+                if rng.random() < 0.8:
+                    state[name if rng.random() < 0.8 else rng.choice(("x", "ids", "labels", ""))] = (
+                        rng.choice(
+                            (
+                                x[..., None],
+                                x[:1],
+                                x[:0],
+                                x.float(),
+                                x.flatten(),
+                                x.long() - 5000,
+                                x.long() + 5000,
+                                x.flip(0),
+                                torch.zeros(()),
+                            )
+                        ).clone()
+                    )
             try:
-                put(path, save(state, {"flextok_edu.cache": json.dumps({**said, "content": train.weights_hash(state)}, sort_keys=True)}))
+                put(
+                    path,
+                    save(
+                        state,
+                        {
+                            "flextok_edu.cache": json.dumps(
+                                {**said, "content": train.weights_hash(state)}, sort_keys=True
+                            )
+                        },
+                    ),
+                )
             except UnicodeEncodeError:
                 return
         everything(cached)
+
     heard = fuzzing.fuzz("shard", case)
     put(path, data)
     everything(cached)
-    assert heard["DamagedShard"] > .6 * fuzzing.CASES
+    assert heard["DamagedShard"] > 0.6 * fuzzing.CASES
 
 
 def test_cache_json(cached):
@@ -143,9 +241,16 @@ def test_cache_json(cached):
 
     def case(rng: random.Random):
         action = rng.random()
-        path.write_bytes(fuzzing.mutated_bytes(rng, data) if action < .3 else fuzzing.deep() if action < .32 else fuzzing.as_json(fuzzing.mutated_json(rng, json.loads(data))))
+        path.write_bytes(
+            fuzzing.mutated_bytes(rng, data)
+            if action < 0.3
+            else fuzzing.deep()
+            if action < 0.32
+            else fuzzing.as_json(fuzzing.mutated_json(rng, json.loads(data)))
+        )
         everything(cached)
+
     heard = fuzzing.fuzz("cache.json", case)
     put(path, data)
     everything(cached)
-    assert heard["ValueError"] > .4 * fuzzing.CASES
+    assert heard["ValueError"] > 0.4 * fuzzing.CASES

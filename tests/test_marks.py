@@ -1,4 +1,5 @@
 """A file that somebody else wrote, or that is being read, is not replaced (room 10; the commands use it)."""
+
 import json
 import os
 
@@ -50,13 +51,19 @@ def test_what_is_not_ours(tmp_path):
 
 def test_what_is_ours(tmp_path):
     """Everything of a table; tables and scores of before there was a mark; ids, runs, pages."""
-    row = {"what": "tokens", "tokens": 1, "n": 3, "mae": .5}
-    Report([row], {"data_hash": "0", "extractors": []}, ["a note"], {"tokens/1/mae": torch.full((3,), .5)}).save(tmp_path)
+    row = {"what": "tokens", "tokens": 1, "n": 3, "mae": 0.5}
+    Report(
+        [row], {"data_hash": "0", "extractors": []}, ["a note"], {"tokens/1/mae": torch.full((3,), 0.5)}
+    ).save(tmp_path)
     stored = json.loads((tmp_path / "table.json").read_text())
-    (tmp_path / "old.json").write_text(json.dumps({k: v for k, v in stored.items() if k != "format"}, indent=1))
+    (tmp_path / "old.json").write_text(
+        json.dumps({k: v for k, v in stored.items() if k != "format"}, indent=1)
+    )
     (tmp_path / "ids.jsonl").write_text('{"format": "flextok_edu.ids", "tokenizer": "0"}\n')
     (tmp_path / "run.json").write_text('{\n "command": "flextok_eval", "options": {}}')
-    (tmp_path / "report.html").write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>FlexTok: scenes</title>')
+    (tmp_path / "report.html").write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>FlexTok: scenes</title>'
+    )
     files = list(tmp_path.iterdir())
     assert len(files) == 7
     for file in files:

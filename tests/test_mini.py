@@ -1,4 +1,5 @@
 """The shipped model of 128 px does what its card says, and lies in the package as it came from the GPU."""
+
 import importlib
 import json
 import sys
@@ -38,9 +39,16 @@ def test_it_is_whole():
     """The preset is what was trained, to the step; every part has a log, and says what it learned from and how long it took."""
     facts = read_facts(PLACE)
     assert from_dict(Preset, facts["preset"]) == preset("mini")
-    assert facts["weights_are"] == "EMA" and facts["rounding"]["equal_ids"] > .99 and facts["rounding"]["vae_mae"] < .0002
+    assert (
+        facts["weights_are"] == "EMA"
+        and facts["rounding"]["equal_ids"] > 0.99
+        and facts["rounding"]["vae_mae"] < 0.0002
+    )
     for part in PARTS:
-        stage, learned = json.loads((PLACE / part / "config.json").read_text())["stage"], load_learned(PLACE / part)
+        stage, learned = (
+            json.loads((PLACE / part / "config.json").read_text())["stage"],
+            load_learned(PLACE / part),
+        )
         plan = getattr(preset("mini"), f"train_{part}")
         assert (stage["steps"], stage["batch"]) == (plan.steps, plan.batch) and stage["seconds"] > 5
         assert (learned.rule, learned.count) == ("scenes", preset("mini").train_images)
@@ -56,14 +64,18 @@ def test_the_table_is_of_these_weights(tok, reader, rows):
     ar = ARModel.from_pretrained("mini", tokenizer=tok)
     assert weights["tokenizer"] == tokenizer_hash(tok) and weights["vae"] == weights_hash(tok.vae)
     assert weights["ar"] == weights_hash(ar) and weights["classifier"] == weights_hash(reader)
-    assert (report.card["images"], report.card["steps"], report.card["guidance"]) == (5000, usual.steps, usual.guidance)
+    assert (report.card["images"], report.card["steps"], report.card["guidance"]) == (
+        5000,
+        usual.steps,
+        usual.guidance,
+    )
     assert list(rows) == [1, 2, 4, 8, 16, 32, 64]
     for key, sign in (("mae", -1), ("psnr", 1), ("ssim", 1), ("acc_kind", 1)):
         values = [sign * r[key] for r in rows.values()]
         assert values == sorted(values), (key, values)
-    assert rows[64]["mae"] < .011 and rows[2]["acc_kind"] > .8 and rows[64]["acc_kind"] > .995
+    assert rows[64]["mae"] < 0.011 and rows[2]["acc_kind"] > 0.8 and rows[64]["acc_kind"] > 0.995
     read = [r["acc_kind"] for r in report.rows if r["what"] == "samples"]
-    assert len(read) == 7 and read == sorted(read) and read[-1] > .99
+    assert len(read) == 7 and read == sorted(read) and read[-1] > 0.99
 
 
 @torch.no_grad()
@@ -97,14 +109,36 @@ def test_new_pictures(tok, reader):
 def test_put_together_from_what_the_gpu_left(tmp_path, monkeypatch):
     """tools/ship_mini.py reads pieces of weights by the first word of their names, and refuses weights that were not measured."""
     from safetensors.torch import save_file
+
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool = importlib.import_module("ship_mini")
     save_file({"vae.a": torch.ones(1), "tok.b.c": torch.ones(2)}, tmp_path / "weights_0.safetensors")
-    save_file({"tok.d": torch.ones(3), "ar.e": torch.ones(4), "classifier.f": torch.ones(5)}, tmp_path / "weights_1.safetensors")
+    save_file(
+        {"tok.d": torch.ones(3), "ar.e": torch.ones(4), "classifier.f": torch.ones(5)},
+        tmp_path / "weights_1.safetensors",
+    )
     found = tool.weights(tmp_path)
-    assert {part: {k: len(v) for k, v in state.items()} for part, state in found.items()} == {"vae": {"a": 1}, "tok": {"b.c": 2, "d": 3}, "ar": {"e": 4}, "classifier": {"f": 5}}
-    tok, reader, ar = FlexTok.from_pretrained("mini"), AttributeClassifier.from_pretrained("mini"), ARModel.from_pretrained("mini")
-    small = {f"{word}.{k}": v for word, state in (("vae", tok.vae.state_dict()), ("tok", tok.own_state()), ("ar", ar.state_dict()), ("classifier", reader.state_dict())) for k, v in state.items()}
+    assert {part: {k: len(v) for k, v in state.items()} for part, state in found.items()} == {
+        "vae": {"a": 1},
+        "tok": {"b.c": 2, "d": 3},
+        "ar": {"e": 4},
+        "classifier": {"f": 5},
+    }
+    tok, reader, ar = (
+        FlexTok.from_pretrained("mini"),
+        AttributeClassifier.from_pretrained("mini"),
+        ARModel.from_pretrained("mini"),
+    )
+    small = {
+        f"{word}.{k}": v
+        for word, state in (
+            ("vae", tok.vae.state_dict()),
+            ("tok", tok.own_state()),
+            ("ar", ar.state_dict()),
+            ("classifier", reader.state_dict()),
+        )
+        for k, v in state.items()
+    }
     save_file({k: v.contiguous().clone() for k, v in small.items()}, tmp_path / "weights_0.safetensors")
     (tmp_path / "weights_1.safetensors").unlink()
     known = load_report(PLACE).card["weights"]

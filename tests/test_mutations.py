@@ -2,6 +2,7 @@
 
 A check that cannot fail protects nobody; here each one shows that it can.
 """
+
 import math
 
 import pytest
@@ -18,33 +19,49 @@ import flextok_edu.registers as registers
 import flextok_edu.tokenizer as tokenizer
 import flextok_edu.transformer as transformer
 import flextok_edu.vae as vae
-from flextok_edu.core import ARConfig, EvalConfig, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig, VAELossConfig, fit
+from flextok_edu.core import (
+    ARConfig,
+    EvalConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrunkConfig,
+    VAEConfig,
+    VAELossConfig,
+    fit,
+)
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4)
-TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 2), norm_before_fsq=False)
+TOK_SMALL = TokenizerConfig(
+    4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 2), norm_before_fsq=False
+)
 
 
 # --- the checks ------------------------------------------------------------------------------------------------
 
+
 def check_critic_is_trained():
     torch.manual_seed(0)
-    losses = vae.VAELoss(vae.VAE(VAE_SMALL), VAELossConfig(perceptual=0., adversarial=.1, adversarial_start=0.))
+    losses = vae.VAELoss(
+        vae.VAE(VAE_SMALL), VAELossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=0.0)
+    )
     before = {n: w.clone() for n, w in losses.critic.named_parameters()}
+
     def stream():
         while True:
             yield torch.rand(4, 3, 32, 32) * 2 - 1, None
+
     fit(losses.players(StageConfig(batch=4)), stream(), 2, progress=False)
     assert any(not torch.equal(before[n], w) for n, w in losses.critic.named_parameters())
 
 
 def check_critic_reaches_autoencoder():
     model, grads = vae.VAE(VAE_SMALL), []
-    for weight in (0., 1.):
+    for weight in (0.0, 1.0):
         torch.manual_seed(0)
-        losses = vae.VAELoss(model, VAELossConfig(perceptual=0., adversarial=weight, adversarial_start=0.))
+        losses = vae.VAELoss(model, VAELossConfig(perceptual=0.0, adversarial=weight, adversarial_start=0.0))
         model.zero_grad()
         torch.manual_seed(1)
-        losses.autoencoder(torch.rand(2, 3, 32, 32), 1.)[0].backward()
+        losses.autoencoder(torch.rand(2, 3, 32, 32), 1.0)[0].backward()
         grads.append(model.decoder.conv_out.weight.grad.clone())
     assert (grads[0] - grads[1]).abs().max() > 1e-6
 
@@ -54,11 +71,17 @@ def check_latents_normalised_on_both_sides():
     model, x = vae.VAE(VAE_SMALL).eval(), torch.rand(4, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         plain = model.decode(model.encode(x))
-        model.latent_mean.copy_(torch.tensor([3., -2., 1., 0.]))
-        model.latent_std.copy_(torch.tensor([.1, 5., 2., 1.]))
-        assert torch.allclose(model.decode(model.encode(x)), plain, atol=1e-4), "decode must undo what encode did"
+        model.latent_mean.copy_(torch.tensor([3.0, -2.0, 1.0, 0.0]))
+        model.latent_std.copy_(torch.tensor([0.1, 5.0, 2.0, 1.0]))
+        assert torch.allclose(model.decode(model.encode(x)), plain, atol=1e-4), (
+            "decode must undo what encode did"
+        )
         mean, _ = model.posterior(x)
-        assert torch.allclose(model.encode(x), (mean - model.latent_mean[:, None, None]) / model.latent_std[:, None, None], atol=1e-5), "and encode must do it"
+        assert torch.allclose(
+            model.encode(x),
+            (mean - model.latent_mean[:, None, None]) / model.latent_std[:, None, None],
+            atol=1e-5,
+        ), "and encode must do it"
 
 
 def check_fsq_levels():
@@ -101,7 +124,10 @@ def check_dropped_is_dropped():
     other[:, 3:] = torch.randn(2, 5, 4)
     with torch.no_grad():
         for short in (False, True):
-            a, b = (decoder(x, decoder.modulations(t), *decoder.condition(c, 3, short=short)) for c in (codes, other))
+            a, b = (
+                decoder(x, decoder.modulations(t), *decoder.condition(c, 3, short=short))
+                for c in (codes, other)
+            )
             assert torch.allclose(a, b, atol=1e-5 * float(a.abs().max()))
 
 
@@ -109,7 +135,9 @@ def check_flow_sign():
     torch.manual_seed(0)
     latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     target = flow.velocity_target(latents, noise)  # what the loss asks for
-    assert torch.allclose(flow.euler(lambda x, i: target, noise, 5), latents, atol=1e-5)  # is what the sampler follows
+    assert torch.allclose(
+        flow.euler(lambda x, i: target, noise, 5), latents, atol=1e-5
+    )  # is what the sampler follows
 
 
 def check_flow_sign_in_the_tokenizer():
@@ -120,15 +148,19 @@ def check_flow_sign_in_the_tokenizer():
     tok.decoder.forward = lambda x, modulations, *told: noise - latents
     assert torch.allclose(tok.decode_latents(ids, noise, steps=4), latents, atol=1e-5)
     seen = {}
+
     def oracle(x, modulations, *told):  # where x lies on its line tells t; the velocity follows
         seen["x"] = x
         t = seen["t"].view(-1, 1, 1, 1)
         return (x - latents) / t  # = noise - latents
+
     tok.decoder.forward = oracle
     real = tok.decoder.modulations
+
     def modulations(t):
         seen["t"] = t
         return real(t)
+
     tok.decoder.modulations = modulations
     assert tok.loss(latents)[0] < 1e-6
 
@@ -136,7 +168,7 @@ def check_flow_sign_in_the_tokenizer():
 def check_ar_targets():
     """A model that puts all weight on the right next token has loss 0."""
     model, ids = ar_toy(), torch.randint(20, (2, 6))
-    model.forward = lambda i, labels: 50. * nn.functional.one_hot(ids, 20).float()
+    model.forward = lambda i, labels: 50.0 * nn.functional.one_hot(ids, 20).float()
     assert model.loss(ids, torch.tensor([0, 1]))[0] < 1e-6
 
 
@@ -155,7 +187,7 @@ def check_ar_refuses_other_tokenizer():
 
 
 def ar_toy():
-    return randomize(ar.ARModel(ARConfig(vocabulary=20, length=6, classes=3, width=64, depth=2)), .3).eval()
+    return randomize(ar.ARModel(ARConfig(vocabulary=20, length=6, classes=3, width=64, depth=2)), 0.3).eval()
 
 
 def check_ar_shift():
@@ -167,7 +199,7 @@ def check_ar_shift():
             other = ids.clone()
             other[:, j] = (other[:, j] + 3) % 20
             changed = (model(other, labels) - logits).abs().amax((0, 2)) > 1e-5
-            assert not changed[:j + 1].any(), "a prediction must not see its own target"
+            assert not changed[: j + 1].any(), "a prediction must not see its own target"
             assert j == 5 or changed[j + 1], "and must see the token before"
 
 
@@ -186,22 +218,32 @@ class Eyes(nn.Module):
 
 
 def check_card_names_the_pixels():
-    images = torch.randint(0, 256, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     labels = torch.zeros(12, 1, dtype=torch.int64)
-    cards = [evaluate.make_card(data.ImageSet(x, labels, ("all",), "test"), [Eyes()], EvalConfig(), 0)
-             for x in (images, images.roll(1, -1), images.flip(0))]
+    cards = [
+        evaluate.make_card(data.ImageSet(x, labels, ("all",), "test"), [Eyes()], EvalConfig(), 0)
+        for x in (images, images.roll(1, -1), images.flip(0))
+    ]
     assert len({card["data_hash"] for card in cards}) == 3, "another crop, another order, another card"
 
 
 def check_evaluation_uses_the_cards_images():
     torch.manual_seed(0)
     tok = tokenizer.FlexTok(TOK_SMALL, vae.VAE(VAE_SMALL)).eval()
-    images = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     val = data.ImageSet(images, torch.zeros(16, 1, dtype=torch.int64), ("all",), "test")
-    report = evaluate.evaluate_tokenizer(tok, val, val, Eyes(), EvalConfig(images=16, steps=1, guidance=1.), progress=False)
+    report = evaluate.evaluate_tokenizer(
+        tok, val, val, Eyes(), EvalConfig(images=16, steps=1, guidance=1.0), progress=False
+    )
     x = data.from_uint8(images)
     with torch.no_grad():
-        expected = ((tok.vae.decode(tok.vae.encode(x)).clamp(-1, 1) - x).abs().mean() / 2).item()  # by hand, on a [0, 1] scale
+        expected = (
+            (tok.vae.decode(tok.vae.encode(x)).clamp(-1, 1) - x).abs().mean() / 2
+        ).item()  # by hand, on a [0, 1] scale
     row = next(r for r in report.rows if r["what"] == "VAE alone")
     assert report.card["data_hash"] == val.hash and math.isclose(row["mae"], expected, rel_tol=1e-4)
     floor = next(r for r in report.rows if r["what"] == "real against real")
@@ -210,53 +252,80 @@ def check_evaluation_uses_the_cards_images():
 
 # --- the bugs ---------------------------------------------------------------------------------------------------
 
+
 def one_player_only(monkeypatch):
     real = vae.VAELoss.players
     monkeypatch.setattr(vae.VAELoss, "players", lambda self, config: real(self, config)[:1])
+
 
 def opinion_cut_off(monkeypatch):
     real = vae.PatchDiscriminator.forward
     monkeypatch.setattr(vae.PatchDiscriminator, "forward", lambda self, x: real(self, x.detach()))
 
+
 def decode_forgets_normalisation(monkeypatch):
     monkeypatch.setattr(vae.VAE, "denormalize", lambda self, z: z)
+
 
 def encode_forgets_normalisation(monkeypatch):
     monkeypatch.setattr(vae.VAE, "normalize", lambda self, z: z)
     monkeypatch.setattr(vae.VAE, "denormalize", lambda self, z: z)
 
+
 def nine_levels_for_eight(monkeypatch):
     monkeypatch.setattr(fsq.FSQ, "bound", lambda self, z: torch.tanh(z) * self.half_width)
 
+
 def wrong_basis(monkeypatch):
-    monkeypatch.setattr(fsq.FSQ, "codes_to_ids", lambda self, codes: ((codes * self.step + self.step + 1).round().long() * self.basis).sum(-1))
+    monkeypatch.setattr(
+        fsq.FSQ,
+        "codes_to_ids",
+        lambda self, codes: ((codes * self.step + self.step + 1).round().long() * self.basis).sum(-1),
+    )
+
 
 def no_straight_through(monkeypatch):
     monkeypatch.setattr(fsq.FSQ, "forward", lambda self, z: self.bound(z).round() / self.step + 0 * z)
 
+
 def patches_see_register_0(monkeypatch):
     def mask(n, k, *args, **kwargs):
         m = torch.ones(n + k, n + k, dtype=torch.bool).tril()
-        m[:n, :n + 1] = True
+        m[:n, : n + 1] = True
         return m
+
     monkeypatch.setattr(registers, "encoder_mask", mask)
+
 
 def register_sees_the_next(monkeypatch):
     def mask(n, k, *args, **kwargs):
         m = torch.ones(n + k, n + k, dtype=torch.bool).tril(1)
         m[:n, :n], m[:n, n:] = True, False
         return m
+
     monkeypatch.setattr(registers, "encoder_mask", mask)
+
 
 def one_budget_for_the_batch(monkeypatch):
     real = registers.sample_budget
-    monkeypatch.setattr(registers, "sample_budget", lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b))
+    monkeypatch.setattr(
+        registers,
+        "sample_budget",
+        lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b),
+    )
+
 
 def dropout_keeps_information(monkeypatch):
-    monkeypatch.setattr(tokenizer, "nested_dropout", lambda tokens, keep, mask_token: torch.where(keep[..., None], tokens, mask_token + .1 * tokens))
+    monkeypatch.setattr(
+        tokenizer,
+        "nested_dropout",
+        lambda tokens, keep, mask_token: torch.where(keep[..., None], tokens, mask_token + 0.1 * tokens),
+    )
+
 
 def wrong_sign_in_the_loss(monkeypatch):
     monkeypatch.setattr(flow, "velocity_target", lambda latents, noise: latents - noise)
+
 
 def wrong_sign_in_the_sampler(monkeypatch):
     def walk(velocity, noise, steps=25):
@@ -264,69 +333,117 @@ def wrong_sign_in_the_sampler(monkeypatch):
         for i in range(steps):
             x = x + velocity(x, i) / steps
         return x
+
     monkeypatch.setattr(flow, "euler", walk)
+
 
 def wrong_sign_in_the_tokenizers_loss(monkeypatch):
     monkeypatch.setattr(tokenizer, "velocity_target", lambda latents, noise: latents - noise)
 
+
 def wrong_sign_in_the_tokenizers_sampler(monkeypatch):
-    monkeypatch.setitem(tokenizer.SOLVERS, "euler", lambda velocity, noise, steps, shift: noise + sum(velocity(noise, i) / steps for i in range(steps)))
+    monkeypatch.setitem(
+        tokenizer.SOLVERS,
+        "euler",
+        lambda velocity, noise, steps, shift: noise + sum(velocity(noise, i) / steps for i in range(steps)),
+    )
+
 
 def targets_rolled(monkeypatch):
     real = ar.F.cross_entropy
     monkeypatch.setattr(ar.F, "cross_entropy", lambda logits, ids, **k: real(logits, ids.roll(1), **k))
 
+
 def reference_is_another_set(monkeypatch):
     real = evaluate.frechet
     monkeypatch.setattr(evaluate, "frechet", lambda a, b: real(a.flip(1), b))
 
+
 def reference_is_resized_otherwise(monkeypatch):
     real = evaluate.all_features
+
     def resized(eyes, images, *args, **kwargs):
         if images.dtype == torch.uint8:
-            images = nn.functional.interpolate(nn.functional.interpolate(images.float(), size=5), size=images.shape[-1]).to(torch.uint8)
+            images = nn.functional.interpolate(
+                nn.functional.interpolate(images.float(), size=5), size=images.shape[-1]
+            ).to(torch.uint8)
         return real(eyes, images, *args, **kwargs)
+
     monkeypatch.setattr(evaluate, "all_features", resized)
+
 
 def raw_x_in_adaln(monkeypatch):
     monkeypatch.setattr(transformer, "norm32", lambda x, eps=1e-5: x)
 
+
 def raw_x_in_the_mlp_half(monkeypatch):
     def forward(self, x, n, modulation, mask=None):
         gate1, gate2, shift1, scale1, shift2, scale2 = modulation.unbind(2)
-        x = transformer.gated(x, n, gate1, self.attention(transformer.modulate(transformer.norm32(x), n, shift1, scale1), mask))
+        x = transformer.gated(
+            x, n, gate1, self.attention(transformer.modulate(transformer.norm32(x), n, shift1, scale1), mask)
+        )
         return transformer.gated(x, n, gate2, self.mlp(transformer.modulate(x, n, shift2, scale2)))
+
     monkeypatch.setattr(transformer.ModulatedBlock, "forward", forward)
+
 
 def any_tokenizer_will_do(monkeypatch):
     monkeypatch.setattr(ar, "check_tokenizer", lambda model, tok: None)
 
+
 def targets_not_shifted(monkeypatch):
     def forward(self, ids, labels):
-        x = self.token_table(ids) + (self.start + self.class_table(labels))[:, None] + self.positions[:ids.shape[1]]
+        x = (
+            self.token_table(ids)
+            + (self.start + self.class_table(labels))[:, None]
+            + self.positions[: ids.shape[1]]
+        )
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
     monkeypatch.setattr(ar.ARModel, "forward", forward)
+
 
 def targets_shifted_twice(monkeypatch):
     real = ar.ARModel.forward
-    monkeypatch.setattr(ar.ARModel, "forward", lambda self, ids, labels: real(self, torch.cat([ids[:, :1], ids[:, :-1]], 1), labels))
+    monkeypatch.setattr(
+        ar.ARModel,
+        "forward",
+        lambda self, ids, labels: real(self, torch.cat([ids[:, :1], ids[:, :-1]], 1), labels),
+    )
+
 
 def cached_step_forgets_the_position(monkeypatch):
     real = ar.ARModel.step
-    monkeypatch.setattr(ar.ARModel, "step", lambda self, x, cache, position: real(self, x + self.positions[0] - self.positions[position], cache, position))
+    monkeypatch.setattr(
+        ar.ARModel,
+        "step",
+        lambda self, x, cache, position: real(
+            self, x + self.positions[0] - self.positions[position], cache, position
+        ),
+    )
+
 
 def cache_of_the_last_token_only(monkeypatch):
     real = ar.CausalAttention.forward
     monkeypatch.setattr(ar.CausalAttention, "forward", lambda self, x, cache=None, position=0: real(self, x))
 
+
 def hash_of_the_shape_only(monkeypatch):
     monkeypatch.setattr(data.ImageSet, "hash", property(lambda self: str(self.images.shape)))
 
+
 def reference_is_another_crop(monkeypatch):
     real = evaluate.all_features
-    monkeypatch.setattr(evaluate, "all_features", lambda eyes, images, *a, **k: real(eyes, images.roll(3, -1) if images.dtype == torch.uint8 else images, *a, **k))
+    monkeypatch.setattr(
+        evaluate,
+        "all_features",
+        lambda eyes, images, *a, **k: real(
+            eyes, images.roll(3, -1) if images.dtype == torch.uint8 else images, *a, **k
+        ),
+    )
+
 
 def scored_against_shifted_originals(monkeypatch):
     real = evaluate.image_scores
@@ -334,19 +451,34 @@ def scored_against_shifted_originals(monkeypatch):
 
 
 PLANTED = [
-    (check_critic_is_trained, one_player_only), (check_critic_reaches_autoencoder, opinion_cut_off),
-    (check_latents_normalised_on_both_sides, decode_forgets_normalisation), (check_latents_normalised_on_both_sides, encode_forgets_normalisation),
-    (check_fsq_levels, nine_levels_for_eight), (check_fsq_ids_in_range, nine_levels_for_eight), (check_fsq_ids_in_range, wrong_basis), (check_fsq_gradient, no_straight_through),
-    (check_encoder_mask, patches_see_register_0), (check_encoder_mask, register_sees_the_next),
-    (check_one_budget_per_sample, one_budget_for_the_batch), (check_dropped_is_dropped, dropout_keeps_information),
-    (check_flow_sign, wrong_sign_in_the_loss), (check_flow_sign, wrong_sign_in_the_sampler),
-    (check_adaln_reads_norm, raw_x_in_adaln), (check_adaln_reads_norm, raw_x_in_the_mlp_half),
-    (check_ar_refuses_other_tokenizer, any_tokenizer_will_do), (check_ar_shift, targets_not_shifted), (check_ar_shift, targets_shifted_twice),
-    (check_ar_cache, cached_step_forgets_the_position), (check_ar_cache, cache_of_the_last_token_only),
-    (check_card_names_the_pixels, hash_of_the_shape_only), (check_evaluation_uses_the_cards_images, reference_is_another_crop),
+    (check_critic_is_trained, one_player_only),
+    (check_critic_reaches_autoencoder, opinion_cut_off),
+    (check_latents_normalised_on_both_sides, decode_forgets_normalisation),
+    (check_latents_normalised_on_both_sides, encode_forgets_normalisation),
+    (check_fsq_levels, nine_levels_for_eight),
+    (check_fsq_ids_in_range, nine_levels_for_eight),
+    (check_fsq_ids_in_range, wrong_basis),
+    (check_fsq_gradient, no_straight_through),
+    (check_encoder_mask, patches_see_register_0),
+    (check_encoder_mask, register_sees_the_next),
+    (check_one_budget_per_sample, one_budget_for_the_batch),
+    (check_dropped_is_dropped, dropout_keeps_information),
+    (check_flow_sign, wrong_sign_in_the_loss),
+    (check_flow_sign, wrong_sign_in_the_sampler),
+    (check_adaln_reads_norm, raw_x_in_adaln),
+    (check_adaln_reads_norm, raw_x_in_the_mlp_half),
+    (check_ar_refuses_other_tokenizer, any_tokenizer_will_do),
+    (check_ar_shift, targets_not_shifted),
+    (check_ar_shift, targets_shifted_twice),
+    (check_ar_cache, cached_step_forgets_the_position),
+    (check_ar_cache, cache_of_the_last_token_only),
+    (check_card_names_the_pixels, hash_of_the_shape_only),
+    (check_evaluation_uses_the_cards_images, reference_is_another_crop),
     (check_evaluation_uses_the_cards_images, scored_against_shifted_originals),
-    (check_evaluation_uses_the_cards_images, reference_is_another_set), (check_evaluation_uses_the_cards_images, reference_is_resized_otherwise),
-    (check_flow_sign_in_the_tokenizer, wrong_sign_in_the_tokenizers_loss), (check_flow_sign_in_the_tokenizer, wrong_sign_in_the_tokenizers_sampler),
+    (check_evaluation_uses_the_cards_images, reference_is_another_set),
+    (check_evaluation_uses_the_cards_images, reference_is_resized_otherwise),
+    (check_flow_sign_in_the_tokenizer, wrong_sign_in_the_tokenizers_loss),
+    (check_flow_sign_in_the_tokenizer, wrong_sign_in_the_tokenizers_sampler),
     (check_ar_targets, targets_rolled),
 ]
 

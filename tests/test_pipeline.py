@@ -1,4 +1,5 @@
 """The main job: on folders, interrupted, repeated, damaged."""
+
 import json
 import math
 import os
@@ -41,9 +42,21 @@ def test_a_folder_of_images(tmp_path, classes, capsys):
     report = run(RunConfig(data=str(folder), out=str(tmp_path / "run"), **FAST))
     out = tmp_path / "run"
     assert [r["tokens"] for r in report.rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16]
-    assert not (out / "classifier").exists() and "acc_kind" not in report.rows[0], "no attribute classifier on images without attributes"
+    assert not (out / "classifier").exists() and "acc_kind" not in report.rows[0], (
+        "no attribute classifier on images without attributes"
+    )
     assert json.loads((out / "ar" / "config.json").read_text())["config"]["classes"] == max(1, len(classes))
-    for name in ("table.json", "table.csv", "report.html", "reconstructions.png", "samples.png", "losses.png", "quality.png", "vae/model.safetensors", "tokenizer/config.json"):
+    for name in (
+        "table.json",
+        "table.csv",
+        "report.html",
+        "reconstructions.png",
+        "samples.png",
+        "losses.png",
+        "quality.png",
+        "vae/model.safetensors",
+        "tokenizer/config.json",
+    ):
         assert (out / name).stat().st_size > 200, name
     assert "centre crop" in report.card["crop"]
     assert not list(out.rglob(".*")), "no temporary file is left behind"
@@ -57,21 +70,30 @@ def test_a_retrained_stage_is_evaluated_again(tmp_path, monkeypatch, capsys):
     first = run(config)
     shutil.rmtree(tmp_path / "run" / "ar")
     real = pipeline.train_ar
-    monkeypatch.setattr(pipeline, "train_ar", lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k))
+    monkeypatch.setattr(
+        pipeline, "train_ar", lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k)
+    )
     second = run(config)
-    assert second.card["weights"]["ar"] != first.card["weights"]["ar"] and second.card["weights"]["vae"] == first.card["weights"]["vae"]
+    assert (
+        second.card["weights"]["ar"] != first.card["weights"]["ar"]
+        and second.card["weights"]["vae"] == first.card["weights"]["vae"]
+    )
 
 
 def test_interrupted_and_started_again(tmp_path, monkeypatch, capsys):
     """Interrupt it in the tokenizer; the same command goes on, and ends as if nothing had happened."""
     whole = run(RunConfig(out=str(tmp_path / "whole"), **FAST))
+
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(pipeline, "train_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
-    assert (tmp_path / "cut" / "vae" / "config.json").exists() and not (tmp_path / "cut" / "tokenizer").exists()
+    assert (tmp_path / "cut" / "vae" / "config.json").exists() and not (
+        tmp_path / "cut" / "tokenizer"
+    ).exists()
     capsys.readouterr()
     cut = run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert "vae: finished before" in capsys.readouterr().out
@@ -84,40 +106,75 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
     if not whole:
         whole.append(run(RunConfig(out=str(tmp_path / "whole"), **FAST)))
     real = pipeline.LongRun.parts
+
     def parts(self, step):
-        if self.store.folder.parent.name == name and step == at and self.flops:  # not in the rehearsal that counts arithmetic
+        if (
+            self.store.folder.parent.name == name and step == at and self.flops
+        ):  # not in the rehearsal that counts arithmetic
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, step)
+
     with monkeypatch.context() as m:
         m.setattr(pipeline.LongRun, "parts", parts)
         with pytest.raises(pipeline.Stopped) as stop:
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
-    assert stop.value.number == signal.SIGTERM and len(list((tmp_path / "cut" / name / "checkpoints").iterdir())) == 1 and not (tmp_path / "cut" / name / "config.json").exists()
+    assert (
+        stop.value.number == signal.SIGTERM
+        and len(list((tmp_path / "cut" / name / "checkpoints").iterdir())) == 1
+        and not (tmp_path / "cut" / name / "config.json").exists()
+    )
     capsys.readouterr()
     cut = run(RunConfig(out=str(tmp_path / "cut"), **FAST))
-    assert f"goes on after step {at + 1} of 3" in capsys.readouterr().out and not list((tmp_path / "cut").rglob("checkpoints"))
+    assert f"goes on after step {at + 1} of 3" in capsys.readouterr().out and not list(
+        (tmp_path / "cut").rglob("checkpoints")
+    )
     assert cut.card["weights"] == whole[0].card["weights"] and cut.rows == whole[0].rows
 
 
 def test_expected_curves(tmp_path, monkeypatch, capsys):
     """The range of two runs; drawn under a third of the same job, and under no other."""
     base = preset("micro")
-    base = replace(base, train_images=60, evaluate=replace(base.evaluate, images=12, samples=12), **{f"train_{n}": replace(getattr(base, f"train_{n}"), steps=25, batch=4) for n in pipeline.STAGES})
-    monkeypatch.setattr(pipeline, "probe", lambda *a: {"vae": 1., "classifier": 1., "tokenizer": 1., "ar": 1., "evaluate": 0.})
+    base = replace(
+        base,
+        train_images=60,
+        evaluate=replace(base.evaluate, images=12, samples=12),
+        **{f"train_{n}": replace(getattr(base, f"train_{n}"), steps=25, batch=4) for n in pipeline.STAGES},
+    )
+    monkeypatch.setattr(
+        pipeline,
+        "probe",
+        lambda *a: {"vae": 1.0, "classifier": 1.0, "tokenizer": 1.0, "ar": 1.0, "evaluate": 0.0},
+    )
     monkeypatch.setattr(pipeline, "evaluate_all", lambda job, models: models.logs)
-    logs = [run(RunConfig(out=str(tmp_path / f"{seed}"), device="cpu", compile="off", seed=seed), base) for seed in (0, 1)]
+    logs = [
+        run(RunConfig(out=str(tmp_path / f"{seed}"), device="cpu", compile="off", seed=seed), base)
+        for seed in (0, 1)
+    ]
     monkeypatch.setattr(pipeline, "files", lambda name: tmp_path)
-    decided = pipeline.from_dict(pipeline.Preset, json.loads((tmp_path / "0" / "run.json").read_text())["preset"])
+    decided = pipeline.from_dict(
+        pipeline.Preset, json.loads((tmp_path / "0" / "run.json").read_text())["preset"]
+    )
     assert pipeline.expected_curves(decided) is None, "no file, no curves"
     (tmp_path / "expected").mkdir()
-    (tmp_path / "expected" / "micro.json").write_text(json.dumps(pipeline.collect_expected([tmp_path / "0", tmp_path / "1"])))
+    (tmp_path / "expected" / "micro.json").write_text(
+        json.dumps(pipeline.collect_expected([tmp_path / "0", tmp_path / "1"]))
+    )
     found = pipeline.expected_curves(decided)
     assert set(found) == set(pipeline.STAGES) and set(found["tokenizer"]) >= {"flow", "tokenizer"}
     band = found["ar"]["ar"]
     values = [row["ar"] for log in logs for row in log["ar"]]
-    assert min(band["low"]) == pytest.approx(min(values), rel=1e-3) and max(band["high"]) == pytest.approx(max(values), rel=1e-3)
-    assert all(low <= mean <= high for low, mean, high in zip(band["low"], band["mean"], band["high"])) and 0 < band["at"][0] < band["at"][-1] < 1
-    assert pipeline.expected_curves(decided, "some/folder") is None and pipeline.expected_curves(replace(decided, train_images=61)) is None and pipeline.expected_curves(preset("tiny")) is None
+    assert min(band["low"]) == pytest.approx(min(values), rel=1e-3) and max(band["high"]) == pytest.approx(
+        max(values), rel=1e-3
+    )
+    assert (
+        all(low <= mean <= high for low, mean, high in zip(band["low"], band["mean"], band["high"]))
+        and 0 < band["at"][0] < band["at"][-1] < 1
+    )
+    assert (
+        pipeline.expected_curves(decided, "some/folder") is None
+        and pipeline.expected_curves(replace(decided, train_images=61)) is None
+        and pipeline.expected_curves(preset("tiny")) is None
+    )
     drawn = {}
     for name, expected in (("with", found), ("without", None)):
         pipeline.picture_losses(logs[0], tmp_path / f"{name}.png", expected)
@@ -126,7 +183,7 @@ def test_expected_curves(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="the same run twice"):
         pipeline.collect_expected([tmp_path / "0", tmp_path / "0"])
     stored = json.loads((tmp_path / "1" / "run.json").read_text())
-    stored["preset"]["train_ar"]["lr"] = 1.
+    stored["preset"]["train_ar"]["lr"] = 1.0
     (tmp_path / "1" / "run.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="one job"):
         pipeline.collect_expected([tmp_path / "0", tmp_path / "1"])
@@ -134,11 +191,25 @@ def test_expected_curves(tmp_path, monkeypatch, capsys):
 
 def test_a_stopwatch_measures_and_leaves(capsys):
     from flextok_edu.data import load_data
+
     train, _ = load_data("scenes", 32, 20, 2, progress=False)
-    small = replace(preset("micro"), **{f"train_{n}": replace(getattr(preset("micro"), f"train_{n}"), batch=4) for n in pipeline.STAGES})
+    small = replace(
+        preset("micro"),
+        **{f"train_{n}": replace(getattr(preset("micro"), f"train_{n}"), batch=4) for n in pipeline.STAGES},
+    )
     pace = pipeline.Stopwatch("cpu", steps=2).watch(pipeline.throwaway(small, train)["tokenizer"])
-    assert pace.batch == 4 and pace.steps == 2 and 0 < pace.gradient < pace.seconds and pace.flops > 1e8 and 0 < pace.share < 2 and pace.peak > 1e8
-    assert pipeline.Stopwatch("cpu", steps=50, seconds=0.).watch(pipeline.throwaway(small, train)["ar"]).steps == 1, "one step, whatever it costs"
+    assert (
+        pace.batch == 4
+        and pace.steps == 2
+        and 0 < pace.gradient < pace.seconds
+        and pace.flops > 1e8
+        and 0 < pace.share < 2
+        and pace.peak > 1e8
+    )
+    assert (
+        pipeline.Stopwatch("cpu", steps=50, seconds=0.0).watch(pipeline.throwaway(small, train)["ar"]).steps
+        == 1
+    ), "one step, whatever it costs"
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
@@ -158,7 +229,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 
 
 def test_a_stage_of_another_run_is_refused(tmp_path):
-    one, two = (RunConfig(out=str(tmp_path / name), **{**FAST, "seed": seed}) for name, seed in (("one", 0), ("two", 1)))
+    one, two = (
+        RunConfig(out=str(tmp_path / name), **{**FAST, "seed": seed})
+        for name, seed in (("one", 0), ("two", 1))
+    )
     run(one)
     run(two)
     shutil.rmtree(tmp_path / "one" / "vae")
@@ -169,14 +243,26 @@ def test_a_stage_of_another_run_is_refused(tmp_path):
 
 def test_rows_of_pictures(tmp_path):
     """Each picture where it belongs, every pixel enlarged alike; room for the names at the left and above."""
-    paint = torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - .8  # rows, columns: no white
-    pipeline._rows(list(paint.expand(-1, -1, -1, 16, 16)), ["a", "b", "c"], tmp_path / "rows.png", "title", ["1", "2", "3", "4"])
+    paint = (
+        torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    )  # rows, columns: no white
+    pipeline._rows(
+        list(paint.expand(-1, -1, -1, 16, 16)),
+        ["a", "b", "c"],
+        tmp_path / "rows.png",
+        "title",
+        ["1", "2", "3", "4"],
+    )
     sheet = np.array(Image.open(tmp_path / "rows.png").convert("RGB")).astype(int)
     corner = None
     for i in range(3):
         for j in range(4):
             y, x = np.nonzero((np.abs(sheet - to_uint8(paint[i, j]).flatten().numpy()) <= 1).all(-1))
-            assert len(y) >= 64 * 64 and len(y) < 64 * 64 + 40, (i, j, len(y))  # 16 px, enlarged four times; the rim of a letter may have the same colour
+            assert len(y) >= 64 * 64 and len(y) < 64 * 64 + 40, (
+                i,
+                j,
+                len(y),
+            )  # 16 px, enlarged four times; the rim of a letter may have the same colour
             at = int(np.median(y)), int(np.median(x))
             corner = corner or at
             assert abs(at[0] - corner[0] - 67 * i) <= 1 and abs(at[1] - corner[1] - 67 * j) <= 1, (i, j, at)
@@ -185,35 +271,64 @@ def test_rows_of_pictures(tmp_path):
 
 
 def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "probe", lambda *a: {"vae": 6., "classifier": 6., "tokenizer": 6., "ar": 6., "evaluate": 0.})
-    run(RunConfig(out=str(tmp_path / "run"), minutes=9, device="cpu", images=12, train_images=60, compile="off"))
+    monkeypatch.setattr(
+        pipeline,
+        "probe",
+        lambda *a: {"vae": 6.0, "classifier": 6.0, "tokenizer": 6.0, "ar": 6.0, "evaluate": 0.0},
+    )
+    run(
+        RunConfig(
+            out=str(tmp_path / "run"), minutes=9, device="cpu", images=12, train_images=60, compile="off"
+        )
+    )
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["preset"]
     steps = {name: stored[f"train_{name}"]["steps"] for name in pipeline.STAGES}
     assert 60 <= sum(steps.values()) <= 110 and steps["vae"] > steps["ar"], steps
-    assert json.loads((tmp_path / "run" / "vae" / "config.json").read_text())["stage"]["steps"] == steps["vae"]
+    assert (
+        json.loads((tmp_path / "run" / "vae" / "config.json").read_text())["stage"]["steps"] == steps["vae"]
+    )
     assert "minutes in all" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scale", (1., 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
+@pytest.mark.parametrize("scale", (1.0, 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
 def test_float16_trains_with_a_gradient_scaler(scale):
     """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without a crash."""
     from flextok_edu.core import Player, fit
+
     torch.manual_seed(0)
-    line, target, generator = nn.Linear(4, 1), torch.tensor([[1., -2., 3., .5]]), torch.Generator().manual_seed(0)
+    line, target, generator = (
+        nn.Linear(4, 1),
+        torch.tensor([[1.0, -2.0, 3.0, 0.5]]),
+        torch.Generator().manual_seed(0),
+    )
+
     def points():
         while True:
             x = torch.randn(64, 4, generator=generator)
             yield x, x @ target.T
+
     loss = lambda batch, progress: (scale * (line(batch[0]).float() - batch[1]).square().mean(), {})
-    log = fit([Player("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))], points(), 200, precision=torch.float16, progress=False)
-    assert log[-1]["line"] < .1 * log[0]["line"] and all(torch.isfinite(w).all() for w in line.parameters())
+    log = fit(
+        [Player("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))],
+        points(),
+        200,
+        precision=torch.float16,
+        progress=False,
+    )
+    assert log[-1]["line"] < 0.1 * log[0]["line"] and all(torch.isfinite(w).all() for w in line.parameters())
     assert all(math.isfinite(v) for row in log for v in row.values()), "the log stays json"
 
 
 def test_pick_precision(monkeypatch):
-    assert pick_precision("auto", "cpu") is None and pick_precision("auto", "mps") is None and pick_precision("fp16", "cpu") is torch.float16
+    assert (
+        pick_precision("auto", "cpu") is None
+        and pick_precision("auto", "mps") is None
+        and pick_precision("fp16", "cpu") is torch.float16
+    )
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):  # Ampere and later; T4, V100
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+        )
         assert pick_precision("auto", "cuda") is expected
     with pytest.raises(ValueError, match="use auto, fp32, bf16, fp16"):
         pick_precision("half", "cpu")
@@ -222,19 +337,36 @@ def test_pick_precision(monkeypatch):
 def test_named_sets_without_their_files(tmp_path):
     """A clear sentence before anything starts."""
     with pytest.raises(FileNotFoundError, match="(?i)cifar.*download"):
-        run(RunConfig(data="cifar10", data_root=str(tmp_path), out=str(tmp_path / "run"), device="cpu", steps=2))
+        run(
+            RunConfig(
+                data="cifar10", data_root=str(tmp_path), out=str(tmp_path / "run"), device="cpu", steps=2
+            )
+        )
 
 
 @pytest.mark.parametrize("name, seeds", (("micro", 5), ("tiny", 1)))
 def test_the_shipped_curves_are_of_the_preset(name, seeds):
     """Measured with so many seeds, of exactly what the preset says today: whoever changes it must measure them again."""
     stored = json.loads((Path(pipeline.__file__).parent / "expected" / f"{name}.json").read_text())
-    assert len(set(stored["conditions"]["seeds"])) == seeds and replace(pipeline.from_dict(pipeline.Preset, stored["preset"]), evaluate=preset(name).evaluate) == preset(name)
+    assert len(set(stored["conditions"]["seeds"])) == seeds and replace(
+        pipeline.from_dict(pipeline.Preset, stored["preset"]), evaluate=preset(name).evaluate
+    ) == preset(name)
     found = pipeline.expected_curves(preset(name))
     assert set(found) == set(pipeline.STAGES)
     for stage in found.values():
         for band in stage.values():
-            assert len(band["at"]) == len(band["mean"]) > 5 and all(a <= b <= c for a, b, c in zip(band["low"], band["mean"], band["high"]))
-    assert found["tokenizer"]["regression_full"]["mean"][-1] < .2 * found["tokenizer"]["regression_full"]["mean"][0]
-    assert pipeline.expected_curves(preset(name), "folder") is None and pipeline.expected_curves(replace(preset(name), level=3)) is None
-    assert pipeline.expected_curves(replace(preset(name), evaluate=replace(preset(name).evaluate, guidance=7.))) == found, "how pictures are decoded changes no loss"
+            assert len(band["at"]) == len(band["mean"]) > 5 and all(
+                a <= b <= c for a, b, c in zip(band["low"], band["mean"], band["high"])
+            )
+    assert (
+        found["tokenizer"]["regression_full"]["mean"][-1]
+        < 0.2 * found["tokenizer"]["regression_full"]["mean"][0]
+    )
+    assert (
+        pipeline.expected_curves(preset(name), "folder") is None
+        and pipeline.expected_curves(replace(preset(name), level=3)) is None
+    )
+    assert (
+        pipeline.expected_curves(replace(preset(name), evaluate=replace(preset(name).evaluate, guidance=7.0)))
+        == found
+    ), "how pictures are decoded changes no loss"

@@ -1,4 +1,5 @@
 """Public sets by name, read from small stand-ins in their real formats; other eyes by name; the loop's single step. Nothing is downloaded."""
+
 import gzip
 import hashlib
 import pickle
@@ -28,12 +29,17 @@ def fashion(root, train, test):
     raw.mkdir(parents=True, exist_ok=True)
     for name, (images, labels) in {"train": train, "t10k": test}.items():
         for kind, a in (("images-idx3", images), ("labels-idx1", labels)):
-            (raw / f"{name}-{kind}-ubyte").write_bytes(struct.pack(">BBBB", 0, 0, 8, a.ndim) + struct.pack(f">{a.ndim}I", *a.shape) + a.astype(np.uint8).tobytes())
+            (raw / f"{name}-{kind}-ubyte").write_bytes(
+                struct.pack(">BBBB", 0, 0, 8, a.ndim)
+                + struct.pack(f">{a.ndim}I", *a.shape)
+                + a.astype(np.uint8).tobytes()
+            )
 
 
 def cifar(root, monkeypatch, per_batch=6):
     """Six pickles and their checksums, as Krizhevsky wrote them; returns the training pixels."""
     from torchvision.datasets import CIFAR10
+
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     pixels = RNG.integers(0, 256, (6, per_batch, 3072), dtype=np.uint8)
@@ -42,11 +48,30 @@ def cifar(root, monkeypatch, per_batch=6):
         whole = pickle.dumps({"data": pixels[i], "labels": [(i + j) % 10 for j in range(per_batch)]})
         (folder / name).write_bytes(whole)
         entries.append([name, hashlib.md5(whole).hexdigest()])
-    meta = pickle.dumps({"label_names": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]})
+    meta = pickle.dumps(
+        {
+            "label_names": [
+                "airplane",
+                "automobile",
+                "bird",
+                "cat",
+                "deer",
+                "dog",
+                "frog",
+                "horse",
+                "ship",
+                "truck",
+            ]
+        }
+    )
     (folder / "batches.meta").write_bytes(meta)
     monkeypatch.setattr(CIFAR10, "train_list", entries[:5])
     monkeypatch.setattr(CIFAR10, "test_list", entries[5:])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()})
+    monkeypatch.setattr(
+        CIFAR10,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()},
+    )
     return pixels
 
 
@@ -55,15 +80,21 @@ def photos(folder, wnids, count, size=(90, 60), suffix=".JPEG", seed=0):
     for wnid in wnids:
         (folder / wnid).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / wnid / f"{wnid}_{i}{suffix}")
+            Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+                folder / wnid / f"{wnid}_{i}{suffix}"
+            )
 
 
 def test_cifar10_keeps_pixels_labels_and_its_test_split(tmp_path, monkeypatch):
     pixels = cifar(tmp_path, monkeypatch)
     train, val = load_data("cifar10", 32, 0, 100, progress=False, root=tmp_path)
-    assert torch.equal(train.images, torch.from_numpy(pixels[:5]).reshape(30, 3, 32, 32)), "at 32 px not a byte changes, and the order of the set is kept"
+    assert torch.equal(train.images, torch.from_numpy(pixels[:5]).reshape(30, 3, 32, 32)), (
+        "at 32 px not a byte changes, and the order of the set is kept"
+    )
     assert torch.equal(val.images, torch.from_numpy(pixels[5]).reshape(6, 3, 32, 32))
-    assert train.labels[:, 0].tolist() == [(i + j) % 10 for i in range(5) for j in range(6)] and train.labels.shape == (30, 1)
+    assert train.labels[:, 0].tolist() == [
+        (i + j) % 10 for i in range(5) for j in range(6)
+    ] and train.labels.shape == (30, 1)
     assert train.classes[:2] == ("airplane", "automobile") and not train.scenes and "30 of 30" in train.source
     small, few = load_data("cifar10", 16, 0, 3, progress=False, root=tmp_path, limit=10)
     assert small.images.shape == (10, 3, 16, 16) and len(few) == 3 and "10 of 30" in small.source
@@ -85,8 +116,15 @@ def test_fashion_mnist_in_its_own_format(tmp_path):
     images = RNG.integers(0, 256, (40, 28, 28), dtype=np.uint8)
     fashion(tmp_path, (images, np.arange(40) % 10), (images[:5] // 2, np.arange(5)))
     train, val = load_data("fashion_mnist", 28, 0, 100, progress=False, root=tmp_path)
-    assert torch.equal(train.images, torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1)) and train.labels[:, 0].tolist() == [i % 10 for i in range(40)]
-    assert len(val) == 5 and train.classes[0] == "T-shirt/top" and load_data("fashion_mnist", 32, 0, 2, progress=False, root=tmp_path)[1].images.shape == (2, 3, 32, 32)
+    assert torch.equal(
+        train.images, torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1)
+    ) and train.labels[:, 0].tolist() == [i % 10 for i in range(40)]
+    assert (
+        len(val) == 5
+        and train.classes[0] == "T-shirt/top"
+        and load_data("fashion_mnist", 32, 0, 2, progress=False, root=tmp_path)[1].images.shape
+        == (2, 3, 32, 32)
+    )
     raw = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     raw.write_bytes(raw.read_bytes()[:3000])
     with pytest.raises(FileNotFoundError, match="damaged"):
@@ -100,21 +138,32 @@ def test_the_real_fashion_mnist(tmp_path):
     for f in FASHION.glob("*.gz"):
         (raw / f.stem).write_bytes(gzip.decompress(f.read_bytes()))
     train, val = load_data("fashion_mnist", 32, 0, 500, progress=False, root=tmp_path, limit=2000)
-    assert (len(train), len(val)) == (2000, 500) and "of 60000" in train.source and torch.bincount(train.labels[:, 0], minlength=10).min() > 140
+    assert (
+        (len(train), len(val)) == (2000, 500)
+        and "of 60000" in train.source
+        and torch.bincount(train.labels[:, 0], minlength=10).min() > 140
+    )
 
 
 def test_imagenette_is_read_at_the_size_that_is_needed(tmp_path):
     from torchvision.datasets import Imagenette
+
     wnids = list(Imagenette._WNID_TO_CLASS)
     for folder, side in (("imagenette2-160", 40), ("imagenette2-320", 80)):
         for split, count in (("train", 2), ("val", 1)):
             photos(tmp_path / folder / split, wnids, count, (side + 20, side), ".jpeg", seed=side + count)
     with pytest.warns(UserWarning, match="20 of Imagenette's 9,469"):
         train, val = load_data("imagenette", 32, 0, 100, progress=False, root=tmp_path)
-    assert (len(train), len(val)) == (20, 10) and train.classes[:3] == ("tench", "English springer", "cassette player") and val.labels[:, 0].tolist() == list(range(10))
+    assert (
+        (len(train), len(val)) == (20, 10)
+        and train.classes[:3] == ("tench", "English springer", "cassette player")
+        and val.labels[:, 0].tolist() == list(range(10))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert "imagenette2-320" in str(find_set("imagenette", 200, tmp_path)[0][0][0]) and "imagenette2-160" in str(find_set("imagenette", 128, tmp_path)[0][0][0])
+        assert "imagenette2-320" in str(
+            find_set("imagenette", 200, tmp_path)[0][0][0]
+        ) and "imagenette2-160" in str(find_set("imagenette", 128, tmp_path)[0][0][0])
 
 
 def test_imagenet_folders_and_the_order_of_their_classes(tmp_path):
@@ -122,11 +171,23 @@ def test_imagenet_folders_and_the_order_of_their_classes(tmp_path):
     photos(tmp_path / "imagenet" / "train", wnids, 6)
     photos(tmp_path / "imagenet" / "val", wnids, 2, seed=1)
     train, val = load_data("imagenet", 24, 0, 100, progress=False, root=tmp_path)
-    assert train.classes == ("n01000001", "n02000003", "n03000002") and train.labels[:, 0].tolist() == [0] * 6 + [1] * 6 + [2] * 6 and len(val) == 6
-    (tmp_path / "imagenet" / "LOC_synset_mapping.txt").write_text("n03000002 crane\nn01000001 kite, toy\nn02000003 crane, bird\n")
+    assert (
+        train.classes == ("n01000001", "n02000003", "n03000002")
+        and train.labels[:, 0].tolist() == [0] * 6 + [1] * 6 + [2] * 6
+        and len(val) == 6
+    )
+    (tmp_path / "imagenet" / "LOC_synset_mapping.txt").write_text(
+        "n03000002 crane\nn01000001 kite, toy\nn02000003 crane, bird\n"
+    )
     assert find_set("imagenet", 24, tmp_path)[2] == ("kite", "crane (n02000003)", "crane (n03000002)")
-    half, few = load_data("imagenet", 24, 0, 3, progress=False, root=tmp_path / "imagenet", limit=9)  # the data root may be ImageNet itself
-    assert half.labels[:, 0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and few.labels[:, 0].tolist() == [0, 1, 2], "evenly over the classes"
+    half, few = load_data(
+        "imagenet", 24, 0, 3, progress=False, root=tmp_path / "imagenet", limit=9
+    )  # the data root may be ImageNet itself
+    assert half.labels[:, 0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and few.labels[:, 0].tolist() == [
+        0,
+        1,
+        2,
+    ], "evenly over the classes"
     (tmp_path / "imagenet" / "val" / "loose.JPEG").write_bytes(b"")
     with pytest.raises(ValueError, match="loose.JPEG, which is no class"):
         load_data("imagenet", 24, 0, 10, progress=False, root=tmp_path)
@@ -134,7 +195,12 @@ def test_imagenet_folders_and_the_order_of_their_classes(tmp_path):
 
 def test_imagenet_of_a_thousand_classes_has_names():
     names = data._wnid_names(Path("/nowhere"), [f"n{i:08}" for i in range(1000)])
-    assert names[0] == "tench" and names[134] == "crane bird" and names[517] == "crane" and len(set(names)) == 1000
+    assert (
+        names[0] == "tench"
+        and names[134] == "crane bird"
+        and names[517] == "crane"
+        and len(set(names)) == 1000
+    )
 
 
 def test_without_a_test_split_pictures_are_held_out(tmp_path):
@@ -176,7 +242,9 @@ def test_offline_downloads_say_what_to_do(name, tmp_path, monkeypatch):
 
     for module in (torchvision.datasets.cifar, torchvision.datasets.imagenette, torchvision.datasets.mnist):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
-    with pytest.raises(FileNotFoundError, match=f"{name} could not be downloaded .*name resolution.*online") as error:
+    with pytest.raises(
+        FileNotFoundError, match=f"{name} could not be downloaded .*name resolution.*online"
+    ) as error:
         load_data(name, 32, 0, 10, progress=False, root=tmp_path, download=True)
     assert SETS[name][0] in str(error.value) and str(tmp_path) in str(error.value)
 
@@ -192,7 +260,10 @@ def test_sets_that_cannot_be(tmp_path):
 
 def test_what_does_not_fit_is_refused_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_memory", lambda: 2**20)
-    for call in (lambda: load_data("scenes", 64, 100, 10, progress=False), lambda: read_squares([tmp_path / "none.png"] * 100, 64)):
+    for call in (
+        lambda: load_data("scenes", 64, 100, 10, progress=False),
+        lambda: read_squares([tmp_path / "none.png"] * 100, 64),
+    ):
         with pytest.raises(ValueError, match="GB in memory, more than half .*--train-images"):
             call()
     monkeypatch.undo()
@@ -203,14 +274,18 @@ def test_read_squares_keeps_the_order_across_threads():
     items = [np.full((9, 9), i % 251, np.uint8) for i in range(1500)]
     items[700] = np.zeros((1, 1), np.uint8)
     images, good = read_squares(items, 8, progress=False)
-    assert good == [i for i in range(1500) if i != 700] and images[:, 0, 0, 0].tolist() == [i % 251 for i in good]
+    assert good == [i for i in range(1500) if i != 700] and images[:, 0, 0, 0].tolist() == [
+        i % 251 for i in good
+    ]
     assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], None) == [1, 2]
 
 
 # --- eyes ----------------------------------------------------------------------------------------------------------------
 
+
 def test_inception_by_name(tmp_path, monkeypatch):
     from torchvision.models import inception_v3
+
     torch.manual_seed(0)
     net = inception_v3(weights=None, init_weights=False)
     for p in net.parameters():
@@ -221,14 +296,27 @@ def test_inception_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not torchvision's Inception-v3"):
         features.extractor("inception", weights=path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    monkeypatch.setitem(features.OTHER_EYES, "inception", (f"https://example.org/inception-{found}.pth", *features.OTHER_EYES["inception"][1:]))
+    monkeypatch.setitem(
+        features.OTHER_EYES,
+        "inception",
+        (f"https://example.org/inception-{found}.pth", *features.OTHER_EYES["inception"][1:]),
+    )
     eyes = features.extractor("inception", size=80, weights=path).train()
     images = torch.rand(2, 3, 80, 80) * 2 - 1
-    assert eyes(images).shape == (2, 2048) and eyes.name == "inception at 80 px" and not eyes.training and not any(w.requires_grad for w in eyes.parameters())
+    assert (
+        eyes(images).shape == (2, 2048)
+        and eyes.name == "inception at 80 px"
+        and not eyes.training
+        and not any(w.requires_grad for w in eyes.parameters())
+    )
     with torch.no_grad():
         net.eval().fc = nn.Identity()
-        assert (net(images) - net(images * .9)).abs().max() > 1e-2 * net(images).abs().max(), "weights that notice a wrong range"
-        assert torch.allclose(eyes(images), net(images), atol=1e-4 * net(images).abs().max()), "Inception expects [-1, 1], where our images are"
+        assert (net(images) - net(images * 0.9)).abs().max() > 1e-2 * net(images).abs().max(), (
+            "weights that notice a wrong range"
+        )
+        assert torch.allclose(eyes(images), net(images), atol=1e-4 * net(images).abs().max()), (
+            "Inception expects [-1, 1], where our images are"
+        )
     with pytest.raises(ValueError, match="RGB"):
         eyes(images[:, :1])
 
@@ -237,23 +325,35 @@ def test_every_network_gets_the_normalisation_that_it_was_trained_with():
     class Spy(nn.Module):
         def forward(self, pixel_values):
             self.seen = pixel_values
-            return type("Out", (), {"last_hidden_state": torch.ones(2, 5, 384), "image_embeds": torch.ones(2, 512)})
+            return type(
+                "Out", (), {"last_hidden_state": torch.ones(2, 5, 384), "image_embeds": torch.ones(2, 512)}
+            )
 
-    for name, mean, std in (("dinov2_small", .485, .229), ("clip_b32", .48145466, .26862954)):
+    for name, mean, std in (("dinov2_small", 0.485, 0.229), ("clip_b32", 0.48145466, 0.26862954)):
         eyes = features.OtherEyes(name, spy := Spy())
-        for ours, theirs in ((1., 1.), (0., .5), (-1., 0.)):  # our range, theirs
+        for ours, theirs in ((1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)):  # our range, theirs
             assert eyes(torch.full((2, 3, 32, 32), ours)).shape == (2, eyes.dim)
-            assert spy.seen.shape == (2, 3, 224, 224) and abs(spy.seen[0, 0, 5, 5].item() - (theirs - mean) / std) < 1e-5
+            assert (
+                spy.seen.shape == (2, 3, 224, 224)
+                and abs(spy.seen[0, 0, 5, 5].item() - (theirs - mean) / std) < 1e-5
+            )
 
 
 def test_dinov2_and_clip_from_a_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
     tiny = dict(hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    transformers.Dinov2Model(transformers.Dinov2Config(**tiny, image_size=28, patch_size=14)).save_pretrained(tmp_path / "dino")
-    transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**tiny, image_size=224, patch_size=32, projection_dim=512)).save_pretrained(tmp_path / "clip")
+    transformers.Dinov2Model(transformers.Dinov2Config(**tiny, image_size=28, patch_size=14)).save_pretrained(
+        tmp_path / "dino"
+    )
+    transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**tiny, image_size=224, patch_size=32, projection_dim=512)
+    ).save_pretrained(tmp_path / "clip")
     for name, folder in (("dinov2_small", "dino"), ("clip_b32", "clip")):
         eyes = features.extractor(name, weights=tmp_path / folder)
-        assert eyes(torch.rand(1, 3, 30, 30) * 2 - 1).shape == (1, eyes.dim) and torch.isfinite(eyes(torch.zeros(1, 3, 64, 64))).all()
+        assert (
+            eyes(torch.rand(1, 3, 30, 30) * 2 - 1).shape == (1, eyes.dim)
+            and torch.isfinite(eyes(torch.zeros(1, 3, 64, 64))).all()
+        )
 
 
 def test_eyes_that_cannot_be_had(tmp_path, monkeypatch):
@@ -277,7 +377,11 @@ def test_eyes_that_cannot_be_had(tmp_path, monkeypatch):
 def test_the_classifiers_log_starts_at_chance():
     train, _ = load_data("scenes", 16, 64, 8, progress=False)
     model, log = features.train_classifier(train, StageConfig(steps=2, batch=8), progress=False, every=1)
-    assert len(log) == 2 and set(data.HEADS) <= set(log[0]) and all(.6 < log[0][head] < 1.6 for head in data.HEADS)
+    assert (
+        len(log) == 2
+        and set(data.HEADS) <= set(log[0])
+        and all(0.6 < log[0][head] < 1.6 for head in data.HEADS)
+    )
     images, labels = torch.rand(3, 3, 16, 16), train.labels[:3]
     each = model.losses(images, labels)
     assert torch.allclose(model.loss(images, labels), 3 * each[0] + each[1] + each[2] + each[3])
@@ -285,8 +389,10 @@ def test_the_classifiers_log_starts_at_chance():
 
 # --- the loop --------------------------------------------------------------------------------------------------------------
 
+
 class InParts(Engine):
     """Every batch in three uneven parts."""
+
     def parts(self, step):
         whole = next(self.batches)
         return [(rows, len(rows) / len(whole)) for rows in whole.split([7, 4, 5])]
@@ -302,22 +408,38 @@ def test_parts_of_a_batch_are_the_batch():
         def loss(b, progress):
             seen.append(len(b))
             error = (line(b) - 2 * b).square()
-            return error.mean(), {"at": torch.tensor(progress), "largest": (error.sum(), len(b)), "lazy": lambda: seen[-1]}
-        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=.1, warmup=2))
+            return error.mean(), {
+                "at": torch.tensor(progress),
+                "largest": (error.sum(), len(b)),
+                "lazy": lambda: seen[-1],
+            }
+
+        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=0.1, warmup=2))
         return fit([player], iter([x] * 6), 6, every=2, progress=False, engine=engine), line, seen
 
     (log, a, whole), (log_parts, b, parts) = run(Engine()), run(InParts())
     assert whole == [16] * 6 and parts == [7, 4, 5] * 6
-    assert torch.allclose(a.weight, b.weight, atol=1e-6) and [row["step"] for row in log] == [0, 2, 4, 5] and log[1]["at"] == pytest.approx(2 / 6)
+    assert (
+        torch.allclose(a.weight, b.weight, atol=1e-6)
+        and [row["step"] for row in log] == [0, 2, 4, 5]
+        and log[1]["at"] == pytest.approx(2 / 6)
+    )
     for row, other in zip(log, log_parts):
-        assert row["line"] == pytest.approx(other["line"], rel=1e-5) == pytest.approx(row["largest"], rel=1e-5) == pytest.approx(other["largest"], rel=1e-5)
+        assert (
+            row["line"]
+            == pytest.approx(other["line"], rel=1e-5)
+            == pytest.approx(row["largest"], rel=1e-5)
+            == pytest.approx(other["largest"], rel=1e-5)
+        )
         assert other["lazy"] == pytest.approx((7 * 7 + 4 * 4 + 5 * 5) / 16)
 
 
 def test_nan_stops_before_the_weights_move():
     line = nn.Linear(1, 1)
     before = line.weight.clone()
-    player = Player("line", lambda b, _: (line(b).sum() * float("nan"), {}), list(line.named_parameters()), StageConfig())
+    player = Player(
+        "line", lambda b, _: (line(b).sum() * float("nan"), {}), list(line.named_parameters()), StageConfig()
+    )
     with pytest.raises(FloatingPointError, match="loss of line is nan at step 0"):
         fit([player], iter([torch.ones(2, 1)] * 3), 3, progress=False)
     assert torch.equal(line.weight, before)

@@ -1,4 +1,5 @@
 """The weights that come with the package do what their card says. (Bounds well below the measured values: these are few pictures.)"""
+
 import hashlib
 import json
 import os
@@ -14,7 +15,14 @@ from PIL import Image, ImageDraw
 from flextok_edu.ar import ARModel, check_tokenizer, sample_images, tokenizer_hash, tokenizer_identity
 from flextok_edu.core import Preset, from_dict, from_uint8, preset, shipped_models, weights_hash
 from flextok_edu.data import ImageSet, ToyScenes, learned_from, leave_out_learned, load_data, load_learned
-from flextok_edu.evaluate import PERCEPTUAL, load_report, older_than_the_rule, split_by_record, token_counts, trained_how
+from flextok_edu.evaluate import (
+    PERCEPTUAL,
+    load_report,
+    older_than_the_rule,
+    split_by_record,
+    token_counts,
+    trained_how,
+)
 from flextok_edu.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
@@ -37,15 +45,33 @@ def usual():
 
 def test_small_and_whole():
     """All shipped models together in 80 MB (mini takes more than half of that), each with card, table, logs and the facts of its training."""
-    assert "tiny" in shipped_models() and sum(f.stat().st_size for f in (ROOT / "flextok_edu" / "zoo").rglob("*") if f.is_file()) < 80e6
+    assert (
+        "tiny" in shipped_models()
+        and sum(f.stat().st_size for f in (ROOT / "flextok_edu" / "zoo").rglob("*") if f.is_file()) < 80e6
+    )
     facts = json.loads((PLACE / "model.json").read_text())
     for part in ("vae", "tokenizer", "ar", "classifier"):
-        assert len(json.loads((PLACE / part / "log.json").read_text())) > 20 and facts["made"][part]["seed"] == 0 and facts["made"][part]["versions"]["torch"]
+        assert (
+            len(json.loads((PLACE / part / "log.json").read_text())) > 20
+            and facts["made"][part]["seed"] == 0
+            and facts["made"][part]["versions"]["torch"]
+        )
         assert json.loads((PLACE / part / "config.json").read_text())["stage"]["seconds"] > 60
     assert from_dict(Preset, facts["preset"]) == preset("tiny"), "the preset is what was trained first"
-    for part, how in (("vae", "--part both"), ("tokenizer", "--part both"), ("ar", "--ar")):  # and then every part went on
-        stage, plan = json.loads((PLACE / part / "config.json").read_text())["stage"], getattr(preset("tiny"), f"train_{part}")
-        assert stage["steps"] > plan.steps and stage["batch"] == plan.batch and how in facts["made"][part]["command"]
+    for part, how in (
+        ("vae", "--part both"),
+        ("tokenizer", "--part both"),
+        ("ar", "--ar"),
+    ):  # and then every part went on
+        stage, plan = (
+            json.loads((PLACE / part / "config.json").read_text())["stage"],
+            getattr(preset("tiny"), f"train_{part}"),
+        )
+        assert (
+            stage["steps"] > plan.steps
+            and stage["batch"] == plan.batch
+            and how in facts["made"][part]["command"]
+        )
 
 
 @torch.no_grad()
@@ -58,10 +84,21 @@ def test_pictures_get_better(parts, usual):
         pictures = tok.detokenize(ids[:, :k], usual.steps, usual.guidance)
         errors.append(float((pictures - images).abs().mean() / 2))
         read[k] = read_accuracy(reader, pictures, labels)
-    assert errors == sorted(errors, reverse=True) and errors[-1] < .5 * errors[0], errors
-    assert read[1]["place"] > .9 and read[32]["place"] > .97 and read[8]["colour"] > .6 and read[32]["colour"] > .85 and read[1]["kind"] > .2 and read[8]["kind"] > .6 and read[32]["kind"] > .8, read
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0], errors
+    assert (
+        read[1]["place"] > 0.9
+        and read[32]["place"] > 0.97
+        and read[8]["colour"] > 0.6
+        and read[32]["colour"] > 0.85
+        and read[1]["kind"] > 0.2
+        and read[8]["kind"] > 0.6
+        and read[32]["kind"] > 0.8
+    ), read
     alone = tok.vae.decode(tok.vae.encode(images)).clamp(-1, 1)
-    assert float((alone - images).abs().mean() / 2) < .02 and read_accuracy(reader, alone, labels)["kind"] > .95
+    assert (
+        float((alone - images).abs().mean() / 2) < 0.02
+        and read_accuracy(reader, alone, labels)["kind"] > 0.95
+    )
 
 
 @torch.no_grad()
@@ -72,8 +109,10 @@ def test_new_pictures_are_of_their_class(parts, usual):
     wanted = torch.arange(96) % 12
     truth = torch.zeros(96, 4, dtype=torch.int64)
     truth[:, 0] = wanted
-    pictures = sample_images(ar, tok, wanted, 32, usual.steps, usual.guidance, usual.ar_guidance, usual.temperature)
-    assert read_accuracy(reader, pictures, truth)["kind"] > .5
+    pictures = sample_images(
+        ar, tok, wanted, 32, usual.steps, usual.guidance, usual.ar_guidance, usual.temperature
+    )
+    assert read_accuracy(reader, pictures, truth)["kind"] > 0.5
 
 
 def test_the_table_is_of_these_weights(parts, usual):
@@ -86,14 +125,31 @@ def test_the_table_is_of_these_weights(parts, usual):
         values = [sign * r[key] for r in rows]
         assert all(a < b for a, b in zip(values, values[1:])), (key, values)
     one, eight, all_ = rows[0], rows[3], rows[5]
-    assert one["acc_place"] >= .95 and min(eight["acc_place"], all_["acc_place"]) >= .99 and eight["acc_colour"] >= .85 and all_["acc_colour"] >= .95
-    assert one["acc_kind"] >= .3 and eight["acc_kind"] >= .6 and all_["acc_kind"] >= .8 and all_[distance] <= .15 * one[distance]
+    assert (
+        one["acc_place"] >= 0.95
+        and min(eight["acc_place"], all_["acc_place"]) >= 0.99
+        and eight["acc_colour"] >= 0.85
+        and all_["acc_colour"] >= 0.95
+    )
+    assert (
+        one["acc_kind"] >= 0.3
+        and eight["acc_kind"] >= 0.6
+        and all_["acc_kind"] >= 0.8
+        and all_[distance] <= 0.15 * one[distance]
+    )
     alone = next(r for r in report.rows if r["what"] == "VAE alone")
-    assert alone["mae"] <= .015 and alone["acc_kind"] > next(r for r in report.rows if r["what"] == "originals")["acc_kind"] - .03
-    new = [r for r in report.rows if r["what"] == "samples"]  # of the AR model: read better, and nearer to real ones, with every doubling
-    assert [r["tokens"] for r in new] == [1, 2, 4, 8, 16, 32] and new[-1]["acc_kind"] >= .7
+    assert (
+        alone["mae"] <= 0.015
+        and alone["acc_kind"] > next(r for r in report.rows if r["what"] == "originals")["acc_kind"] - 0.03
+    )
+    new = [
+        r for r in report.rows if r["what"] == "samples"
+    ]  # of the AR model: read better, and nearer to real ones, with every doubling
+    assert [r["tokens"] for r in new] == [1, 2, 4, 8, 16, 32] and new[-1]["acc_kind"] >= 0.7
     assert all(a["acc_kind"] < b["acc_kind"] and a[distance] > b[distance] for a, b in zip(new, new[1:])), new
-    assert report.card["weights"]["tokenizer"] == tokenizer_hash(parts[0]) and report.card["weights"]["ar"] == weights_hash(parts[1])
+    assert report.card["weights"]["tokenizer"] == tokenizer_hash(parts[0]) and report.card["weights"][
+        "ar"
+    ] == weights_hash(parts[1])
     assert (report.card["steps"], report.card["guidance"]) == (usual.steps, usual.guidance)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{rows[-1]['mae']:.4f}" in readme and f"{rows[0]['mae']:.4f}" in readme
@@ -101,33 +157,68 @@ def test_the_table_is_of_these_weights(parts, usual):
 
 def test_the_cards_are_true(parts):
     """What each part learned from, against what the VAE was trained, and what the floor is: on the table, in model.json, and in words."""
-    for name, against, floor in (("tiny", "nothing but pixels", "other held-out scenes"), ("clipart", PERCEPTUAL, "training pictures")):
+    for name, against, floor in (
+        ("tiny", "nothing but pixels", "other held-out scenes"),
+        ("clipart", PERCEPTUAL, "training pictures"),
+    ):
         place = PLACE.parent / name
-        facts, card, text = read_facts(place), load_report(place).card, (place / "README.md").read_text(encoding="utf-8")
+        facts, card, text = (
+            read_facts(place),
+            load_report(place).card,
+            (place / "README.md").read_text(encoding="utf-8"),
+        )
         known = {part: load_learned(place / part) for part in PARTS if (place / part).is_dir()}
-        assert card["learned"] == {part: {"rule": k.rule, "count": k.count, "hash": k.hash, "overlap": "none" if name == "tiny" else 0} for part, k in known.items()}
-        assert facts["vae_trained_against"] == card["vae_trained_against"] == against and f"trained against {against}." in text
-        assert facts["weights_are"] == card["weights_are"] == "EMA" and card["floor"] == floor and f"real against real: {floor}" in text
+        assert card["learned"] == {
+            part: {
+                "rule": k.rule,
+                "count": k.count,
+                "hash": k.hash,
+                "overlap": "none" if name == "tiny" else 0,
+            }
+            for part, k in known.items()
+        }
+        assert (
+            facts["vae_trained_against"] == card["vae_trained_against"] == against
+            and f"trained against {against}." in text
+        )
+        assert (
+            facts["weights_are"] == card["weights_are"] == "EMA"
+            and card["floor"] == floor
+            and f"real against real: {floor}" in text
+        )
         made = {k: from_dict(Preset, facts["preset"]) for k in known if k != "classifier"}
-        assert trained_how(**made) == {k: card[k] for k in ("weights_are", "vae_trained_against")}, "and that is what its preset says"
+        assert trained_how(**made) == {k: card[k] for k in ("weights_are", "vae_trained_against")}, (
+            "and that is what its preset says"
+        )
 
 
 def test_tiny_learned_from_scenes():
     """Every part, the same ones, named by their rule: no list is needed. Held-out scenes are none of them, training scenes are refused."""
     known = {part: load_learned(PLACE / part) for part in PARTS}
-    assert {(k.rule, k.source, k.count, k.hash, k.keys) for k in known.values()} == {("scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None)}
+    assert {(k.rule, k.source, k.count, k.hash, k.keys) for k in known.values()} == {
+        ("scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None)
+    }
     assert json.loads((PLACE / "model.json").read_text())["made"]["vae"]["images"] == known["vae"].hash
     train, val = load_data("scenes", 64, 4, 4, 2, progress=False)
     assert learned_from(train).source == known["vae"].source, "as training says it today"
     assert {found["overlap"] for found in leave_out_learned(val, known)[1].values()} == {"none"}
-    assert all(found["overlap"].startswith("unknown") for found in leave_out_learned(train, known)[1].values())
+    assert all(
+        found["overlap"].startswith("unknown") for found in leave_out_learned(train, known)[1].values()
+    )
 
 
 @pytest.mark.parametrize("name", ("tiny", "clipart"))
 def test_found_without_a_network(name, tmp_path):
     """In a clean process and another folder; the VAE alone as well."""
     ask = f"from flextok_edu.vae import VAE\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.core import weights_hash\nprint(weights_hash(VAE.from_pretrained('{name}')) == weights_hash(FlexTok.from_pretrained('{name}').vae))"
-    result = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )
     assert result.stdout.strip() == "True", result.stderr[-2000:]
     assert VAE.from_pretrained(name).config == preset("tiny").vae
 
@@ -152,19 +243,34 @@ def signs(count=24):
             pen.rectangle((x - r, y - r // 2, x + r, y + r), fill=inner, outline=outer, width=12)
         else:
             pen.regular_polygon((int(x), int(y), int(r)), 3, fill=inner, outline=outer)
-        pictures.append(torch.from_numpy(np.array(image.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1))
+        pictures.append(
+            torch.from_numpy(np.array(image.resize((64, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+        )
     return from_uint8(torch.stack(pictures))
 
 
 def test_clipart_is_whole():
     """Begun with tiny's weights, both parts, and its card says so; the preset is what was trained."""
-    facts, card = json.loads((CLIPART / "model.json").read_text()), (CLIPART / "README.md").read_text(encoding="utf-8")
+    facts, card = (
+        json.loads((CLIPART / "model.json").read_text()),
+        (CLIPART / "README.md").read_text(encoding="utf-8"),
+    )
     made, p = facts["made"], from_dict(Preset, facts["preset"])
-    assert {made[part]["part"] for part in ("vae", "tokenizer")} == {"both"} and made["tokenizer"]["begun_from"] == EARLIER
+    assert {made[part]["part"] for part in ("vae", "tokenizer")} == {"both"} and made["tokenizer"][
+        "begun_from"
+    ] == EARLIER
     stage = json.loads((CLIPART / "tokenizer" / "config.json").read_text())["stage"]
-    assert (p.vae, p.tokenizer) == (preset("tiny").vae, preset("tiny").tokenizer) and p.vae_loss.perceptual == .1
-    assert p.train_tokenizer.steps + stage["of_which_later_trainings"] == stage["steps"] and p.train_tokenizer.batch == stage["batch"]
-    assert "openclipart-png" in card and "flextok_demo" not in card, "the demo's page needs an AR model and a classifier"
+    assert (p.vae, p.tokenizer) == (
+        preset("tiny").vae,
+        preset("tiny").tokenizer,
+    ) and p.vae_loss.perceptual == 0.1
+    assert (
+        p.train_tokenizer.steps + stage["of_which_later_trainings"] == stage["steps"]
+        and p.train_tokenizer.batch == stage["batch"]
+    )
+    assert "openclipart-png" in card and "flextok_demo" not in card, (
+        "the demo's page needs an AR model and a classifier"
+    )
     for part in ("vae", "tokenizer"):
         assert len(json.loads((CLIPART / part / "log.json").read_text())) > 20
 
@@ -173,13 +279,35 @@ def test_what_clipart_learned_from():
     """The list of all files that it learned from, beside each part, small; whatever is on it is left out of an evaluation."""
     vae, tok = (load_learned(CLIPART / part) for part in ("vae", "tokenizer"))
     keys = tok.keys
-    assert vae.facts == tok.facts and torch.equal(vae.keys, keys) and tok.count == len(keys) == 5165 and (keys[1:] > keys[:-1]).all()
-    assert older_than_the_rule({"vae": vae, "tokenizer": tok}) is vae, "its held-out pictures are those that are not on the list"
-    assert older_than_the_rule({part: load_learned(PLACE / part) for part in PARTS} | {"ar": None}) is None, "tiny's are those of the rule"
-    assert tok.hash == hashlib.sha256(keys.numpy()).hexdigest()[:16] == load_report(CLIPART).card["learned"]["tokenizer"]["hash"]
+    assert (
+        vae.facts == tok.facts
+        and torch.equal(vae.keys, keys)
+        and tok.count == len(keys) == 5165
+        and (keys[1:] > keys[:-1]).all()
+    )
+    assert older_than_the_rule({"vae": vae, "tokenizer": tok}) is vae, (
+        "its held-out pictures are those that are not on the list"
+    )
+    assert older_than_the_rule({part: load_learned(PLACE / part) for part in PARTS} | {"ar": None}) is None, (
+        "tiny's are those of the rule"
+    )
+    assert (
+        tok.hash
+        == hashlib.sha256(keys.numpy()).hexdigest()[:16]
+        == load_report(CLIPART).card["learned"]["tokenizer"]["hash"]
+    )
     for part in ("vae", "tokenizer"):
-        assert (CLIPART / part / "learned.safetensors").stat().st_size < 45_000 and (CLIPART / part / "learned.json").stat().st_size < 1000
-    some = ImageSet(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, 1, dtype=torch.int64), ("all",), "a folder", keys=torch.cat([keys[::2000], torch.arange(3)]), rule="one in eight")
+        assert (CLIPART / part / "learned.safetensors").stat().st_size < 45_000 and (
+            CLIPART / part / "learned.json"
+        ).stat().st_size < 1000
+    some = ImageSet(
+        torch.zeros(6, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(6, 1, dtype=torch.int64),
+        ("all",),
+        "a folder",
+        keys=torch.cat([keys[::2000], torch.arange(3)]),
+        rule="one in eight",
+    )
     left, found = leave_out_learned(some, {"vae": vae, "tokenizer": tok})
     assert left.keys.tolist() == [0, 1, 2] and found["tokenizer"]["overlap"] == 3
     with pytest.raises(ValueError, match="were trained on"):
@@ -192,10 +320,14 @@ def test_clipart_has_its_old_held_out_set(monkeypatch):
     """All usable files less those on the list are, picture by picture and in the same order, what the table was measured on; and the list is made anew."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from ship_clipart import record
+
     known = load_learned(CLIPART / "tokenizer")
     train, val = split_by_record("/usr/share/openclipart/png", 64, known, progress=False)
     assert (len(train), len(val)) == (5095, 1698) and not set(train.keys.tolist()) & set(val.keys.tolist())
-    assert val.hash == load_report(CLIPART).card["data_hash"] and train.hash == json.loads((CLIPART / "model.json").read_text())["made"]["vae"]["images"]
+    assert (
+        val.hash == load_report(CLIPART).card["data_hash"]
+        and train.hash == json.loads((CLIPART / "model.json").read_text())["made"]["vae"]["images"]
+    )
     left, found = leave_out_learned(val, {"tokenizer": known})
     assert left is val and found["tokenizer"]["overlap"] == 0
     again = record("/usr/share/openclipart/png")
@@ -211,7 +343,7 @@ def test_the_table_of_clipart():
     for key, sign in (("mae", -1), ("psnr", 1), (distance, -1)):
         values = [sign * r[key] for r in rows]
         assert all(a < b for a, b in zip(values, values[1:])), (key, values)
-    assert rows[-1][distance] < .6 * rows[0][distance] and rows[-1]["mae"] < .4 * rows[0]["mae"]
+    assert rows[-1][distance] < 0.6 * rows[0][distance] and rows[-1]["mae"] < 0.4 * rows[0]["mae"]
     assert report.card["weights"]["tokenizer"] == tokenizer_hash(FlexTok.from_pretrained("clipart"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{rows[-1]['mae']:.4f}" in readme and f"{rows[0]['mae']:.4f}" in readme
@@ -225,6 +357,11 @@ def test_clipart_draws_signs():
     for name in ("clipart", "tiny"):
         tok = FlexTok.from_pretrained(name)
         ids = tok.tokenize(x)
-        errors[name] = [float((tok.detokenize(ids[:, :k], e.steps, e.guidance) - x).abs().mean() / 2) for k in (1, 4, 32)]
-    assert errors["clipart"] == sorted(errors["clipart"], reverse=True) and errors["clipart"][-1] < .6 * errors["clipart"][0], errors
-    assert errors["clipart"][-1] < .7 * errors["tiny"][-1], errors
+        errors[name] = [
+            float((tok.detokenize(ids[:, :k], e.steps, e.guidance) - x).abs().mean() / 2) for k in (1, 4, 32)
+        ]
+    assert (
+        errors["clipart"] == sorted(errors["clipart"], reverse=True)
+        and errors["clipart"][-1] < 0.6 * errors["clipart"][0]
+    ), errors
+    assert errors["clipart"][-1] < 0.7 * errors["tiny"][-1], errors

@@ -1,4 +1,5 @@
 """Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+
 import contextlib
 import errno
 import json
@@ -31,8 +32,14 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISA
 
 
 def start(*args, world=1, **more):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else [sys.executable]
-    return subprocess.run([*launch, PROGRAM, *args], env=ENV, capture_output=True, text=True, timeout=200, **more)
+    launch = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        if world > 1
+        else [sys.executable]
+    )
+    return subprocess.run(
+        [*launch, PROGRAM, *args], env=ENV, capture_output=True, text=True, timeout=200, **more
+    )
 
 
 def answer(result):
@@ -49,16 +56,22 @@ def close(a, b, keys, tolerance=1e-5):
                 assert x[key] == pytest.approx(y[key], rel=tolerance, abs=tolerance), (x["step"], key)
 
 
-KEYS = {"vae": ("vae", "critic", "scale", "l1", "kl", "score_real"), "tokenizer": ("tokenizer", "flow"), "ar": ("ar", "first", "last", "accuracy")}
+KEYS = {
+    "vae": ("vae", "critic", "scale", "l1", "kl", "score_real"),
+    "tokenizer": ("tokenizer", "flow"),
+    "ar": ("ar", "first", "last", "accuracy"),
+}
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Each stage in one process and one batch."""
+
     def run(name, optimizer="adamw", cache={}):
         if (name, optimizer) not in cache:
             cache[name, optimizer] = long_run.stage(name, optimizer=optimizer, engine=Every())
         return cache[name, optimizer]
+
     return run
 
 
@@ -67,6 +80,7 @@ class Every(Engine):
 
 
 # --- parts and processes -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", KEYS)
 @pytest.mark.parametrize("micro", (2, 3))
@@ -77,16 +91,32 @@ def test_accumulation_changes_nothing(name, micro, alone):
     for (n, a), b in zip(model.named_parameters(), other.parameters()):
         assert torch.allclose(a, b, atol=2e-4), n
     if name == "tokenizer":
-        assert torch.allclose(model.norm.mean, other.norm.mean, atol=1e-4) and torch.allclose(model.norm.std, other.norm.std, atol=1e-4)
+        assert torch.allclose(model.norm.mean, other.norm.mean, atol=1e-4) and torch.allclose(
+            model.norm.std, other.norm.std, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("name,options", [("vae", {}), ("vae", {"optimizer": "muon"}), ("vae", {"sharded": True, "optimizer": "muon"}), ("tokenizer", {}), ("tokenizer", {"optimizer": "muon"}), ("tokenizer", {"micro": 2, "sharded": True}), ("ar", {"sharded": True, "recompute": True}), ("tokenizer", {"sharded": True, "optimizer": "muon"})],
-                         ids=lambda x: x if isinstance(x, str) else "-".join(x) or "ddp")
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("vae", {}),
+        ("vae", {"optimizer": "muon"}),
+        ("vae", {"sharded": True, "optimizer": "muon"}),
+        ("tokenizer", {}),
+        ("tokenizer", {"optimizer": "muon"}),
+        ("tokenizer", {"micro": 2, "sharded": True}),
+        ("ar", {"sharded": True, "recompute": True}),
+        ("tokenizer", {"sharded": True, "optimizer": "muon"}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x) or "ddp",
+)
 def test_two_processes_are_one(name, options, alone):
     """The same global batch on two processes: the losses of one process to 1e-5 over 20 steps; DDP and FSDP."""
     _, log = alone(name, options.get("optimizer", "adamw"))
     two = answer(start(name, "-", *(f"{k}={json.dumps(v)}" for k, v in options.items()), world=2))
-    assert two["world"] == 2 and two["dealt"] == (options.get("optimizer") == "muon" and (name == "vae" or "sharded" not in options))  # no transformer blocks, nothing to shard
+    assert two["world"] == 2 and two["dealt"] == (
+        options.get("optimizer") == "muon" and (name == "vae" or "sharded" not in options)
+    )  # no transformer blocks, nothing to shard
     close(log, two["log"], KEYS[name])
 
 
@@ -95,8 +125,10 @@ def check_divided(monkeypatch, work):
     x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     for world in (2, 3, 4, 6):
         parts, done = {}, []
+
         def collect(whole, part):
             parts[len(parts)] = part.clone()
+
         monkeypatch.setattr("torch.distributed.all_gather_into_tensor", collect)
         for rank in range(world):
             train._divided(rank, world, lambda m: done.append(len(m)) or work(m), x)
@@ -104,12 +136,17 @@ def check_divided(monkeypatch, work):
             assert done == [5] * world and not parts  # too few to share: everybody does all
             continue
         assert sum(done) == 5 and max(done) == math.ceil(5 / world)
-        monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda whole, part: whole.copy_(torch.cat([parts[i] for i in range(world)])))
+        monkeypatch.setattr(
+            "torch.distributed.all_gather_into_tensor",
+            lambda whole, part: whole.copy_(torch.cat([parts[i] for i in range(world)])),
+        )
         for rank in range(world):
             assert torch.equal(train._divided(rank, world, work, x), work(x)), (rank, world)
 
+
 def test_muon_is_dealt_out(monkeypatch):
     check_divided(monkeypatch, lambda m: 2 * m)
+
 
 def test_everybody_doing_everything_is_caught(monkeypatch):
     monkeypatch.setattr(train, "_divided", lambda rank, world, work, x: work(x))
@@ -124,15 +161,25 @@ def check_shares_weigh_what_they_hold():
     w = torch.ones(3, requires_grad=True)
     (whole,) = torch.autograd.grad((x @ w).square().mean(), w)
     parts = [part for rank in (0, 1) for part in feed.parts(0, rank, 2, 2)]
-    total = sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2  # DDP: mean over processes
+    total = (
+        sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2
+    )  # DDP: mean over processes
     assert torch.allclose(total, whole, atol=1e-6) and sorted(len(rows) for rows, _ in parts) == [1, 2, 2, 2]
+
 
 def test_shares_weigh_what_they_hold():
     check_shares_weigh_what_they_hold()
 
+
 def test_equal_weights_for_unequal_shares_are_caught(monkeypatch):
     real = Feed.parts
-    monkeypatch.setattr(Feed, "parts", lambda self, step, rank=0, world=1, micro=1: [(b, 1 / micro) for b, _ in real(self, step, rank, world, micro)])
+    monkeypatch.setattr(
+        Feed,
+        "parts",
+        lambda self, step, rank=0, world=1, micro=1: [
+            (b, 1 / micro) for b, _ in real(self, step, rank, world, micro)
+        ],
+    )
     with pytest.raises(AssertionError):
         check_shares_weigh_what_they_hold()
 
@@ -143,7 +190,13 @@ def test_what_cannot_be_shared_is_refused():
     with pytest.raises(TypeError, match="need a Feed"):
         fit([player], iter([torch.ones(2, 1)] * 3), 3, progress=False, engine=Shares("cpu", micro=2))
     with pytest.raises(ValueError, match="batch of 2 cannot be dealt to 1 processes with 3"):
-        fit([player], Feed(9, 2, lambda *_: torch.ones(2, 1)), 3, progress=False, engine=Shares("cpu", micro=3))
+        fit(
+            [player],
+            Feed(9, 2, lambda *_: torch.ones(2, 1)),
+            3,
+            progress=False,
+            engine=Shares("cpu", micro=3),
+        )
     with pytest.raises(ValueError, match="0 items"):
         Feed(0, 2, None)
 
@@ -157,7 +210,10 @@ def test_recomputing_changes_nothing():
     block = nn.Sequential(*[nn.Linear(16, 16) for _ in range(8)])
     for recompute in (False, True):
         saved = []
-        with recomputed([block], recompute), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        with (
+            recomputed([block], recompute),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x),
+        ):
             block(torch.randn(4, 16, requires_grad=True)).sum().backward()
         held.append(sum(saved))
     assert held[1] < held[0] / 3 and "forward" not in vars(block)
@@ -173,6 +229,7 @@ def test_bfloat16_trains(name):
 
 # --- killed ------------------------------------------------------------------------------------------------------------
 
+
 def kill_later(target, when, sign):
     """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has made a sign of life, a file. Returns its exit status."""
     sign.unlink(missing_ok=True)
@@ -183,6 +240,7 @@ def kill_later(target, when, sign):
             target()
         except BaseException:
             import traceback
+
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
@@ -193,7 +251,7 @@ def kill_later(target, when, sign):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(.002)
+        time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -214,15 +272,20 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     def go():
         model, _ = long_run.stage(name, engine=Alive(tmp_path / "run", "cpu", steps=2), **plan)
         (tmp_path / "hash").write_text(long_run.own_hash(model))
-    dice, statuses, torn, starts, reach = random.Random(0), [], 0, set(), .35
+
+    dice, statuses, torn, starts, reach = random.Random(0), [], 0, set(), 0.35
     folder = tmp_path / "run" / "checkpoints"
     while statuses.count(-9) < 20:
         newest = lambda: max([0, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
         began = newest()
         starts.add(began)
-        statuses.append(kill_later(go, reach * dice.random() if len(statuses) < 200 else 60, tmp_path / "trains"))
+        statuses.append(
+            kill_later(go, reach * dice.random() if len(statuses) < 200 else 60, tmp_path / "trains")
+        )
         assert statuses[-1] in (-9, 0), statuses
-        reach = min(reach * 1.3, 10) if statuses[-1] == -9 and newest() == began else max(reach / 1.1, .2)  # long enough on a busy machine to get anywhere
+        reach = (
+            min(reach * 1.3, 10) if statuses[-1] == -9 and newest() == began else max(reach / 1.1, 0.2)
+        )  # long enough on a busy machine to get anywhere
         torn += bool(list(folder.glob(".step-*")))
         for file in folder.glob("step-*.safetensors"):  # whatever has its real name is whole
             assert Checkpoints(folder).newest() is not None and file.stat().st_size > 1000
@@ -232,7 +295,9 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
             (tmp_path / "hash").unlink()
     assert kill_later(go, 100, tmp_path / "trains") == 0
     assert (tmp_path / "hash").read_text() == wanted and len(starts) > 5, "most lives began at a checkpoint"
-    print(f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes")
+    print(
+        f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes"
+    )
 
 
 def resumes(tmp_path, forget=()):
@@ -240,14 +305,23 @@ def resumes(tmp_path, forget=()):
     with pytest.raises(Stopped):
         long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
     model, log = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
-    return long_run.own_hash(model), [{k: row[k] for k in ("step", "tokenizer", "flow", "tokenizer_grad", "words", "entropy_1", "entropy_8") if k in row} for row in log]
+    return long_run.own_hash(model), [
+        {
+            k: row[k]
+            for k in ("step", "tokenizer", "flow", "tokenizer_grad", "words", "entropy_1", "entropy_8")
+            if k in row
+        }
+        for row in log
+    ]
 
 
 class StopAt(LongRun):
     """Somebody presses Ctrl-C in step `when`."""
+
     def __init__(self, when, folder, **options):
         super().__init__(folder, "cpu", **options)
         self.when = when
+
     def end(self, step, log):
         if step + 1 == self.when:
             os.kill(os.getpid(), signal.SIGINT)
@@ -269,16 +343,40 @@ def test_stopped_and_resumed(tmp_path, capsys):
     assert signal.getsignal(signal.SIGINT) is before, "the handler is put back"
 
 
-def forget_the_moments(m): m.setattr(train, "set_optimizer_state", lambda *a: None)
-def forget_the_step(m): m.setattr(TokenizerFeed, "parts", lambda self, step, rank=0, world=1, micro=1, real=TokenizerFeed.parts: real(self, step % 10, rank, world, micro))
+def forget_the_moments(m):
+    m.setattr(train, "set_optimizer_state", lambda *a: None)
+
+
+def forget_the_step(m):
+    m.setattr(
+        TokenizerFeed,
+        "parts",
+        lambda self, step, rank=0, world=1, micro=1, real=TokenizerFeed.parts: real(
+            self, step % 10, rank, world, micro
+        ),
+    )
+
+
 def forget_the_average(m):
     real = LongRun._restore
-    def restore(self, state, facts): ema, self.ema = self.ema, None; real(self, state, facts); self.ema = ema
+
+    def restore(self, state, facts):
+        ema, self.ema = self.ema, None
+        real(self, state, facts)
+        self.ema = ema
+
     m.setattr(LongRun, "_restore", restore)
+
+
 def forget_the_buffers(m):
     real = LongRun._restore
-    def restore(self, state, facts): [p.buffers.clear() for p in self.players]; real(self, state, facts)
+
+    def restore(self, state, facts):
+        [p.buffers.clear() for p in self.players]
+        real(self, state, facts)
+
     m.setattr(LongRun, "_restore", restore)
+
 
 @pytest.mark.parametrize("bug", (forget_the_moments, forget_the_step, forget_the_average, forget_the_buffers))
 def test_forgetting_is_caught(bug, tmp_path, monkeypatch):
@@ -289,21 +387,32 @@ def test_forgetting_is_caught(bug, tmp_path, monkeypatch):
 
 def check_channels_last(tmp_path):
     """Weights in another order in memory: the moments come back in that order."""
+
     def go(engine):
         torch.manual_seed(0)
         net = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
         x = torch.randn(9, 3, 6, 6)
-        player = Player("net", lambda b, _: ((net(b) - b.mean()).square().mean(), {}), list(net.named_parameters()), StageConfig(lr=.01, warmup=2))
+        player = Player(
+            "net",
+            lambda b, _: ((net(b) - b.mean()).square().mean(), {}),
+            list(net.named_parameters()),
+            StageConfig(lr=0.01, warmup=2),
+        )
         fit([player], Feed(9, 3, lambda rows, places, step: x[rows]), 12, progress=False, engine=engine)
         return net
+
     whole = go(Engine())
     with pytest.raises(Stopped):
         go(StopAt(5, tmp_path))
     again = go(LongRun(tmp_path, "cpu"))
-    assert whole.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(whole.weight, again.weight)
+    assert whole.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(
+        whole.weight, again.weight
+    )
+
 
 def test_channels_last(tmp_path):
     check_channels_last(tmp_path)
+
 
 def test_moments_in_another_order_are_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_like", lambda x, other: x.to(other.device))
@@ -313,6 +422,7 @@ def test_moments_in_another_order_are_caught(tmp_path, monkeypatch):
 
 def check_dice_are_resumed(tmp_path):
     """A loss that throws dice of its own, in Python, NumPy and PyTorch, throws the same after a pause."""
+
     def go(engine, thrown):
         core.seed_everything(0)
         line = nn.Linear(1, 1)
@@ -320,17 +430,29 @@ def check_dice_are_resumed(tmp_path):
         def loss(x, progress):
             thrown.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
             return (line(x) * thrown[-1][2]).square().mean(), {}
-        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=.01))
-        fit([player], Feed(9, 3, lambda rows, places, step: rows[:, None].float()), 12, progress=False, engine=engine)
+
+        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=0.01))
+        fit(
+            [player],
+            Feed(9, 3, lambda rows, places, step: rows[:, None].float()),
+            12,
+            progress=False,
+            engine=engine,
+        )
+
     whole, pieces = [], []
     go(Engine(), whole)
     with pytest.raises(Stopped):
         go(StopAt(5, tmp_path), pieces)
     go(LongRun(tmp_path, "cpu"), pieces)
-    assert [d for d in pieces[1:6] + pieces[7:]] == whole, "(the first throw of each sitting is the rehearsal's)"
+    assert [d for d in pieces[1:6] + pieces[7:]] == whole, (
+        "(the first throw of each sitting is the rehearsal's)"
+    )
+
 
 def test_dice_are_resumed(tmp_path):
     check_dice_are_resumed(tmp_path)
+
 
 def test_a_probe_that_throws_dice_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "matmul_rate", lambda *a: 1e9 + float(torch.rand(())))
@@ -341,10 +463,16 @@ def test_a_probe_that_throws_dice_is_caught(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_signals_save_and_exit(number, tmp_path):
     """A real process, a real signal."""
-    child = subprocess.Popen([sys.executable, PROGRAM, "ar", str(tmp_path), "steps=4000", "save=20"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, PROGRAM, "ar", str(tmp_path), "steps=4000", "save=20"],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("checkpoints/step-*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(.05)
+        time.sleep(0.05)
     child.send_signal(number)
     _, err = child.communicate(timeout=100)
     assert child.returncode != 0 and "stopped after step" in err and "goes on from there" in err
@@ -354,8 +482,10 @@ def test_signals_save_and_exit(number, tmp_path):
 
 # --- one folder, one training ----------------------------------------------------------------------------------------------
 
+
 class Holder:
     """Another process that claims a folder, and keeps it until it is spoken to. (A program of its own does the same in the notebook.)"""
+
     def __init__(self, folder):
         (read, self.say), (self.hear, write) = os.pipe(), os.pipe()
         self.pid = os.fork()
@@ -395,7 +525,9 @@ def test_a_second_process_is_refused_and_told_by_whom(hold, tmp_path):
     folder = tmp_path / "not there yet"
     first = hold(folder)
     assert first.said == "claimed"
-    with pytest.raises(ValueError, match=rf"process {first.pid} on \S+ trains there \(since 20.*choose another folder"):
+    with pytest.raises(
+        ValueError, match=rf"process {first.pid} on \S+ trains there \(since 20.*choose another folder"
+    ):
         with claimed(folder):
             pass
     assert f"process {first.pid}" in hold(folder).said, "a third is refused as well: asking released nothing"
@@ -438,8 +570,11 @@ def test_a_training_works_under_the_claim_of_its_command(tmp_path):
         class Second(LongRun):
             def end(self, step, log):
                 long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+
         with pytest.raises(ValueError, match="this very process trains there"):
-            long_run.stage("ar", 9, engine=Second(tmp_path, "cpu", recipe={"another": 1}, ignore=("another",)))
+            long_run.stage(
+                "ar", 9, engine=Second(tmp_path, "cpu", recipe={"another": 1}, ignore=("another",))
+            )
         assert (tmp_path / ".claim").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints"]
 
@@ -452,7 +587,9 @@ def test_putting_a_folder_aside_keeps_the_claim(hold, tmp_path):
         (folder / "vae").mkdir()
         (folder / "vae" / ".claim").write_text("of a process that was killed")
         assert claim.put_aside() == tmp_path / "run.old-1"
-        assert [p.name for p in folder.iterdir()] == [".claim"] and not list((tmp_path / "run.old-1").rglob(".claim"))
+        assert [p.name for p in folder.iterdir()] == [".claim"] and not list(
+            (tmp_path / "run.old-1").rglob(".claim")
+        )
         (folder / "run.json").write_text("{}")
         child = hold(folder / "vae")
         with pytest.raises(ValueError, match=f"vae is taken: process {child.pid}"):
@@ -466,6 +603,7 @@ def test_putting_a_folder_aside_keeps_the_claim(hold, tmp_path):
 def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
     def none(*args):
         raise OSError(errno.ENOLCK, "No locks available")
+
     monkeypatch.setattr(train, "lock_byte", none)
     with pytest.warns(UserWarning, match="without locks"):
         with claimed(tmp_path):
@@ -476,16 +614,20 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize("before", (signal.SIG_DFL, signal.SIG_IGN))
 def test_a_closed_terminal(before, tmp_path):
     """SIGHUP saves and stops; under nohup, which has it ignored, it does nothing."""
+
     class HungUp(LongRun):
         def end(self, step, log):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGHUP)
             super().end(step, log)
+
     kept = signal.signal(signal.SIGHUP, before)
     try:
         with pytest.raises(Stopped) if before == signal.SIG_DFL else contextlib.nullcontext():
             long_run.stage("ar", 8, engine=HungUp(tmp_path, "cpu"))
-        assert [f.stem for f in Checkpoints(tmp_path / "checkpoints").files()] == ["step-000000004" if before == signal.SIG_DFL else "step-000000008"]
+        assert [f.stem for f in Checkpoints(tmp_path / "checkpoints").files()] == [
+            "step-000000004" if before == signal.SIG_DFL else "step-000000008"
+        ]
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, kept)
@@ -493,19 +635,29 @@ def test_a_closed_terminal(before, tmp_path):
 
 # --- what is on the disk -------------------------------------------------------------------------------------------------
 
+
 def test_a_full_disk_loses_nothing(tmp_path):
     """A real full disk where we may mount one; else a limit on the size of files."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("needs the right to mount a small disk")
     try:
         store = Checkpoints(disk, keep=3)
         store.write(1, {"w": torch.ones(200_000)}, {"step": 1})
-        with pytest.raises(OSError, match="step 2 .* could not be written .* Earlier checkpoints are untouched"):
+        with pytest.raises(
+            OSError, match="step 2 .* could not be written .* Earlier checkpoints are untouched"
+        ):
             store.write(2, {"w": torch.ones(200_000)}, {"step": 2})
-        assert [f.name for f in disk.iterdir()] == ["step-000000001.safetensors"] and store.newest()[1] == {"step": 1}
+        assert [f.name for f in disk.iterdir()] == ["step-000000001.safetensors"] and store.newest()[1] == {
+            "step": 1
+        }
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -522,11 +674,17 @@ def test_another_run_is_refused(tmp_path):
         long_run.stage("tokenizer", 20, engine=StopAt(4, tmp_path, recipe={"preset": "micro", "lr": 1e-3}))
     before = {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
     with pytest.raises(ValueError, match="lr: 0.001 then, 0.002 now"):
-        long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}))
+        long_run.stage(
+            "tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3})
+        )
     with pytest.raises(ValueError, match="of another model"):
         long_run.stage("ar", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 1e-3}))
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
-    long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}, ignore=("lr",)))
+    long_run.stage(
+        "tokenizer",
+        20,
+        engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}, ignore=("lr",)),
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -545,7 +703,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 def check_a_flipped_bit(tmp_path, whole=None):
     """Any bit of the newest checkpoint, in its numbers or in its json: the one before is taken, and the warning names the file."""
     store = Checkpoints(tmp_path, keep=2)
-    facts = {"step": 1, "log": [{"step": 0, "loss": .5}], "recipe": {"lr": .001}}
+    facts = {"step": 1, "log": [{"step": 0, "loss": 0.5}], "recipe": {"lr": 0.001}}
     store.write(1, {"weight/w": torch.ones(6), "optimizer/w/exp_avg": torch.ones(6)}, facts)
     store.write(2, {"weight/w": torch.ones(6) * 2, "optimizer/w/exp_avg": torch.ones(6)}, facts | {"step": 2})
     newest = store.files()[-1]
@@ -553,13 +711,13 @@ def check_a_flipped_bit(tmp_path, whole=None):
     assert store.newest()[1]["step"] == 2
     for i in (*range(8, len(whole), 7), len(whole) - 1):
         for bit in (1, 128):
-            newest.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1:])
+            newest.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always")
                 tensors, found = store.newest()
             if (tensors["weight/w"] == 2).all() and found == facts | {"step": 2}:
                 continue  # a name of no meaning in the header
-            assert found == facts and (tensors["weight/w"] == 1).all(), (i, whole[i - 10:i + 10])
+            assert found == facts and (tensors["weight/w"] == 1).all(), (i, whole[i - 10 : i + 10])
             assert "step-000000002" in str(heard[0].message) and "passed over" in str(heard[0].message)
 
 
@@ -573,20 +731,37 @@ def test_a_content_that_nobody_looks_at_is_caught(tmp_path, monkeypatch):
         check_a_flipped_bit(tmp_path)
 
 
-@pytest.mark.parametrize("name,value", [("weight/a/w", math.nan), ("ema/a/w", math.inf), ("optimizer/a/w/exp_avg_sq", math.nan), ("buffer/a/std", math.nan)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("weight/a/w", math.nan),
+        ("ema/a/w", math.inf),
+        ("optimizer/a/w/exp_avg_sq", math.nan),
+        ("buffer/a/std", math.nan),
+    ],
+)
 def test_a_checkpoint_with_nan_is_not_the_last_good_one(name, value, tmp_path):
     store = Checkpoints(tmp_path, keep=3)
     store.write(1, {name: torch.ones(3)}, {"step": 1})
-    store.write(2, {name: torch.tensor([1., value, 1.])}, {"step": 2})
+    store.write(2, {name: torch.tensor([1.0, value, 1.0])}, {"step": 2})
     with pytest.warns(UserWarning, match=f"step-000000002.*{name} is not finite.*passed over"):
         assert store.newest()[1]["step"] == 1
-    store.write(2, {"buffer/mask": torch.tensor([-math.inf]), "other": torch.tensor([math.nan]), "n": torch.tensor([1])}, {"step": 2})
+    store.write(
+        2,
+        {"buffer/mask": torch.tensor([-math.inf]), "other": torch.tensor([math.nan]), "n": torch.tensor([1])},
+        {"step": 2},
+    )
     assert store.newest()[1]["step"] == 2, "a mask may be infinite, and what is not ours may be anything"
 
 
 def test_an_old_checkpoint_is_read_with_a_note(tmp_path):
     from safetensors.torch import save_file
-    save_file({"weight/w": torch.ones(2)}, tmp_path / "step-000000004.safetensors", metadata={"facts": json.dumps({"step": 4})})
+
+    save_file(
+        {"weight/w": torch.ones(2)},
+        tmp_path / "step-000000004.safetensors",
+        metadata={"facts": json.dumps({"step": 4})},
+    )
     store = Checkpoints(tmp_path)
     with pytest.warns(UserWarning, match="before checkpoints had a content hash") as heard:
         assert store.newest()[1] == {"step": 4} == store.newest()[1]
@@ -596,6 +771,7 @@ def test_an_old_checkpoint_is_read_with_a_note(tmp_path):
 def test_an_old_run_goes_on(tmp_path):
     """A checkpoint as it was written before there were hashes and changes: the same run, bit for bit."""
     from safetensors.torch import save_file
+
     torch.set_num_threads(1)
     wanted = long_run.own_hash(long_run.stage("tokenizer", 20)[0])
     with pytest.raises(Stopped):
@@ -610,37 +786,62 @@ def test_an_old_run_goes_on(tmp_path):
         model, _ = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
     assert long_run.own_hash(model) == wanted
 
+
 def test_damaged_checkpoints_do_not_crowd_out_the_sound(tmp_path):
     """Two newer ones are damaged; the run goes on from the third, and what it writes stays."""
     store = Checkpoints(tmp_path, keep=2)
     for step in (20, 30):
         store.write(step, {"w": torch.ones(1)}, {"step": step})
         store.files()[-1].write_bytes(b"damaged")
-    (tmp_path / "step-000000010.safetensors").write_bytes(Checkpoints(tmp_path / "x").write(10, {"w": torch.ones(1)}, {"step": 10}).read_bytes())
+    (tmp_path / "step-000000010.safetensors").write_bytes(
+        Checkpoints(tmp_path / "x").write(10, {"w": torch.ones(1)}, {"step": 10}).read_bytes()
+    )
     store.write(13, {"w": torch.ones(1)}, {"step": 13})
     assert [f.stem for f in store.files()] == ["step-000000010", "step-000000013"]
+
 
 def nan_run(tmp_path, when):
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2)
-    def make(rows, places, step): return x[rows] * (float("nan") if step == when else 1), torch.tensor([step])
-    player = Player("line", lambda b, _: ((line(b[0]) - 1).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
-    return line, lambda: fit([player], Feed(50, 4, make), 20, EMA(line), progress=False, engine=LongRun(tmp_path, "cpu", steps=3))
+
+    def make(rows, places, step):
+        return x[rows] * (float("nan") if step == when else 1), torch.tensor([step])
+
+    player = Player(
+        "line",
+        lambda b, _: ((line(b[0]) - 1).square().mean(), {}),
+        list(line.named_parameters()),
+        StageConfig(lr=0.01),
+    )
+    return line, lambda: fit(
+        [player], Feed(50, 4, make), 20, EMA(line), progress=False, engine=LongRun(tmp_path, "cpu", steps=3)
+    )
 
 
 def test_nan_leaves_its_batch(tmp_path):
     from safetensors.torch import load_file
+
     line, go = nan_run(tmp_path, 7)
-    with pytest.raises(FloatingPointError, match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of step 6, is in .*--go-on lr=0.003 "):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of step 6, is in .*--go-on lr=0.003 ",
+    ):
         go()
     batch = load_file(tmp_path / "failed_batch.safetensors")
-    assert batch["part.0.0"].isnan().all() and batch["part.0.1"].item() == 7 and torch.isfinite(line.weight).all()
+    assert (
+        batch["part.0.0"].isnan().all()
+        and batch["part.0.1"].item() == 7
+        and torch.isfinite(line.weight).all()
+    )
     assert Checkpoints(tmp_path / "checkpoints").newest()[1]["step"] == 6
 
 
 def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
     _, go = nan_run(tmp_path, 1)
-    with pytest.raises(FloatingPointError, match="There is no good checkpoint in .*begin again with a lower learning rate than 0.01"):
+    with pytest.raises(
+        FloatingPointError,
+        match="There is no good checkpoint in .*begin again with a lower learning rate than 0.01",
+    ):
         go()
     _, go = nan_run(tmp_path, 7)
     with pytest.raises(FloatingPointError):
@@ -649,7 +850,12 @@ def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     _, go = nan_run(tmp_path, 1)
-    with pytest.warns(UserWarning, match="no checkpoint in .* can be used: the training begins at its first step"), pytest.raises(FloatingPointError, match="There is no good checkpoint"):
+    with (
+        pytest.warns(
+            UserWarning, match="no checkpoint in .* can be used: the training begins at its first step"
+        ),
+        pytest.raises(FloatingPointError, match="There is no good checkpoint"),
+    ):
         go()
 
 
@@ -657,8 +863,11 @@ def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
     """A weight that the loss does not look at, or a moment, goes wrong after the first checkpoint: the second is refused, the first stays."""
     line = nn.Linear(2, 1)
+
     def wrong(optimizer):
-        (line.weight.data if name.startswith("weight") else optimizer.state[line.bias]["exp_avg_sq"]).fill_(math.inf)
+        (line.weight.data if name.startswith("weight") else optimizer.state[line.bias]["exp_avg_sq"]).fill_(
+            math.inf
+        )
 
     class Broken(LongRun):
         def move(self, player):
@@ -666,11 +875,27 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
             if self.store.files():
                 wrong(self.optimizers["line"][0])
             return norm
-    player = Player("line", lambda b, _: ((line.bias - b).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=.01))
-    with pytest.raises(FloatingPointError, match=f"{name} is not finite after 6 steps.*The last good checkpoint, of step 3"):
-        fit([player], Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)), 20, progress=False, engine=Broken(tmp_path, "cpu", steps=3))
+
+    player = Player(
+        "line",
+        lambda b, _: ((line.bias - b).square().mean(), {}),
+        list(line.named_parameters()),
+        StageConfig(lr=0.01),
+    )
+    with pytest.raises(
+        FloatingPointError, match=f"{name} is not finite after 6 steps.*The last good checkpoint, of step 3"
+    ):
+        fit(
+            [player],
+            Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)),
+            20,
+            progress=False,
+            engine=Broken(tmp_path, "cpu", steps=3),
+        )
     tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
-    assert facts["step"] == 3 and all(torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight"))
+    assert facts["step"] == 3 and all(
+        torch.isfinite(x).all() for n, x in tensors.items() if n.startswith("weight")
+    )
 
 
 def go_on(tmp_path, lr, steps=12, stop=None, **options):
@@ -678,13 +903,27 @@ def go_on(tmp_path, lr, steps=12, stop=None, **options):
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     rates = []
+
     class Engine_(StopAt):
         def ready(self, player, step):
             super().ready(player, step)
             rates.append(self.optimizers["line"][0].param_groups[0]["lr"])
-    options = {"recipe": {"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": lr, "batch": 4}}}, **options}
+
+    options = {
+        "recipe": {
+            "stage": "line",
+            "precision": "None",
+            "preset": {"name": "x", "train_line": {"lr": lr, "batch": 4}},
+        },
+        **options,
+    }
     engine = Engine_(stop, tmp_path, **options)
-    player = Player("line", lambda b, _: ((line(b) - 1).square().mean(), {}), list(line.named_parameters()), StageConfig(lr=lr, warmup=1))
+    player = Player(
+        "line",
+        lambda b, _: ((line(b) - 1).square().mean(), {}),
+        list(line.named_parameters()),
+        StageConfig(lr=lr, warmup=1),
+    )
     with pytest.raises(Stopped) if stop else contextlib.nullcontext():
         fit([player], Feed(50, 4, lambda rows, places, step: x[rows]), steps, progress=False, engine=engine)
     return engine, line, rates
@@ -695,64 +934,87 @@ LR = "preset.train_line.lr"
 
 def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
     """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time everything else is refused."""
-    go_on(tmp_path, .01, stop=4)
+    go_on(tmp_path, 0.01, stop=4)
     before = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
     with pytest.raises(ValueError, match=rf"{LR}: 0.01 then, 0.002 now"):
-        go_on(tmp_path, .002)
+        go_on(tmp_path, 0.002)
     with pytest.raises(ValueError, match="preset.train_line.batch: 4 then, 5 now"):
-        go_on(tmp_path, .002, changes={LR: .002}, recipe={"stage": "line", "precision": "None", "preset": {"name": "x", "train_line": {"lr": .002, "batch": 5}}})
+        go_on(
+            tmp_path,
+            0.002,
+            changes={LR: 0.002},
+            recipe={
+                "stage": "line",
+                "precision": "None",
+                "preset": {"name": "x", "train_line": {"lr": 0.002, "batch": 5}},
+            },
+        )
     with pytest.raises(ValueError, match="has no preset.train_line.momentum"):
-        go_on(tmp_path, .002, changes={"preset.train_line.momentum": 1})
+        go_on(tmp_path, 0.002, changes={"preset.train_line.momentum": 1})
     with pytest.raises(ValueError, match="was built with 0.01: build it with the new value"):
-        go_on(tmp_path, .01, changes={LR: .002})
+        go_on(tmp_path, 0.01, changes={LR: 0.002})
     assert train.changes_of(tmp_path) == {}
 
-    class Killed(Exception): pass
-    def kill(*args): raise Killed
+    class Killed(Exception):
+        pass
+
+    def kill(*args):
+        raise Killed
+
     with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):  # just after it began
         patch.setattr(LongRun, "_count", kill)
-        go_on(tmp_path, .002, changes={LR: .002})
-    assert train.changes_of(tmp_path) == {LR: .002}, "it is written down before the first step"
+        go_on(tmp_path, 0.002, changes={LR: 0.002})
+    assert train.changes_of(tmp_path) == {LR: 0.002}, "it is written down before the first step"
     after, facts, _ = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
-    assert facts["step"] == 4 and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if not n.startswith("random"))
+    assert (
+        facts["step"] == 4
+        and before.keys() == after.keys()
+        and all(torch.equal(before[n], after[n]) for n in before if not n.startswith("random"))
+    )
 
-    engine, _, rates = go_on(tmp_path, .002, stop=8)  # needs no changes again
-    assert max(rates[1:]) < .002 and engine.changed == [{"step": 4, "settings": {LR: .002}, "before": {LR: .01}}]
-    with pytest.raises(ValueError, match=rf"{LR}: 0.002 then, 0.01 now.*since step 4 it goes on with {LR}=0.002: ask for that"):
-        go_on(tmp_path, .01)
-    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001}, stop=10)
+    engine, _, rates = go_on(tmp_path, 0.002, stop=8)  # needs no changes again
+    assert max(rates[1:]) < 0.002 and engine.changed == [
+        {"step": 4, "settings": {LR: 0.002}, "before": {LR: 0.01}}
+    ]
+    with pytest.raises(
+        ValueError,
+        match=rf"{LR}: 0.002 then, 0.01 now.*since step 4 it goes on with {LR}=0.002: ask for that",
+    ):
+        go_on(tmp_path, 0.01)
+    engine, _, _ = go_on(tmp_path, 0.001, changes={LR: 0.001}, stop=10)
     assert "goes on after step 8 of 12, with preset.train_line.lr=0.001" in capsys.readouterr().out
-    assert [(c["step"], c["settings"]) for c in engine.changed] == [(4, {LR: .002}), (8, {LR: .001})]
-    engine, _, _ = go_on(tmp_path, .001, changes={LR: .001})  # the same command once more: nothing new
-    assert len(engine.changed) == 2 and train.changes_of(tmp_path) == {LR: .001}
+    assert [(c["step"], c["settings"]) for c in engine.changed] == [(4, {LR: 0.002}), (8, {LR: 0.001})]
+    engine, _, _ = go_on(tmp_path, 0.001, changes={LR: 0.001})  # the same command once more: nothing new
+    assert len(engine.changed) == 2 and train.changes_of(tmp_path) == {LR: 0.001}
 
 
 def test_changes_need_something_to_go_on_from(tmp_path):
     with pytest.raises(ValueError, match=rf"no checkpoint in .* that could go on with {LR}=0.002"):
-        go_on(tmp_path, .002, changes={LR: .002})
+        go_on(tmp_path, 0.002, changes={LR: 0.002})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_change_to_what_it_was_changes_nothing(tmp_path):
     """Exact resume, with and without `changes` that change nothing."""
-    _, whole, _ = go_on(tmp_path / "a", .01)
-    go_on(tmp_path / "b", .01, stop=5)
-    engine, parts, _ = go_on(tmp_path / "b", .01, changes={LR: .01})
+    _, whole, _ = go_on(tmp_path / "a", 0.01)
+    go_on(tmp_path / "b", 0.01, stop=5)
+    engine, parts, _ = go_on(tmp_path / "b", 0.01, changes={LR: 0.01})
     assert torch.equal(whole.weight, parts.weight) and engine.changed == []
 
 
 def test_another_precision(tmp_path):
     recipe = lambda precision: {"precision": precision}
-    go_on(tmp_path, .01, stop=4, recipe=recipe("torch.bfloat16"), precision=torch.bfloat16)
+    go_on(tmp_path, 0.01, stop=4, recipe=recipe("torch.bfloat16"), precision=torch.bfloat16)
     with pytest.raises(ValueError, match="was built with 'torch.bfloat16'"):
-        go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"}, precision=torch.bfloat16)
-    engine, _, _ = go_on(tmp_path, .01, recipe=recipe("None"), changes={"precision": "None"})
+        go_on(tmp_path, 0.01, recipe=recipe("None"), changes={"precision": "None"}, precision=torch.bfloat16)
+    engine, _, _ = go_on(tmp_path, 0.01, recipe=recipe("None"), changes={"precision": "None"})
     assert engine.changed[0]["settings"] == {"precision": "None"}
 
 
 def classifier(engine):
     from flextok_edu.data import load_data
     from flextok_edu.features import train_classifier
+
     data, _ = load_data("scenes", 32, 24, 4, progress=False)
     return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), engine=engine, progress=False)
 
@@ -761,6 +1023,7 @@ def classifier(engine):
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_every_stage_leaves_evidence(stage, value, tmp_path):
     """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a checkpoint to go on from."""
+
     class Broken(LongRun):
         def move(self, player):
             norm = super().move(player)
@@ -769,23 +1032,47 @@ def test_every_stage_leaves_evidence(stage, value, tmp_path):
                     for _, w in self.players[0].parameters:
                         w.fill_(value)
             return norm
+
         def end(self, step, log):
             if step < 4:
                 super().end(step, log)
+
     torch.set_num_threads(1)
     engine = Broken(tmp_path, "cpu", steps=4)
-    with pytest.raises(FloatingPointError, match=rf"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, of step 4, is in .*--go-on lr="):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, of step 4, is in .*--go-on lr=",
+    ):
         classifier(engine) if stage == "classifier" else long_run.stage(stage, 12, engine=engine)
     assert (tmp_path / "failed_batch.safetensors").stat().st_size > 100
 
 
 # --- dashboard -----------------------------------------------------------------------------------------------------------
 
+
 def test_the_dashboard(tmp_path):
     _, log = long_run.stage("tokenizer", 30, engine=LongRun(tmp_path, "cpu"))
     row = log[-1]
-    assert {"tokenizer", "tokenizer_grad", "lr", "images_per_second", "share_of_matmul", "memory", "words", "entropy_1", "entropy_8", "flow", "seconds"} <= set(row)
-    assert 0 < row["share_of_matmul"] < 1.5 and row["memory"] > 1e7 and row["images_per_second"] > 1 and 0 < row["words"] <= 1 and 0 <= row["entropy_1"] <= 1
+    assert {
+        "tokenizer",
+        "tokenizer_grad",
+        "lr",
+        "images_per_second",
+        "share_of_matmul",
+        "memory",
+        "words",
+        "entropy_1",
+        "entropy_8",
+        "flow",
+        "seconds",
+    } <= set(row)
+    assert (
+        0 < row["share_of_matmul"] < 1.5
+        and row["memory"] > 1e7
+        and row["images_per_second"] > 1
+        and 0 < row["words"] <= 1
+        and 0 <= row["entropy_1"] <= 1
+    )
     assert "share_of_matmul" not in log[0], "the first step is counted, not timed"
     _, log = long_run.stage("ar", 12, engine=LongRun(tmp_path / "ar", "cpu"))
     assert 0 <= log[-1]["accuracy"] <= 1
@@ -795,6 +1082,7 @@ def test_trackers(tmp_path):
     with pytest.raises(ValueError, match="tensorboard, wandb or none"):
         LongRun(tmp_path, "cpu", track="paper")
     from accelerate.utils import is_wandb_available
+
     if not is_wandb_available():
         with pytest.raises(ImportError, match="pip install wandb"):
             LongRun(tmp_path, "cpu", track="wandb")

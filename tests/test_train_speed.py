@@ -2,6 +2,7 @@
 
 Plain means: the whole batch in the order in which it was drawn, all registers, a mask token for each that is dropped. Nothing is timed here.
 """
+
 import math
 from dataclasses import replace
 
@@ -15,9 +16,27 @@ import flextok_edu.fsq as fsq
 import flextok_edu.tokenizer as tokenizer
 from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig
 from flextok_edu.registers import LAWS
-from flextok_edu.tokenizer import Condition, FlexTok, Latents, REPA, TokenizerFeed, fit_tokenizer, latent_batches
+from flextok_edu.tokenizer import (
+    Condition,
+    FlexTok,
+    Latents,
+    REPA,
+    TokenizerFeed,
+    fit_tokenizer,
+    latent_batches,
+)
 
-CONFIG = TokenizerConfig(4, 8, 32, (8, 5, 5, 5), TrunkConfig(32, 2, head_dim=16), TrunkConfig(32, 3, head_dim=16), null_probability=.3, zero_noise=.3, norm_before_fsq=True)
+CONFIG = TokenizerConfig(
+    4,
+    8,
+    32,
+    (8, 5, 5, 5),
+    TrunkConfig(32, 2, head_dim=16),
+    TrunkConfig(32, 3, head_dim=16),
+    null_probability=0.3,
+    zero_noise=0.3,
+    norm_before_fsq=True,
+)
 SHARES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]  # processes, micro-batches in each
 STEP = 3
 
@@ -26,10 +45,10 @@ def model(**changes):
     """Large random weights; a norm that has seen something; REPA with eyes of its own."""
     torch.manual_seed(0)
     config = replace(CONFIG, **changes)
-    tok, repa = randomize(FlexTok(config)).train(), randomize(REPA(config, nn.Conv2d(3, 6, 8, 8), 1, .7))
+    tok, repa = randomize(FlexTok(config)).train(), randomize(REPA(config, nn.Conv2d(3, 6, 8, 8), 1, 0.7))
     if tok.norm is not None:
-        tok.norm.mean.copy_(torch.tensor([.3, -.2, .1, 0.]))
-        tok.norm.std.copy_(torch.tensor([2., 1., 3., .5]))
+        tok.norm.mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+        tok.norm.std.copy_(torch.tensor([2.0, 1.0, 3.0, 0.5]))
     return tok, repa
 
 
@@ -37,17 +56,25 @@ def feed_of(tok, batch, seed=0):
     """Posterior samples of 40 images and what the eyes see on them."""
     g = torch.Generator().manual_seed(1)
     data = Latents(torch.randn(40, 4, 8, 8, generator=g), torch.rand(40, 4, 8, 8, generator=g))
-    return TokenizerFeed(tok, latent_batches(data, batch, seed, features=torch.randn(40, 6, 4, 4, generator=g)))
+    return TokenizerFeed(
+        tok, latent_batches(data, batch, seed, features=torch.randn(40, 6, 4, 4, generator=g))
+    )
 
 
 def results(tok, repa, parts, worlds):
     """One step of all processes: gradients by name, the norm after it, loss, what is logged."""
-    weights = {**dict(tok.named_parameters()), **dict(repa.named_parameters("projector"))} if repa else dict(tok.named_parameters())
+    weights = (
+        {**dict(tok.named_parameters()), **dict(repa.named_parameters("projector"))}
+        if repa
+        else dict(tok.named_parameters())
+    )
     before = {n: x.clone() for n, x in tok.named_buffers()}
-    tok.use = fsq.CodeUse(tok.config.levels, tok.config.registers, memory=math.inf)  # counts that do not fade: their order is no matter
+    tok.use = fsq.CodeUse(
+        tok.config.levels, tok.config.registers, memory=math.inf
+    )  # counts that do not fade: their order is no matter
     for w in weights.values():
         w.grad = None
-    total, tally = 0., core._Tally()
+    total, tally = 0.0, core._Tally()
     for (latents, features, draws), weight in parts:
         loss, numbers = tok.loss(latents, repa, features if repa else None, draws=draws)
         (loss * weight / worlds).backward()  # processes take the mean of their gradients
@@ -56,7 +83,11 @@ def results(tok, repa, parts, worlds):
     if tok.norm is not None:
         tok.norm.settle()
     found = {n: torch.zeros_like(w) if w.grad is None else w.grad.clone() for n, w in weights.items()}
-    state = {n: x.clone() for n, x in tok.named_buffers()} | {"loss": torch.tensor(total), "words": tok.use.words, "digits": tok.use.digits} | {n: torch.tensor(v) for n, v in tally.means(lambda x: x).items()}
+    state = (
+        {n: x.clone() for n, x in tok.named_buffers()}
+        | {"loss": torch.tensor(total), "words": tok.use.words, "digits": tok.use.digits}
+        | {n: torch.tensor(v) for n, v in tally.means(lambda x: x).items()}
+    )
     for n, x in tok.named_buffers():
         x.copy_(before[n])
     tok.use = None
@@ -70,7 +101,7 @@ def plain(tok, repa, feed, step):
     noise = core.noise_like(feed.shape, feed.seed, (step * feed.batch + places).tolist(), stream="flow")
     tok.short_cuts = False
     try:
-        return results(tok, repa, [((latents, features, feed.draws(step)._replace(noise=noise)), 1.)], 1)
+        return results(tok, repa, [((latents, features, feed.draws(step)._replace(noise=noise)), 1.0)], 1)
     finally:
         tok.short_cuts = True
 
@@ -84,12 +115,20 @@ def same(tok, repa, feed, world, micro, step=STEP, tolerance=1e-5):
     assert moved > 0 and all(torch.isfinite(g).all() for g in found.values())
     for name, g in expected.items():
         error, size = float((found[name] - g).norm()), float(g.norm())
-        assert error <= 5 * tolerance * size + 1e-4 * tolerance * moved, f"{name}: {error / max(size, 1e-30):.1e} of its gradient"  # a gradient of zero up to rounding has no relative error
+        assert error <= 5 * tolerance * size + 1e-4 * tolerance * moved, (
+            f"{name}: {error / max(size, 1e-30):.1e} of its gradient"
+        )  # a gradient of zero up to rounding has no relative error
     missed = math.sqrt(sum(float((found[n] - g).square().sum()) for n, g in expected.items()))
     assert missed <= tolerance * moved, f"{missed / moved:.1e} of the gradient"
     assert state.keys() == stands.keys()
     for name, x in stands.items():
-        assert torch.allclose(state[name].double(), x.double(), rtol=tolerance, atol=tolerance * float(x.nan_to_num().abs().max()), equal_nan=True), name
+        assert torch.allclose(
+            state[name].double(),
+            x.double(),
+            rtol=tolerance,
+            atol=tolerance * float(x.nan_to_num().abs().max()),
+            equal_nan=True,
+        ), name
     return parts
 
 
@@ -113,7 +152,9 @@ def test_the_difference_is_rounding(law, monkeypatch):
     """In doubles throughout, all of it agrees to 1e-12: it is an equality, not an approximation that is good enough."""
     tok, repa = (m.double() for m in model(dropout_law=law))
     feed = feed_of(tok, 11)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms, losses and statistics insist on float32
+    monkeypatch.setattr(
+        torch.Tensor, "float", torch.Tensor.double
+    )  # norms, losses and statistics insist on float32
     monkeypatch.setattr(core._Tally, "means", lambda self, total: {})  # the log is kept in float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -123,9 +164,21 @@ def test_the_difference_is_rounding(law, monkeypatch):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("changes", (
-    {"norm_before_fsq": False}, {"zero_noise": 0.}, {"null_probability": 0.}, {"null_probability": 1.}, {"modulations": 1}, {"encoder_mask": "causal"},
-    {"registers": 7}, {"registers": 1}, {"encoder": TrunkConfig(16, 1, 1, 16), "decoder": TrunkConfig(48, 2, 2, 16)}), ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"norm_before_fsq": False},
+        {"zero_noise": 0.0},
+        {"null_probability": 0.0},
+        {"null_probability": 1.0},
+        {"modulations": 1},
+        {"encoder_mask": "causal"},
+        {"registers": 7},
+        {"registers": 1},
+        {"encoder": TrunkConfig(16, 1, 1, 16), "decoder": TrunkConfig(48, 2, 2, 16)},
+    ),
+    ids=str,
+)
 def test_whatever_the_configuration(changes):
     tok, repa = model(**changes)
     same(tok, repa, feed_of(tok, 6), 2, 2)
@@ -150,7 +203,10 @@ def test_without_the_causal_mask_all_registers_are_encoded():
     tok, repa = model(encoder_mask="full", dropout_law="uniform")
     feed = feed_of(tok, 8)
     lengths, forward = [], type(tok.encoder.blocks[0]).forward
-    tok.encoder.blocks[0].forward = lambda x, mask=None: (lengths.append(x.shape[1]), forward(tok.encoder.blocks[0], x, mask))[1]
+    tok.encoder.blocks[0].forward = lambda x, mask=None: (
+        lengths.append(x.shape[1]),
+        forward(tok.encoder.blocks[0], x, mask),
+    )[1]
     parts = same(tok, repa, feed, 1, 4)
     assert set(lengths) == {16 + 32} and min(d.longest for (_, _, d), _ in parts) < 32
 
@@ -160,8 +216,14 @@ def test_the_work_is_cut():
     tok, _ = model(dropout_law="powers_of_two")
     feed, seen = feed_of(tok, 32), {"encoder": [], "decoder": []}
     encode, decode = tok.encoder.forward, tok.decoder.forward
-    tok.encoder.forward = lambda latents, budget=None: (seen["encoder"].append(budget), encode(latents, budget))[1]
-    tok.decoder.forward = lambda x, m, registers, *rest, **named: (seen["decoder"].append(registers.shape[1]), decode(x, m, registers, *rest, **named))[1]
+    tok.encoder.forward = lambda latents, budget=None: (
+        seen["encoder"].append(budget),
+        encode(latents, budget),
+    )[1]
+    tok.decoder.forward = lambda x, m, registers, *rest, **named: (
+        seen["decoder"].append(registers.shape[1]),
+        decode(x, m, registers, *rest, **named),
+    )[1]
     longest, lengths = [], tokenizer._lengths(32)
     for (latents, _, draws), _ in feed.parts(STEP, micro=8):
         tok.loss(latents, draws=draws)
@@ -181,7 +243,11 @@ def test_dealing_is_fair(law):
         places, kept = [feed.dealt(step, rank, 2, 4) for rank in range(2)], feed.kept(feed.draws(step))
         assert sorted(torch.cat([p for dealt in places for p in dealt]).tolist()) == list(range(32))
         for one, other in zip(*places):
-            assert len(one) == len(other) and kept[one].max() >= kept[other].max() and kept[one].min() >= kept[other].min()
+            assert (
+                len(one) == len(other)
+                and kept[one].max() >= kept[other].max()
+                and kept[one].min() >= kept[other].min()
+            )
         for mine in places:
             assert all(kept[a].min() >= kept[b].max() for a, b in zip(mine, mine[1:]))
 
@@ -189,20 +255,28 @@ def test_dealing_is_fair(law):
 def test_the_real_loop_goes_the_same_way():
     """`fit_tokenizer` with room 11's engine in 1, 2 and 4 micro-batches, and with room 00's: the same losses, gradients and averaged weights."""
     from flextok_edu.train import Shares
+
     data = Latents(torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     found = []
     for engine in (None, *(Shares("cpu", micro=m) for m in (1, 2, 4))):
         tok, _ = model(dropout_law="powers_of_two")
-        tok, log = fit_tokenizer(tok, data, StageConfig(steps=3, batch=10, lr=1e-3, warmup=1), engine=engine, progress=False)
+        tok, log = fit_tokenizer(
+            tok, data, StageConfig(steps=3, batch=10, lr=1e-3, warmup=1), engine=engine, progress=False
+        )
         found.append((log, tok.own_state()))
     (first, weights), *others = found
     for log, other in others:
         for a, b in zip(first, log):
-            assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("tokenizer", "tokenizer_grad", "flow"))
-        assert all(torch.allclose(other[n].float(), w.float(), rtol=1e-3, atol=1e-4) for n, w in weights.items())
+            assert all(
+                math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("tokenizer", "tokenizer_grad", "flow")
+            )
+        assert all(
+            torch.allclose(other[n].float(), w.float(), rtol=1e-3, atol=1e-4) for n, w in weights.items()
+        )
 
 
 # --- the same, with bugs planted -------------------------------------------------------------------------------
+
 
 def check_sorted_parts():
     tok, repa = model(dropout_law="powers_of_two")
@@ -223,37 +297,62 @@ def check_null_samples_are_short():
 
 def no_bias(monkeypatch):
     condition = Condition.condition
-    monkeypatch.setattr(Condition, "condition", lambda self, *args, **named: (condition(self, *args, **named)[0], None))
+    monkeypatch.setattr(
+        Condition, "condition", lambda self, *args, **named: (condition(self, *args, **named)[0], None)
+    )
 
 
 def bias_counts_all(monkeypatch):
     """The mask token stands for all k, not for those that are dropped."""
+
     def broken(self, codes, budget, null=None, short=False, condition=Condition.condition):
         x, bias = condition(self, codes, budget, null, short)
-        return x, bias if bias is None else torch.cat([bias[:, :-1], torch.full_like(bias[:, -1:], math.log(self.k))], 1)
+        return x, bias if bias is None else torch.cat(
+            [bias[:, :-1], torch.full_like(bias[:, -1:], math.log(self.k))], 1
+        )
+
     monkeypatch.setattr(Condition, "condition", broken)
 
 
 def null_counts_once(monkeypatch):
     def broken(self, codes, budget, null=None, short=False, condition=Condition.condition):
         x, bias = condition(self, codes, budget, null, short)
-        return x, bias if bias is None or null is None else torch.where(null[:, None] & (bias == math.log(self.k)), 0., bias)
+        return x, bias if bias is None or null is None else torch.where(
+            null[:, None] & (bias == math.log(self.k)), 0.0, bias
+        )
+
     monkeypatch.setattr(Condition, "condition", broken)
 
 
 def one_too_short(monkeypatch):
     def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
-        return [((x, f, d._replace(longest=max(1, int((d.budget * ~d.null).max()) - 1))), w) for (x, f, d), w in parts(self, step, rank, world, micro)]
+        return [
+            ((x, f, d._replace(longest=max(1, int((d.budget * ~d.null).max()) - 1))), w)
+            for (x, f, d), w in parts(self, step, rank, world, micro)
+        ]
+
     monkeypatch.setattr(TokenizerFeed, "parts", broken)
 
 
 def equal_weights(monkeypatch):
-    monkeypatch.setattr(TokenizerFeed, "parts", lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [(batch, 1 / micro) for batch, _ in parts(self, step, rank, world, micro)])
+    monkeypatch.setattr(
+        TokenizerFeed,
+        "parts",
+        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [
+            (batch, 1 / micro) for batch, _ in parts(self, step, rank, world, micro)
+        ],
+    )
 
 
 def no_share_of_the_world(monkeypatch):
     """m / B, though the mean over the processes is still to come."""
-    monkeypatch.setattr(TokenizerFeed, "parts", lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [(batch, w / world) for batch, w in parts(self, step, rank, world, micro)])
+    monkeypatch.setattr(
+        TokenizerFeed,
+        "parts",
+        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [
+            (batch, w / world) for batch, w in parts(self, step, rank, world, micro)
+        ],
+    )
 
 
 def null_budgets_count(monkeypatch):
@@ -262,25 +361,57 @@ def null_budgets_count(monkeypatch):
 
 def dice_by_part(monkeypatch):
     """Each part throws dice of its own instead of taking those of its samples."""
+
     def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
-        return [((x, f, self.tok.draw(len(x), generator=core.named_generator("part", i))._replace(noise=d.noise)), w) for i, ((x, f, d), w) in enumerate(parts(self, step, rank, world, micro))]
+        return [
+            (
+                (
+                    x,
+                    f,
+                    self.tok.draw(len(x), generator=core.named_generator("part", i))._replace(noise=d.noise),
+                ),
+                w,
+            )
+            for i, ((x, f, d), w) in enumerate(parts(self, step, rank, world, micro))
+        ]
+
     monkeypatch.setattr(TokenizerFeed, "parts", broken)
 
 
 def noise_by_part(monkeypatch):
     """Noise is numbered by the place in the part, not in the batch."""
+
     def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
-        return [((x, f, d._replace(noise=core.noise_like(self.shape, self.seed, range(len(x)), stream="flow"))), w) for (x, f, d), w in parts(self, step, rank, world, micro)]
+        return [
+            (
+                (
+                    x,
+                    f,
+                    d._replace(noise=core.noise_like(self.shape, self.seed, range(len(x)), stream="flow")),
+                ),
+                w,
+            )
+            for (x, f, d), w in parts(self, step, rank, world, micro)
+        ]
+
     monkeypatch.setattr(TokenizerFeed, "parts", broken)
 
 
 def both_processes_get_the_same(monkeypatch):
-    monkeypatch.setattr(core.Feed, "dealt", lambda self, step, rank=0, world=1, micro=1: [chunk[::world] for chunk in self.places(step).tensor_split(micro)])
+    monkeypatch.setattr(
+        core.Feed,
+        "dealt",
+        lambda self, step, rank=0, world=1, micro=1: [
+            chunk[::world] for chunk in self.places(step).tensor_split(micro)
+        ],
+    )
 
 
 def norm_settles_every_part(monkeypatch):
     collect = fsq.RunningNorm.collect
-    monkeypatch.setattr(fsq.RunningNorm, "collect", lambda self, z, keep=None: (collect(self, z, keep), self.settle())[0])
+    monkeypatch.setattr(
+        fsq.RunningNorm, "collect", lambda self, z, keep=None: (collect(self, z, keep), self.settle())[0]
+    )
 
 
 def norm_counts_what_is_dropped(monkeypatch):
@@ -291,40 +422,65 @@ def norm_counts_what_is_dropped(monkeypatch):
 
 def features_of_others(monkeypatch):
     """The features of a part are those of its first rows in the batch."""
+
     def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
         found = self.latents.make(self.latents.rows(step), torch.arange(self.batch), step)[1]
-        return [((x, found[:len(x)], d), w) for (x, _, d), w in parts(self, step, rank, world, micro)]
+        return [((x, found[: len(x)], d), w) for (x, _, d), w in parts(self, step, rank, world, micro)]
+
     monkeypatch.setattr(TokenizerFeed, "parts", broken)
 
 
 test_the_code_passes, test_the_bug_is_caught = planted(
-    [(check_sorted_parts, bug) for bug in (no_bias, bias_counts_all, null_counts_once, one_too_short, equal_weights, no_share_of_the_world, dice_by_part, noise_by_part,
-                                           both_processes_get_the_same, norm_settles_every_part, norm_counts_what_is_dropped, features_of_others)]
+    [
+        (check_sorted_parts, bug)
+        for bug in (
+            no_bias,
+            bias_counts_all,
+            null_counts_once,
+            one_too_short,
+            equal_weights,
+            no_share_of_the_world,
+            dice_by_part,
+            noise_by_part,
+            both_processes_get_the_same,
+            norm_settles_every_part,
+            norm_counts_what_is_dropped,
+            features_of_others,
+        )
+    ]
     + [(check_uneven_parts, bug) for bug in (no_bias, one_too_short, equal_weights)]
-    + [(check_null_samples_are_short, null_budgets_count)])
+    + [(check_null_samples_are_short, null_budgets_count)]
+)
 
 
 # --- the benchmark: the same dice for all, and formulas that count what is done -----------------------------------
+
 
 @pytest.mark.parametrize("longest", (None, 1, 4, 32))
 @pytest.mark.parametrize("images", (1, 3))
 def test_the_arithmetic_of_a_micro_batch(longest, images):
     """`loss_flops` against PyTorch's own count of the same loss, `loss_positions` against the lengths of the sequences."""
     from flextok_edu.cost import counted_flops, loss_flops, loss_positions, on_meta
-    tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.))).requires_grad_(False)  # on the CPU, PyTorch's counter does not know the attention
+
+    tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.0))).requires_grad_(
+        False
+    )  # on the CPU, PyTorch's counter does not know the attention
     tok.fsq = nn.Identity()  # no products in it, and it insists on a real device
     tok.short_cuts = longest is not None
     lengths = []
     for block in (tok.encoder.blocks[0], tok.decoder.blocks[0]):
-        block.register_forward_pre_hook(lambda block, given: lengths.append(given[0].shape[0] * given[0].shape[1]))
+        block.register_forward_pre_hook(
+            lambda block, given: lengths.append(given[0].shape[0] * given[0].shape[1])
+        )
     draws = tok.draw(images, budget=longest or 32)._replace(longest=longest)
     counted = counted_flops(lambda: tok.loss(torch.empty(images, 4, 8, 8, device="meta"), draws=draws))
-    assert abs(3 * counted / loss_flops(tok.config, images, longest) - 1) < .01
+    assert abs(3 * counted / loss_flops(tok.config, images, longest) - 1) < 0.01
     assert sum(lengths) == loss_positions(tok.config, images, longest)
 
 
 def test_memory_falls_with_the_length_and_the_images():
     from flextok_edu.cost import loss_bytes
+
     plain, cut, one = (loss_bytes(CONFIG, *size) for size in ((16, None), (16, 1), (1, 1)))
     assert plain > cut > one > 4 * 4 * sum(w.numel() for w in FlexTok(CONFIG).parameters())
     assert loss_bytes(CONFIG, 4, None, micro=2) >= loss_bytes(CONFIG, 4, None)
@@ -333,32 +489,75 @@ def test_memory_falls_with_the_length_and_the_images():
 def test_what_sorting_allows():
     """Full length always: nothing. One token always: positions alone. More micro-batches sort better."""
     from flextok_edu.cost import loss_flops, sorting_allows
+
     few, many = (sorting_allows(CONFIG, "powers_of_two", 16, micro, 60) for micro in (1, 8))
     assert 1 <= few < many < loss_flops(CONFIG, 1, None) / loss_flops(CONFIG, 1, 1)
-    assert sorting_allows(replace(CONFIG, null_probability=1.), "uniform", 8, 2, 3) == pytest.approx(loss_flops(CONFIG, 1, None) / loss_flops(CONFIG, 1, 1))
+    assert sorting_allows(replace(CONFIG, null_probability=1.0), "uniform", 8, 2, 3) == pytest.approx(
+        loss_flops(CONFIG, 1, None) / loss_flops(CONFIG, 1, 1)
+    )
 
 
 def test_the_benchmark_compares_the_same_steps(monkeypatch):
     """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree; every law has its rows."""
     import flextok_edu.cost as cost
+
     seen, loss = {True: [], False: []}, FlexTok.loss
+
     def watched(self, latents, *rest, draws=None, **named):
-        seen[self.short_cuts].append((len(latents), latents.sum().item(), draws.noise.sum().item(), draws.budget.sum().item(), draws.t.sum().item()))
+        seen[self.short_cuts].append(
+            (
+                len(latents),
+                latents.sum().item(),
+                draws.noise.sum().item(),
+                draws.budget.sum().item(),
+                draws.t.sum().item(),
+            )
+        )
         return loss(self, latents, *rest, draws=draws, **named)
+
     monkeypatch.setattr(FlexTok, "loss", watched)
     monkeypatch.setattr(cost, "loss_bytes", lambda *size: 1)  # it would call the loss too
-    rows = cost.bench_train(cost.BenchConfig("micro", "cpu", batch=8, micro=4, variants=("plain", "sorted"), laws=("powers_of_two", "uniform"), adamw=False, repeats=2), say=lambda text: None)
-    assert [(r["law"], r["variant"]) for r in rows] == [(law, v) for law in ("powers_of_two", "uniform") for v in ("plain", "sorted")]
-    assert all(math.isnan(r["difference"]) for r in rows[::2]) and all(0 < r["difference"] < 1e-4 for r in rows[1::2])
-    assert all(r["allowed"] == 1 for r in rows[::2]) and all(r["allowed"] > 1 and r["positions"] < plain["positions"] == 8 * 2 * 32 for r, plain in zip(rows[1::2], rows[::2]))
-    steps = {cut: [s for s in some if s[0] == 2] for cut, some in seen.items()}  # without the single image that wakes the machine up
+    rows = cost.bench_train(
+        cost.BenchConfig(
+            "micro",
+            "cpu",
+            batch=8,
+            micro=4,
+            variants=("plain", "sorted"),
+            laws=("powers_of_two", "uniform"),
+            adamw=False,
+            repeats=2,
+        ),
+        say=lambda text: None,
+    )
+    assert [(r["law"], r["variant"]) for r in rows] == [
+        (law, v) for law in ("powers_of_two", "uniform") for v in ("plain", "sorted")
+    ]
+    assert all(math.isnan(r["difference"]) for r in rows[::2]) and all(
+        0 < r["difference"] < 1e-4 for r in rows[1::2]
+    )
+    assert all(r["allowed"] == 1 for r in rows[::2]) and all(
+        r["allowed"] > 1 and r["positions"] < plain["positions"] == 8 * 2 * 32
+        for r, plain in zip(rows[1::2], rows[::2])
+    )
+    steps = {
+        cut: [s for s in some if s[0] == 2] for cut, some in seen.items()
+    }  # without the single image that wakes the machine up
     for i in range(0, 16, 4):  # four micro-batches of two a step
-        plain, cut = (torch.tensor([s[1:] for s in steps[kind][i:i + 4]]).sum(0) for kind in (False, True))
+        plain, cut = (torch.tensor([s[1:] for s in steps[kind][i : i + 4]]).sum(0) for kind in (False, True))
         assert torch.allclose(plain, cut, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrong,says", (({"micro": 3, "batch": 2}, "3 micro-batches of 2"), ({"laws": ("zipf",)}, "zipf"), ({"repeats": 0}, "0 rounds")))
+@pytest.mark.parametrize(
+    "wrong,says",
+    (
+        ({"micro": 3, "batch": 2}, "3 micro-batches of 2"),
+        ({"laws": ("zipf",)}, "zipf"),
+        ({"repeats": 0}, "0 rounds"),
+    ),
+)
 def test_the_benchmark_says_what_is_wrong(wrong, says):
     from flextok_edu.cost import BenchConfig, bench
+
     with pytest.raises(ValueError, match=says):
         bench("train", BenchConfig("micro", "cpu", **wrong), say=lambda text: None)

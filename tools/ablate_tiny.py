@@ -5,6 +5,7 @@
 
 A finished variant is in the file as soon as it is done, and is not trained again.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,7 @@ from flextok_edu.vae import VAE
 
 VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its training
     "as in the preset": ({}, {}),
-    "no zero-noise regression": ({"zero_noise": 0.}, {}),
+    "no zero-noise regression": ({"zero_noise": 0.0}, {}),
     "no norm before FSQ": ({"norm_before_fsq": False}, {}),
     "AdamW, 2e-3": ({}, {"optimizer": "adamw", "lr": 2e-3}),
     "powers of two, not half full": ({"dropout_law": "powers_of_two"}, {}),
@@ -39,14 +40,24 @@ def measure(tok: FlexTok, images: torch.Tensor, labels: torch.Tensor, reader: At
     x = from_uint8(images)
     ids = torch.cat([tok.tokenize(part) for part in x.split(250)])
     for k in COUNTS:
-        back = torch.cat([tok.detokenize(part[:, :k], e.steps, e.guidance, 0, first_index=250 * i) for i, part in enumerate(ids.split(250))])
-        found[str(k)] = {"mae": float(image_scores(back, x)["mae"].mean()), **{name: float(share) for name, share in read_accuracy(reader, back, labels).items()}}
+        back = torch.cat(
+            [
+                tok.detokenize(part[:, :k], e.steps, e.guidance, 0, first_index=250 * i)
+                for i, part in enumerate(ids.split(250))
+            ]
+        )
+        found[str(k)] = {
+            "mae": float(image_scores(back, x)["mae"].mean()),
+            **{name: float(share) for name, share in read_accuracy(reader, back, labels).items()},
+        }
     position_words = [len(column.unique()) for column in ids.T]
     return {"tokens": found, "words": sum(position_words) / len(position_words)}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("out", type=Path)
     options.add_argument("variants", nargs="*", default=list(VARIANTS), help=", ".join(VARIANTS))
     options.add_argument("--steps", type=int, default=1000)
@@ -69,14 +80,34 @@ def main() -> None:
         changes, stage = VARIANTS[name]
         seed_everything(0)
         tok = FlexTok(replace(p.tokenizer, **changes), vae)
-        config = replace(p.train_tokenizer, steps=o.steps, batch=o.batch, ema=.99, **stage)
+        config = replace(p.train_tokenizer, steps=o.steps, batch=o.batch, ema=0.99, **stage)
         began = time.process_time()
         tok, log = fit_tokenizer(tok, latents, config, use_compiler=compiler_works(), progress=True)
         seconds = time.process_time() - began
-        done[name] = {"how": how, "seconds": seconds, "versions": versions(), **measure(tok, held, labels, reader),
-                      "log": [{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k in ("step", "flow", "regression", "regression_full", "words")} for row in log]}
+        done[name] = {
+            "how": how,
+            "seconds": seconds,
+            "versions": versions(),
+            **measure(tok, held, labels, reader),
+            "log": [
+                {
+                    k: round(v, 5) if isinstance(v, float) else v
+                    for k, v in row.items()
+                    if k in ("step", "flow", "regression", "regression_full", "words")
+                }
+                for row in log
+            ],
+        }
         write_text(o.out, json.dumps(done, indent=1))
-        print(f"{name}: {seconds:.0f} s, " + "; ".join(f"{k} tokens: " + ", ".join(f"{n} {v:.3f}" for n, v in row.items()) for k, row in done[name]["tokens"].items()) + f"; {done[name]['words']:.0f} words a position", flush=True)
+        print(
+            f"{name}: {seconds:.0f} s, "
+            + "; ".join(
+                f"{k} tokens: " + ", ".join(f"{n} {v:.3f}" for n, v in row.items())
+                for k, row in done[name]["tokens"].items()
+            )
+            + f"; {done[name]['words']:.0f} words a position",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

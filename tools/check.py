@@ -3,6 +3,7 @@
 In step: exporting and cleaning the notebooks changes nothing. No stray module. No undefined name. Every notebook runs
 (`nbdev_test`). Every test passes (`pytest`), and pytest's own summary is the last line.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,8 +19,12 @@ NBS, LIB = ROOT / "nbs", ROOT / "flextok_edu"
 
 def snapshot() -> dict[str, bytes]:
     """The bytes of all notebooks and modules."""
-    return {str(f.relative_to(ROOT)): f.read_bytes() for base in (NBS, LIB) for f in sorted(base.rglob("*"))
-            if f.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in f.parts}
+    return {
+        str(f.relative_to(ROOT)): f.read_bytes()
+        for base in (NBS, LIB)
+        for f in sorted(base.rglob("*"))
+        if f.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in f.parts
+    }
 
 
 def call(*command: str, limit: int = 2700, **env: str) -> None:
@@ -37,7 +42,10 @@ def in_step() -> None:
     after = snapshot()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
-        sys.exit("FAILED: nbdev_export and nbdev_clean changed these files (now in step; look at them and commit): " + ", ".join(changed))
+        sys.exit(
+            "FAILED: nbdev_export and nbdev_clean changed these files (now in step; look at them and commit): "
+            + ", ".join(changed)
+        )
 
 
 def no_stray_module() -> None:
@@ -46,7 +54,9 @@ def no_stray_module() -> None:
         if module.name in ("__init__.py", "_modidx.py"):
             continue
         first = module.read_text(encoding="utf-8").splitlines()
-        source = next((line.split("../nbs/")[1].split(".ipynb")[0] for line in first if "../nbs/" in line), None)
+        source = next(
+            (line.split("../nbs/")[1].split(".ipynb")[0] for line in first if "../nbs/" in line), None
+        )
         if source is None or not (NBS / f"{source}.ipynb").exists():
             sys.exit(f"FAILED: {module.relative_to(ROOT)} has no notebook (its source: {source})")
 
@@ -56,14 +66,40 @@ def notebooks_run() -> None:
     count = len(list(NBS.glob("[0-9]*.ipynb")))
     if count < 12:
         sys.exit(f"FAILED: only {count} notebooks found in {NBS}")
-    call("nbdev_test", "--n_workers", WORKERS, "--timing", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_DISABLE="1")
+    call(
+        "nbdev_test",
+        "--n_workers",
+        WORKERS,
+        "--timing",
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        TQDM_DISABLE="1",
+    )
 
 
 def main() -> None:
-    steps = [("package in step with the notebooks", in_step), ("no module without its notebook", no_stray_module),
-             ("every notebook opens in Colab", lambda: call(sys.executable, "tools/frame.py", "--check")),
-             ("no undefined or unused names", lambda: call(sys.executable, "-m", "ruff", "check", "--quiet", "--select", "F401,F821,F822,F823,F811,E9", "flextok_edu", "tests", "tools", "setup.py")),
-             ("notebooks run", notebooks_run)]
+    steps = [
+        ("package in step with the notebooks", in_step),
+        ("no module without its notebook", no_stray_module),
+        ("every notebook opens in Colab", lambda: call(sys.executable, "tools/frame.py", "--check")),
+        (
+            "no undefined or unused names",
+            lambda: call(
+                sys.executable,
+                "-m",
+                "ruff",
+                "check",
+                "--quiet",
+                "--select",
+                "F401,F821,F822,F823,F811,E9",
+                "flextok_edu",
+                "tests",
+                "tools",
+                "setup.py",
+            ),
+        ),
+        ("notebooks run", notebooks_run),
+    ]
     began = time.time()
     for name, step in steps:
         start = time.time()
@@ -73,10 +109,27 @@ def main() -> None:
     print("--- tests ...", flush=True)
     # A test takes three minutes at most on two slow cores. One that hangs is named, with the stack of every thread, and gets one more try
     # (once, a whole run in a clean room did not end in 45 minutes, and said nothing of why); a test that fails gets none.
-    patience = ["--timeout", "700", "-o", "timeout_func_only=true", "--reruns", "1", "--only-rerun", "from pytest-timeout"]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", *patience, "tests"], cwd=ROOT, timeout=4200,
-                            env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})  # tiny models: one thread is as fast, and suffers less beside others
-    print(f"--- all checks: {time.time() - began:.0f} s" if result.returncode == 0 else "--- tests FAILED", file=sys.stderr, flush=True)
+    patience = [
+        "--timeout",
+        "700",
+        "-o",
+        "timeout_func_only=true",
+        "--reruns",
+        "1",
+        "--only-rerun",
+        "from pytest-timeout",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--durations=8", *patience, "tests"],
+        cwd=ROOT,
+        timeout=4200,
+        env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )  # tiny models: one thread is as fast, and suffers less beside others
+    print(
+        f"--- all checks: {time.time() - began:.0f} s" if result.returncode == 0 else "--- tests FAILED",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(result.returncode)
 
 

@@ -1,8 +1,9 @@
 """Every notebook opens in Colab, and installs the package where it is missing: puts the badge and the setup cell below the title.
 
-    python tools/frame.py           write them where they are missing or old
-    python tools/frame.py --check   exit status 1 if any notebook lacks them
+python tools/frame.py           write them where they are missing or old
+python tools/frame.py --check   exit status 1 if any notebook lacks them
 """
+
 from __future__ import annotations
 
 import sys
@@ -36,7 +37,9 @@ def frame(path: Path) -> bool:
         name = "s" + name
     cells = [c for c in notebook.cells if c.id not in (f"{name}-badge", f"{name}-setup")]
     at = 1 + next(i for i, c in enumerate(cells) if c.cell_type == "markdown")
-    badge = nbformat.v4.new_markdown_cell(BADGE.format(repo=REPO, branch=BRANCH, path=path.relative_to(ROOT).as_posix()), id=f"{name}-badge")
+    badge = nbformat.v4.new_markdown_cell(
+        BADGE.format(repo=REPO, branch=BRANCH, path=path.relative_to(ROOT).as_posix()), id=f"{name}-badge"
+    )
     setup = nbformat.v4.new_code_cell(SETUP.format(repo=REPO), id=f"{name}-setup", metadata={})
     notebook.cells = cells[:at] + [badge, setup] + cells[at:]
     after = nbformat.writes(notebook)
@@ -46,9 +49,16 @@ def frame(path: Path) -> bool:
 
 
 def main() -> None:
-    changed = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts and frame(p)]
+    changed = [
+        str(p.relative_to(ROOT))
+        for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+        if ".ipynb_checkpoints" not in p.parts and frame(p)
+    ]
     if "--check" in sys.argv and changed:
-        sys.exit("these notebooks lack the badge or the setup cell (run python tools/frame.py): " + ", ".join(changed))
+        sys.exit(
+            "these notebooks lack the badge or the setup cell (run python tools/frame.py): "
+            + ", ".join(changed)
+        )
     print("changed:", ", ".join(changed) or "nothing")
 
 

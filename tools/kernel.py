@@ -10,6 +10,7 @@ and draws without the inline backend. Printed for each notebook: code cells, sec
 text on stderr, cells whose outputs are of another kind than the committed ones. Exit status 1 if a cell fails or hangs. The client is
 the blocking one: the asynchronous client of nbclient now and then sleeps until its time limit.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,17 +24,25 @@ import nbformat
 from jupyter_client.manager import start_new_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("image/png", "application/vnd.jupyter.widget-view+json", "text/html", "text/markdown", "text/latex", "text/plain")  # of several, a front end shows the first
+KINDS = (
+    "image/png",
+    "application/vnd.jupyter.widget-view+json",
+    "text/html",
+    "text/markdown",
+    "text/latex",
+    "text/plain",
+)  # of several, a front end shows the first
 
 
 @dataclass
 class Result:
     """What happened in one notebook."""
-    cells: int = 0                                    # code cells that ran
-    seconds: float = 0.                               # of these cells, without the start of the kernel
-    failed: str = ""                                  # the error, or that a cell hung; empty if all is well
-    stderr: list[str] = field(default_factory=list)   # "cell: text"
-    other: list[str] = field(default_factory=list)    # "cell: committed kinds of output -> the kernel's"
+
+    cells: int = 0  # code cells that ran
+    seconds: float = 0.0  # of these cells, without the start of the kernel
+    failed: str = ""  # the error, or that a cell hung; empty if all is well
+    stderr: list[str] = field(default_factory=list)  # "cell: text"
+    other: list[str] = field(default_factory=list)  # "cell: committed kinds of output -> the kernel's"
 
 
 def kinds(outputs: list[dict]) -> list[str]:
@@ -46,7 +55,9 @@ def kinds(outputs: list[dict]) -> list[str]:
             found.append("error")
         else:
             kind = next((k for k in KINDS if k in o["data"]), "other")
-            if not (kind.startswith("application/vnd") and "%|" in "".join(o["data"].get("text/plain", ""))):  # a bar of tqdm
+            if not (
+                kind.startswith("application/vnd") and "%|" in "".join(o["data"].get("text/plain", ""))
+            ):  # a bar of tqdm
                 found.append(kind)
     return sorted(k for i, k in enumerate(found) if k not in ("stdout", "stderr") or k not in found[:i])
 
@@ -55,25 +66,50 @@ def stored(outputs: list[dict]) -> list[dict]:
     """Outputs as a notebook keeps them: one piece for neighbouring texts, no stderr, and no widgets (their state is not kept, so that a reader would see nothing of them)."""
     kept = []
     for o in outputs:
-        if o["output_type"] == "stream" and o["name"] == "stdout" and kept and kept[-1]["output_type"] == "stream":
+        if (
+            o["output_type"] == "stream"
+            and o["name"] == "stdout"
+            and kept
+            and kept[-1]["output_type"] == "stream"
+        ):
             kept[-1]["text"] += o["text"]
         elif o["output_type"] == "stream":
-            kept += [{"output_type": "stream", "name": "stdout", "text": o["text"]}] if o["name"] == "stdout" else []
-        elif o["output_type"] in ("display_data", "execute_result") and not any(k.startswith("application/vnd.jupyter.widget") for k in o["data"]):
-            kept.append({"output_type": o["output_type"], "data": o["data"], "metadata": o["metadata"]} | ({"execution_count": None} if o["output_type"] == "execute_result" else {}))
+            kept += (
+                [{"output_type": "stream", "name": "stdout", "text": o["text"]}]
+                if o["name"] == "stdout"
+                else []
+            )
+        elif o["output_type"] in ("display_data", "execute_result") and not any(
+            k.startswith("application/vnd.jupyter.widget") for k in o["data"]
+        ):
+            kept.append(
+                {"output_type": o["output_type"], "data": o["data"], "metadata": o["metadata"]}
+                | ({"execution_count": None} if o["output_type"] == "execute_result" else {})
+            )
     return kept
 
 
-def run(notebook: Path, limit: float = 300., save: bool = False) -> Result:
+def run(notebook: Path, limit: float = 300.0, save: bool = False) -> Result:
     """All code cells in a new kernel, in the notebook's folder, up to the first error. `limit`: seconds that one cell may take; `save`: keep what they put out, if all ran."""
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND")} | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND")} | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    }
     whole = json.loads(notebook.read_text(encoding="utf-8"))
     cells = [c for c in whole["cells"] if c["cell_type"] == "code"]
     result, found = Result(), []
-    manager, client = start_new_kernel(startup_timeout=120, cwd=str(notebook.parent), env=env, extra_arguments=["--HistoryManager.enabled=False", "--log-level=40"])
+    manager, client = start_new_kernel(
+        startup_timeout=120,
+        cwd=str(notebook.parent),
+        env=env,
+        extra_arguments=["--HistoryManager.enabled=False", "--log-level=40"],
+    )
     try:
         if save:  # figures sharp enough for today's screens
-            client.execute_interactive("%config InlineBackend.figure_format = 'retina'", timeout=limit, output_hook=lambda message: None)
+            client.execute_interactive(
+                "%config InlineBackend.figure_format = 'retina'",
+                timeout=limit,
+                output_hook=lambda message: None,
+            )
         for i, cell in enumerate(cells):
             outputs, began = [], time.perf_counter()
 
@@ -83,12 +119,16 @@ def run(notebook: Path, limit: float = 300., save: bool = False) -> Result:
                     outputs.append({"output_type": kind, **content})
 
             try:
-                client.execute_interactive("".join(cell["source"]), allow_stdin=False, timeout=limit, output_hook=hook)
+                client.execute_interactive(
+                    "".join(cell["source"]), allow_stdin=False, timeout=limit, output_hook=hook
+                )
             except TimeoutError:
                 result.failed = f"cell {i} ran for more than {limit:.0f} s"
             result.cells += 1
             result.seconds += time.perf_counter() - began
-            if text := "".join(o["text"] for o in outputs if o["output_type"] == "stream" and o["name"] == "stderr").strip():
+            if text := "".join(
+                o["text"] for o in outputs if o["output_type"] == "stream" and o["name"] == "stderr"
+            ).strip():
                 result.stderr.append(f"cell {i}: {text}")
             for o in outputs:
                 if o["output_type"] == "error":
@@ -97,7 +137,9 @@ def run(notebook: Path, limit: float = 300., save: bool = False) -> Result:
                 break
             before, now = kinds(cell["outputs"]), [k for k in kinds(outputs) if k != "stderr"]
             if before != now:
-                result.other.append(f"cell {i}: {', '.join(before) or 'nothing'} -> {', '.join(now) or 'nothing'}")
+                result.other.append(
+                    f"cell {i}: {', '.join(before) or 'nothing'} -> {', '.join(now) or 'nothing'}"
+                )
             found.append(stored(outputs))
     finally:
         client.stop_channels()
@@ -117,14 +159,19 @@ def main() -> None:
     names = [n for n in names if not n.endswith(".ipynb")]
     if names or not files:
         for base in (ROOT / "nbs", ROOT / "nbs" / "solutions"):
-            files += sorted(f for f in base.glob("[0-9]*.ipynb") if not names or f.name.startswith(tuple(names)))
+            files += sorted(
+                f for f in base.glob("[0-9]*.ipynb") if not names or f.name.startswith(tuple(names))
+            )
     if not files:
         sys.exit(f"no notebook's name begins with {' or '.join(names)}")
     bad = 0
     for f in files:
         result = run(f, save="--save" in sys.argv)
         bad += bool(result.failed)
-        print(f"{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f!s:32} {result.cells:3} cells {result.seconds:6.1f} s  {result.failed or 'ok'}", flush=True)
+        print(
+            f"{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f!s:32} {result.cells:3} cells {result.seconds:6.1f} s  {result.failed or 'ok'}",
+            flush=True,
+        )
         for line in [f"stderr, {s[:400]}" for s in result.stderr] + [f"outputs, {s}" for s in result.other]:
             print("    " + line.replace("\n", "\n    "), flush=True)
     if bad:

@@ -1,7 +1,8 @@
 """The picture at the top of the README: held-out scenes through 1, 2, 4, … tokens of `tiny`, and held-out clip art through those of `clipart`.
 
-    python tools/opening.py /usr/share/openclipart/png [docs/opening.png]        after apt-get install openclipart-png
+python tools/opening.py /usr/share/openclipart/png [docs/opening.png]        after apt-get install openclipart-png
 """
+
 from __future__ import annotations
 
 import sys
@@ -15,15 +16,26 @@ from flextok_edu.data import ToyScenes, load_learned
 from flextok_edu.evaluate import split_by_record, token_counts
 from flextok_edu.pipeline import _rows
 
-SCENES = (5, 12, 17, 19)  # of the held-out ones; chosen by hand, for different kinds and grounds, before any was decoded
-REAL = (2, 11)            # the same: of the held-out clip art, two that everybody can name
+SCENES = (
+    5,
+    12,
+    17,
+    19,
+)  # of the held-out ones; chosen by hand, for different kinds and grounds, before any was decoded
+REAL = (2, 11)  # the same: of the held-out clip art, two that everybody can name
 
 
 def columns(name: str, images: torch.Tensor) -> list[torch.Tensor]:
     """Originals, then what comes back from 1, 2, 4, … tokens."""
     tok, usual = open_tokenizer(name), habits(name)
     ids = tok.tokenize(images)
-    return [images, *(tok.detokenize(ids[:, :k], usual.steps, usual.guidance, 0) for k in token_counts(tok.config.registers))]
+    return [
+        images,
+        *(
+            tok.detokenize(ids[:, :k], usual.steps, usual.guidance, 0)
+            for k in token_counts(tok.config.registers)
+        ),
+    ]
 
 
 def main() -> None:
@@ -33,11 +45,21 @@ def main() -> None:
     torch.set_grad_enabled(False)
     drawn = ToyScenes("val", 64, 2, length=64)
     _, held = split_by_record(folder, 64, load_learned(shipped_models()["clipart"] / "tokenizer"))
-    parts = [columns("tiny", torch.stack([drawn[i].image for i in SCENES])), columns("clipart", from_uint8(held.images[list(REAL)]))]
+    parts = [
+        columns("tiny", torch.stack([drawn[i].image for i in SCENES])),
+        columns("clipart", from_uint8(held.images[list(REAL)])),
+    ]
     rows = [torch.stack([column[i] for column in part]) for part in parts for i in range(len(part[0]))]
     counts = token_counts(open_tokenizer("tiny").config.registers)
     names = ["scene"] * len(SCENES) + ["clip art"] * len(REAL)
-    _rows(rows, names, out, "the same list of tokens, cut after 1, 2, 4, … of them (held-out pictures)", ["original", *(f"{k} token{'s' * (k > 1)}" for k in counts)], 2)
+    _rows(
+        rows,
+        names,
+        out,
+        "the same list of tokens, cut after 1, 2, 4, … of them (held-out pictures)",
+        ["original", *(f"{k} token{'s' * (k > 1)}" for k in counts)],
+        2,
+    )
     print(out)
 
 

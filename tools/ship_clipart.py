@@ -6,6 +6,7 @@
 
 `tokenizer2` is `tokenizer` after a second training, with a learning rate of its own, `tokenizer3` is `tokenizer2` after a third.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -42,11 +43,17 @@ def record(pictures: str | Path) -> Learned:
         first.setdefault(value, i)
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(0)).tolist()
     different = list(first)
-    learned = {different[i] for i in order[min(5000, len(first) // 4):]}
+    learned = {different[i] for i in order[min(5000, len(first) // 4) :]}
     files = [Path(pictures) / path for path, value in zip(found.paths, pixels) if value in learned]
     keys = picture_keys(files).unique()  # sorted
     name = hashlib.sha256(keys.numpy()).hexdigest()[:16]
-    return Learned(RULE, f"clip art of Debian's openclipart-png 1:0.18+dfsg-19: {len(files):,} files, {len(keys):,} different ones, {len(learned):,} different at 64 px; begun with the weights of tiny, which learned from ToyScenes train, level 2, seed 0", len(keys), name, keys)
+    return Learned(
+        RULE,
+        f"clip art of Debian's openclipart-png 1:0.18+dfsg-19: {len(files):,} files, {len(keys):,} different ones, {len(learned):,} different at 64 px; begun with the weights of tiny, which learned from ToyScenes train, level 2, seed 0",
+        len(keys),
+        name,
+        keys,
+    )
 
 
 def assemble(trainings: list[Path], to: Path) -> None:
@@ -55,10 +62,28 @@ def assemble(trainings: list[Path], to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(last, to)
     stage, log = one_after_the_other(*trainings)
-    later = [(read(run / "config.json")["stage"]["steps"], read(run / "run.json")["preset"]["train_tokenizer"]["lr"]) for run in trainings[1:]]
-    write_text(to / "config.json", json.dumps(read(last / "config.json") | {"stage": stage | {"of_which_later_trainings": sum(steps for steps, _ in later)}}, indent=1))
+    later = [
+        (
+            read(run / "config.json")["stage"]["steps"],
+            read(run / "run.json")["preset"]["train_tokenizer"]["lr"],
+        )
+        for run in trainings[1:]
+    ]
+    write_text(
+        to / "config.json",
+        json.dumps(
+            read(last / "config.json")
+            | {"stage": stage | {"of_which_later_trainings": sum(steps for steps, _ in later)}},
+            indent=1,
+        ),
+    )
     write_text(to / "log.json", json.dumps(log))
-    command = "; then ".join(["flextok_train tokenizer --tokenizer tiny --part both", *(f"the same from its result ({steps} steps, lr {lr:g})" for steps, lr in later)])
+    command = "; then ".join(
+        [
+            "flextok_train tokenizer --tokenizer tiny --part both",
+            *(f"the same from its result ({steps} steps, lr {lr:g})" for steps, lr in later),
+        ]
+    )
     write_text(to / "run.json", json.dumps({**read(trainings[0] / "run.json"), "command": command}, indent=1))
 
 
@@ -72,7 +97,17 @@ def main() -> None:
     assemble([runs / name for name in ("tokenizer", "tokenizer2", "tokenizer3")], runs / "assembled")
     for folder in (runs / "vae", runs / "assembled"):
         save_learned(folder, learned)
-    pack({"vae": runs / "vae", "tokenizer": runs / "assembled"}, "clipart", zoo, TEXT, LIMITS, images=from_uint8(held.images[:64]), report=table, evaluate=replace(usual, guidance=GUIDANCE), again=True)
+    pack(
+        {"vae": runs / "vae", "tokenizer": runs / "assembled"},
+        "clipart",
+        zoo,
+        TEXT,
+        LIMITS,
+        images=from_uint8(held.images[:64]),
+        report=table,
+        evaluate=replace(usual, guidance=GUIDANCE),
+        again=True,
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 
 A VAE whose decoder went on alone makes the same latents: the tokenizer only has to be told its new hash, and the AR model the tokenizer's.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,7 +34,9 @@ What a stranger would recognise: from one token the ground and its light; often 
 LIMITS = """Photographs come back as grounds, horizons and blobs of about the right colours: nothing in them would be recognised. One seed; a VAE with an error of 0.015 (of a white of 1) is blurred at edges and loses small things. VAE, tokenizer and AR model were trained in several runs, each going on where the one before had ended."""
 
 
-LEARNED = Learned("scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None)  # all parts; the hash is that of the pictures, and drawing them today gives it again
+LEARNED = Learned(
+    "scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None
+)  # all parts; the hash is that of the pictures, and drawing them today gives it again
 
 
 def read(file: Path):
@@ -45,14 +48,26 @@ def one_after_the_other(*runs: Path) -> tuple[dict, list[dict]]:
     stages, log = [read(f / "config.json")["stage"] for f in runs], []
     steps = seconds = 0
     for run, stage in zip(runs, stages):
-        log += [{**row, "step": row["step"] + steps, "seconds": row["seconds"] + seconds} for row in read(run / "log.json")]
+        log += [
+            {**row, "step": row["step"] + steps, "seconds": row["seconds"] + seconds}
+            for row in read(run / "log.json")
+        ]
         steps, seconds = steps + stage["steps"], seconds + stage["seconds"]
-    return {**stages[0], "steps": steps, "seconds": seconds, "images_per_second": steps * stages[0]["batch"] / seconds}, log
+    return {
+        **stages[0],
+        "steps": steps,
+        "seconds": seconds,
+        "images_per_second": steps * stages[0]["batch"] / seconds,
+    }, log
 
 
 def facts_of(found: dict) -> dict:
     """What config.json says besides what is written anew."""
-    return {k: v for k, v in found.items() if k not in ("config", "weights", "terms") and not k.startswith(("vae", "tokenizer"))}  # (whose it is goes by hash, identity, and meaning)
+    return {
+        k: v
+        for k, v in found.items()
+        if k not in ("config", "weights", "terms") and not k.startswith(("vae", "tokenizer"))
+    }  # (whose it is goes by hash, identity, and meaning)
 
 
 def classify(folder: Path, p: Preset) -> None:
@@ -61,12 +76,34 @@ def classify(folder: Path, p: Preset) -> None:
     model, log = train_classifier(train, p.train_classifier)
     c = p.train_classifier
     write_text(folder / "log.json", json.dumps(log))
-    write_text(folder / "run.json", json.dumps({"command": "train_classifier", "options": {"seed": 0, "data": "scenes"}, "preset": asdict(p), "versions": versions()}, indent=1))
-    save_model(folder, model, c, stage={"stage": "classifier", "steps": c.steps, "batch": c.batch, "seconds": log[-1]["seconds"], "images_per_second": c.steps * c.batch / log[-1]["seconds"],
-                                        "parameters": sum(w.numel() for w in model.parameters())})
+    write_text(
+        folder / "run.json",
+        json.dumps(
+            {
+                "command": "train_classifier",
+                "options": {"seed": 0, "data": "scenes"},
+                "preset": asdict(p),
+                "versions": versions(),
+            },
+            indent=1,
+        ),
+    )
+    save_model(
+        folder,
+        model,
+        c,
+        stage={
+            "stage": "classifier",
+            "steps": c.steps,
+            "batch": c.batch,
+            "seconds": log[-1]["seconds"],
+            "images_per_second": c.steps * c.batch / log[-1]["seconds"],
+            "parameters": sum(w.numel() for w in model.parameters()),
+        },
+    )
 
 
-VAES = {"vae": None, "vae2": "decoder", "vae3": "both", "vae4": "decoder"}                   # folder: which part went on
+VAES = {"vae": None, "vae2": "decoder", "vae3": "both", "vae4": "decoder"}  # folder: which part went on
 TOKENIZERS = {"tokenizer": None, "tokenizer2": "both", "tokenizer3": "decoder", "tokenizer4": "both"}
 ARS = {"ar": None, "ar2": "all"}
 
@@ -77,11 +114,16 @@ def together(runs: Path, trainings: dict, to: Path) -> dict:
     for run, part in trainings.items():
         stage, facts = read(runs / run / "config.json")["stage"], read(runs / run / "run.json")
         how = {None: "", "all": f" --{name}"}.get(part, f" --{name} --part {part}")
-        command.append(f"flextok_train {name}{how} ({stage['steps']} steps, lr {facts['preset']['train_' + name]['lr']:g})")
+        command.append(
+            f"flextok_train {name}{how} ({stage['steps']} steps, lr {facts['preset']['train_' + name]['lr']:g})"
+        )
         alone += stage["steps"] * (part == "decoder")
     stage, log = one_after_the_other(*(runs / n for n in trainings))
     write_text(to / "log.json", json.dumps(log))
-    write_text(to / "run.json", json.dumps({**read(runs / name / "run.json"), "command": "; then ".join(command)}, indent=1))
+    write_text(
+        to / "run.json",
+        json.dumps({**read(runs / name / "run.json"), "command": "; then ".join(command)}, indent=1),
+    )
     return stage | ({"of_which_decoder_alone": alone} if name != "ar" else {})
 
 
@@ -91,7 +133,11 @@ def assemble(runs: Path, to: Path) -> None:
     save_model(to / "vae", new, new.config, **facts_of(last) | {"stage": together(runs, VAES, to / "vae")})
     tok, found = load_tokenizer(runs / "tokenizer4", old)
     ar, written = load_ar(runs / "ar2", tok)
-    save_tokenizer(to / "tokenizer", with_decoder(tok, new), **facts_of(found) | {"stage": together(runs, TOKENIZERS, to / "tokenizer")})
+    save_tokenizer(
+        to / "tokenizer",
+        with_decoder(tok, new),
+        **facts_of(found) | {"stage": together(runs, TOKENIZERS, to / "tokenizer")},
+    )
     ar.tokenizer = tokenizer_hash(tok)
     save_ar(to / "ar", ar, **facts_of(written) | {"stage": together(runs, ARS, to / "ar")})
     shutil.copytree(runs / "classifier", to / "classifier", dirs_exist_ok=True)
@@ -107,7 +153,16 @@ def main() -> None:
     if not (runs / "classifier" / "config.json").exists():
         classify(runs / "classifier", preset("tiny"))
     assemble(runs, parts)
-    pack({p: parts / p for p in ("vae", "tokenizer", "ar", "classifier")}, "tiny", zoo, TEXT, LIMITS, report=table, evaluate=preset("tiny").evaluate, again=True)
+    pack(
+        {p: parts / p for p in ("vae", "tokenizer", "ar", "classifier")},
+        "tiny",
+        zoo,
+        TEXT,
+        LIMITS,
+        report=table,
+        evaluate=preset("tiny").evaluate,
+        again=True,
+    )
 
 
 if __name__ == "__main__":
