@@ -173,7 +173,6 @@ def decode_flops(
 # %% ../nbs/16_cost.ipynb #16-61a9d516
 def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and convolutions in run()
     "PyTorch's own count; `run` may live on the meta device. (The counter stumbles over parameters that want a gradient: switch that off first.)"
-    from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()

@@ -20,11 +20,14 @@ BRANCH = CONFIG["DEFAULT"]["branch"]
 
 BADGE = "[![open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{branch}/{path})"
 SETUP = """#| hide
-# Where the package is missing (Colab, a bare Jupyter): install it, from the clone around this notebook if there is one.
+# Where the package is missing (Colab, a bare Jupyter): install it, from the clone around this notebook if any.
 import importlib.util, pathlib, subprocess, sys
+
 if importlib.util.find_spec("flextok_edu") is None:
-    clone = next((str(p) for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p / "settings.ini").exists()), None)
-    what = ["-e", f"{{clone}}[metrics]"] if clone else ["flextok_edu[metrics] @ git+https://github.com/{repo}"]
+    around = (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
+    clone = next((str(p) for p in around if (p / "settings.ini").exists()), None)
+    hub = "flextok_edu[metrics] @ git+https://github.com/{repo}"
+    what = ["-e", f"{{clone}}[metrics]"] if clone else [hub]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)"""
 
 
