@@ -14,17 +14,20 @@ extras = {
     key.removesuffix("_requirements"): shlex.split(cfg[key]) for key in cfg if key.endswith("_requirements")
 }
 commands = {
-    "flextok_run": "pipeline:main",
-    **{
-        f"flextok_{name}": f"commands:{name}_main"
-        for name in ("train", "cache", "tokenize", "detokenize", "generate", "eval", "estimate")
-    },
-    "flextok_reconstruct": "zoo:reconstruct_main",
-    "flextok_demo": "zoo:demo_main",
-    "flextok_info": "cost:info_main",
-    "flextok_bench": "cost:bench_main",
-    "flextok_compare": "evaluate:compare_main",
-}
+    "run": "run",
+    "train": "train",
+    "cache": "tokenize",
+    "tokenize": "tokenize",
+    "detokenize": "generate",
+    "generate": "generate",
+    "eval": "measure",
+    "compare": "measure",
+    "estimate": "estimate",
+    "info": "cost",
+    "bench": "bench",
+    "reconstruct": "explore",
+    "demo": "explore",
+}  # flextok_<name>: the module of flextok_edu.apps that has <name>_main
 
 setup(
     name=cfg["lib_name"],
@@ -44,7 +47,11 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,
-    entry_points={"console_scripts": [f"{name}=flextok_edu.{target}" for name, target in commands.items()]},
+    entry_points={
+        "console_scripts": [
+            f"flextok_{name}=flextok_edu.apps.{module}:{name}_main" for name, module in commands.items()
+        ]
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

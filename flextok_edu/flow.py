@@ -6,7 +6,7 @@
 __all__ = ['TIME_LAWS', 'SOLVERS', 'mix', 'velocity_target', 'flow_loss', 'shift_time', 'euler_times', 'euler', 'sample_time',
            'loss_by_time', 'heun', 'guide', 'guidance_at', 'guidance_interval', 'APG', 'guide_apg']
 
-# %% ../nbs/07_flow.ipynb #07-c25c7e4d
+# %% ../nbs/07_flow.ipynb #07_flow-imports
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

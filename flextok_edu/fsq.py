@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'FSQ', 'RunningNorm', 'CodeUse']
 
-# %% ../nbs/04_fsq.ipynb #04-d7891008
+# %% ../nbs/04_fsq.ipynb #04_fsq-imports
 import math
 from collections.abc import Callable
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAWS', 'encoder_mask', 'leaks', 'keep_mask', 'nested_dropout', 'sample_budget']
 
-# %% ../nbs/06_registers.ipynb #06-b411bab9
+# %% ../nbs/06_registers.ipynb #06_registers-imports
 import torch
 from torch import Tensor
 

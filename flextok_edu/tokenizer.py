@@ -8,7 +8,7 @@ __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together',
            'Latents', 'latent_batches', 'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer',
            'load_tokenizer', 'feature_map', 'REPA']
 
-# %% ../nbs/08_tokenizer.ipynb #08-af505839
+# %% ../nbs/08_tokenizer.ipynb #08_tokenizer-imports
 import math, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,27 +21,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flextok_edu.core import (
-    EMA,
-    Engine,
-    Feed,
-    Player,
-    Preset,
-    Pretrained,
-    StageConfig,
-    TokenizerConfig,
-    belongs,
-    compiled,
-    fit,
-    from_uint8,
-    load_model,
-    meaning,
-    named_generator,
-    noise_like,
-    save_model,
-    weights_hash,
-)
-from .data import ImageSet
+from .data.datasets import ImageSet
+from .engine.compiler import compiled
+from .engine.config import Preset, StageConfig, TokenizerConfig
+from .engine.files import weights_hash
+from .engine.hub import Pretrained
+from .engine.identity import meaning
+from .engine.loader import Feed
+from .engine.models import belongs, load_model, save_model
+from .engine.optim import EMA
+from .engine.tensors import from_uint8, named_generator, noise_like
+from .engine.trainer import Engine, Player, fit
 from flextok_edu.flow import (
     APG,
     SOLVERS,
@@ -54,7 +44,7 @@ from flextok_edu.flow import (
     sample_time,
     velocity_target,
 )
-from .fsq import FSQ, CodeUse, RunningNorm
+from .fsq import CodeUse, FSQ, RunningNorm
 from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
 from flextok_edu.transformer import (
     Block,
@@ -331,7 +321,7 @@ def _start(
         raise ValueError(f"noise must be {(b, *shape)}, not {tuple(noise.shape)}")
     return noise.to(parts.device)
 
-
+# %% ../nbs/08_tokenizer.ipynb #08-d2ea3477-1
 def runs_together(
     told: Tensor,  # registers of the pass with the condition (b r d)
     nothing: Tensor,  # and of the one without (b r' d)
@@ -960,7 +950,7 @@ def _training_latents(
     means, stds = cache_latents(tok.vae, images)
     return Latents(means, stds), repa.look(images) if repa is not None else None
 
-
+# %% ../nbs/08_tokenizer.ipynb #08-ffa4910b-1
 def train_tokenizer(
     data: ImageSet | Latents,  # training images, or their latents
     vae: VAE,  # trained stage 0

@@ -6,7 +6,7 @@
 __all__ = ['norm32', 'Attention', 'SwiGLU', 'Block', 'init_linear', 'patchify', 'unpatchify', 'sincos_2d', 'TimeEmbedding',
            'modulate', 'gated', 'ModulatedBlock', 'sees_normed_input']
 
-# %% ../nbs/05_transformer.ipynb #05-f74c1a9f
+# %% ../nbs/05_transformer.ipynb #05_transformer-imports
 import math
 
 import torch

@@ -6,7 +6,7 @@
 __all__ = ['ResBlock', 'SpatialAttention', 'Down', 'Up', 'VAEEncoder', 'VAEDecoder', 'VAEParts', 'VAE', 'kl_to_standard_normal',
            'PatchDiscriminator', 'AutoencoderLoss', 'VAELoss', 'PosteriorFeed', 'train_vae']
 
-# %% ../nbs/03_vae.ipynb #03-3cbd8a1f
+# %% ../nbs/03_vae.ipynb #03_vae-imports
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,24 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok_edu.core import (
-    EMA,
-    Engine,
-    Feed,
-    Player,
-    Preset,
-    Pretrained,
-    StageConfig,
-    VAEConfig,
-    VAELossConfig,
-    fit,
-    from_uint8,
-    load_model,
-    noise_like,
-    save_model,
-)
-from .data import ImageSet
-from .features import Lite0, perceptual_distance
+from .data.datasets import ImageSet
+from .data.features import Lite0, perceptual_distance
+from .engine.config import Preset, StageConfig, VAEConfig, VAELossConfig
+from .engine.hub import Pretrained
+from .engine.loader import Feed
+from .engine.models import load_model, save_model
+from .engine.optim import EMA
+from .engine.tensors import from_uint8, noise_like
+from .engine.trainer import Engine, Player, fit
 
 # %% ../nbs/03_vae.ipynb #03-59970e3c
 class ResBlock(nn.Module):
@@ -398,7 +389,7 @@ class PosteriorFeed(Feed):
             for (batch, weight), places in zip(parts, self.dealt(step, rank, world, micro), strict=True)
         ]
 
-
+# %% ../nbs/03_vae.ipynb #03-decdca30-1
 def train_vae(
     data: ImageSet,  # training images (or a source of room 01b)
     preset: Preset,  # sizes, loss weights, steps

@@ -6,11 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+from planting import patch
 import torch
 from torch import nn
 
+import flextok_edu.apps.measure as apps_measure
 import flextok_edu.ar as ar
-import flextok_edu.evaluate as evaluate
+import flextok_edu.evaluation.compare as evaluation_compare
+import flextok_edu.evaluation.evaluate as evaluation_evaluate
+import flextok_edu.evaluation.metrics as evaluation_metrics
 from flextok_edu.ar import (
     ARModel,
     CachedGPT,
@@ -23,9 +27,11 @@ from flextok_edu.ar import (
     tokenizer_hash,
     unigram_entropies,
 )
-from flextok_edu.core import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import ImageSet
-from flextok_edu.evaluate import Report, column, compare, conditions, load_report
+from flextok_edu.engine.config import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.data.datasets import ImageSet
+from flextok_edu.evaluation.compare import compare, conditions
+from flextok_edu.evaluation.metrics import column
+from flextok_edu.evaluation.report import Report, load_report
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -86,7 +92,8 @@ def test_written_samples(model, check, options):
 
 def numbers_of_the_batch(monkeypatch):
     real = ar.token_chances
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         ar,
         "token_chances",
         lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds),
@@ -108,7 +115,8 @@ def numbers_for_the_asked_length(monkeypatch):
 
 
 def seeds_number_the_samples_too(monkeypatch):
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         ar,
         "token_chances",
         lambda length, indices, seed=0, seeds=None: (
@@ -411,7 +419,7 @@ CONFIG = EvalConfig(images=40, steps=2, guidance=1.0)
 
 
 def measured(error=0.0, data=None, **options):
-    return evaluate.evaluate_tokenizer(
+    return evaluation_evaluate.evaluate_tokenizer(
         Fade(error),
         images() if data is None else data,
         images(seed=1),
@@ -528,8 +536,9 @@ def test_other_pictures_are_not_paired(pair):
 
 
 def forgets_the_reference(monkeypatch):
-    monkeypatch.setattr(
-        evaluate,
+    patch(
+        monkeypatch,
+        evaluation_compare,
         "conditions",
         lambda card, key, what: {
             k: v for k, v in conditions(card, key, what).items() if k not in ("steps", "reference")
@@ -584,7 +593,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
 
     def command(*args):
         monkeypatch.setattr(sys, "argv", ["flextok_compare", *map(str, args)])
-        evaluate.compare_main()
+        apps_measure.compare_main()
         return capsys.readouterr().out
 
     assert "not ranked" not in command(tmp_path / "a", tmp_path / "b")
@@ -630,12 +639,12 @@ def test_the_file_is_as_it_was(pair, tmp_path):
 def test_scores_in_parts(n, batch):
     """Picture by picture the same as all at once, also where one is left over; unequal shapes are refused."""
     x, y = torch.rand(2, n, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole, parts = evaluate.image_scores(x, y, 1000), evaluate.image_scores(x, y, batch)
-    alone = [evaluate.image_scores(x[i : i + 1], y[i : i + 1]) for i in range(n)]
+    whole, parts = evaluation_metrics.image_scores(x, y, 1000), evaluation_metrics.image_scores(x, y, batch)
+    alone = [evaluation_metrics.image_scores(x[i : i + 1], y[i : i + 1]) for i in range(n)]
     for key in ("mae", "psnr", "ssim"):
         assert parts[key].shape == (n,) and torch.allclose(parts[key], whole[key], atol=1e-6)
         assert torch.allclose(torch.cat([a[key] for a in alone]), whole[key], atol=1e-5) and (
             n == 1 or whole[key].std() > 0
         )
     with pytest.raises(ValueError, match="same size"):
-        evaluate.image_scores(x, y[..., :16])
+        evaluation_metrics.image_scores(x, y[..., :16])

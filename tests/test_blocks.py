@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from planting import planted
+from planting import patch, planted
 
 import flextok_edu.fsq as fsq
 import flextok_edu.registers as registers
@@ -412,24 +412,27 @@ def always_causal(monkeypatch):
 
 
 def no_norm(monkeypatch):
-    monkeypatch.setattr(transformer, "norm32", lambda x, eps=1e-5: x)
+    patch(monkeypatch, transformer, "norm32", lambda x, eps=1e-5: x)
 
 
 def one_patch_too_many(monkeypatch):
     real = transformer.modulate
-    monkeypatch.setattr(
-        transformer, "modulate", lambda x, n, shift, scale: real(x, min(n + 1, x.shape[1]), shift, scale)
+    patch(
+        monkeypatch,
+        transformer,
+        "modulate",
+        lambda x, n, shift, scale: real(x, min(n + 1, x.shape[1]), shift, scale),
     )
 
 
 def kinds_exchanged(monkeypatch):
     real = transformer.gated
-    monkeypatch.setattr(transformer, "gated", lambda x, n, gate, y: real(x, n, gate.flip(1), y))
+    patch(monkeypatch, transformer, "gated", lambda x, n, gate, y: real(x, n, gate.flip(1), y))
 
 
 def scale_without_one(monkeypatch):
     real = transformer.modulate
-    monkeypatch.setattr(transformer, "modulate", lambda x, n, shift, scale: real(x, n, shift, scale - 1))
+    patch(monkeypatch, transformer, "modulate", lambda x, n, shift, scale: real(x, n, shift, scale - 1))
 
 
 def not_zero(monkeypatch):
@@ -438,8 +441,8 @@ def not_zero(monkeypatch):
 
 def gates_are_deaf(monkeypatch):
     real = transformer.gated
-    monkeypatch.setattr(
-        transformer, "gated", lambda x, n, gate, y: real(x, n, gate.detach(), y) + 0 * gate.sum()
+    patch(
+        monkeypatch, transformer, "gated", lambda x, n, gate, y: real(x, n, gate.detach(), y) + 0 * gate.sum()
     )
 
 
@@ -453,7 +456,8 @@ def raw_x(monkeypatch):
 
 
 def patch_exchanged(monkeypatch):
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         transformer,
         "unpatchify",
         lambda x, p, h: rearrange(x, "b (h w) (q p c) -> b c (h p) (w q)", p=p, q=p, h=h),
@@ -461,10 +465,14 @@ def patch_exchanged(monkeypatch):
 
 
 def channels_slowest(monkeypatch):
-    monkeypatch.setattr(
-        transformer, "patchify", lambda x, p: rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+    patch(
+        monkeypatch,
+        transformer,
+        "patchify",
+        lambda x, p: rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p),
     )
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         transformer,
         "unpatchify",
         lambda x, p, h: rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", p=p, q=p, h=h),
@@ -473,7 +481,7 @@ def channels_slowest(monkeypatch):
 
 def rows_only(monkeypatch):
     real = transformer.sincos_2d
-    monkeypatch.setattr(transformer, "sincos_2d", lambda d, h, w: real(d, h, w)[..., :1].expand(1, d, h, w))
+    patch(monkeypatch, transformer, "sincos_2d", lambda d, h, w: real(d, h, w)[..., :1].expand(1, d, h, w))
 
 
 def time_too_small(monkeypatch):
@@ -482,7 +490,7 @@ def time_too_small(monkeypatch):
 
 
 def hidden_too_wide(monkeypatch):
-    monkeypatch.setattr(transformer, "SwiGLU", lambda d, ratio=4.0: Wide(d, ratio))
+    patch(monkeypatch, transformer, "SwiGLU", lambda d, ratio=4.0: Wide(d, ratio))
 
 
 class Wide(nn.Module):
@@ -501,7 +509,7 @@ def patches_see_register_0(monkeypatch):
         m[:n, : n + 1] = True
         return m
 
-    monkeypatch.setattr(registers, "encoder_mask", mask)
+    patch(monkeypatch, registers, "encoder_mask", mask)
 
 
 def registers_blind_for_themselves(monkeypatch):
@@ -512,7 +520,7 @@ def registers_blind_for_themselves(monkeypatch):
         m[range(n, n + k), range(n, n + k)] = False
         return m
 
-    monkeypatch.setattr(registers, "encoder_mask", mask)
+    patch(monkeypatch, registers, "encoder_mask", mask)
 
 
 def touches_with_a_constant(monkeypatch):
@@ -531,11 +539,12 @@ def touches_with_a_constant(monkeypatch):
                     found.append(j)
         return found
 
-    monkeypatch.setattr(registers, "leaks", leaks)
+    patch(monkeypatch, registers, "leaks", leaks)
 
 
 def one_token_too_many(monkeypatch):
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         registers,
         "keep_mask",
         lambda budget, b, k, device=None: torch.arange(k) <= torch.as_tensor(budget).expand(b)[:, None],
@@ -543,7 +552,8 @@ def one_token_too_many(monkeypatch):
 
 
 def dropped_whispers(monkeypatch):
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         registers,
         "nested_dropout",
         lambda tokens, keep, mask_token: torch.where(keep[..., None], tokens, mask_token + 0.01 * tokens),
@@ -557,12 +567,13 @@ def written_in_place(monkeypatch):
         tokens[~keep] = mask_token.to(tokens.dtype)
         return tokens
 
-    monkeypatch.setattr(registers, "nested_dropout", dropout)
+    patch(monkeypatch, registers, "nested_dropout", dropout)
 
 
 def never_full_length(monkeypatch):
     real = registers.sample_budget
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         registers,
         "sample_budget",
         lambda law, b, k, generator=None, device=None: real(
@@ -573,7 +584,8 @@ def never_full_length(monkeypatch):
 
 def one_budget_for_the_batch(monkeypatch):
     real = registers.sample_budget
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         registers,
         "sample_budget",
         lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b),

@@ -16,30 +16,29 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from planting import planted
+from planting import patch, planted
 
-import flextok_edu.cache as cache
-from flextok_edu.cache import (
-    Cache,
+import flextok_edu.ar as ar
+import flextok_edu.engine.shards as engine_shards
+import flextok_edu.io.build as io_build
+import flextok_edu.io.cache_facts as io_cache_facts
+import flextok_edu.io.pictures as io_pictures
+from flextok_edu.engine.shards import DamagedShard, read_header, shard_path, write_shard
+from flextok_edu.io.build import (
     CachePlan,
-    DamagedShard,
-    LatentCache,
-    Pictures,
-    TokenCache,
     build_cache,
     cache_latents_to,
     cache_plan,
     cache_tokens_to,
-    decoded_pictures,
     latent_recipe,
-    read_header,
-    shard_path,
-    pictures_of,
-    write_shard,
 )
+from flextok_edu.io.cache import Cache, LatentCache, TokenCache
+from flextok_edu.io.pictures import Pictures, decoded_pictures, pictures_of
 from flextok_edu.ar import token_batches, train_ar
-from flextok_edu.core import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import ImageSet, leave_out_learned, learned_from, picture_key
+from flextok_edu.engine.config import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.data.datasets import ImageSet
+from flextok_edu.data.keys import picture_key
+from flextok_edu.data.learned import leave_out_learned, learned_from
 from flextok_edu.tokenizer import FlexTok, cache_latents, fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
@@ -89,7 +88,7 @@ def models():
 
 def half_a_file_then_kill(victim):
     """The process dies in the middle of writing one shard."""
-    real = cache.save
+    real = engine_shards.save
 
     def save(tensors, facts):
         whole = real(tensors, facts)
@@ -112,7 +111,7 @@ def half_a_file_then_kill(victim):
             os.fsync(f.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cache.save, Path.write_bytes = save, write_bytes
+    engine_shards.save, Path.write_bytes = save, write_bytes
 
 
 def work(folder, log, victim=None):
@@ -120,7 +119,7 @@ def work(folder, log, victim=None):
     torch.set_num_threads(1)
     if victim is not None:
         half_a_file_then_kill(victim)
-    real = cache._make
+    real = io_build._make
 
     def make(path, facts, index, *rest):
         did = real(path, facts, index, *rest)
@@ -129,7 +128,7 @@ def work(folder, log, victim=None):
                 f.write(f"{index}\n")
         return did
 
-    cache._make = make
+    io_build._make = make
     every_build(folder, slow)
 
 
@@ -214,7 +213,7 @@ def test_a_dead_builder_frees_its_shard(start, tmp_path):
 
 def test_a_builder_waits_for_what_others_make(start, tmp_path):
     """It goes on past a shard that is claimed, comes back to it, and makes it once it is free."""
-    claims = cache.Claims(tmp_path)
+    claims = engine_shards.Claims(tmp_path)
     with claims.claim(5 + 1) as ours:
         assert ours
         process = start(tmp_path, tmp_path / "log")
@@ -254,7 +253,7 @@ def test_memory(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch; torch.set_num_threads(1)
-from flextok_edu.cache import Cache
+from flextok_edu.io.cache import Cache
 def anon(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 c = Cache({str(tmp_path)!r}, {{}}); c.take("latents", torch.arange(4)); before = anon()
 for rows in torch.randperm(64).split(4): c.take("latents", rows)
@@ -395,7 +394,7 @@ def test_a_strangers_shard_is_refused_and_kept(tmp_path):
 
 def test_equal_shards_are_equal_files(tmp_path):
     """safetensors writes several metadata keys in random order; a process of its own has another order."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; from pathlib import Path; from flextok_edu.cache import write_shard\nwrite_shard(Path(sys.argv[1]), {{'b': torch.arange(3), 'a': torch.ones(2)}}, {{'z': 1, 'y': 2, 'x': 3}})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; from pathlib import Path; from flextok_edu.engine.shards import write_shard\nwrite_shard(Path(sys.argv[1]), {{'b': torch.arange(3), 'a': torch.ones(2)}}, {{'z': 1, 'y': 2, 'x': 3}})"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=300)
     write_shard(tmp_path / "two", {"a": torch.ones(2), "b": torch.arange(3)}, {"x": 3, "y": 2, "z": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -438,13 +437,13 @@ def answer_in_the_order_of_the_shards(monkeypatch):
 
 
 def items_not_kept(monkeypatch):
-    real = cache._loaded
+    real = io_pictures._loaded
 
     def loaded(found, a, b):
         images, about = real(found, a, b)
         return images, about | {"items": torch.arange(a, a + len(images))}
 
-    monkeypatch.setattr(cache, "_loaded", loaded)
+    patch(monkeypatch, io_pictures, "_loaded", loaded)
 
 
 test_alignment, test_misalignment_is_caught = planted(
@@ -665,7 +664,7 @@ def check_damage_is_met_at_the_first_touch(tmp_path):
 
 
 def never_looked_at(monkeypatch):
-    monkeypatch.setattr(cache, "check_content", lambda path: load_file(path))
+    patch(monkeypatch, engine_shards, "check_content", lambda path: load_file(path))
 
 
 def only_the_header(monkeypatch):
@@ -689,8 +688,8 @@ def test_damage_is_met_at_the_first_touch(bug, tmp_path, monkeypatch):
 
 def test_a_shard_is_read_once(tmp_path, monkeypatch):
     every_build(tmp_path)
-    seen, real = [], cache.check_content
-    monkeypatch.setattr(cache, "check_content", lambda path: seen.append(path.name) or real(path))
+    seen, real = [], engine_shards.check_content
+    patch(monkeypatch, engine_shards, "check_content", lambda path: seen.append(path.name) or real(path))
     c = Cache(tmp_path, FACTS)
     assert not seen
     for _ in range(3):
@@ -813,10 +812,7 @@ def permuted(tok, levels=(5, 5, 5, 8)):
 def test_other_fsq_levels_are_another_tokenizer(models, tmp_path):
     vae, tok, data = models
     other = permuted(tok)
-    assert (
-        cache.tokenizer_hash(other) == cache.tokenizer_hash(tok)
-        and other.fsq.vocabulary == tok.fsq.vocabulary
-    )
+    assert ar.tokenizer_hash(other) == ar.tokenizer_hash(tok) and other.fsq.vocabulary == tok.fsq.vocabulary
     assert not torch.equal(
         other.tokenize(data.images[:8].float() / 127.5 - 1), tok.tokenize(data.images[:8].float() / 127.5 - 1)
     )
@@ -830,12 +826,14 @@ def test_other_fsq_levels_are_another_tokenizer(models, tmp_path):
 def without_identities(folder):
     """As it was written before there were any."""
     path = folder / "cache.json"
-    facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in cache._LATER}
+    facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in io_cache_facts._LATER}
     path.write_text(json.dumps(facts))
     for path in folder.glob("*.safetensors"):
         made, _ = read_header(path)
         write_shard(
-            path, load_file(path), {k: v for k, v in made.items() if k not in (*cache._LATER, "content")}
+            path,
+            load_file(path),
+            {k: v for k, v in made.items() if k not in (*io_cache_facts._LATER, "content")},
         )
 
 
@@ -850,12 +848,12 @@ def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
     assert len(TokenCache(tmp_path / "t", tok, data, verify=True)) == 50
     cache_tokens_to(tmp_path / "again", tok, latents, progress=False)
     shard_path(tmp_path / "t", "tokens", 2).unlink()
-    assert build_cache(tmp_path / "t", *cache.token_recipe(tok, data), shard=16, progress=False) == 1
+    assert build_cache(tmp_path / "t", *io_build.token_recipe(tok, data), shard=16, progress=False) == 1
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="tokenizer: "):
         TokenCache(tmp_path / "t", FlexTok(tok.config, vae).eval())
-    known = cache.token_facts(tok)
-    monkeypatch.setattr(cache, "token_facts", lambda other: known)
+    known = io_cache_facts.token_facts(tok)
+    patch(monkeypatch, io_cache_facts, "token_facts", lambda other: known)
     with pytest.raises(ValueError, match="not the one that you mean: ids .8. there, .4. here"):
         TokenCache(tmp_path / "t", FlexTok(replace(tok.config, registers=4), vae))
 

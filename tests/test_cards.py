@@ -8,22 +8,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 from torch import nn
 
-import flextok_edu.evaluate as evaluate
-from flextok_edu.core import EvalConfig, preset
-from flextok_edu.data import ImageSet, Learned, evenly, picture_keys, read_squares
-from flextok_edu.evaluate import (
-    LEFT_OVER,
-    PERCEPTUAL,
-    UNKNOWN,
-    compare,
-    evaluate_tokenizer,
-    make_card,
-    trained_how,
-)
+import flextok_edu.engine.tensors as engine_tensors
+import flextok_edu.evaluation.evaluate as evaluation_evaluate
+import flextok_edu.evaluation.metrics as evaluation_metrics
+import flextok_edu.evaluation.report as evaluation_report
+from flextok_edu.engine.config import EvalConfig, preset
+from flextok_edu.data.datasets import ImageSet
+from flextok_edu.data.folders import evenly, read_squares
+from flextok_edu.data.keys import picture_keys
+from flextok_edu.data.learned import Learned
+from flextok_edu.evaluation.compare import compare
+from flextok_edu.evaluation.evaluate import LEFT_OVER, evaluate_tokenizer
+from flextok_edu.evaluation.report import PERCEPTUAL, UNKNOWN, make_card, trained_how
 
 CONFIG = EvalConfig(images=40, steps=2, guidance=1.0)
 
@@ -83,15 +84,15 @@ def test_an_even_spread_is_measured():
     """Forty of four hundred pictures in the order of ten classes: four of each class, not forty of the first."""
     data = in_order(10, 40)
     chosen = evenly(list(range(400)), 40)
-    few, rest = evaluate.measured_and_rest(data, 40, 1000)
+    few, rest = evaluation_evaluate.measured_and_rest(data, 40, 1000)
     assert few.labels[:, 0].bincount().tolist() == [4] * 10 and len(rest) == 360
     assert (
         measured(data).card["data_hash"]
         == replace(data, images=data.images[chosen], labels=data.labels[chosen]).hash
     )
-    whole, nothing = evaluate.measured_and_rest(data, 400, 1000)
+    whole, nothing = evaluation_evaluate.measured_and_rest(data, 400, 1000)
     assert whole is data and len(nothing) == 0
-    some = evaluate.measured_and_rest(data, 40, 20)[1]
+    some = evaluation_evaluate.measured_and_rest(data, 40, 20)[1]
     assert some.labels[:, 0].bincount().tolist() == [2] * 10 and not set(
         map(bytes, some.images.numpy())
     ) & set(map(bytes, few.images.numpy()))
@@ -133,8 +134,8 @@ def test_the_floor_is_held_out_where_it_can_be():
 
 def test_no_pictures_are_kept(monkeypatch):
     """Bytes become floats a batch at a time, and a reconstruction lives until the next batch has been looked at."""
-    largest, real = [], evaluate.from_uint8
-    monkeypatch.setattr(evaluate, "from_uint8", lambda x: largest.append(len(x)) or real(x))
+    largest, real = [], engine_tensors.from_uint8
+    patch(monkeypatch, engine_tensors, "from_uint8", lambda x: largest.append(len(x)) or real(x))
     data, tok = in_order(10, 20), Half()
     report = evaluate_tokenizer(
         tok, data, in_order(10, 20, seed=1), Eyes(), EvalConfig(images=200, steps=1), batch=10, progress=False
@@ -157,7 +158,7 @@ def test_scores_take_as_much_memory_whatever_the_size(side, most, monkeypatch):
         lambda a, b, **how: seen.append(len(a)) or torch.zeros(len(a)),
     )
     x = torch.zeros(130, 3, side, side)
-    evaluate.image_scores(x, x)
+    evaluation_metrics.image_scores(x, x)
     assert max(seen) == most and sum(seen) == 130
 
 
@@ -224,7 +225,7 @@ def test_how_the_models_were_trained():
 def test_the_perceptual_features_are_those():
     """The card names the blocks that the loss reads by default."""
     import inspect
-    from flextok_edu.features import Lite0
+    from flextok_edu.data.features import Lite0
 
     after = inspect.signature(Lite0.maps).parameters["after"].default
     assert PERCEPTUAL == f"{Lite0.name.split('/')[0]} blocks {' and '.join(map(str, after))}"
@@ -273,7 +274,7 @@ def test_learned_is_laid_side_by_side(tmp_path):
         for rule in ("scenes", "one in eight")
     )
     one.save(tmp_path)
-    assert evaluate.load_report(tmp_path) == one
+    assert evaluation_report.load_report(tmp_path) == one
     found = compare(tmp_path, two)
     assert (
         "· learned.vae.rule" in str(found)
@@ -303,7 +304,7 @@ def test_split_by_record(tmp_path):
     place = a_folder(tmp_path / "photos")
     keys = picture_keys([place / f"{i}.png" for i in (10, 3, 4)]).sort().values  # 10.png, and not 0.png
     learned = Learned("by hand", "three files", 3, "0", keys)
-    train, val = evaluate.split_by_record(place, 8, learned, progress=False)
+    train, val = evaluation_evaluate.split_by_record(place, 8, learned, progress=False)
 
     def names(part):
         return {bytes(x.numpy()) for x in part.images}
@@ -323,12 +324,12 @@ def test_split_by_record(tmp_path):
         and val.labels.shape == (7, 1)
         and "7 of 10 different pictures in 12 files" in val.source
     )
-    other = evaluate.split_by_record(place, 8, learned, seed=1, progress=False)[1]
+    other = evaluation_evaluate.split_by_record(place, 8, learned, seed=1, progress=False)[1]
     assert names(other) == names(val) and not torch.equal(other.images, val.images)
     with pytest.raises(ValueError, match="no list"):
-        evaluate.split_by_record(place, 8, replace(learned, keys=None), progress=False)
+        evaluation_evaluate.split_by_record(place, 8, replace(learned, keys=None), progress=False)
     with pytest.raises(ValueError, match="one side would be empty"):
-        evaluate.split_by_record(place, 8, replace(learned, keys=torch.arange(3)), progress=False)
+        evaluation_evaluate.split_by_record(place, 8, replace(learned, keys=torch.arange(3)), progress=False)
 
 
 # --- labels are text --------------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Eyes, "name", name)
     report = measured(in_order(10, 4))
-    figure = evaluate.plot_report(report)
+    figure = evaluation_report.plot_report(report)
     figure.savefig(tmp_path / "quality.png")
     titles = [ax.title for ax in figure.axes]
     assert not any(t.get_parse_math() for t in titles) and any(
@@ -361,9 +362,9 @@ def test_one_score_is_drawn_too():
 
     report = measured(in_order(10, 4))
     rows = [{k: v for k, v in row.items() if k in ("what", "tokens", "n", "mae")} for row in report.rows]
-    plt.close(evaluate.plot_report(replace(report, rows=rows)))
+    plt.close(evaluation_report.plot_report(replace(report, rows=rows)))
     with pytest.raises(ValueError, match="nothing to draw"):
-        evaluate.plot_report(replace(report, rows=rows[:1]))
+        evaluation_report.plot_report(replace(report, rows=rows[:1]))
 
 
 @pytest.mark.parametrize("encoding", ("ascii", "cp437", "cp932", "latin-1"))
@@ -375,7 +376,7 @@ def test_compare_on_any_terminal(encoding, tmp_path):
         os.rename(tmp_path / "caf\u00e9", there)
     except (OSError, UnicodeError):
         pytest.skip("this file system cannot hold the name")
-    run = "import sys; from flextok_edu.evaluate import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
+    run = "import sys; from flextok_edu.apps.measure import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
     found = subprocess.run(
         [sys.executable, "-c", run, there, there],
         capture_output=True,

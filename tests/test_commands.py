@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-import flextok_edu.commands as commands
+import flextok_edu.apps.cli as apps_cli
+import flextok_edu.apps.estimate as apps_estimate
+import flextok_edu.apps.options as apps_options
+import flextok_edu.apps.pace as apps_pace
+import flextok_edu.apps.training as apps_training
 from flextok_edu.ar import ARModel, check_tokenizer
-from flextok_edu.commands import UsageError, override, parse_settings, read_settings
-from flextok_edu.core import preset, weights_hash
-from flextok_edu.data import KINDS, ToyScenes, draw
+from flextok_edu.apps.cli import read_settings
+from flextok_edu.apps.options import UsageError, override, parse_settings
+from flextok_edu.engine.config import preset
+from flextok_edu.engine.files import weights_hash
+from flextok_edu.data.scenes import KINDS, ToyScenes, draw
 from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
 
@@ -45,11 +52,14 @@ TINY = DATA + [
     "ar.depth=1",
 ]
 
+MODULES = {"cache": "tokenize", "detokenize": "generate", "eval": "measure", "compare": "measure"}
+
 
 def call(name, *argv):
     """A command in this process; its exit status."""
     try:
-        getattr(commands, f"{name}_main")([str(a) for a in argv])
+        module = import_module(f"flextok_edu.apps.{MODULES.get(name, name)}")
+        getattr(module, f"{name}_main")([str(a) for a in argv])
     except SystemExit as leave:
         return leave.code
     return 0
@@ -94,7 +104,7 @@ def weights(folder):
 
 def test_every_number_of_every_preset_can_be_set():
     p = preset("micro")
-    for name in commands.setting_names(p):
+    for name in apps_options.setting_names(p):
         value = asdict(p)
         for part in name.split("."):
             value = value[part]
@@ -138,8 +148,8 @@ def test_a_config_of_ones_own(tmp_path, capsys):
         and type(found.preset.train_vae.lr) is float
         and found.preset.train_vae.batch == preset("micro").train_vae.batch
     )
-    options, base = commands.command_line(
-        commands.TrainOptions, "flextok_train", ["vae", "--config", str(file), "--seed", "4"]
+    options, base = apps_cli.command_line(
+        apps_training.TrainOptions, "flextok_train", ["vae", "--config", str(file), "--seed", "4"]
     )
     assert options.seed == 4 and base == found.preset, "the command line goes before the file"
     for text, expected in (
@@ -187,16 +197,17 @@ def test_another_run_in_the_same_folder(trained, tmp_path, capsys):
     )
 
 
-PROGRAM = "import sys; from flextok_edu.commands import train_main; train_main(sys.argv[1:])"
+PROGRAM = "import sys; from flextok_edu.apps.train import train_main; train_main(sys.argv[1:])"
 LOUD = """
 import sys
-import flextok_edu.commands as commands
-real = commands.Told.parts
+import flextok_edu.apps.train as apps_train
+import flextok_edu.apps.training as apps_training
+real = apps_training.Told.parts
 def parts(self, step):
     print("in training", flush=True)
     return real(self, step)
-commands.Told.parts = parts
-commands.train_main(sys.argv[1:])
+apps_training.Told.parts = parts
+apps_train.train_main(sys.argv[1:])
 """
 
 
@@ -244,7 +255,7 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
 def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
     """In the third step, from inside: the signal arrives while the loop runs."""
-    real, count = commands.Told.parts, []
+    real, count = apps_training.Told.parts, []
 
     def parts(self, step):
         count.append(step)
@@ -252,13 +263,13 @@ def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, 
             os.kill(os.getpid(), number)
         return real(self, step)
 
-    monkeypatch.setattr(commands.Told, "parts", parts)
+    monkeypatch.setattr(apps_training.Told, "parts", parts)
     argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
     refused(capsys, status, "the same command goes on", "train", *argv)
     monkeypatch.undo()
     assert call("train", *argv) == 0 and "goes on after step" in capsys.readouterr().out
     before = signal.getsignal(signal.SIGTERM)
-    assert before in (signal.SIG_DFL, None) or before.__module__ != "flextok_edu.commands", (
+    assert before in (signal.SIG_DFL, None) or before.__module__ != "flextok_edu.apps.cli", (
         "the handler is put back"
     )
 
@@ -1110,10 +1121,10 @@ def test_estimate(capsys):
 
 
 def test_estimate_scales_what_was_measured():
-    pace = commands.Pace(batch=4, steps=3, seconds=2.0, gradient=1.5, peak=10 * 10**9, flops=0, share=0.5)
-    e = commands.Estimate("vae", pace, batch=16, steps=900, memory=1e9)
-    assert e.seconds == 0.5 + 4 * 1.5 and e.hours == pytest.approx(commands.SUSTAINED * 900 * 6.5 / 3600)
-    assert "measured with 4 a step and scaled" in commands.estimate_line(e)
+    pace = apps_pace.Pace(batch=4, steps=3, seconds=2.0, gradient=1.5, peak=10 * 10**9, flops=0, share=0.5)
+    e = apps_estimate.Estimate("vae", pace, batch=16, steps=900, memory=1e9)
+    assert e.seconds == 0.5 + 4 * 1.5 and e.hours == pytest.approx(apps_pace.SUSTAINED * 900 * 6.5 / 3600)
+    assert "measured with 4 a step and scaled" in apps_estimate.estimate_line(e)
 
 
 # --- the whole course ------------------------------------------------------------------------------------------------

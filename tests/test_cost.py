@@ -12,26 +12,22 @@ import torch
 from torch import nn
 
 from flextok_edu.ar import ARModel
-from flextok_edu.core import AR_SIZES, PRESETS, TokenizerConfig, TrunkConfig, VAEConfig, preset
-from flextok_edu.cost import (
-    BenchConfig,
+from flextok_edu.engine.config import AR_SIZES, PRESETS, TokenizerConfig, TrunkConfig, VAEConfig, preset
+from flextok_edu.apps.bench import bench
+from flextok_edu.apps.cost import (
     PeakMemory,
     ar_parameters,
-    bench,
-    bench_tokenizer,
     decode_positions,
     describe,
     encode_positions,
-    in_turns,
-    matmuls,
     on_meta,
     peak_bytes,
     tokenizer_parameters,
     training_bytes,
     vae_parameters,
-    variant,
 )
-from flextok_edu.evaluate import is_ours
+from flextok_edu.apps.timing import BenchConfig, bench_tokenizer, in_turns, matmuls, variant
+from flextok_edu.engine.marks import is_ours
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -171,7 +167,7 @@ def test_info(name):
 
 def test_info_command():
     run = lambda *names: subprocess.run(
-        [sys.executable, "-c", "from flextok_edu.cost import info_main; info_main()", *names],
+        [sys.executable, "-c", "from flextok_edu.apps.cost import info_main; info_main()", *names],
         capture_output=True,
         text=True,
         timeout=400,
@@ -185,7 +181,7 @@ def test_info_command():
 
 def test_bench_command(tmp_path):
     run = lambda *words: subprocess.run(
-        [sys.executable, "-c", "from flextok_edu.cost import bench_main; bench_main()", *words],
+        [sys.executable, "-c", "from flextok_edu.apps.bench import bench_main; bench_main()", *words],
         capture_output=True,
         text=True,
         timeout=240,

@@ -9,20 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_edu.core import from_uint8
-from flextok_edu import data as data_module
-from flextok_edu.data import (
-    KINDS,
-    ImageSet,
-    ToyScenes,
-    batches,
-    draw,
-    image_files,
-    load_data,
-    read_folder,
-    spread,
-)
-from flextok_edu.sources import FolderSource, ObjectSource, OnDisk, as_image_set, open_source
+from flextok_edu.engine.tensors import from_uint8
+import flextok_edu.data.folders as data_folders
+import flextok_edu.data.learned as data_learned
+from flextok_edu.data.datasets import ImageSet, batches, load_data, spread
+from flextok_edu.data.folders import image_files, read_folder
+from flextok_edu.data.scenes import KINDS, ToyScenes, draw
+from flextok_edu.data.opening import OnDisk, as_image_set, open_source
+from flextok_edu.data.set_sources import ObjectSource
+from flextok_edu.data.sources import FolderSource
 
 
 def photo(size=(90, 60), seed=0):
@@ -159,7 +154,7 @@ def test_linked_class_folders_are_read_and_circles_are_not(tmp_path):
     )
     message = next(str(w.message) for w in said if "not read below" in str(w.message))
     assert "4 folders or links" in message and ("leads nowhere" in message or "read already" in message)
-    _, lost = data_module._walk(root)
+    _, lost = data_folders._walk(root)
     assert sorted(x.split(" (")[1] for x in lost) == [
         "a link that leads nowhere)",
         "a link to a folder above it)",
@@ -295,8 +290,8 @@ def test_everything_that_holds_pictures_prints_one_line(tmp_path):
         read_folder(tmp_path, 16, progress=False),
         OnDisk(FolderSource(tmp_path), 16),
         FolderSource(tmp_path),
-        data_module.list_folder(tmp_path),
-        data_module.learned_from(train),
+        data_folders.list_folder(tmp_path),
+        data_learned.learned_from(train),
         ToyScenes(length=3)[0],
     ):
         assert "\n" not in repr(thing) and len(repr(thing)) < 600 and "tensor" not in repr(thing), repr(

@@ -5,16 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flextok_edu.ar import ARModel
-from flextok_edu.core import (
-    ARConfig,
-    TokenizerConfig,
-    TrunkConfig,
-    VAEConfig,
-    VAELossConfig,
-    noise_like,
-    pick_device,
-)
-from flextok_edu.features import AttributeClassifier
+from flextok_edu.engine.config import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig, VAELossConfig
+from flextok_edu.engine.tensors import noise_like, pick_device
+from flextok_edu.data.features import AttributeClassifier
 from flextok_edu.flow import APG, guide_apg
 from flextok_edu.tokenizer import FlexTok, _side_by_side
 from flextok_edu.vae import VAE, PatchDiscriminator, VAELoss
@@ -116,7 +109,7 @@ class WithoutFloat64(torch.Tensor):
 
 
 def test_float64_stays_on_the_cpu(monkeypatch):
-    from flextok_edu.evaluate import frechet
+    from flextok_edu.evaluation.metrics import frechet
 
     vae, real = VAE(VAE_SMALL), VAE.posterior
     monkeypatch.setattr(

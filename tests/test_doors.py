@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flextok_edu import core
+import flextok_edu.engine.identity as engine_identity
+import flextok_edu.engine.limits as engine_limits
+import flextok_edu.engine.models as engine_models
+import flextok_edu.engine.tensors as engine_tensors
+import flextok_edu.engine.trainer as engine_trainer
 from flextok_edu.ar import (
     ARModel,
     bind_tokenizer,
@@ -25,31 +29,21 @@ from flextok_edu.ar import (
     tokenizer_hash,
     tokenizer_identity,
 )
-from flextok_edu.core import (
+from flextok_edu.engine.checks import Range, conform, one_of, parse_json, read_json
+from flextok_edu.engine.config import (
     ARConfig,
     PRESETS,
     Preset,
-    Range,
     StageConfig,
     TokenizerConfig,
     TrunkConfig,
     VAEConfig,
-    atomic,
-    check_limits,
-    conform,
-    drawable,
-    from_dict,
-    identity,
-    load_model,
-    one_of,
-    parse_json,
-    plain,
-    read_json,
-    save_model,
-    to_json,
-    weights_hash,
-    write_text,
 )
+from flextok_edu.engine.files import atomic, weights_hash, write_text
+from flextok_edu.engine.identity import identity
+from flextok_edu.engine.limits import check_limits, from_dict, to_json
+from flextok_edu.engine.models import load_model, save_model
+from flextok_edu.engine.text import drawable, plain
 from flextok_edu.tokenizer import FlexTok, load_tokenizer, save_tokenizer
 from flextok_edu.vae import VAE
 
@@ -167,8 +161,8 @@ def test_presets_are_within_their_limits():
     for p in PRESETS.values():
         check_limits(p)
         assert from_dict(Preset, json.loads(to_json(p))) == p
-    for kind, shapes in core.LIMITS.items():
-        assert shapes.keys() == {f.name for f in core.fields(kind)}, "every setting has a limit"
+    for kind, shapes in engine_limits.LIMITS.items():
+        assert shapes.keys() == {f.name for f in fields(kind)}, "every setting has a limit"
 
 
 HUGE = {
@@ -321,7 +315,7 @@ def test_settings_that_cannot_be(kind, values, says):
 def test_looking_first_costs_little():
     """Shapes are found without PyTorch's compiler and sympy: they would take longer to load than a small model."""
     code = (
-        "import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.features import AttributeClassifier\n"
+        "import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.data.features import AttributeClassifier\n"
         "for kind in (FlexTok, ARModel, AttributeClassifier): kind.from_pretrained('tiny')\nprint([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
     )
     result = subprocess.run(
@@ -340,7 +334,7 @@ def test_shapes_on_meta_are_the_real_ones(name):
             "ar": (ARModel, PRESETS["micro"].ar),
         }[name],
     ):
-        real, shapes = cls(config).state_dict(), core.on_meta(cls, config, "x").state_dict()
+        real, shapes = cls(config).state_dict(), engine_models.on_meta(cls, config, "x").state_dict()
         assert {n: (w.shape, w.is_floating_point()) for n, w in real.items()} == {
             n: (w.shape, w.is_floating_point()) for n, w in shapes.items()
         }
@@ -412,7 +406,9 @@ def test_identities_of_what_is_shipped(name):
     tok = FlexTok.from_pretrained(name)
     assert (tokenizer_hash(tok), tokenizer_identity(tok), identity(tok.vae)) == PINNED[name]
     text = json.dumps(
-        {"weights": weights_hash(tok)} | core.canonical(tok.config) | core.canonical(tok.vae.config),
+        {"weights": weights_hash(tok)}
+        | engine_identity.canonical(tok.config)
+        | engine_identity.canonical(tok.vae.config),
         sort_keys=True,
         separators=(",", ":"),
     )
@@ -456,7 +452,7 @@ def test_identity_says_what_weights_mean():
 def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
     """`levels` is called `digits` one day, and `register_kind` is new: the frozen list says where the old name is found, and what is neutral stays unsaid."""
     old = FlexTok(TOK_SMALL)
-    name, settings = core.IDENTITY[TokenizerConfig]
+    name, settings = engine_identity.IDENTITY[TokenizerConfig]
 
     class Renamed:
         digits, register_kind = TOK_SMALL.levels, "one"
@@ -468,7 +464,7 @@ def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
 
     before = identity(old)
     monkeypatch.setitem(
-        core.IDENTITY,
+        engine_identity.IDENTITY,
         Renamed,
         (
             name,
@@ -488,9 +484,9 @@ def test_the_frozen_list():
         kind.__name__: (
             name,
             {key: place for key, (place, _) in settings.items()},
-            {key: v for key, (_, v) in settings.items() if v is not core._ALWAYS},
+            {key: v for key, (_, v) in settings.items() if v is not engine_identity._ALWAYS},
         )
-        for kind, (name, settings) in core.IDENTITY.items()
+        for kind, (name, settings) in engine_identity.IDENTITY.items()
     }
     same = lambda *keys: {key: key for key in keys}
     assert says == {
@@ -624,10 +620,10 @@ def test_drawable_names_can_be_drawn(tmp_path):
 def test_titles_are_no_mathematics():
     import matplotlib.pyplot as plt
 
-    core.plot_log(
+    engine_trainer.plot_log(
         [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}], title="$5_to_$10 \x1b"
     ).figure.canvas.draw()
-    core.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
+    engine_tensors.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
     plt.close("all")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
-SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "nbs" / "solutions").rglob("*.ipynb"))
 
 
 def source(cell):
@@ -75,8 +75,10 @@ def test_study(notebook, tmp_path):
     run(notebook, cells, tmp_path, 900)
 
 
-@pytest.mark.parametrize("notebook", SOLUTIONS, ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "notebook", SOLUTIONS, ids=lambda f: f.relative_to(ROOT / "nbs/solutions").as_posix()
+)
 def test_solutions(notebook, tmp_path):
-    room = ROOT / "nbs" / notebook.name
+    room = ROOT / "nbs" / notebook.relative_to(ROOT / "nbs" / "solutions")
     assert room.exists() and "Exercises" in room.read_text(encoding="utf-8")
     run(notebook, read(notebook), tmp_path, 600)

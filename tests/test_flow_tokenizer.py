@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from planting import randomize
+from planting import patch, randomize
 
 import flextok_edu.flow as flow
 import flextok_edu.tokenizer as tokenizer
-from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import ImageSet
+from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.data.datasets import ImageSet
 from flextok_edu.flow import (
     APG,
     SOLVERS,
@@ -433,7 +433,8 @@ def test_features_go_with_their_images():
 def test_features_of_other_images_are_caught(bug, monkeypatch):
     if bug == "shuffled apart":
         real = tokenizer.latent_batches
-        monkeypatch.setattr(
+        patch(
+            monkeypatch,
             tokenizer,
             "latent_batches",
             lambda latents, batch, seed=0, device="cpu", features=None, sample=True: real(
@@ -532,7 +533,7 @@ def test_feature_maps():
 
 def test_real_eyes():
     pytest.importorskip("efficientnet_lite_pytorch")
-    from flextok_edu.features import extractor
+    from flextok_edu.data.extractors import extractor
 
     repa = REPA(TOK_SMALL, extractor(size=64))
     features = repa.look(pictures(3))

@@ -12,9 +12,17 @@ import pytest
 import torch
 from PIL import Image, features
 
-from flextok_edu import sources
-from flextok_edu.data import learned_from, load_data, load_keys, load_learned, save_keys, save_learned
-from flextok_edu.sources import FolderSource, Item, TarSource, decode
+import flextok_edu.data.opening as data_opening
+import flextok_edu.data.reading as data_reading
+import flextok_edu.data.set_sources as data_set_sources
+import flextok_edu.data.sources as data_sources
+import flextok_edu.data.tar as data_tar
+from flextok_edu.data.datasets import load_data
+from flextok_edu.data.keys import load_keys, save_keys
+from flextok_edu.data.learned import learned_from, load_learned, save_learned
+from flextok_edu.data.reading import decode
+from flextok_edu.data.sources import FolderSource, Item
+from flextok_edu.data.tar import TarSource
 
 CASES = 2000 * int(os.environ.get("FLEXTOK_FUZZ", 1))
 FINE = (ValueError, OSError)  # FileNotFoundError is an OSError
@@ -166,7 +174,7 @@ def test_captions():
         if i % 50 == 1:
             text = b'{"caption": ' + b"9" * rng.choice((100, 10_000)) + b"}"
         try:
-            found = sources._caption(text, i % 3 > 0)
+            found = data_sources._caption(text, i % 3 > 0)
             assert found is None or isinstance(found, str) and found
             used += 1
         except ValueError as error:
@@ -204,7 +212,7 @@ def test_kept_indices(tmp_path):
             found = json.loads(content)
         except (ValueError, RecursionError):
             found = None
-        assert isinstance(sources._sound(found, stamp), bool)
+        assert isinstance(data_tar._sound(found, stamp), bool)
         if i % 20:
             continue
         kept.write_bytes(content)
@@ -324,8 +332,8 @@ def test_patterns_are_expanded_up_to_a_limit():
         "{a,b}" * 60,
     ):
         with pytest.raises(ValueError, match="stands for more than 1,000,000 files"):
-            sources.expand_braces(pattern)
-    assert sources.expand_braces("{a}" * 3000) == ["a" * 3000] and sources.expand_braces("{1..3}{x,y}") == [
+            data_tar.expand_braces(pattern)
+    assert data_tar.expand_braces("{a}" * 3000) == ["a" * 3000] and data_tar.expand_braces("{1..3}{x,y}") == [
         "1x",
         "1y",
         "2x",
@@ -334,7 +342,7 @@ def test_patterns_are_expanded_up_to_a_limit():
         "3y",
     ]
     with pytest.raises(ValueError, match="stands for more than"):
-        sources.open_source("x-{0..30000000}.tar")
+        data_opening.open_source("x-{0..30000000}.tar")
 
 
 def test_rows_may_not_name_files_of_this_machine(tmp_path, monkeypatch):
@@ -350,21 +358,24 @@ def test_rows_may_not_name_files_of_this_machine(tmp_path, monkeypatch):
         },
         features=datasets.Features({"image": datasets.Image()}),
     )
-    source = sources.open_source(rows)
-    assert sources.survey(source, 16).skipped == {"names a local file": 3} and len(source.hash) == 16
-    stream = sources.open_source(rows.to_iterable_dataset())
+    source = data_opening.open_source(rows)
+    assert data_reading.survey(source, 16).skipped == {"names a local file": 3} and len(source.hash) == 16
+    stream = data_opening.open_source(rows.to_iterable_dataset())
     assert (
         sorted(isinstance(decode(item, 16), str) for item in stream) == [False, True, True, True]
-        and len(list(sources.split_source(stream)[0])) + len(list(sources.split_source(stream)[1])) == 4
+        and len(list(data_opening.split_source(stream)[0])) + len(list(data_opening.split_source(stream)[1]))
+        == 4
     )
     for _ in range(20):  # what cannot be read has a key too, and always the same
-        assert len(list(sources.split_source(stream)[0])) == 4 - len(list(sources.split_source(stream)[1])), (
-            "each on one side"
-        )
-        assert sources.HubSource(rows).find_keys().tolist() == source.find_keys().tolist()
-    assert sources.survey(sources.HubSource(rows, files=tmp_path), 16).skipped == {"names a local file": 2}
+        assert len(list(data_opening.split_source(stream)[0])) == 4 - len(
+            list(data_opening.split_source(stream)[1])
+        ), "each on one side"
+        assert data_set_sources.HubSource(rows).find_keys().tolist() == source.find_keys().tolist()
+    assert data_reading.survey(data_set_sources.HubSource(rows, files=tmp_path), 16).skipped == {
+        "names a local file": 2
+    }
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    assert sources.survey(source, 16).skipped == {"names a local file": 2}, (
+    assert data_reading.survey(source, 16).skipped == {"names a local file": 2}, (
         "what `datasets` itself unpacked is read"
     )
 
@@ -373,4 +384,4 @@ def test_a_damaged_saved_data_set_is_an_error_for_a_person(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "state.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is no data set that datasets can read"):
-        sources.open_source(tmp_path)
+        data_opening.open_source(tmp_path)

@@ -15,16 +15,10 @@ import torch
 from safetensors.torch import save
 
 from flextok_edu.ar import ARModel, load_ar
-from flextok_edu.core import (
-    ARConfig,
-    TokenizerConfig,
-    TrunkConfig,
-    VAEConfig,
-    parse_json,
-    read_json,
-    save_model,
-)
-from flextok_edu.released import load_flextok, load_vae
+from flextok_edu.engine.checks import parse_json, read_json
+from flextok_edu.engine.config import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.engine.models import save_model
+from flextok_edu.io.released import load_flextok, load_vae
 from flextok_edu.tokenizer import FlexTok, load_tokenizer
 from flextok_edu.vae import VAE
 
@@ -209,7 +203,7 @@ def door_of_released(folder: Path):
 
 
 def door_of_vaes(folder: Path):
-    from flextok_edu.released import _vae_names
+    from flextok_edu.io.released import _vae_names
 
     config = VAEConfig(3, 4, (8, 16), 1, 1, 4)
     state = VAE(config).state_dict()

@@ -10,9 +10,12 @@ import resource
 import pytest
 import torch
 
-from flextok_edu.data import Learned, _hash_keys, save_learned
-from flextok_edu.evaluate import Report, column, compare, load_report, plot_report, score_key
-from flextok_edu.zoo import PARTS, markdown, model_card, read_facts, read_log
+from flextok_edu.data.learned import Learned, _hash_keys, save_learned
+from flextok_edu.evaluation.compare import compare
+from flextok_edu.evaluation.metrics import column
+from flextok_edu.evaluation.report import Report, load_report, plot_report, score_key
+from flextok_edu.apps.card import PARTS, markdown, model_card, read_facts
+from flextok_edu.apps.zoo import read_log
 
 CASES = 2000 * int(os.environ.get("FLEXTOK_FUZZ", "1"))
 ODD = [
@@ -189,7 +192,7 @@ def test_descriptions(tmp_path, memory):
     """model.json, and what lies beside the weights: read and written into a card, or refused; and a card stays one table whatever stands in them."""
     dice, place = random.Random(1), tmp_path / "model"
     from dataclasses import asdict
-    from flextok_edu.core import preset
+    from flextok_edu.engine.config import preset
 
     made = {
         "command": "flextok_train vae",

@@ -14,10 +14,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzzing
-from flextok_edu import train
-from flextok_edu.cache import Cache, build_cache, read_header, shard_path
-from flextok_edu.core import EMA, Feed, Player, StageConfig, fit
-from flextok_edu.train import LongRun, changes_of
+import flextok_edu.engine.checkpoint as engine_checkpoint
+import flextok_edu.engine.files as engine_files
+from flextok_edu.engine.shards import read_header, shard_path
+from flextok_edu.io.build import build_cache
+from flextok_edu.io.cache import Cache
+from flextok_edu.engine.config import StageConfig
+from flextok_edu.engine.loader import Feed
+from flextok_edu.engine.optim import EMA
+from flextok_edu.engine.trainer import Player, fit
+from flextok_edu.engine.long_run import LongRun
+from flextok_edu.engine.resume import changes_of
 
 
 def put(path: Path, content: bytes) -> None:
@@ -112,7 +119,7 @@ def test_checkpoints(run):
                 text = json.dumps(said)
                 bad = save(
                     {n: t.clone() for n, t in state.items()},
-                    {"facts": text, "content": train._content(state, text)},
+                    {"facts": text, "content": engine_checkpoint._content(state, text)},
                 )
             except UnicodeEncodeError:
                 return
@@ -220,7 +227,7 @@ def test_shards(cached):
                         state,
                         {
                             "flextok_edu.cache": json.dumps(
-                                {**said, "content": train.weights_hash(state)}, sort_keys=True
+                                {**said, "content": engine_files.weights_hash(state)}, sort_keys=True
                             )
                         },
                     ),

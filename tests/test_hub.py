@@ -13,8 +13,9 @@ import torch
 from hub import Hub
 
 from flextok_edu.ar import ARModel
-from flextok_edu.core import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig, hub_folder
-from flextok_edu.released import load_flextok
+from flextok_edu.engine.config import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.engine.hub import hub_folder
+from flextok_edu.io.released import load_flextok
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -146,7 +147,7 @@ def test_push_and_pull(tmp_path):
     """Up to a hub, and down again in another process with an empty cache."""
     hub = Hub()
     setup = (
-        "import torch\nfrom flextok_edu.core import TokenizerConfig, TrunkConfig, VAEConfig\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.vae import VAE\n"
+        "import torch\nfrom flextok_edu.engine.config import TokenizerConfig, TrunkConfig, VAEConfig\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.vae import VAE\n"
         "images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)\n"
     )
     pushed = in_process(
@@ -188,7 +189,7 @@ def test_push_and_pull(tmp_path):
 
 def test_extractors_are_pinned(monkeypatch, tmp_path):
     """DINOv2 and CLIP by commit, Inception by its whole hash, also where it lies in the cache already."""
-    from flextok_edu import features
+    import flextok_edu.data.extractors as data_extractors
 
     asked = {}
 
@@ -209,16 +210,16 @@ def test_extractors_are_pinned(monkeypatch, tmp_path):
         types.SimpleNamespace(Dinov2Model=kind(), CLIPVisionModelWithProjection=kind()),
     )
     for name in ("dinov2_small", "clip_b32"):
-        features.extractor(name)
-    features.extractor("dinov2_small", weights=tmp_path)
+        data_extractors.extractor(name)
+    data_extractors.extractor("dinov2_small", weights=tmp_path)
     assert {name: len(o.get("revision") or "") for name, o in asked.items()} == {
         "facebook/dinov2-small": 40,
         "openai/clip-vit-base-patch32": 40,
         str(tmp_path): 0,
     } and all(o["weights_only"] for o in asked.values())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    url = features.OTHER_EYES["inception"][0]
-    assert len(features.PINS[url]) == 64 and features.PINS[url].startswith(
+    url = data_extractors.OTHER_EYES["inception"][0]
+    assert len(data_extractors.PINS[url]) == 64 and data_extractors.PINS[url].startswith(
         url.split("-")[-1].removesuffix(".pth")
     )
     fetched = []
@@ -229,8 +230,8 @@ def test_extractors_are_pinned(monkeypatch, tmp_path):
     )
     for _ in range(2):  # the second time it is in the cache
         with pytest.raises(ValueError, match="is not torchvision's Inception-v3"):
-            features.extractor("inception")
-    assert fetched == [features.PINS[url]]
+            data_extractors.extractor("inception")
+    assert fetched == [data_extractors.PINS[url]]
 
 
 def test_released_by_name(tmp_path):
@@ -238,7 +239,7 @@ def test_released_by_name(tmp_path):
     hub = Hub()
     hub.repos["owner/tiny"] = {f.name: f.read_bytes() for f in (FIXTURES / "released_tiny").iterdir()}
     code = (
-        "import torch\nfrom safetensors.torch import load_file\nfrom flextok_edu.released import load_flextok\n"
+        "import torch\nfrom safetensors.torch import load_file\nfrom flextok_edu.io.released import load_flextok\n"
         f"io = load_file({str(FIXTURES / 'released_tiny' / 'io.safetensors')!r})\ntok = load_flextok('owner/tiny')\nassert torch.equal(tok.encode_latents(io['latents']), io['tokens'])\nprint('fine')"
     )
     result = in_process(code, hub, tmp_path)
@@ -249,7 +250,7 @@ def test_a_repository_without_the_file(tmp_path):
     """There, but of another kind: what is missing is named, and nobody is told that the network is."""
     hub = Hub()
     hub.repos["owner/other"] = {"README.md": b"# weights as a pickle", "pytorch_model.bin": b"a pickle"}
-    code = "from flextok_edu.released import load_flextok, load_vae\nfor load in (load_flextok, load_vae):\n    try: load('owner/other')\n    except FileNotFoundError as error: print(error)"
+    code = "from flextok_edu.io.released import load_flextok, load_vae\nfor load in (load_flextok, load_vae):\n    try: load('owner/other')\n    except FileNotFoundError as error: print(error)"
     result = in_process(code, hub, tmp_path)
     assert (
         result.returncode == 0
@@ -266,7 +267,7 @@ def test_a_repository_without_the_file(tmp_path):
 def test_no_such_name_and_no_network(tmp_path, call, there):
     hub = Hub() if there else None
     result = in_process(
-        "from flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.released import load_flextok, load_vae\n"
+        "from flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.io.released import load_flextok, load_vae\n"
         + call,
         hub,
         tmp_path,
@@ -278,7 +279,7 @@ def test_no_such_name_and_no_network(tmp_path, call, there):
     ), result.stderr[-2000:]
 
 
-def test_room_13_with_a_network(tmp_path):
+def test_the_lesson_with_a_network(tmp_path):
     """The last cells of the notebook, as a reader with a network runs them: the released names lead to the fixture and to a small VAE."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -300,7 +301,7 @@ def test_room_13_with_a_network(tmp_path):
     hub.repos["EPFL-VILAB/flextok_vae_c16"] = {f.name: f.read_bytes() for f in (tmp_path / "vae").iterdir()}
     code = [
         "".join(c["source"])
-        for c in json.loads((ROOT / "nbs" / "13_released.ipynb").read_text(encoding="utf-8"))["cells"]
+        for c in json.loads((ROOT / "nbs" / "17_released.ipynb").read_text(encoding="utf-8"))["cells"]
         if c["cell_type"] == "code"
     ]
     first, last = (
@@ -308,8 +309,8 @@ def test_room_13_with_a_network(tmp_path):
         for mark in ("import copy", "def at_budgets")
     )
     program = (
-        "import os\nos.environ |= {'FLEXTOK_DOWNLOAD': '1', 'MPLBACKEND': 'Agg'}\nfrom flextok_edu.released import *\n"
-        + "\n".join([code[first - 1], code[first], *code[last:]])
+        "import os\nos.environ |= {'FLEXTOK_DOWNLOAD': '1', 'MPLBACKEND': 'Agg'}\n"
+        + "\n".join([code[first], *code[last:]])
         + "\nprint(len(budgets), images.shape, real.config.registers)"
     )
     result = in_process(program, hub, tmp_path)

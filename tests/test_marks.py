@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flextok_edu.evaluate import Report, is_ours, may_replace, save_picture
+from flextok_edu.engine.marks import is_ours, may_replace, save_picture
+from flextok_edu.evaluation.report import Report
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8)
 

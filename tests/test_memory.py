@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 from PIL import Image
 
-from flextok_edu import data
-from flextok_edu.data import decode_square, read_squares, to_rgb
+import flextok_edu.data.decoding as data_decoding
+import flextok_edu.data.folders as data_folders
+import flextok_edu.data.tar as data_tar
+from flextok_edu.data.decoding import decode_square, to_rgb
+from flextok_edu.data.folders import read_squares
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,20 +61,22 @@ def colours(side=16):
 
 def test_scans_are_counted_without_decoding():
     plain, progressive = encoded(colours()), encoded(colours(), progressive=True)
-    assert data._scans(plain) == (1, False) and data._scans(one_component_a_scan(plain)) == (1, True)
-    scans, several = data._scans(progressive)
+    assert data_decoding._scans(plain) == (1, False) and data_decoding._scans(
+        one_component_a_scan(plain)
+    ) == (1, True)
+    scans, several = data_decoding._scans(progressive)
     assert (
         several
         and scans == progressive.count(b"\xff\xda") > 3
-        and data._scans(with_empty_scans(progressive, 500)) == (scans + 500, True)
+        and data_decoding._scans(with_empty_scans(progressive, 500)) == (scans + 500, True)
     )
     exif = Image.Exif()
     exif[0x9286] = b"\xff\xda\xff\xda"  # looks like scans, and is none
-    assert data._scans(encoded(colours(), exif=exif)) == (1, False)
+    assert data_decoding._scans(encoded(colours(), exif=exif)) == (1, False)
     for cut in range(2, len(progressive), 7):
-        data._scans(progressive[:cut])
+        data_decoding._scans(progressive[:cut])
     with pytest.raises(ValueError, match="too many segments"):
-        data._scans(b"\xff\xd8" + b"\xff\xfe\0\2" * 200_000)
+        data_decoding._scans(b"\xff\xd8" + b"\xff\xfe\0\2" * 200_000)
 
 
 def test_several_scans_count_as_progressive():
@@ -94,7 +100,7 @@ def test_several_scans_count_as_progressive():
 PROOF = """
 import io, sys, threading
 from PIL import Image
-from flextok_edu.data import _share, decode_square
+from flextok_edu.data.decoding import _share, decode_square
 _share.total = 2**27
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 picture = open(sys.argv[1], "rb").read()
@@ -126,8 +132,8 @@ def test_six_large_pictures_at_once_share_a_budget(tmp_path):
 
 def test_what_a_picture_needs_is_counted(monkeypatch):
     asked = []
-    monkeypatch.setattr(data._share, "take", lambda need: asked.append(need) or threading.Lock())
-    monkeypatch.setattr(data, "_MANY", 2**10)
+    monkeypatch.setattr(data_decoding._share, "take", lambda need: asked.append(need) or threading.Lock())
+    patch(monkeypatch, data_decoding, "_MANY", 2**10)
     side, float_one = 64, Image.fromarray(np.zeros((64, 64), np.float32))
     for image, kind, options, each in (
         (Image.new("RGB", (side, side)), "PNG", {}, 4),
@@ -141,7 +147,7 @@ def test_what_a_picture_needs_is_counted(monkeypatch):
             not isinstance(decode_square(encoded(image, kind, **options), 4), str)
             and asked.pop() == each * side * side
         ), (kind, image.mode)
-    monkeypatch.setattr(data, "_MOST", 1000)
+    patch(monkeypatch, data_decoding, "_MOST", 1000)
     assert (
         decode_square(encoded(Image.new("RGB", (side, side)), "PNG"), 4) == "would need 0.0 GB to decode"
         and not asked
@@ -149,7 +155,7 @@ def test_what_a_picture_needs_is_counted(monkeypatch):
 
 
 def test_the_budget_is_never_overdrawn():
-    share, most, now, lock = data._Share(10 * data._SMALL), [0], [0], threading.Lock()
+    share, most, now, lock = data_decoding._Share(10 * data_decoding._SMALL), [0], [0], threading.Lock()
 
     def work(need):
         with share.take(need):
@@ -160,15 +166,15 @@ def test_the_budget_is_never_overdrawn():
             with lock:
                 now[0] -= need
 
-    threads = [threading.Thread(target=work, args=((1 + i % 4) * data._SMALL,)) for i in range(60)]
+    threads = [threading.Thread(target=work, args=((1 + i % 4) * data_decoding._SMALL,)) for i in range(60)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert share.used == 0 and 4 * data._SMALL < most[0] <= 10 * data._SMALL
-    with share.take(100 * data._SMALL):
-        assert share.used == 100 * data._SMALL  # alone
-    with pytest.raises(RuntimeError), share.take(data._SMALL):
+    assert share.used == 0 and 4 * data_decoding._SMALL < most[0] <= 10 * data_decoding._SMALL
+    with share.take(100 * data_decoding._SMALL):
+        assert share.used == 100 * data_decoding._SMALL  # alone
+    with pytest.raises(RuntimeError), share.take(data_decoding._SMALL):
         raise RuntimeError
     assert share.used == 0
     with share.take(5):
@@ -180,7 +186,7 @@ def test_bands_change_no_picture(monkeypatch):
     noise = rng.integers(0, 256, (294, 420, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    monkeypatch.setattr(data, "_BAND", 4000)
+    patch(monkeypatch, data_decoding, "_BAND", 4000)
     rgba = Image.fromarray(noise)
     for image in (
         rgba,
@@ -203,7 +209,7 @@ def test_bands_change_no_picture(monkeypatch):
         )
         for factor in (1, 2, 7):
             whole = np.asarray(to_rgb(image).reduce(factor) if factor > 1 else to_rgb(image)).astype(int)
-            banded = np.asarray(data._reduced(image, factor)).astype(int)
+            banded = np.asarray(data_decoding._reduced(image, factor)).astype(int)
             assert banded.shape == whole.shape and abs(banded - whole).mean() < (
                 2 if image.mode in ("RGBA", "LA") else 0.6
             ), (image.mode, factor)
@@ -236,7 +242,7 @@ def test_formats(tmp_path):
     """JFIF and AVIF are read, by one list for folders, shards and decoding."""
     from PIL import features
 
-    from flextok_edu import sources
+    pass
 
     kinds = (
         [("a.jfif", "JPEG"), ("b.jpe", "JPEG"), ("c.pgm", "PPM")]
@@ -245,14 +251,16 @@ def test_formats(tmp_path):
     )
     for name, kind in kinds:
         (colours(40).convert("L") if kind == "PPM" else colours(40)).save(tmp_path / name, kind)
-    assert len(data.image_files(tmp_path)) == len(kinds) and len(
-        data.read_folder(tmp_path, 16, progress=False).images
+    assert len(data_folders.image_files(tmp_path)) == len(kinds) and len(
+        data_folders.read_folder(tmp_path, 16, progress=False).images
     ) == len(kinds)
-    assert set(sources._IMAGES) == {suffix[1:] for suffix in data.PICTURES} and set(data.FORMATS) == set(
-        data.PICTURES.values()
+    assert set(data_tar._IMAGES) == {suffix[1:] for suffix in data_decoding.PICTURES} and set(
+        data_decoding.FORMATS
+    ) == set(data_decoding.PICTURES.values())
+    assert {"EPS", "PDF", "WMF", "SVG"}.isdisjoint(data_decoding.FORMATS), (
+        "nothing that starts other programs"
     )
-    assert {"EPS", "PDF", "WMF", "SVG"}.isdisjoint(data.FORMATS), "nothing that starts other programs"
-    images, good = read_squares(data.image_files(tmp_path), 16, progress=False)
+    images, good = read_squares(data_folders.image_files(tmp_path), 16, progress=False)
     assert good == list(range(len(kinds))) and len(images) == len(kinds)
 
 
@@ -262,7 +270,7 @@ def test_heic_is_read_where_its_plug_in_is(tmp_path):
     )
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "x.heic").write_bytes(encoded(colours(40), "PNG"))
-    code = "from flextok_edu.data import read_folder, PICTURES; print(PICTURES['.heic'], len(read_folder('set', 16, progress=False).images))"
+    code = "from flextok_edu.data.decoding import PICTURES; from flextok_edu.data.folders import read_folder; print(PICTURES['.heic'], len(read_folder('set', 16, progress=False).images))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_hash
-from flextok_edu.core import Preset, from_dict, from_uint8, preset, weights_hash
-from flextok_edu.data import ToyScenes, load_learned
-from flextok_edu.evaluate import load_report
-from flextok_edu.features import AttributeClassifier, read_accuracy
+from flextok_edu.engine.config import Preset, preset
+from flextok_edu.engine.files import weights_hash
+from flextok_edu.engine.limits import from_dict
+from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.data.learned import load_learned
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.evaluation.report import load_report
+from flextok_edu.data.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
-from flextok_edu.zoo import PARTS, read_facts
+from flextok_edu.apps.card import PARTS, read_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "flextok_edu" / "zoo" / "mini"

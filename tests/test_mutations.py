@@ -8,18 +8,21 @@ import math
 import pytest
 import torch
 from torch import nn
-from planting import planted, randomize
+from planting import patch, planted, randomize
 
 import flextok_edu.ar as ar
-import flextok_edu.data as data
-import flextok_edu.evaluate as evaluate
 import flextok_edu.flow as flow
 import flextok_edu.fsq as fsq
 import flextok_edu.registers as registers
 import flextok_edu.tokenizer as tokenizer
 import flextok_edu.transformer as transformer
 import flextok_edu.vae as vae
-from flextok_edu.core import (
+import flextok_edu.data.datasets as data_datasets
+import flextok_edu.engine.tensors as engine_tensors
+import flextok_edu.evaluation.evaluate as evaluation_evaluate
+import flextok_edu.evaluation.metrics as evaluation_metrics
+import flextok_edu.evaluation.report as evaluation_report
+from flextok_edu.engine.config import (
     ARConfig,
     EvalConfig,
     StageConfig,
@@ -27,8 +30,8 @@ from flextok_edu.core import (
     TrunkConfig,
     VAEConfig,
     VAELossConfig,
-    fit,
 )
+from flextok_edu.engine.trainer import fit
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4)
 TOK_SMALL = TokenizerConfig(
@@ -223,7 +226,9 @@ def check_card_names_the_pixels():
     )
     labels = torch.zeros(12, 1, dtype=torch.int64)
     cards = [
-        evaluate.make_card(data.ImageSet(x, labels, ("all",), "test"), [Eyes()], EvalConfig(), 0)
+        evaluation_report.make_card(
+            data_datasets.ImageSet(x, labels, ("all",), "test"), [Eyes()], EvalConfig(), 0
+        )
         for x in (images, images.roll(1, -1), images.flip(0))
     ]
     assert len({card["data_hash"] for card in cards}) == 3, "another crop, another order, another card"
@@ -235,11 +240,11 @@ def check_evaluation_uses_the_cards_images():
     images = torch.randint(
         0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    val = data.ImageSet(images, torch.zeros(16, 1, dtype=torch.int64), ("all",), "test")
-    report = evaluate.evaluate_tokenizer(
+    val = data_datasets.ImageSet(images, torch.zeros(16, 1, dtype=torch.int64), ("all",), "test")
+    report = evaluation_evaluate.evaluate_tokenizer(
         tok, val, val, Eyes(), EvalConfig(images=16, steps=1, guidance=1.0), progress=False
     )
-    x = data.from_uint8(images)
+    x = engine_tensors.from_uint8(images)
     with torch.no_grad():
         expected = (
             (tok.vae.decode(tok.vae.encode(x)).clamp(-1, 1) - x).abs().mean() / 2
@@ -294,7 +299,7 @@ def patches_see_register_0(monkeypatch):
         m[:n, : n + 1] = True
         return m
 
-    monkeypatch.setattr(registers, "encoder_mask", mask)
+    patch(monkeypatch, registers, "encoder_mask", mask)
 
 
 def register_sees_the_next(monkeypatch):
@@ -303,12 +308,13 @@ def register_sees_the_next(monkeypatch):
         m[:n, :n], m[:n, n:] = True, False
         return m
 
-    monkeypatch.setattr(registers, "encoder_mask", mask)
+    patch(monkeypatch, registers, "encoder_mask", mask)
 
 
 def one_budget_for_the_batch(monkeypatch):
     real = registers.sample_budget
-    monkeypatch.setattr(
+    patch(
+        monkeypatch,
         registers,
         "sample_budget",
         lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b),
@@ -316,15 +322,16 @@ def one_budget_for_the_batch(monkeypatch):
 
 
 def dropout_keeps_information(monkeypatch):
-    monkeypatch.setattr(
-        tokenizer,
+    patch(
+        monkeypatch,
+        registers,
         "nested_dropout",
         lambda tokens, keep, mask_token: torch.where(keep[..., None], tokens, mask_token + 0.1 * tokens),
     )
 
 
 def wrong_sign_in_the_loss(monkeypatch):
-    monkeypatch.setattr(flow, "velocity_target", lambda latents, noise: latents - noise)
+    patch(monkeypatch, flow, "velocity_target", lambda latents, noise: latents - noise)
 
 
 def wrong_sign_in_the_sampler(monkeypatch):
@@ -334,16 +341,16 @@ def wrong_sign_in_the_sampler(monkeypatch):
             x = x + velocity(x, i) / steps
         return x
 
-    monkeypatch.setattr(flow, "euler", walk)
+    patch(monkeypatch, flow, "euler", walk)
 
 
 def wrong_sign_in_the_tokenizers_loss(monkeypatch):
-    monkeypatch.setattr(tokenizer, "velocity_target", lambda latents, noise: latents - noise)
+    patch(monkeypatch, flow, "velocity_target", lambda latents, noise: latents - noise)
 
 
 def wrong_sign_in_the_tokenizers_sampler(monkeypatch):
     monkeypatch.setitem(
-        tokenizer.SOLVERS,
+        flow.SOLVERS,
         "euler",
         lambda velocity, noise, steps, shift: noise + sum(velocity(noise, i) / steps for i in range(steps)),
     )
@@ -355,12 +362,12 @@ def targets_rolled(monkeypatch):
 
 
 def reference_is_another_set(monkeypatch):
-    real = evaluate.frechet
-    monkeypatch.setattr(evaluate, "frechet", lambda a, b: real(a.flip(1), b))
+    real = evaluation_metrics.frechet
+    patch(monkeypatch, evaluation_metrics, "frechet", lambda a, b: real(a.flip(1), b))
 
 
 def reference_is_resized_otherwise(monkeypatch):
-    real = evaluate.all_features
+    real = evaluation_metrics.all_features
 
     def resized(eyes, images, *args, **kwargs):
         if images.dtype == torch.uint8:
@@ -369,11 +376,11 @@ def reference_is_resized_otherwise(monkeypatch):
             ).to(torch.uint8)
         return real(eyes, images, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "all_features", resized)
+    patch(monkeypatch, evaluation_metrics, "all_features", resized)
 
 
 def raw_x_in_adaln(monkeypatch):
-    monkeypatch.setattr(transformer, "norm32", lambda x, eps=1e-5: x)
+    patch(monkeypatch, transformer, "norm32", lambda x, eps=1e-5: x)
 
 
 def raw_x_in_the_mlp_half(monkeypatch):
@@ -388,7 +395,7 @@ def raw_x_in_the_mlp_half(monkeypatch):
 
 
 def any_tokenizer_will_do(monkeypatch):
-    monkeypatch.setattr(ar, "check_tokenizer", lambda model, tok: None)
+    patch(monkeypatch, ar, "check_tokenizer", lambda model, tok: None)
 
 
 def targets_not_shifted(monkeypatch):
@@ -431,13 +438,14 @@ def cache_of_the_last_token_only(monkeypatch):
 
 
 def hash_of_the_shape_only(monkeypatch):
-    monkeypatch.setattr(data.ImageSet, "hash", property(lambda self: str(self.images.shape)))
+    monkeypatch.setattr(data_datasets.ImageSet, "hash", property(lambda self: str(self.images.shape)))
 
 
 def reference_is_another_crop(monkeypatch):
-    real = evaluate.all_features
-    monkeypatch.setattr(
-        evaluate,
+    real = evaluation_metrics.all_features
+    patch(
+        monkeypatch,
+        evaluation_metrics,
         "all_features",
         lambda eyes, images, *a, **k: real(
             eyes, images.roll(3, -1) if images.dtype == torch.uint8 else images, *a, **k
@@ -446,8 +454,13 @@ def reference_is_another_crop(monkeypatch):
 
 
 def scored_against_shifted_originals(monkeypatch):
-    real = evaluate.image_scores
-    monkeypatch.setattr(evaluate, "image_scores", lambda output, original: real(output, original.roll(1, -1)))
+    real = evaluation_metrics.image_scores
+    patch(
+        monkeypatch,
+        evaluation_metrics,
+        "image_scores",
+        lambda output, original: real(output, original.roll(1, -1)),
+    )
 
 
 PLANTED = [

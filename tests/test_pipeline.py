@@ -10,14 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 from torch import nn
 
-import flextok_edu.pipeline as pipeline
-from flextok_edu.core import StageConfig, preset, to_uint8
-from flextok_edu.data import ToyScenes, draw
-from flextok_edu.pipeline import RunConfig, pick_precision, run
+import flextok_edu
+import flextok_edu.apps.pace as apps_pace
+import flextok_edu.apps.page as apps_page
+import flextok_edu.apps.run_config as apps_run_config
+import flextok_edu.apps.stages as apps_stages
+import flextok_edu.ar as ar
+import flextok_edu.tokenizer as tokenizer
+import flextok_edu.engine.config as engine_config
+import flextok_edu.engine.limits as engine_limits
+import flextok_edu.engine.long_run as engine_long_run
+from flextok_edu.engine.config import StageConfig, preset
+from flextok_edu.engine.tensors import to_uint8
+from flextok_edu.data.scenes import ToyScenes, draw
+from flextok_edu.apps.run import run
+from flextok_edu.apps.run_config import RunConfig, pick_precision
 
 FAST = dict(device="cpu", steps=3, images=12, train_images=60, compile="off")
 
@@ -69,9 +81,12 @@ def test_a_retrained_stage_is_evaluated_again(tmp_path, monkeypatch, capsys):
     config = RunConfig(out=str(tmp_path / "run"), **FAST)
     first = run(config)
     shutil.rmtree(tmp_path / "run" / "ar")
-    real = pipeline.train_ar
-    monkeypatch.setattr(
-        pipeline, "train_ar", lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k)
+    real = ar.train_ar
+    patch(
+        monkeypatch,
+        ar,
+        "train_ar",
+        lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k),
     )
     second = run(config)
     assert (
@@ -88,7 +103,7 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(pipeline, "train_tokenizer", stop)
+        patch(m, tokenizer, "train_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert (tmp_path / "cut" / "vae" / "config.json").exists() and not (
@@ -105,7 +120,7 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
     """A signal while a stage trains; the same run goes on there, and ends with the same weights."""
     if not whole:
         whole.append(run(RunConfig(out=str(tmp_path / "whole"), **FAST)))
-    real = pipeline.LongRun.parts
+    real = engine_long_run.LongRun.parts
 
     def parts(self, step):
         if (
@@ -115,8 +130,8 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
         return real(self, step)
 
     with monkeypatch.context() as m:
-        m.setattr(pipeline.LongRun, "parts", parts)
-        with pytest.raises(pipeline.Stopped) as stop:
+        m.setattr(engine_long_run.LongRun, "parts", parts)
+        with pytest.raises(engine_long_run.Stopped) as stop:
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert (
         stop.value.number == signal.SIGTERM
@@ -138,29 +153,33 @@ def test_expected_curves(tmp_path, monkeypatch, capsys):
         base,
         train_images=60,
         evaluate=replace(base.evaluate, images=12, samples=12),
-        **{f"train_{n}": replace(getattr(base, f"train_{n}"), steps=25, batch=4) for n in pipeline.STAGES},
+        **{
+            f"train_{n}": replace(getattr(base, f"train_{n}"), steps=25, batch=4)
+            for n in apps_run_config.STAGES
+        },
     )
-    monkeypatch.setattr(
-        pipeline,
+    patch(
+        monkeypatch,
+        apps_pace,
         "probe",
         lambda *a: {"vae": 1.0, "classifier": 1.0, "tokenizer": 1.0, "ar": 1.0, "evaluate": 0.0},
     )
-    monkeypatch.setattr(pipeline, "evaluate_all", lambda job, models: models.logs)
+    patch(monkeypatch, apps_stages, "evaluate_all", lambda job, models: models.logs)
     logs = [
         run(RunConfig(out=str(tmp_path / f"{seed}"), device="cpu", compile="off", seed=seed), base)
         for seed in (0, 1)
     ]
-    monkeypatch.setattr(pipeline, "files", lambda name: tmp_path)
-    decided = pipeline.from_dict(
-        pipeline.Preset, json.loads((tmp_path / "0" / "run.json").read_text())["preset"]
+    patch(monkeypatch, apps_page, "files", lambda name: tmp_path)
+    decided = engine_limits.from_dict(
+        engine_config.Preset, json.loads((tmp_path / "0" / "run.json").read_text())["preset"]
     )
-    assert pipeline.expected_curves(decided) is None, "no file, no curves"
+    assert apps_page.expected_curves(decided) is None, "no file, no curves"
     (tmp_path / "expected").mkdir()
     (tmp_path / "expected" / "micro.json").write_text(
-        json.dumps(pipeline.collect_expected([tmp_path / "0", tmp_path / "1"]))
+        json.dumps(apps_page.collect_expected([tmp_path / "0", tmp_path / "1"]))
     )
-    found = pipeline.expected_curves(decided)
-    assert set(found) == set(pipeline.STAGES) and set(found["tokenizer"]) >= {"flow", "tokenizer"}
+    found = apps_page.expected_curves(decided)
+    assert set(found) == set(apps_run_config.STAGES) and set(found["tokenizer"]) >= {"flow", "tokenizer"}
     band = found["ar"]["ar"]
     values = [row["ar"] for log in logs for row in log["ar"]]
     assert min(band["low"]) == pytest.approx(min(values), rel=1e-3) and max(band["high"]) == pytest.approx(
@@ -171,33 +190,36 @@ def test_expected_curves(tmp_path, monkeypatch, capsys):
         and 0 < band["at"][0] < band["at"][-1] < 1
     )
     assert (
-        pipeline.expected_curves(decided, "some/folder") is None
-        and pipeline.expected_curves(replace(decided, train_images=61)) is None
-        and pipeline.expected_curves(preset("tiny")) is None
+        apps_page.expected_curves(decided, "some/folder") is None
+        and apps_page.expected_curves(replace(decided, train_images=61)) is None
+        and apps_page.expected_curves(preset("tiny")) is None
     )
     drawn = {}
     for name, expected in (("with", found), ("without", None)):
-        pipeline.picture_losses(logs[0], tmp_path / f"{name}.png", expected)
+        apps_page.picture_losses(logs[0], tmp_path / f"{name}.png", expected)
         drawn[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
     assert drawn["with"].shape == drawn["without"].shape and (drawn["with"] != drawn["without"]).any()
     with pytest.raises(ValueError, match="the same run twice"):
-        pipeline.collect_expected([tmp_path / "0", tmp_path / "0"])
+        apps_page.collect_expected([tmp_path / "0", tmp_path / "0"])
     stored = json.loads((tmp_path / "1" / "run.json").read_text())
     stored["preset"]["train_ar"]["lr"] = 1.0
     (tmp_path / "1" / "run.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="one job"):
-        pipeline.collect_expected([tmp_path / "0", tmp_path / "1"])
+        apps_page.collect_expected([tmp_path / "0", tmp_path / "1"])
 
 
 def test_a_stopwatch_measures_and_leaves(capsys):
-    from flextok_edu.data import load_data
+    from flextok_edu.data.datasets import load_data
 
     train, _ = load_data("scenes", 32, 20, 2, progress=False)
     small = replace(
         preset("micro"),
-        **{f"train_{n}": replace(getattr(preset("micro"), f"train_{n}"), batch=4) for n in pipeline.STAGES},
+        **{
+            f"train_{n}": replace(getattr(preset("micro"), f"train_{n}"), batch=4)
+            for n in apps_run_config.STAGES
+        },
     )
-    pace = pipeline.Stopwatch("cpu", steps=2).watch(pipeline.throwaway(small, train)["tokenizer"])
+    pace = apps_pace.Stopwatch("cpu", steps=2).watch(apps_pace.throwaway(small, train)["tokenizer"])
     assert (
         pace.batch == 4
         and pace.steps == 2
@@ -207,7 +229,7 @@ def test_a_stopwatch_measures_and_leaves(capsys):
         and pace.peak > 1e8
     )
     assert (
-        pipeline.Stopwatch("cpu", steps=50, seconds=0.0).watch(pipeline.throwaway(small, train)["ar"]).steps
+        apps_pace.Stopwatch("cpu", steps=50, seconds=0.0).watch(apps_pace.throwaway(small, train)["ar"]).steps
         == 1
     ), "one step, whatever it costs"
 
@@ -246,7 +268,7 @@ def test_rows_of_pictures(tmp_path):
     paint = (
         torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
     )  # rows, columns: no white
-    pipeline._rows(
+    apps_page._rows(
         list(paint.expand(-1, -1, -1, 16, 16)),
         ["a", "b", "c"],
         tmp_path / "rows.png",
@@ -271,8 +293,9 @@ def test_rows_of_pictures(tmp_path):
 
 
 def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        pipeline,
+    patch(
+        monkeypatch,
+        apps_pace,
         "probe",
         lambda *a: {"vae": 6.0, "classifier": 6.0, "tokenizer": 6.0, "ar": 6.0, "evaluate": 0.0},
     )
@@ -282,7 +305,7 @@ def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
         )
     )
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["preset"]
-    steps = {name: stored[f"train_{name}"]["steps"] for name in pipeline.STAGES}
+    steps = {name: stored[f"train_{name}"]["steps"] for name in apps_run_config.STAGES}
     assert 60 <= sum(steps.values()) <= 110 and steps["vae"] > steps["ar"], steps
     assert (
         json.loads((tmp_path / "run" / "vae" / "config.json").read_text())["stage"]["steps"] == steps["vae"]
@@ -293,7 +316,7 @@ def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("scale", (1.0, 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
 def test_float16_trains_with_a_gradient_scaler(scale):
     """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without a crash."""
-    from flextok_edu.core import Player, fit
+    from flextok_edu.engine.trainer import Player, fit
 
     torch.manual_seed(0)
     line, target, generator = (
@@ -347,12 +370,12 @@ def test_named_sets_without_their_files(tmp_path):
 @pytest.mark.parametrize("name, seeds", (("micro", 5), ("tiny", 1)))
 def test_the_shipped_curves_are_of_the_preset(name, seeds):
     """Measured with so many seeds, of exactly what the preset says today: whoever changes it must measure them again."""
-    stored = json.loads((Path(pipeline.__file__).parent / "expected" / f"{name}.json").read_text())
+    stored = json.loads((Path(flextok_edu.__file__).parent / "expected" / f"{name}.json").read_text())
     assert len(set(stored["conditions"]["seeds"])) == seeds and replace(
-        pipeline.from_dict(pipeline.Preset, stored["preset"]), evaluate=preset(name).evaluate
+        engine_limits.from_dict(engine_config.Preset, stored["preset"]), evaluate=preset(name).evaluate
     ) == preset(name)
-    found = pipeline.expected_curves(preset(name))
-    assert set(found) == set(pipeline.STAGES)
+    found = apps_page.expected_curves(preset(name))
+    assert set(found) == set(apps_run_config.STAGES)
     for stage in found.values():
         for band in stage.values():
             assert len(band["at"]) == len(band["mean"]) > 5 and all(
@@ -363,10 +386,12 @@ def test_the_shipped_curves_are_of_the_preset(name, seeds):
         < 0.2 * found["tokenizer"]["regression_full"]["mean"][0]
     )
     assert (
-        pipeline.expected_curves(preset(name), "folder") is None
-        and pipeline.expected_curves(replace(preset(name), level=3)) is None
+        apps_page.expected_curves(preset(name), "folder") is None
+        and apps_page.expected_curves(replace(preset(name), level=3)) is None
     )
     assert (
-        pipeline.expected_curves(replace(preset(name), evaluate=replace(preset(name).evaluate, guidance=7.0)))
+        apps_page.expected_curves(
+            replace(preset(name), evaluate=replace(preset(name).evaluate, guidance=7.0))
+        )
         == found
     ), "how pictures are decoded changes no loss"

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from planting import randomize
+from planting import patch, randomize
 
-from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
-from flextok_edu.data import load_data
+from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
+from flextok_edu.data.datasets import load_data
 from flextok_edu.flow import APG
-from flextok_edu.released import Layout, Table, load_flextok, load_vae, save_released
+from flextok_edu.io.export import save_released
+from flextok_edu.io.layout import Layout
+from flextok_edu.io.released import load_flextok, load_vae
+from flextok_edu.io.tables import Table
 from flextok_edu.tokenizer import FlexTok, fit_tokenizer, train_tokenizer
 from flextok_edu.vae import VAE
 
@@ -519,7 +522,7 @@ def test_sizes_are_not_believed(tmp_path, monkeypatch, what):
     description, weights = fixture()
     BELIEVED[what](description, weights)
     write(tmp_path, description, weights)
-    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    monkeypatch.setattr("flextok_edu.io.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
     with pytest.raises(ValueError) as error:
         load_flextok(tmp_path)
     assert len(str(error.value)) < 4000
@@ -540,7 +543,7 @@ def test_expanded_tables_have_a_limit(tmp_path, monkeypatch, kind, scaling, size
         part.update(posemb_type=kind, posemb_scaling=scaling, max_sizes=[size, size])
         weights[at + ".posembs"] = torch.zeros(2, 1, part["dim"], size)
     write(tmp_path, description, weights)
-    monkeypatch.setattr("flextok_edu.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
+    monkeypatch.setattr("flextok_edu.io.released.read_tensors", lambda *a: pytest.fail("tensors were read"))
     with pytest.raises(ValueError, match="would become a position table of .* GB.*it is not made"):
         load_flextok(tmp_path, latent_size=latent_size)
 
@@ -843,7 +846,7 @@ def test_vae(tmp_path, shape, names):
 
 def test_vae_of_full_size():
     """84 million parameters: every name and shape of the released VAEs' layout is one of ours."""
-    from flextok_edu.released import _vae_names
+    from flextok_edu.io.released import _vae_names
 
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
@@ -1049,7 +1052,7 @@ def test_fine_tuning(tmp_path, pictures, part):
 
 def test_fine_tuning_is_the_loop_of_training(pictures):
     """The same seed, the same numbers: train_tokenizer is a fresh start and then the same loop."""
-    from flextok_edu.core import preset
+    from flextok_edu.engine.config import preset
 
     p = preset("micro")
     vae = VAE(p.vae).eval()
@@ -1219,9 +1222,9 @@ def test_small_integers_are_ids(dressed):
 
 
 def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
-    from flextok_edu import tokenizer
+    import flextok_edu.tokenizer as tokenizer
 
-    monkeypatch.setattr(tokenizer, "_said", set())
+    patch(monkeypatch, tokenizer, "_said", set())
     x = torch.rand(2, 3, 32, 32)
     for quiet in (x * 2 - 1, torch.ones(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.cat([x, -x])):
         dressed.tokenize(quiet)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextok_edu.core import TokenizerConfig, TrunkConfig
+from flextok_edu.engine.config import TokenizerConfig, TrunkConfig
 from flextok_edu.flow import APG
 from flextok_edu.tokenizer import FlexTok
 

@@ -18,30 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 
-from flextok_edu import data, sources
-from flextok_edu.data import ToyScenes, image_files, load_data, read_folder
-from flextok_edu.sources import (
-    FolderSource,
-    HubSource,
-    Item,
-    ObjectSource,
-    Part,
-    Source,
-    SourceFeed,
-    StreamFeed,
-    TarSource,
-    as_image_set,
-    decode,
-    expand_braces,
-    index_shard,
-    open_source,
-    reading_rate,
-    split_source,
-    survey,
-)
+import flextok_edu.data.decoding as data_decoding
+import flextok_edu.data.sources as data_sources
+import flextok_edu.data.tar as data_tar
+from flextok_edu.data.datasets import load_data
+from flextok_edu.data.folders import image_files, read_folder
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.data.opening import Part, as_image_set, open_source, split_source
+from flextok_edu.data.reading import SourceFeed, decode, reading_rate, survey
+from flextok_edu.data.set_sources import HubSource, ObjectSource
+from flextok_edu.data.sources import FolderSource, Item, Source
+from flextok_edu.data.streams import StreamFeed
+from flextok_edu.data.tar import TarSource, expand_braces, index_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = sys.platform.startswith("linux")
@@ -291,7 +283,8 @@ def test_the_pictures_of_odd_files_are_right(odd):
 
 PROOF = """
 import sys, time
-from flextok_edu.sources import FolderSource, SourceFeed, decode, survey
+from flextok_edu.data.reading import SourceFeed, decode, survey
+from flextok_edu.data.sources import FolderSource
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 source = FolderSource(sys.argv[1])
 decode(source.item(0), 32)
@@ -358,9 +351,9 @@ def test_very_large_pictures_are_reduced_first(monkeypatch):
         ("RGBA", "WEBP"),
     ):
         item = Item(encoded(image.convert(mode), kind, exif=exif), 0, None, mode)
-        monkeypatch.setattr(data, "_MANY", 2**24)
+        patch(monkeypatch, data_decoding, "_MANY", 2**24)
         plain = decode(item, 32)
-        monkeypatch.setattr(data, "_MANY", 1000)
+        patch(monkeypatch, data_decoding, "_MANY", 1000)
         assert 0 < (decode(item, 32).float() - plain.float()).abs().mean() < 3, (mode, kind)
 
 
@@ -534,12 +527,12 @@ def test_tar_patterns_index_and_damage(tmp_path):
         == open_source(root).hash
         == open_source([root / f"x-{s:03}.tar" for s in range(3)]).hash
     )
-    original = sources.index_shard
-    sources.index_shard = None  # the kept index is used: nothing may be indexed again
+    original = data_tar.index_shard
+    data_tar.index_shard = None  # the kept index is used: nothing may be indexed again
     try:
         assert TarSource(str(root / "x-*.tar"), index=tmp_path / "index").hash == source.hash
     finally:
-        sources.index_shard = original
+        data_tar.index_shard = original
     for kept in (tmp_path / "index").iterdir():
         kept.write_text("{damaged")
     assert TarSource(str(root / "x-*.tar"), index=tmp_path / "index").hash == source.hash
@@ -940,7 +933,7 @@ def test_workers_get_little_to_carry(tmp_path):
     """A million names are two arrays, not a million objects: what a worker shares or receives stays small."""
     import pickle
 
-    names = sources._Strings(f"class{i % 1000}/picture{i}.jpg" for i in range(100_000))
+    names = data_sources._Strings(f"class{i % 1000}/picture{i}.jpg" for i in range(100_000))
     assert len(pickle.dumps(names)) < 40 * 100_000 and names[99_999] == "class999/picture99999.jpg"
 
 
@@ -958,12 +951,7 @@ def test_rates_and_surveys_with_workers(holes):
     assert survey(source, 16, limit=10).used + sum(survey(source, 16, limit=10).skipped.values()) == 10
     with pytest.warns(UserWarning, match="5 of 30 pictures"):
         kept = as_image_set(source, 16, workers=2)
-    assert (
-        len(kept) == 25
-        and "5 broken left out" in kept.source
-        and isinstance(Part(source, [1, 2]), Source)
-        and data is not None
-    )
+    assert len(kept) == 25 and "5 broken left out" in kept.source and isinstance(Part(source, [1, 2]), Source)
 
 
 # --- in the place of an ImageSet -------------------------------------------------------------------------------
@@ -973,9 +961,9 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     """The same losses from a folder read while training as from memory; and a stop in between changes nothing, for a stream either."""
     from dataclasses import replace
 
-    from flextok_edu.core import PRESETS, StageConfig, VAEConfig
-    from flextok_edu.sources import OnDisk
-    from flextok_edu.train import LongRun, Stopped
+    from flextok_edu.engine.config import PRESETS, StageConfig, VAEConfig
+    from flextok_edu.data.opening import OnDisk
+    from flextok_edu.engine.long_run import LongRun, Stopped
     from flextok_edu.vae import train_vae
 
     rng = np.random.default_rng(0)

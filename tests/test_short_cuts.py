@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flextok_edu.core import TokenizerConfig, TrunkConfig
+from flextok_edu.engine.config import TokenizerConfig, TrunkConfig
 from flextok_edu.tokenizer import FlexTok, runs_together
 
 CONFIG = TokenizerConfig(4, 16, 64, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 3))

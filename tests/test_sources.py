@@ -11,13 +11,22 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 from torch import nn
 
-from flextok_edu import data, features
-from flextok_edu.core import Engine, Player, StageConfig, fit
-from flextok_edu.data import SETS, check_memory, evenly, find_set, load_data, read_squares
+import flextok_edu.data.decoding as data_decoding
+import flextok_edu.data.extractors as data_extractors
+import flextok_edu.data.features as data_features
+import flextok_edu.data.scenes as data_scenes
+import flextok_edu.data.sets as data_sets
+from flextok_edu.engine.config import StageConfig
+from flextok_edu.engine.trainer import Engine, Player, fit
+from flextok_edu.data.datasets import load_data
+from flextok_edu.data.decoding import check_memory
+from flextok_edu.data.folders import SETS, evenly, read_squares
+from flextok_edu.data.sets import find_set
 
 RNG = np.random.default_rng(0)
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -194,7 +203,7 @@ def test_imagenet_folders_and_the_order_of_their_classes(tmp_path):
 
 
 def test_imagenet_of_a_thousand_classes_has_names():
-    names = data._wnid_names(Path("/nowhere"), [f"n{i:08}" for i in range(1000)])
+    names = data_sets._wnid_names(Path("/nowhere"), [f"n{i:08}" for i in range(1000)])
     assert (
         names[0] == "tench"
         and names[134] == "crane bird"
@@ -259,7 +268,7 @@ def test_sets_that_cannot_be(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_reading(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_memory", lambda: 2**20)
+    patch(monkeypatch, data_decoding, "_memory", lambda: 2**20)
     for call in (
         lambda: load_data("scenes", 64, 100, 10, progress=False),
         lambda: read_squares([tmp_path / "none.png"] * 100, 64),
@@ -294,14 +303,14 @@ def test_inception_by_name(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     torch.save(net.state_dict(), path)
     with pytest.raises(ValueError, match="is not torchvision's Inception-v3"):
-        features.extractor("inception", weights=path)
+        data_extractors.extractor("inception", weights=path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     monkeypatch.setitem(
-        features.OTHER_EYES,
+        data_extractors.OTHER_EYES,
         "inception",
-        (f"https://example.org/inception-{found}.pth", *features.OTHER_EYES["inception"][1:]),
+        (f"https://example.org/inception-{found}.pth", *data_extractors.OTHER_EYES["inception"][1:]),
     )
-    eyes = features.extractor("inception", size=80, weights=path).train()
+    eyes = data_extractors.extractor("inception", size=80, weights=path).train()
     images = torch.rand(2, 3, 80, 80) * 2 - 1
     assert (
         eyes(images).shape == (2, 2048)
@@ -330,7 +339,7 @@ def test_every_network_gets_the_normalisation_that_it_was_trained_with():
             )
 
     for name, mean, std in (("dinov2_small", 0.485, 0.229), ("clip_b32", 0.48145466, 0.26862954)):
-        eyes = features.OtherEyes(name, spy := Spy())
+        eyes = data_extractors.OtherEyes(name, spy := Spy())
         for ours, theirs in ((1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)):  # our range, theirs
             assert eyes(torch.full((2, 3, 32, 32), ours)).shape == (2, eyes.dim)
             assert (
@@ -349,7 +358,7 @@ def test_dinov2_and_clip_from_a_folder(tmp_path):
         transformers.CLIPVisionConfig(**tiny, image_size=224, patch_size=32, projection_dim=512)
     ).save_pretrained(tmp_path / "clip")
     for name, folder in (("dinov2_small", "dino"), ("clip_b32", "clip")):
-        eyes = features.extractor(name, weights=tmp_path / folder)
+        eyes = data_extractors.extractor(name, weights=tmp_path / folder)
         assert (
             eyes(torch.rand(1, 3, 30, 30) * 2 - 1).shape == (1, eyes.dim)
             and torch.isfinite(eyes(torch.zeros(1, 3, 64, 64))).all()
@@ -358,9 +367,9 @@ def test_dinov2_and_clip_from_a_folder(tmp_path):
 
 def test_eyes_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no extractor 'vgg': use 'efficientnet_lite0'"):
-        features.extractor("vgg")
+        data_extractors.extractor("vgg")
     with pytest.raises(FileNotFoundError, match="is not there"):
-        features.extractor("inception", weights=tmp_path / "none.pth")
+        data_extractors.extractor("inception", weights=tmp_path / "none.pth")
 
     def offline(*a, **k):
         raise URLError("no network")
@@ -368,19 +377,19 @@ def test_eyes_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no copy from before
     with pytest.raises(FileNotFoundError, match="inception could not be downloaded .*efficientnet_lite0"):
-        features.extractor("inception")
+        data_extractors.extractor("inception")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"flextok_edu\[text\]"):
-        features.extractor("dinov2_small")
+        data_extractors.extractor("dinov2_small")
 
 
 def test_the_classifiers_log_starts_at_chance():
     train, _ = load_data("scenes", 16, 64, 8, progress=False)
-    model, log = features.train_classifier(train, StageConfig(steps=2, batch=8), progress=False, every=1)
+    model, log = data_features.train_classifier(train, StageConfig(steps=2, batch=8), progress=False, every=1)
     assert (
         len(log) == 2
-        and set(data.HEADS) <= set(log[0])
-        and all(0.6 < log[0][head] < 1.6 for head in data.HEADS)
+        and set(data_scenes.HEADS) <= set(log[0])
+        and all(0.6 < log[0][head] < 1.6 for head in data_scenes.HEADS)
     )
     images, labels = torch.rand(3, 3, 16, 16), train.labels[:3]
     each = model.losses(images, labels)

@@ -4,35 +4,25 @@ import io
 import json
 import tarfile
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 
-from flextok_edu import data, sources
-from flextok_edu.data import (
-    ImageSet,
-    Learned,
-    ToyScenes,
-    held_out,
-    learned_from,
-    leave_out_learned,
-    load_data,
-    load_learned,
-    picture_key,
-    picture_keys,
-    save_learned,
-)
-from flextok_edu.sources import (
-    FolderSource,
-    HubSource,
-    OnDisk,
-    StreamSource,
-    as_image_set,
-    open_source,
-    split_source,
-)
+import flextok_edu.data.keys as data_keys
+import flextok_edu.data.sets as data_sets
+import flextok_edu.data.sources as data_sources
+from flextok_edu.data.datasets import ImageSet, load_data
+from flextok_edu.data.keys import held_out, picture_key, picture_keys
+from flextok_edu.data.learned import Learned, learned_from, leave_out_learned, load_learned, save_learned
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.data.opening import OnDisk, as_image_set, open_source, split_source
+from flextok_edu.data.set_sources import HubSource
+from flextok_edu.data.sources import FolderSource
+from flextok_edu.data.streams import StreamSource
 
 
 def encoded(seed, kind="PNG"):
@@ -287,7 +277,7 @@ def test_keys_are_kept_and_made_anew(tmp_path, monkeypatch):
     root, index = folder(tmp_path / "set", 20), tmp_path / "index"
     first = FolderSource(root, index=index).keys
     (kept,) = index.iterdir()
-    monkeypatch.setattr(data, "picture_key", None)  # nothing may be hashed again
+    patch(monkeypatch, data_keys, "picture_key", None)  # nothing may be hashed again
     assert torch.equal(FolderSource(root, index=index).keys, first)
     monkeypatch.undo()
     whole = kept.read_bytes()
@@ -304,16 +294,16 @@ def test_keys_are_kept_and_made_anew(tmp_path, monkeypatch):
         tar.add(root / "b", "b")
     tars = open_source(tmp_path / "s.tar", index=index)
     tar_keys = tars.keys
-    monkeypatch.setattr(sources, "picture_key", None)
+    patch(monkeypatch, data_keys, "picture_key", None)
     assert torch.equal(open_source(tmp_path / "s.tar", index=index).keys, tar_keys) and torch.equal(
         tar_keys.sort().values, first[10:].sort().values
     )
     monkeypatch.undo()
-    monkeypatch.setattr(data, "_KEPT", 1)
-    monkeypatch.setattr(data, "_ROOT", str(tmp_path / "home"))
+    patch(monkeypatch, data_keys, "_KEPT", 1)
+    patch(monkeypatch, data_sets, "_ROOT", str(tmp_path / "home"))
     picture_keys([root / "b" / "001.png"])
     assert len(list((tmp_path / "home" / "keys").iterdir())) == 1
-    monkeypatch.setattr(data, "_ROOT", "/proc/nowhere")
+    patch(monkeypatch, data_sets, "_ROOT", "/proc/nowhere")
     assert picture_keys([root / "b" / "001.png"])[0] == picture_key(root / "b" / "001.png"), (
         "where nothing can be kept, nothing is lost"
     )
@@ -322,13 +312,13 @@ def test_keys_are_kept_and_made_anew(tmp_path, monkeypatch):
 def test_large_sets_with_an_own_split_are_not_hashed(tmp_path, monkeypatch):
     folder(tmp_path / "imagenet" / "train", 40, ("n1", "n2"))
     folder(tmp_path / "imagenet" / "val", 10, ("n1", "n2"), 100)
-    monkeypatch.setattr(sources, "_TOO_MANY", 20)
+    patch(monkeypatch, data_sources, "_TOO_MANY", 20)
     train, val = split_source(open_source("imagenet", root=tmp_path))
     assert train.keys is None and val.keys is not None
     known = learned_from(train)
     assert known.keys is None and known.count == 40 and known.hash == train.hash
     assert leave_out_learned(as_image_set(val, 8), {"vae": known})[1]["vae"]["overlap"] == "none"
-    assert leave_out_learned(data.replace(as_image_set(val, 8), source=train.name), {"vae": known})[1]["vae"][
+    assert leave_out_learned(replace(as_image_set(val, 8), source=train.name), {"vae": known})[1]["vae"][
         "overlap"
     ].startswith("unknown"), "the same part"
     other = folder(tmp_path / "other")

@@ -13,20 +13,21 @@ import torch
 from PIL import Image, ImageDraw
 
 from flextok_edu.ar import ARModel, check_tokenizer, sample_images, tokenizer_hash, tokenizer_identity
-from flextok_edu.core import Preset, from_dict, from_uint8, preset, shipped_models, weights_hash
-from flextok_edu.data import ImageSet, ToyScenes, learned_from, leave_out_learned, load_data, load_learned
-from flextok_edu.evaluate import (
-    PERCEPTUAL,
-    load_report,
-    older_than_the_rule,
-    split_by_record,
-    token_counts,
-    trained_how,
-)
-from flextok_edu.features import AttributeClassifier, read_accuracy
+from flextok_edu.engine.config import Preset, preset
+from flextok_edu.engine.files import weights_hash
+from flextok_edu.engine.hub import shipped_models
+from flextok_edu.engine.limits import from_dict
+from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.data.datasets import ImageSet, load_data
+from flextok_edu.data.learned import learned_from, leave_out_learned, load_learned
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.evaluation.evaluate import older_than_the_rule, split_by_record
+from flextok_edu.evaluation.metrics import token_counts
+from flextok_edu.evaluation.report import PERCEPTUAL, load_report, trained_how
+from flextok_edu.data.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
-from flextok_edu.zoo import PARTS, read_facts
+from flextok_edu.apps.card import PARTS, read_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "flextok_edu" / "zoo" / "tiny"
@@ -210,7 +211,7 @@ def test_tiny_learned_from_scenes():
 @pytest.mark.parametrize("name", ("tiny", "clipart"))
 def test_found_without_a_network(name, tmp_path):
     """In a clean process and another folder; the VAE alone as well."""
-    ask = f"from flextok_edu.vae import VAE\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.core import weights_hash\nprint(weights_hash(VAE.from_pretrained('{name}')) == weights_hash(FlexTok.from_pretrained('{name}').vae))"
+    ask = f"from flextok_edu.vae import VAE\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.engine.files import weights_hash\nprint(weights_hash(VAE.from_pretrained('{name}')) == weights_hash(FlexTok.from_pretrained('{name}').vae))"
     result = subprocess.run(
         [sys.executable, "-c", ask],
         cwd=tmp_path,

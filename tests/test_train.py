@@ -16,15 +16,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import long_run
-from flextok_edu import core, train
-from flextok_edu.core import EMA, Engine, Feed, Player, StageConfig, fit
+import flextok_edu.engine.checkpoint as engine_checkpoint
+import flextok_edu.engine.claims as engine_claims
+import flextok_edu.engine.distributed as engine_distributed
+import flextok_edu.engine.monitor as engine_monitor
+import flextok_edu.engine.resume as engine_resume
+import flextok_edu.engine.tensors as engine_tensors
+from flextok_edu.engine.config import StageConfig
+from flextok_edu.engine.loader import Feed
+from flextok_edu.engine.optim import EMA
+from flextok_edu.engine.trainer import Engine, Player, fit
 from flextok_edu.tokenizer import TokenizerFeed
-from flextok_edu.train import Checkpoints, LongRun, Shares, Stopped, claimed, recomputed
+from flextok_edu.engine.checkpoint import Checkpoints
+from flextok_edu.engine.claims import claimed
+from flextok_edu.engine.distributed import Shares, recomputed
+from flextok_edu.engine.long_run import LongRun, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "tests" / "long_run.py")
@@ -131,7 +143,7 @@ def check_divided(monkeypatch, work):
 
         monkeypatch.setattr("torch.distributed.all_gather_into_tensor", collect)
         for rank in range(world):
-            train._divided(rank, world, lambda m: done.append(len(m)) or work(m), x)
+            engine_distributed._divided(rank, world, lambda m: done.append(len(m)) or work(m), x)
         if world > len(x):
             assert done == [5] * world and not parts  # too few to share: everybody does all
             continue
@@ -141,7 +153,7 @@ def check_divided(monkeypatch, work):
             lambda whole, part: whole.copy_(torch.cat([parts[i] for i in range(world)])),
         )
         for rank in range(world):
-            assert torch.equal(train._divided(rank, world, work, x), work(x)), (rank, world)
+            assert torch.equal(engine_distributed._divided(rank, world, work, x), work(x)), (rank, world)
 
 
 def test_muon_is_dealt_out(monkeypatch):
@@ -149,7 +161,7 @@ def test_muon_is_dealt_out(monkeypatch):
 
 
 def test_everybody_doing_everything_is_caught(monkeypatch):
-    monkeypatch.setattr(train, "_divided", lambda rank, world, work, x: work(x))
+    patch(monkeypatch, engine_distributed, "_divided", lambda rank, world, work, x: work(x))
     with pytest.raises(AssertionError):
         check_divided(monkeypatch, lambda m: 2 * m)
 
@@ -344,7 +356,7 @@ def test_stopped_and_resumed(tmp_path, capsys):
 
 
 def forget_the_moments(m):
-    m.setattr(train, "set_optimizer_state", lambda *a: None)
+    patch(m, engine_checkpoint, "set_optimizer_state", lambda *a: None)
 
 
 def forget_the_step(m):
@@ -415,7 +427,7 @@ def test_channels_last(tmp_path):
 
 
 def test_moments_in_another_order_are_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_like", lambda x, other: x.to(other.device))
+    patch(monkeypatch, engine_checkpoint, "_like", lambda x, other: x.to(other.device))
     with pytest.raises(AssertionError):
         check_channels_last(tmp_path)
 
@@ -424,7 +436,7 @@ def check_dice_are_resumed(tmp_path):
     """A loss that throws dice of its own, in Python, NumPy and PyTorch, throws the same after a pause."""
 
     def go(engine, thrown):
-        core.seed_everything(0)
+        engine_tensors.seed_everything(0)
         line = nn.Linear(1, 1)
 
         def loss(x, progress):
@@ -455,7 +467,7 @@ def test_dice_are_resumed(tmp_path):
 
 
 def test_a_probe_that_throws_dice_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "matmul_rate", lambda *a: 1e9 + float(torch.rand(())))
+    patch(monkeypatch, engine_monitor, "matmul_rate", lambda *a: 1e9 + float(torch.rand(())))
     with pytest.raises(AssertionError):
         check_dice_are_resumed(tmp_path)
 
@@ -604,7 +616,7 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
     def none(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(train, "lock_byte", none)
+    patch(monkeypatch, engine_claims, "lock_byte", none)
     with pytest.warns(UserWarning, match="without locks"):
         with claimed(tmp_path):
             pass
@@ -726,7 +738,7 @@ def test_a_flipped_bit_falls_back(tmp_path):
 
 
 def test_a_content_that_nobody_looks_at_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_content", lambda *a: "0" * 16)
+    patch(monkeypatch, engine_checkpoint, "_content", lambda *a: "0" * 16)
     with pytest.raises(AssertionError):
         check_a_flipped_bit(tmp_path)
 
@@ -777,7 +789,7 @@ def test_an_old_run_goes_on(tmp_path):
     with pytest.raises(Stopped):
         long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
     (path,) = Checkpoints(tmp_path / "checkpoints").files()
-    tensors, facts, _ = train._read_checkpoint(path)
+    tensors, facts, _ = engine_checkpoint._read_checkpoint(path)
     tensors = {name: x.clone() for name, x in tensors.items()}
     del facts["changes"]
     path.unlink()
@@ -935,7 +947,7 @@ LR = "preset.train_line.lr"
 def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
     """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time everything else is refused."""
     go_on(tmp_path, 0.01, stop=4)
-    before = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
+    before = engine_checkpoint._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
     with pytest.raises(ValueError, match=rf"{LR}: 0.01 then, 0.002 now"):
         go_on(tmp_path, 0.002)
     with pytest.raises(ValueError, match="preset.train_line.batch: 4 then, 5 now"):
@@ -953,7 +965,7 @@ def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
         go_on(tmp_path, 0.002, changes={"preset.train_line.momentum": 1})
     with pytest.raises(ValueError, match="was built with 0.01: build it with the new value"):
         go_on(tmp_path, 0.01, changes={LR: 0.002})
-    assert train.changes_of(tmp_path) == {}
+    assert engine_resume.changes_of(tmp_path) == {}
 
     class Killed(Exception):
         pass
@@ -964,8 +976,8 @@ def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
     with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):  # just after it began
         patch.setattr(LongRun, "_count", kill)
         go_on(tmp_path, 0.002, changes={LR: 0.002})
-    assert train.changes_of(tmp_path) == {LR: 0.002}, "it is written down before the first step"
-    after, facts, _ = train._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
+    assert engine_resume.changes_of(tmp_path) == {LR: 0.002}, "it is written down before the first step"
+    after, facts, _ = engine_checkpoint._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
     assert (
         facts["step"] == 4
         and before.keys() == after.keys()
@@ -985,7 +997,7 @@ def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
     assert "goes on after step 8 of 12, with preset.train_line.lr=0.001" in capsys.readouterr().out
     assert [(c["step"], c["settings"]) for c in engine.changed] == [(4, {LR: 0.002}), (8, {LR: 0.001})]
     engine, _, _ = go_on(tmp_path, 0.001, changes={LR: 0.001})  # the same command once more: nothing new
-    assert len(engine.changed) == 2 and train.changes_of(tmp_path) == {LR: 0.001}
+    assert len(engine.changed) == 2 and engine_resume.changes_of(tmp_path) == {LR: 0.001}
 
 
 def test_changes_need_something_to_go_on_from(tmp_path):
@@ -1012,8 +1024,8 @@ def test_another_precision(tmp_path):
 
 
 def classifier(engine):
-    from flextok_edu.data import load_data
-    from flextok_edu.features import train_classifier
+    from flextok_edu.data.datasets import load_data
+    from flextok_edu.data.features import train_classifier
 
     data, _ = load_data("scenes", 32, 24, 4, progress=False)
     return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), engine=engine, progress=False)

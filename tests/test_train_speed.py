@@ -8,13 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planting import planted, randomize
+from planting import patch, planted, randomize
 from torch import nn
 
-import flextok_edu.core as core
+import flextok_edu.apps.bench_training as apps_bench_training
+import flextok_edu.apps.timing as apps_timing
+import flextok_edu.engine.loader as engine_loader
+import flextok_edu.engine.tensors as engine_tensors
+import flextok_edu.engine.trainer as engine_trainer
 import flextok_edu.fsq as fsq
 import flextok_edu.tokenizer as tokenizer
-from flextok_edu.core import StageConfig, TokenizerConfig, TrunkConfig
+from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig
 from flextok_edu.registers import LAWS
 from flextok_edu.tokenizer import (
     Condition,
@@ -74,7 +78,7 @@ def results(tok, repa, parts, worlds):
     )  # counts that do not fade: their order is no matter
     for w in weights.values():
         w.grad = None
-    total, tally = 0.0, core._Tally()
+    total, tally = 0.0, engine_trainer._Tally()
     for (latents, features, draws), weight in parts:
         loss, numbers = tok.loss(latents, repa, features if repa else None, draws=draws)
         (loss * weight / worlds).backward()  # processes take the mean of their gradients
@@ -98,7 +102,9 @@ def plain(tok, repa, feed, step):
     """The same step without any short cut, from the feed's dice and images alone."""
     places = torch.arange(feed.batch)
     latents, features = feed.latents.make(feed.latents.rows(step), places, step)
-    noise = core.noise_like(feed.shape, feed.seed, (step * feed.batch + places).tolist(), stream="flow")
+    noise = engine_tensors.noise_like(
+        feed.shape, feed.seed, (step * feed.batch + places).tolist(), stream="flow"
+    )
     tok.short_cuts = False
     try:
         return results(tok, repa, [((latents, features, feed.draws(step)._replace(noise=noise)), 1.0)], 1)
@@ -155,7 +161,7 @@ def test_the_difference_is_rounding(law, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "float", torch.Tensor.double
     )  # norms, losses and statistics insist on float32
-    monkeypatch.setattr(core._Tally, "means", lambda self, total: {})  # the log is kept in float32
+    monkeypatch.setattr(engine_trainer._Tally, "means", lambda self, total: {})  # the log is kept in float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -254,7 +260,7 @@ def test_dealing_is_fair(law):
 
 def test_the_real_loop_goes_the_same_way():
     """`fit_tokenizer` with room 11's engine in 1, 2 and 4 micro-batches, and with room 00's: the same losses, gradients and averaged weights."""
-    from flextok_edu.train import Shares
+    from flextok_edu.engine.distributed import Shares
 
     data = Latents(torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     found = []
@@ -368,7 +374,9 @@ def dice_by_part(monkeypatch):
                 (
                     x,
                     f,
-                    self.tok.draw(len(x), generator=core.named_generator("part", i))._replace(noise=d.noise),
+                    self.tok.draw(len(x), generator=engine_tensors.named_generator("part", i))._replace(
+                        noise=d.noise
+                    ),
                 ),
                 w,
             )
@@ -387,7 +395,9 @@ def noise_by_part(monkeypatch):
                 (
                     x,
                     f,
-                    d._replace(noise=core.noise_like(self.shape, self.seed, range(len(x)), stream="flow")),
+                    d._replace(
+                        noise=engine_tensors.noise_like(self.shape, self.seed, range(len(x)), stream="flow")
+                    ),
                 ),
                 w,
             )
@@ -399,7 +409,7 @@ def noise_by_part(monkeypatch):
 
 def both_processes_get_the_same(monkeypatch):
     monkeypatch.setattr(
-        core.Feed,
+        engine_loader.Feed,
         "dealt",
         lambda self, step, rank=0, world=1, micro=1: [
             chunk[::world] for chunk in self.places(step).tensor_split(micro)
@@ -460,7 +470,8 @@ test_the_code_passes, test_the_bug_is_caught = planted(
 @pytest.mark.parametrize("images", (1, 3))
 def test_the_arithmetic_of_a_micro_batch(longest, images):
     """`loss_flops` against PyTorch's own count of the same loss, `loss_positions` against the lengths of the sequences."""
-    from flextok_edu.cost import counted_flops, loss_flops, loss_positions, on_meta
+    from flextok_edu.apps.bench_training import loss_flops, loss_positions
+    from flextok_edu.apps.cost import counted_flops, on_meta
 
     tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.0))).requires_grad_(
         False
@@ -479,7 +490,7 @@ def test_the_arithmetic_of_a_micro_batch(longest, images):
 
 
 def test_memory_falls_with_the_length_and_the_images():
-    from flextok_edu.cost import loss_bytes
+    from flextok_edu.apps.bench_training import loss_bytes
 
     plain, cut, one = (loss_bytes(CONFIG, *size) for size in ((16, None), (16, 1), (1, 1)))
     assert plain > cut > one > 4 * 4 * sum(w.numel() for w in FlexTok(CONFIG).parameters())
@@ -488,7 +499,7 @@ def test_memory_falls_with_the_length_and_the_images():
 
 def test_what_sorting_allows():
     """Full length always: nothing. One token always: positions alone. More micro-batches sort better."""
-    from flextok_edu.cost import loss_flops, sorting_allows
+    from flextok_edu.apps.bench_training import loss_flops, sorting_allows
 
     few, many = (sorting_allows(CONFIG, "powers_of_two", 16, micro, 60) for micro in (1, 8))
     assert 1 <= few < many < loss_flops(CONFIG, 1, None) / loss_flops(CONFIG, 1, 1)
@@ -499,7 +510,7 @@ def test_what_sorting_allows():
 
 def test_the_benchmark_compares_the_same_steps(monkeypatch):
     """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree; every law has its rows."""
-    import flextok_edu.cost as cost
+    pass
 
     seen, loss = {True: [], False: []}, FlexTok.loss
 
@@ -516,9 +527,9 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
         return loss(self, latents, *rest, draws=draws, **named)
 
     monkeypatch.setattr(FlexTok, "loss", watched)
-    monkeypatch.setattr(cost, "loss_bytes", lambda *size: 1)  # it would call the loss too
-    rows = cost.bench_train(
-        cost.BenchConfig(
+    patch(monkeypatch, apps_bench_training, "loss_bytes", lambda *size: 1)  # it would call the loss too
+    rows = apps_bench_training.bench_train(
+        apps_timing.BenchConfig(
             "micro",
             "cpu",
             batch=8,
@@ -557,7 +568,8 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
     ),
 )
 def test_the_benchmark_says_what_is_wrong(wrong, says):
-    from flextok_edu.cost import BenchConfig, bench
+    from flextok_edu.apps.bench import bench
+    from flextok_edu.apps.timing import BenchConfig
 
     with pytest.raises(ValueError, match=says):
         bench("train", BenchConfig("micro", "cpu", **wrong), say=lambda text: None)

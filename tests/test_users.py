@@ -12,15 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 
-import flextok_edu.commands as commands
+import flextok_edu.apps.explore as apps_explore
+import flextok_edu.apps.generate as apps_generate
+import flextok_edu.apps.models as apps_models
+import flextok_edu.apps.train as apps_train
+import flextok_edu.apps.training as apps_training
+import flextok_edu.tokenizer as tokenizer
 from flextok_edu.ar import tokenizer_identity
-from flextok_edu.commands import DataOptions
-from flextok_edu.core import preset, weights_hash
-from flextok_edu.data import load_learned
-from flextok_edu.pipeline import RunConfig, open_pictures, prepare
+from flextok_edu.apps.models import DataOptions
+from flextok_edu.engine.config import preset
+from flextok_edu.engine.files import weights_hash
+from flextok_edu.data.learned import load_learned
+from flextok_edu.apps.job import prepare
+from flextok_edu.apps.pictures import open_pictures
+from flextok_edu.apps.run_config import RunConfig
 from flextok_edu.tokenizer import FlexTok
 from test_commands import TINY, call, refused, weights  # noqa: F401
 
@@ -180,7 +189,8 @@ def test_what_a_model_learned_from_stands_beside_it_and_on_the_card(models, tmp_
 
 
 def _base(r):
-    from flextok_edu.core import from_dict, Preset
+    from flextok_edu.engine.config import Preset
+    from flextok_edu.engine.limits import from_dict
 
     return from_dict(Preset, json.loads((r / "run.json").read_text())["base"])
 
@@ -360,7 +370,7 @@ def test_fresh_here_and_without_the_old_cache(models, tmp_path, monkeypatch, cap
 HOLD = """
 import sys, time
 from pathlib import Path
-from flextok_edu.train import claimed
+from flextok_edu.engine.claims import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True); time.sleep(60)
 """
@@ -391,7 +401,7 @@ def test_one_process_trains_in_a_folder(models, tmp_path, capsys):
 @pytest.mark.parametrize("encoding", ("cp437", "cp932", "cp949", "ascii", "latin-1"))
 def test_every_terminal_can_show_it(models, tmp_path, encoding):
     """A table with ± and é ends in status 0 whatever the terminal's encoding."""
-    code = f"import sys; sys.argv[0] = 'x'; from flextok_edu.commands import eval_main, train_main; (eval_main if sys.argv[1] != '--help' else train_main)(sys.argv[1:])"
+    code = f"import sys; sys.argv[0] = 'x'; from flextok_edu.apps.measure import eval_main; from flextok_edu.apps.train import train_main; (eval_main if sys.argv[1] != '--help' else train_main)(sys.argv[1:])"
     argv = (
         [str(models / "r"), "--data", str(models / "d"), "--out", str(tmp_path / "t"), "--device", "cpu"]
         if encoding == "ascii"
@@ -409,7 +419,7 @@ def test_every_terminal_can_show_it(models, tmp_path, encoding):
 
 def test_no_bars_in_files(models, tmp_path):
     """`flextok_run` into a file: lines, and no progress bars."""
-    code = "import sys; from flextok_edu.commands import run_main; run_main(sys.argv[1:])"
+    code = "import sys; from flextok_edu.apps.run import run_main; run_main(sys.argv[1:])"
     env = {k: v for k, v in ENV.items() if k != "TQDM_DISABLE"}
     done = subprocess.run(
         [sys.executable, "-c", code, "--data", str(models / "d"), "--out", str(tmp_path / "r"), *Q],
@@ -425,7 +435,7 @@ def test_no_bars_in_files(models, tmp_path):
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_noticed_first(models, tmp_path, capsys, monkeypatch):
     (tmp_path / "ro").mkdir(mode=0o500)
-    monkeypatch.setattr(commands, "open_tokenizer", lambda *a: pytest.fail("it began to work"))
+    patch(monkeypatch, apps_models, "open_tokenizer", lambda *a: pytest.fail("it began to work"))
     refused(
         capsys,
         1,
@@ -441,7 +451,7 @@ def test_a_read_only_folder_is_noticed_first(models, tmp_path, capsys, monkeypat
 
 def test_a_folder_that_cannot_be_written_is_noticed_first(models, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(commands, "open_tokenizer", lambda *a: pytest.fail("it began to work"))
+    patch(monkeypatch, apps_models, "open_tokenizer", lambda *a: pytest.fail("it began to work"))
     refused(
         capsys,
         1,
@@ -456,18 +466,20 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(models, tmp_path, caps
 
 
 def test_a_demo_notices_it_first_too(tmp_path, monkeypatch, capsys):
-    import flextok_edu.zoo as zoo
+    pass
 
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(zoo.FlexTok, "from_pretrained", lambda *a, **k: pytest.fail("it began to work"))
+    monkeypatch.setattr(tokenizer.FlexTok, "from_pretrained", lambda *a, **k: pytest.fail("it began to work"))
     with pytest.raises(SystemExit) as leave:
-        zoo.demo_main(["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "file" / "page")])
+        apps_explore.demo_main(
+            ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "file" / "page")]
+        )
     assert leave.value.code == 1 and "nothing can be written to" in capsys.readouterr().err
 
 
 def test_evaluation_draws_no_training_scenes(models, tmp_path, monkeypatch):
     drawn = []
-    from flextok_edu.data import ToyScenes
+    from flextok_edu.data.scenes import ToyScenes
 
     real = ToyScenes.render
     monkeypatch.setattr(
@@ -481,12 +493,12 @@ def test_evaluation_draws_no_training_scenes(models, tmp_path, monkeypatch):
 
 def test_sheets_are_about_square(models, tmp_path):
     names, rows = [f"{i:04}" for i in range(700)], [torch.zeros(1, 3, 32, 32)] * 700
-    sheet = commands._sheet(rows, 1)
+    sheet = apps_generate._sheet(rows, 1)
     assert 0.5 < sheet.shape[0] / sheet.shape[1] < 2
 
 
 def test_half_precision_on_a_cpu_is_said(capsys):
-    from flextok_edu.pipeline import pick_precision
+    from flextok_edu.apps.run_config import pick_precision
 
     with pytest.warns(UserWarning, match="float16 on a CPU"):
         pick_precision("fp16", "cpu")
@@ -601,7 +613,7 @@ def test_a_run_takes_what_a_training_takes(models, tmp_path, capsys):
 
 # --- bad luck and bad intentions -------------------------------------------------------------------------------------
 
-GO = "import sys; from flextok_edu.commands import train_main; train_main(sys.argv[1:])"
+GO = "import sys; from flextok_edu.apps.train import train_main; train_main(sys.argv[1:])"
 
 
 def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
@@ -778,7 +790,7 @@ def test_what_nobody_announced_is_a_sentence(monkeypatch, capsys):
         def fail(*a):
             raise error
 
-        monkeypatch.setattr(commands, "train", fail)
+        patch(monkeypatch, apps_train, "train", fail)
         refused(
             capsys,
             1,
@@ -793,7 +805,7 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
     """SIGHUP saves like SIGTERM does."""
     loud = GO.replace(
         "import sys;",
-        "import sys; import flextok_edu.commands as c; real = c.Told.parts; c.Told.parts = lambda s, n: print('in training', flush=True) or real(s, n);",
+        "import sys; import flextok_edu.apps.training as c; real = c.Told.parts; c.Told.parts = lambda s, n: print('in training', flush=True) or real(s, n);",
     )
     argv = [
         "vae",
@@ -939,7 +951,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
         "0",
         *[a if a != "2" else "6" for a in SMALL],
     ]
-    real, count = commands.Told.parts, []
+    real, count = apps_training.Told.parts, []
 
     def parts(self, step):
         count.append(step)
@@ -947,7 +959,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, step)
 
-    monkeypatch.setattr(commands.Told, "parts", parts)
+    monkeypatch.setattr(apps_training.Told, "parts", parts)
     assert call("train", *argv) == 143
     count.clear()
     assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 143, "stopped once more"
@@ -993,7 +1005,9 @@ def test_fresh_moves_nothing_that_is_needed(models, tmp_path, capsys):
 
 def test_doubles_were_learned_too(tmp_path):
     """Of files with equal pixels one is trained on; an evaluation on the other one knows."""
-    from flextok_edu.data import learned_from, leave_out_learned, load_data, picture_key
+    from flextok_edu.data.datasets import load_data
+    from flextok_edu.data.keys import picture_key
+    from flextok_edu.data.learned import learned_from, leave_out_learned
 
     make(tmp_path / "d" / "a", count=60)
     train, _ = load_data(str(tmp_path / "d"), 16, 0, 10, progress=False)
@@ -1019,8 +1033,8 @@ def test_doubles_were_learned_too(tmp_path):
 
 
 def test_a_model_that_goes_on_has_seen_both():
-    from flextok_edu.commands import with_earlier
-    from flextok_edu.data import Learned
+    from flextok_edu.apps.train import with_earlier
+    from flextok_edu.data.learned import Learned
 
     keys = lambda *k: torch.tensor(k)
     a, b, scenes = (
@@ -1043,8 +1057,9 @@ def test_a_model_that_goes_on_has_seen_both():
 
 
 def test_a_cache_leaves_warnings_on(models):
-    from flextok_edu.cache import decoded_pictures
-    from flextok_edu.sources import FolderSource, decode
+    from flextok_edu.io.pictures import decoded_pictures
+    from flextok_edu.data.reading import decode
+    from flextok_edu.data.sources import FolderSource
 
     before = list(warnings.filters)
     pictures = decoded_pictures(FolderSource(models / "d"), 16, decode)
@@ -1089,7 +1104,7 @@ def test_what_is_said_twice_is_one_file(models, tmp_path, capsys):
 
 
 def test_a_vae_in_the_folder_of_a_tokenizer_was_not_trained_there(models, tmp_path):
-    from flextok_edu.zoo import _history
+    from flextok_edu.apps.zoo import _history
 
     assert call("train", "vae", "--data", models / "d", "--out", tmp_path / "v", *SMALL) == 0
     assert (

@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from planting import planted
+from planting import patch, planted
 
-import flextok_edu.core as core
+import flextok_edu.engine.config as engine_config
+import flextok_edu.engine.limits as engine_limits
+import flextok_edu.engine.models as engine_models
+import flextok_edu.engine.optim as engine_optim
+import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.vae as vae
-from flextok_edu.core import StageConfig, VAEConfig, VAELossConfig, fit, preset
-from flextok_edu.data import load_data
+from flextok_edu.engine.config import StageConfig, VAEConfig, VAELossConfig, preset
+from flextok_edu.engine.trainer import fit
+from flextok_edu.data.datasets import load_data
 
 SMALL = VAEConfig(latent_channels=4, channels=(8, 16), layers=1, stem=2, groups=4)
 CRITIC_ONLY = VAELossConfig(perceptual=0.0, adversarial=1.0, adversarial_start=0.0)
@@ -24,7 +29,7 @@ PIXELS = VAELossConfig(perceptual=0.0, adversarial=0.0)
 
 def scenes(count=64):
     train, _ = load_data("scenes", 32, count, 4, 1, progress=False)
-    return core.from_uint8(train.images)
+    return engine_tensors.from_uint8(train.images)
 
 
 def stream(images, batch=8):
@@ -161,7 +166,7 @@ def check_latents_are_measured():
         )  # means, then log-variances
         images = (torch.rand(48, 3, 32, 32) * 255).to(torch.uint8)
         model.measure_latents(images, batch=20)
-        mean, logvar = model.posterior(core.from_uint8(images))
+        mean, logvar = model.posterior(engine_tensors.from_uint8(images))
         z = model.normalize(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
     assert z.mean((0, 2, 3)).abs().max() < 0.1 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
 
@@ -175,7 +180,7 @@ def left_out_of_fit(monkeypatch):
 
 
 def optimiser_never_steps(monkeypatch):
-    real = core.make_optimizers
+    real = engine_optim.make_optimizers
 
     def lazy(named, config):
         found = real(named, config)
@@ -184,7 +189,7 @@ def optimiser_never_steps(monkeypatch):
                 opt.step = lambda: None
         return found
 
-    monkeypatch.setattr(core, "make_optimizers", lazy)
+    patch(monkeypatch, engine_optim, "make_optimizers", lazy)
 
 
 def hinge_upside_down(monkeypatch):
@@ -249,7 +254,7 @@ def no_noise_at_all(monkeypatch):
 
 def kl_without_the_half(monkeypatch):
     real = vae.kl_to_standard_normal
-    monkeypatch.setattr(vae, "kl_to_standard_normal", lambda mean, logvar: 2 * real(mean, logvar))
+    patch(monkeypatch, vae, "kl_to_standard_normal", lambda mean, logvar: 2 * real(mean, logvar))
 
 
 def fakes_keep_their_graph(monkeypatch):
@@ -270,7 +275,7 @@ def measured_on_means_only(monkeypatch):
     real = vae.VAE.posterior
 
     def measure(self, images, batch=250):
-        mean = real(self, core.from_uint8(images))[0]
+        mean = real(self, engine_tensors.from_uint8(images))[0]
         self.latent_mean.copy_(mean.mean((0, 2, 3))), self.latent_std.copy_(mean.std((0, 2, 3)))
 
     monkeypatch.setattr(vae.VAE, "measure_latents", measure)
@@ -314,7 +319,7 @@ def test_channels(channels, tmp_path):
         train_vae=StageConfig(steps=30, batch=8, lr=2e-3, ema=0.9),
     )
     model, log = vae.train_vae(train, p, progress=False)
-    images = core.from_uint8(train.images[:3])
+    images = engine_tensors.from_uint8(train.images[:3])
     with torch.no_grad():
         z = model.encode(images)
         assert (
@@ -323,20 +328,20 @@ def test_channels(channels, tmp_path):
             and log[-1]["l1"] < log[0]["l1"]
         )
         assert torch.allclose(model.encode(images[:1]), z[:1], atol=1e-5), "a batch of one"
-        core.save_model(tmp_path, model, model.config)
-        again, _ = core.load_model(tmp_path, vae.VAE, VAEConfig)
+        engine_models.save_model(tmp_path, model, model.config)
+        again, _ = engine_models.load_model(tmp_path, vae.VAE, VAEConfig)
         assert torch.equal(again.eval().encode(images), z)
 
 
 def test_weights_of_another_size_are_refused(tmp_path):
     """config.json was edited: the weights are those it names, and do not fit the model that it describes."""
     model = vae.VAE(SMALL)
-    core.save_model(tmp_path, model, model.config)
+    engine_models.save_model(tmp_path, model, model.config)
     facts = json.loads((tmp_path / "config.json").read_text())
     facts["config"]["latent_channels"] = 2 * SMALL.latent_channels
     (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="do not fit the model that config.json describes.*size mismatch"):
-        core.load_model(tmp_path, vae.VAE, VAEConfig)
+        engine_models.load_model(tmp_path, vae.VAE, VAEConfig)
 
 
 def test_options_are_off_by_default():
@@ -366,4 +371,4 @@ def test_learned_scale_trains_from_the_preset():
     )
     _, log = vae.train_vae(train, p, progress=False, precision=torch.bfloat16)
     assert log[-1]["logvar"] < log[0]["logvar"] - 0.1 and "critic" in log[-1]
-    assert core.from_dict(core.Preset, json.loads(core.to_json(p))) == p
+    assert engine_limits.from_dict(engine_config.Preset, json.loads(engine_limits.to_json(p))) == p

@@ -5,24 +5,40 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planting import patch
 import torch
 from PIL import Image
 
-import flextok_edu.commands as commands
-import flextok_edu.core as core
-import flextok_edu.zoo as zoo
+import flextok_edu.apps.card as apps_card
+import flextok_edu.apps.explore as apps_explore
+import flextok_edu.apps.generate as apps_generate
+import flextok_edu.apps.measure as apps_measure
+import flextok_edu.apps.models as apps_models
+import flextok_edu.apps.options as apps_options
+import flextok_edu.apps.page as apps_page
+import flextok_edu.apps.train as apps_train
+import flextok_edu.apps.zoo as apps_zoo
+import flextok_edu.ar as ar
+import flextok_edu.engine.hub as engine_hub
+import flextok_edu.engine.models as engine_models
 from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_identity
-from flextok_edu.core import EvalConfig, Preset, from_dict, preset, save_model, weights_hash
-from flextok_edu.data import Learned, _hash_keys, load_learned, save_learned
-from flextok_edu.evaluate import is_ours, load_report
-from flextok_edu.features import AttributeClassifier
-from flextok_edu.pipeline import RunConfig, run
+from flextok_edu.engine.config import EvalConfig, Preset, preset
+from flextok_edu.engine.files import weights_hash
+from flextok_edu.engine.limits import from_dict
+from flextok_edu.engine.models import save_model
+from flextok_edu.data.learned import Learned, _hash_keys, load_learned, save_learned
+from flextok_edu.engine.marks import is_ours
+from flextok_edu.evaluation.report import load_report
+from flextok_edu.data.features import AttributeClassifier
+from flextok_edu.apps.run import run
+from flextok_edu.apps.run_config import RunConfig
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -52,19 +68,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(trained):
-    return zoo.pack(trained, "standin", trained.parent / "shipped", same=0.0)
+    return apps_zoo.pack(trained, "standin", trained.parent / "shipped", same=0.0)
 
 
 @pytest.fixture
 def shipped(packed, monkeypatch):
-    for module in (core, commands, zoo):
-        monkeypatch.setattr(module, "shipped_models", lambda: {"standin": packed})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"standin": packed})
     return packed
 
 
 def test_half_the_bytes(trained):
     vae = VAE.from_pretrained(trained / "vae")
-    small = zoo.halved(vae)
+    small = apps_zoo.halved(vae)
     weights = {n for n, _ in vae.named_parameters()}
     assert all(small[n].dtype == torch.float16 for n in weights) and all(
         small[n].dtype == x.dtype for n, x in vae.state_dict().items() if n not in weights
@@ -72,7 +87,7 @@ def test_half_the_bytes(trained):
     with torch.no_grad():
         next(vae.parameters()).fill_(1e6)
     with pytest.raises(ValueError, match="float16"):
-        zoo.halved(vae)
+        apps_zoo.halved(vae)
 
 
 def test_they_know_each_other(shipped, trained):
@@ -116,12 +131,12 @@ def test_names(shipped, tmp_path, monkeypatch):
         VAE.from_pretrained("./standin")
     with pytest.raises(FileNotFoundError, match="standin"):
         VAE.from_pretrained("stanndin")
-    assert commands.open_tokenizer("standin").vae is not None
+    assert apps_models.open_tokenizer("standin").vae is not None
 
 
 def test_a_part_that_is_not_there(shipped, monkeypatch, tmp_path):
     shutil.copytree(shipped / "vae", tmp_path / "half" / "vae")
-    monkeypatch.setattr(core, "shipped_models", lambda: {"half": tmp_path / "half"})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"half": tmp_path / "half"})
     assert VAE.from_pretrained("half")
     with pytest.raises(FileNotFoundError, match="has no ar; it has: vae"):
         ARModel.from_pretrained("half")
@@ -130,7 +145,7 @@ def test_a_part_that_is_not_there(shipped, monkeypatch, tmp_path):
 def test_an_ar_model_beside_a_stranger(packed, tmp_path, monkeypatch):
     """Without a tokenizer given, a shipped AR model is held against the one beside it."""
     shutil.copytree(packed, tmp_path / "mixed")
-    monkeypatch.setattr(core, "shipped_models", lambda: {"mixed": tmp_path / "mixed"})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"mixed": tmp_path / "mixed"})
     assert ARModel.from_pretrained("mixed")
     changed(tmp_path / "mixed" / "ar", tokenizer="0123456789abcdef")
     with pytest.raises(ValueError, match="0123456789abcdef"):
@@ -145,7 +160,7 @@ def test_a_classifier_goes_to_a_folder_and_back(shipped, tmp_path):
 
 def test_a_damaged_file(packed, tmp_path, monkeypatch):
     shutil.copytree(packed, tmp_path / "bad")
-    monkeypatch.setattr(core, "shipped_models", lambda: {"bad": tmp_path / "bad"})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"bad": tmp_path / "bad"})
     weights = tmp_path / "bad" / "vae" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-9] ^= 1
@@ -160,11 +175,11 @@ def test_a_damaged_file(packed, tmp_path, monkeypatch):
 def test_again(trained, tmp_path):
     """With again=True a new one takes the place of the old, and one that is refused leaves it where it was; nothing else is left behind."""
     parts = {p: trained / p for p in ("vae", "tokenizer")}
-    place = zoo.pack(parts, "a", tmp_path, "first", same=0.0)
+    place = apps_zoo.pack(parts, "a", tmp_path, "first", same=0.0)
     with pytest.raises(ValueError, match="more than 0.1"):
-        zoo.pack(parts, "a", tmp_path, "second", same=0.0, limit=0.1, again=True)
+        apps_zoo.pack(parts, "a", tmp_path, "second", same=0.0, limit=0.1, again=True)
     assert "first" in (place / "README.md").read_text()
-    zoo.pack(parts, "a", tmp_path, "third", same=0.0, again=True)
+    apps_zoo.pack(parts, "a", tmp_path, "third", same=0.0, again=True)
     card = (place / "README.md").read_text()
     assert "third" in card and "first" not in card and [f.name for f in tmp_path.iterdir()] == ["a"]
     assert "flextok_demo" not in card and "ar_guidance" not in card, "it has no AR model"
@@ -183,7 +198,7 @@ def test_refused(packed, trained, change, error):
     """And nothing is left behind."""
     before = sorted(packed.parent.iterdir())
     with pytest.raises(ValueError, match=error):
-        zoo.pack(trained, **({"name": "new", "zoo": packed.parent, "same": 0.0} | change))
+        apps_zoo.pack(trained, **({"name": "new", "zoo": packed.parent, "same": 0.0} | change))
     assert sorted(packed.parent.iterdir()) == before
 
 
@@ -193,22 +208,22 @@ def test_strangers_are_not_packed(trained, tmp_path):
     go = tmp_path / "run"
     changed(go / "ar", tokenizer="0123456789abcdef")
     with pytest.raises(ValueError, match="writes ids of tokenizer 0123456789abcdef"):
-        zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
+        apps_zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
     vae = VAE.from_pretrained(trained / "vae")
     with torch.no_grad():
         next(vae.parameters()).mul_(1.01)
     save_model(go / "vae", vae, vae.config)
     with pytest.raises(ValueError, match="do not belong together"):
-        zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
+        apps_zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
     with pytest.raises(ValueError, match="no part 'encoder'"):
-        zoo.pack({"vae": trained / "vae", "encoder": trained / "tokenizer"}, "a", tmp_path / "zoo")
+        apps_zoo.pack({"vae": trained / "vae", "encoder": trained / "tokenizer"}, "a", tmp_path / "zoo")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        zoo.pack({"vae": tmp_path / "nowhere"}, "a", tmp_path / "zoo")
+        apps_zoo.pack({"vae": tmp_path / "nowhere"}, "a", tmp_path / "zoo")
     with pytest.raises(ValueError, match="no tokenizer"):
-        zoo.pack({"vae": trained / "vae", "ar": trained / "ar"}, "a", tmp_path / "zoo")
+        apps_zoo.pack({"vae": trained / "vae", "ar": trained / "ar"}, "a", tmp_path / "zoo")
     shutil.rmtree(go / "vae")
     with pytest.raises(ValueError, match="no finished VAE"):
-        zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
+        apps_zoo.pack(go, "a", tmp_path / "zoo", same=0.0)
     assert not (tmp_path / "zoo").exists() or not list((tmp_path / "zoo").iterdir())
 
 
@@ -228,9 +243,9 @@ def test_what_rounding_does_is_looked_at(trained, tmp_path, monkeypatch, dtype, 
             out["decoder.conv_out.bias"].fill_(0.5)
         return out
 
-    monkeypatch.setattr(zoo, "halved", bad)
+    patch(monkeypatch, apps_zoo, "halved", bad)
     with pytest.raises(ValueError, match=error):
-        zoo.pack(
+        apps_zoo.pack(
             {p: trained / p for p in ("vae", "tokenizer")},
             "a",
             tmp_path,
@@ -248,9 +263,9 @@ def test_what_is_written_is_read_back(trained, tmp_path, monkeypatch):
         if Path(folder).name == "tokenizer":
             changed(Path(folder), vae="0123456789abcdef")
 
-    monkeypatch.setattr(zoo, "save_model", spoiled)
+    patch(monkeypatch, engine_models, "save_model", spoiled)
     with pytest.raises(ValueError, match="was trained with VAE 0123456789abcdef"):
-        zoo.pack({p: trained / p for p in ("vae", "tokenizer")}, "a", tmp_path, same=0.0)
+        apps_zoo.pack({p: trained / p for p in ("vae", "tokenizer")}, "a", tmp_path, same=0.0)
     assert not list(tmp_path.iterdir())
 
 
@@ -258,22 +273,22 @@ def test_a_failure_leaves_nothing(trained, tmp_path, monkeypatch):
     def fail(*given):
         raise OSError("disk full")
 
-    monkeypatch.setattr(zoo, "model_card", fail)
+    patch(monkeypatch, apps_card, "model_card", fail)
     with pytest.raises(OSError, match="disk full"):
-        zoo.pack({"vae": trained / "vae"}, "a", tmp_path)
+        apps_zoo.pack({"vae": trained / "vae"}, "a", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_too_large_is_known_before(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "_write_parts", lambda *given: pytest.fail("it was written"))
+    patch(monkeypatch, apps_zoo, "_write_parts", lambda *given: pytest.fail("it was written"))
     with pytest.raises(ValueError, match="more than 1: train"):
-        zoo.pack(trained, "a", tmp_path / "zoo", limit=1.0)
+        apps_zoo.pack(trained, "a", tmp_path / "zoo", limit=1.0)
 
 
 @pytest.mark.parametrize("name", ("", ".a", "a/b", "../a", "-a"))
 def test_names_that_are_none(trained, tmp_path, name):
     with pytest.raises(ValueError, match="name of a shipped model|is there already"):
-        zoo.pack(trained, name, tmp_path)
+        apps_zoo.pack(trained, name, tmp_path)
 
 
 def test_from_separate_trainings(trained, tmp_path, monkeypatch):
@@ -284,7 +299,7 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
         ["ar", "--tokenizer", "{}/tokenizer"],
     ):
         argv = [a.format(tmp_path) for a in argv]
-        commands.train_main(
+        apps_train.train_main(
             [
                 *argv,
                 "--steps",
@@ -302,7 +317,7 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
             ]
         )
     parts = {p: tmp_path / p for p in ("vae", "tokenizer", "ar")} | {"classifier": trained / "classifier"}
-    packed = zoo.pack(
+    packed = apps_zoo.pack(
         parts,
         "apart",
         tmp_path / "zoo",
@@ -321,9 +336,11 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
         and facts["preset"]["train_ar"]["steps"] == 2
         and facts["preset"]["evaluate"]["steps"] == 3
     )
-    for module in (core, commands, zoo):
-        monkeypatch.setattr(module, "shipped_models", lambda: {"apart": packed})
-    assert status(zoo.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu") == 0
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"apart": packed})
+    assert (
+        status(apps_explore.demo_main, "--out", str(tmp_path / "demo"), "--images", "10", "--device", "cpu")
+        == 0
+    )
     page, card = (tmp_path / "demo" / "report.html").read_text(), load_report(tmp_path / "demo").card
     assert (
         card["steps"] == 3
@@ -350,18 +367,18 @@ def test_from_separate_trainings(trained, tmp_path, monkeypatch):
 def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatch):
     """Its preset says how it is decoded and measured; the AR model's tokenizer need not be named."""
     made = json.loads((shipped / "model.json").read_text())["preset"]
-    assert commands.preset_of(
-        commands.EvalOptions(tokenizer="standin", out="x"), None, "standin"
+    assert apps_models.preset_of(
+        apps_measure.EvalOptions(tokenizer="standin", out="x"), None, "standin"
     ) == from_dict(Preset, made)
     assert (
-        commands.preset_of(
-            commands.EvalOptions(tokenizer="standin", out="x", preset="tiny"), None, "standin"
+        apps_models.preset_of(
+            apps_measure.EvalOptions(tokenizer="standin", out="x", preset="tiny"), None, "standin"
         ).name
         == "tiny"
     )
     assert (
         status(
-            commands.eval_main,
+            apps_measure.eval_main,
             "standin",
             "--ar",
             "standin",
@@ -380,19 +397,23 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatc
     own = from_dict(
         EvalConfig, {**made["evaluate"], "steps": 3, "guidance": 1.5, "ar_guidance": 2.5, "temperature": 0.5}
     )
-    monkeypatch.setattr(
-        commands, "made_with", lambda model: replace(from_dict(Preset, facts["preset"]), evaluate=own)
+    patch(
+        monkeypatch,
+        apps_models,
+        "made_with",
+        lambda model: replace(from_dict(Preset, facts["preset"]), evaluate=own),
     )
     asked = []
-    monkeypatch.setattr(
-        commands,
+    patch(
+        monkeypatch,
+        ar,
         "sample_images",
         lambda ar, tok, labels, k, *how, **rest: asked.append(how) or torch.zeros(len(labels), 3, 32, 32),
     )
     for more in ([], ["--steps", "1", "--ar-guidance", "1"], ["--guidance", "1", "--temperature", "0"]):
         assert (
             status(
-                commands.generate_main,
+                apps_generate.generate_main,
                 "0",
                 "--ar",
                 "standin",
@@ -425,19 +446,19 @@ def test_the_card(packed):
         and "| 3 x 64 |" in card
     )
     assert "Apache-2.0" in card and "Limits" in card and "Intended use" in card
-    logs = {part: json.loads((packed / part / "log.json").read_text()) for part in zoo.PARTS}
+    logs = {part: json.loads((packed / part / "log.json").read_text()) for part in apps_card.PARTS}
     assert all(rows and len(rows) <= 301 for rows in logs.values())
     assert (
-        len(zoo._thin([{"step": i, "loss": 1 / 3} for i in range(1000)])) <= 301
-        and zoo._thin([{"step": i} for i in range(1000)])[-1]["step"] == 999
+        len(apps_zoo._thin([{"step": i, "loss": 1 / 3} for i in range(1000)])) <= 301
+        and apps_zoo._thin([{"step": i} for i in range(1000)])[-1]["step"] == 999
     )
-    assert [row["step"] for row in zoo._thin([{"step": i} for i in range(5)])] == [
+    assert [row["step"] for row in apps_zoo._thin([{"step": i} for i in range(5)])] == [
         0,
         1,
         2,
         3,
         4,
-    ] and zoo._thin([]) == []
+    ] and apps_zoo._thin([]) == []
 
 
 def test_a_table_of_other_weights(trained, packed, tmp_path):
@@ -445,14 +466,14 @@ def test_a_table_of_other_weights(trained, packed, tmp_path):
     parts, report = {p: trained / p for p in ("vae", "tokenizer")}, load_report(trained)
     tok = FlexTok.from_pretrained(packed / "tokenizer", vae=VAE.from_pretrained(packed / "vae"))
     now = replace(report, card=report.card | {"weights": {"tokenizer": weights_hash(tok)}})
-    folder = zoo.pack(parts, "now", tmp_path, same=0.0, report=now)
+    folder = apps_zoo.pack(parts, "now", tmp_path, same=0.0, report=now)
     assert (
         "of these weights" in (folder / "README.md").read_text()
         and load_report(folder).rows == report.rows
         and not list(folder.glob("*scores*"))
     )
     with pytest.raises(ValueError, match="measured on tokenizer 0123456789abcdef"):
-        zoo.pack(
+        apps_zoo.pack(
             parts,
             "then",
             tmp_path,
@@ -466,13 +487,13 @@ def test_a_table_of_other_weights(trained, packed, tmp_path):
     (("1,4,16,all", [1, 4, 16]), ("all,1", [16, 1]), ("2", [2]), ("all", [16]), ("1 2", [1, 2])),
 )
 def test_budgets(text, found):
-    assert zoo.parse_budgets(text, 16) == found
+    assert apps_explore.parse_budgets(text, 16) == found
 
 
 @pytest.mark.parametrize("text", ("", ",", "0", "17", "-1", "most", "1.5", "²"))
 def test_no_budgets(text):
-    with pytest.raises(commands.UsageError):
-        zoo.parse_budgets(text, 16)
+    with pytest.raises(apps_options.UsageError):
+        apps_explore.parse_budgets(text, 16)
 
 
 def test_reconstruct(shipped, tmp_path, capsys):
@@ -492,46 +513,62 @@ def test_reconstruct(shipped, tmp_path, capsys):
         "--device",
         "cpu",
     )
-    assert status(zoo.reconstruct_main, *files[:2], *rest) == 0
+    assert status(apps_explore.reconstruct_main, *files[:2], *rest) == 0
     two = Image.open(tmp_path / "strip.png").size
     assert is_ours(tmp_path / "strip.png"), "so it may be replaced by the next"
-    assert status(zoo.reconstruct_main, *files, *rest) == 1, "one could not be read"
+    assert status(apps_explore.reconstruct_main, *files, *rest) == 1, "one could not be read"
     assert Image.open(tmp_path / "strip.png").size == two
-    assert status(zoo.reconstruct_main, files[2], *rest) == 1 and "cannot be read" in capsys.readouterr().err
     assert (
-        status(zoo.reconstruct_main, "nowhere.jpg", *rest) == 1 and "nowhere.jpg" in capsys.readouterr().err
+        status(apps_explore.reconstruct_main, files[2], *rest) == 1
+        and "cannot be read" in capsys.readouterr().err
     )
-    assert status(zoo.reconstruct_main, files[0], "--model", "standin", "--budgets", "99") == 2
+    assert (
+        status(apps_explore.reconstruct_main, "nowhere.jpg", *rest) == 1
+        and "nowhere.jpg" in capsys.readouterr().err
+    )
+    assert status(apps_explore.reconstruct_main, files[0], "--model", "standin", "--budgets", "99") == 2
     kept = (tmp_path / "tall.png").read_bytes()
     for wrong in (["--out", files[1]], ["--out", "strip.jpg"], ["--steps", "0"], ["--guidance", "nan"]):
-        assert status(zoo.reconstruct_main, files[1], "--model", "standin", *wrong) == 2, wrong
+        assert status(apps_explore.reconstruct_main, files[1], "--model", "standin", *wrong) == 2, wrong
     assert (tmp_path / "tall.png").read_bytes() == kept
-    assert status(zoo.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--device", "cpu") == 2, (
-        "a picture of somebody else's, though not one that is read"
-    )
+    assert (
+        status(apps_explore.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--device", "cpu") == 2
+    ), "a picture of somebody else's, though not one that is read"
     assert (tmp_path / "tall.png").read_bytes() == kept and "--force" in capsys.readouterr().err
     assert (
-        status(zoo.reconstruct_main, files[1], *rest[:-4], "--out", files[1], "--force", "--device", "cpu")
+        status(
+            apps_explore.reconstruct_main,
+            files[1],
+            *rest[:-4],
+            "--out",
+            files[1],
+            "--force",
+            "--device",
+            "cpu",
+        )
         == 2
     ), "not even by force: it is read"
     assert (tmp_path / "tall.png").read_bytes() == kept
     assert status(
-        zoo.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--force", "--device", "cpu"
+        apps_explore.reconstruct_main, files[0], *rest[:-4], "--out", files[1], "--force", "--device", "cpu"
     ) == 0 and is_ours(files[1])
     assert (
-        status(zoo.reconstruct_main, files[0], "--model", "standin", "--set", "tokenizer.registers=4") == 2
+        status(
+            apps_explore.reconstruct_main, files[0], "--model", "standin", "--set", "tokenizer.registers=4"
+        )
+        == 2
     ), "an option that would do nothing"
 
 
 def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
     """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the model's own settings."""
     rows = []
-    draw = zoo._rows
-    monkeypatch.setattr(zoo, "_rows", lambda *given: rows.append(given) or draw(*given))
+    draw = apps_page._rows
+    patch(monkeypatch, apps_page, "_rows", lambda *given: rows.append(given) or draw(*given))
     x = torch.randint(0, 255, (3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
-    zoo.reconstruct(
-        zoo.ReconstructOptions(
+    apps_explore.reconstruct(
+        apps_explore.ReconstructOptions(
             images=(str(tmp_path / "a.png"),),
             model="standin",
             budgets="1,all",
@@ -560,41 +597,44 @@ def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
 def test_no_demo(shipped, tmp_path, capsys, monkeypatch):
     """Refused before anything is measured: a model that is none, no time, another run's folder, a part or the preset missing."""
     out = ("--out", str(tmp_path / "demo"), "--device", "cpu")
-    assert status(zoo.demo_main, "--model", "nothing", *out) == 2 and "standin" in capsys.readouterr().err
+    assert (
+        status(apps_explore.demo_main, "--model", "nothing", *out) == 2
+        and "standin" in capsys.readouterr().err
+    )
     for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--images", "0"], ["--images", "1"]):
-        assert status(zoo.demo_main, *wrong, *out) == 2, wrong
+        assert status(apps_explore.demo_main, *wrong, *out) == 2, wrong
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "run.json").write_text("{}")
-    assert status(zoo.demo_main, *out) == 1 and "training run" in capsys.readouterr().err
+    assert status(apps_explore.demo_main, *out) == 1 and "training run" in capsys.readouterr().err
     (tmp_path / "demo" / "run.json").unlink()
     (tmp_path / "demo" / "quality.png").write_bytes(b"a picture of mine")
-    assert status(zoo.demo_main, *out) == 1 and "--force" in capsys.readouterr().err
+    assert status(apps_explore.demo_main, *out) == 1 and "--force" in capsys.readouterr().err
     assert (tmp_path / "demo" / "quality.png").read_bytes() == b"a picture of mine"
     (tmp_path / "demo" / "quality.png").unlink()
     shutil.copytree(shipped, tmp_path / "other")
-    monkeypatch.setattr(zoo, "shipped_models", lambda: {"other": tmp_path / "other"})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"other": tmp_path / "other"})
     (tmp_path / "other" / "model.json").write_text(json.dumps({"preset": None, "made": {}}))
-    assert status(zoo.demo_main, *out) == 1 and "does not know the preset" in capsys.readouterr().err
+    assert status(apps_explore.demo_main, *out) == 1 and "does not know the preset" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "other" / "classifier")
-    assert status(zoo.demo_main, *out) == 1 and "no classifier" in capsys.readouterr().err
+    assert status(apps_explore.demo_main, *out) == 1 and "no classifier" in capsys.readouterr().err
     assert not list((tmp_path / "demo").iterdir())
-    monkeypatch.setattr(zoo, "shipped_models", dict)
-    assert status(zoo.demo_main, *out) == 2 and "no model comes with" in capsys.readouterr().err
+    patch(monkeypatch, engine_hub, "shipped_models", dict)
+    assert status(apps_explore.demo_main, *out) == 2 and "no model comes with" in capsys.readouterr().err
 
 
 def test_as_many_as_fit(shipped, monkeypatch):
     """Twice the time, about twice the pictures; never fewer than the least."""
     tok, now = FlexTok.from_pretrained("standin"), [0.0]
-    monkeypatch.setattr(zoo.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
         tok, "detokenize", lambda ids, *rest: now.__setitem__(0, now[0] + 0.01 * len(ids)) or ids
     )
     few = torch.zeros(8, 3, 32, 32)
-    a, b = (zoo.images_that_fit(tok, few, 6, 1.0, seconds) for seconds in (60, 120))
+    a, b = (apps_explore.images_that_fit(tok, few, 6, 1.0, seconds) for seconds in (60, 120))
     assert abs(b - 2 * a) <= 10 and a * 0.01 * 5 * 1.5 < 60 < a * 0.01 * 5 * 4, (
         "five token counts; half as many samples"
     )
-    assert zoo.images_that_fit(tok, few, 6, 1.0, -5.0) == 16
+    assert apps_explore.images_that_fit(tok, few, 6, 1.0, -5.0) == 16
 
 
 def test_from_a_wheel(packed, tmp_path):
@@ -628,11 +668,11 @@ def test_from_a_wheel(packed, tmp_path):
         if n.endswith("entry_points.txt")
     )
     assert (
-        "flextok_reconstruct = flextok_edu.zoo:reconstruct_main" in entry
-        and "flextok_demo = flextok_edu.zoo:demo_main" in entry
+        "flextok_reconstruct = flextok_edu.apps.explore:reconstruct_main" in entry
+        and "flextok_demo = flextok_edu.apps.explore:demo_main" in entry
     )
     zipfile.ZipFile(wheel).extractall(unpacked)
-    ask = f"import sys; sys.path.insert(0, {str(unpacked)!r})\nimport flextok_edu; assert flextok_edu.__file__.startswith({str(unpacked)!r})\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.core import weights_hash\nfrom flextok_edu.tokenizer import FlexTok\nARModel.from_pretrained('standin'); print(weights_hash(FlexTok.from_pretrained('standin')))"
+    ask = f"import sys; sys.path.insert(0, {str(unpacked)!r})\nimport flextok_edu; assert flextok_edu.__file__.startswith({str(unpacked)!r})\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.engine.files import weights_hash\nfrom flextok_edu.tokenizer import FlexTok\nARModel.from_pretrained('standin'); print(weights_hash(FlexTok.from_pretrained('standin')))"
     result = subprocess.run(
         [sys.executable, "-I", "-c", ask],
         cwd=tmp_path,
@@ -654,7 +694,9 @@ def test_what_was_learned_goes_along(trained, packed, tmp_path):
     for file in (tmp_path / "run").rglob("learned.*"):
         file.unlink()
     bare = (
-        zoo.pack({p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "bare", tmp_path / "zoo", same=0.0)
+        apps_zoo.pack(
+            {p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "bare", tmp_path / "zoo", same=0.0
+        )
         / "README.md"
     ).read_text()
     assert "- vae: unknown" in bare and "- tokenizer: unknown" in bare
@@ -666,7 +708,7 @@ def test_what_was_learned_goes_along(trained, packed, tmp_path):
         torch.tensor([-5, 0, 7]),
     )
     save_learned(tmp_path / "run" / "vae", learned)
-    place = zoo.pack(
+    place = apps_zoo.pack(
         {p: tmp_path / "run" / p for p in ("vae", "tokenizer")}, "known", tmp_path / "zoo", same=0.0
     )
     back, card = load_learned(place / "vae"), (place / "README.md").read_text()
@@ -688,7 +730,7 @@ def test_labels_are_no_markup(trained, tmp_path):
     evil = "a|b`c <script>alert(1)</script> [x](http://y)\n## Free money\n\x1b[31m $1$ caf\udce9"
     told["asked"]["data"], told["preset"]["name"], told["versions"] = evil, evil, {"to|rch": "2\n# x"}
     (tmp_path / "run" / "run.json").write_text(json.dumps(told))
-    card = (zoo.pack(tmp_path / "run", "evil", tmp_path / "zoo", same=0.0) / "README.md").read_text(
+    card = (apps_zoo.pack(tmp_path / "run", "evil", tmp_path / "zoo", same=0.0) / "README.md").read_text(
         encoding="utf-8"
     )
     outside = card.split("## Measured")[0]
@@ -697,20 +739,23 @@ def test_labels_are_no_markup(trained, tmp_path):
     assert "Free money" in outside and [
         line.count(" | ") for line in outside.splitlines() if line.startswith("| vae")
     ] == [7]
-    assert zoo.markdown("plain words, 64 px: /usr/share/x-1.png") == "plain words, 64 px: /usr/share/x-1.png"
+    assert (
+        apps_card.markdown("plain words, 64 px: /usr/share/x-1.png")
+        == "plain words, 64 px: /usr/share/x-1.png"
+    )
 
 
 def test_the_card_says_what_was_done(trained, tmp_path):
     """No averages, nothing but pixels: the card follows the presets of the parts."""
     shutil.copytree(trained, tmp_path / "run")
     told = json.loads((trained / "run.json").read_text())
-    card = (zoo.pack(tmp_path / "run", "as_is", tmp_path / "zoo", same=0.0) / "README.md").read_text()
+    card = (apps_zoo.pack(tmp_path / "run", "as_is", tmp_path / "zoo", same=0.0) / "README.md").read_text()
     assert "exponential averages" in card and "a critic" in card and "efficientnet" in card
     for part in ("vae", "tokenizer", "ar"):
         told["preset"][f"train_{part}"]["ema"] = 0.0
     told["preset"]["vae_loss"] |= {"perceptual": 0.0, "adversarial": 0.0}
     (tmp_path / "run" / "run.json").write_text(json.dumps(told))
-    place = zoo.pack(tmp_path / "run", "changed", tmp_path / "zoo", same=0.0)
+    place = apps_zoo.pack(tmp_path / "run", "changed", tmp_path / "zoo", same=0.0)
     card, facts = (place / "README.md").read_text(), json.loads((place / "model.json").read_text())
     assert "exponential averages" not in card and "of the last step" in card and "nothing but pixels" in card
     assert facts["vae_trained_against"] == "nothing but pixels" and facts["weights_are"] == "of the last step"
@@ -718,7 +763,7 @@ def test_the_card_says_what_was_done(trained, tmp_path):
     assert (
         "weights are unknown"
         in (
-            zoo.pack(
+            apps_zoo.pack(
                 tmp_path / "run",
                 "nobody_knows",
                 tmp_path / "zoo",
@@ -734,8 +779,7 @@ def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
     """Sizes of a stranger's model.json and config.json are refused before anything of that size is made, in words."""
     place = tmp_path / "stranger"
     shutil.copytree(packed, place)
-    for module in (core, commands, zoo):
-        monkeypatch.setattr(module, "shipped_models", lambda: {"stranger": place})
+    patch(monkeypatch, engine_hub, "shipped_models", lambda: {"stranger": place})
     good = json.loads((place / "model.json").read_text())
 
     def described(**changes):
@@ -755,9 +799,17 @@ def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
         inner[keys[-1]] = value
         described(preset=preset_)
         with pytest.raises(ValueError, match="model.json"):
-            zoo.read_facts(place)
+            apps_card.read_facts(place)
         assert (
-            status(zoo.demo_main, "--model", "stranger", "--out", str(tmp_path / "demo"), "--device", "cpu")
+            status(
+                apps_explore.demo_main,
+                "--model",
+                "stranger",
+                "--out",
+                str(tmp_path / "demo"),
+                "--device",
+                "cpu",
+            )
             == 1
         )
     for changes in (
@@ -768,10 +820,10 @@ def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
     ):
         described(**changes)
         with pytest.raises(ValueError, match="model.json"):
-            zoo.read_facts(place)
+            apps_card.read_facts(place)
     (place / "model.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
-        zoo.read_facts(place)
+        apps_card.read_facts(place)
     (place / "vae" / "config.json").write_text(
         (place / "vae" / "config.json").read_text().replace('"layers": 1', '"layers": 1000000000')
     )
@@ -796,7 +848,7 @@ def test_a_damaged_record_of_a_training(tmp_path, told):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "run.json").write_text(told)
     try:
-        facts = zoo._history({"vae": tmp_path / "vae"}, None)
+        facts = apps_zoo._history({"vae": tmp_path / "vae"}, None)
     except ValueError as error:
         assert str(error) and "own" not in told
     else:
@@ -820,7 +872,7 @@ def test_any_file_name(shipped, tmp_path, name):
         pytest.skip("this file system cannot hold the name")
     assert (
         status(
-            zoo.reconstruct_main,
+            apps_explore.reconstruct_main,
             str(tmp_path / name),
             "--model",
             "standin",

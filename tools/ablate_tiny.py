@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch
 
-from flextok_edu.core import compiler_works, from_uint8, preset, seed_everything, write_text
-from flextok_edu.data import ToyScenes
-from flextok_edu.evaluate import image_scores, versions
-from flextok_edu.features import AttributeClassifier, read_accuracy
+from flextok_edu.engine.compiler import compiler_works
+from flextok_edu.engine.config import preset
+from flextok_edu.engine.files import write_text
+from flextok_edu.engine.tensors import from_uint8, seed_everything
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.evaluation.metrics import image_scores
+from flextok_edu.evaluation.report import versions
+from flextok_edu.data.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok, Latents, cache_latents, fit_tokenizer
 from flextok_edu.vae import VAE
 

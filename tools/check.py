@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = str(max(1, min(4, os.cpu_count() or 1)))  # processes, one thread each
 NBS, LIB = ROOT / "nbs", ROOT / "flextok_edu"
+DOORS = ("core.py", "released.py", "pipeline.py")  # written by hand: old names that go on to work
 CODE = ["nbs", "flextok_edu", "tests", "tools", "setup.py"]  # what ruff.toml has rules for
 
 
@@ -51,21 +52,19 @@ def in_step() -> None:
 
 def no_stray_module() -> None:
     """Every module names the notebook it comes from, and that notebook exists."""
-    for module in sorted(LIB.glob("*.py")):
-        if module.name in ("__init__.py", "_modidx.py"):
+    for module in sorted(LIB.rglob("*.py")):
+        if module.name in ("__init__.py", "_modidx.py") or module.relative_to(LIB).as_posix() in DOORS:
             continue
-        first = module.read_text(encoding="utf-8").splitlines()
-        source = next(
-            (line.split("../nbs/")[1].split(".ipynb")[0] for line in first if "../nbs/" in line), None
-        )
+        lines = module.read_text(encoding="utf-8").splitlines()
+        source = next((s.split("../nbs/")[1].split(".ipynb")[0] for s in lines if "../nbs/" in s), None)
         if source is None or not (NBS / f"{source}.ipynb").exists():
             sys.exit(f"FAILED: {module.relative_to(ROOT)} has no notebook (its source: {source})")
 
 
 def notebooks_run() -> None:
     """All notebooks, one process a core with one thread each (processes with several threads each would fight)."""
-    count = len(list(NBS.glob("[0-9]*.ipynb")))
-    if count < 12:
+    count = len([f for f in NBS.rglob("*.ipynb") if not f.with_name(".notest").exists()])
+    if count < 60:
         sys.exit(f"FAILED: only {count} notebooks found in {NBS}")
     call(
         "nbdev_test",

@@ -35,15 +35,12 @@ def frame(path: Path) -> bool:
     """Put both cells into a notebook. Returns whether it changed."""
     notebook = nbformat.read(path, 4)
     before = nbformat.writes(notebook)
-    name = path.stem[:2] if path.stem[:2].isdigit() else path.stem[:4]
-    if path.parent.name == "solutions":
-        name = "s" + name
-    cells = [c for c in notebook.cells if c.id not in (f"{name}-badge", f"{name}-setup")]
+    cells = [c for c in notebook.cells if not c.id.endswith(("-badge", "-setup"))]
     at = 1 + next(i for i, c in enumerate(cells) if c.cell_type == "markdown")
     badge = nbformat.v4.new_markdown_cell(
-        BADGE.format(repo=REPO, branch=BRANCH, path=path.relative_to(ROOT).as_posix()), id=f"{name}-badge"
+        BADGE.format(repo=REPO, branch=BRANCH, path=path.relative_to(ROOT).as_posix()), id="colab-badge"
     )
-    setup = nbformat.v4.new_code_cell(SETUP.format(repo=REPO), id=f"{name}-setup", metadata={})
+    setup = nbformat.v4.new_code_cell(SETUP.format(repo=REPO), id="colab-setup", metadata={})
     notebook.cells = cells[:at] + [badge, setup] + cells[at:]
     after = nbformat.writes(notebook)
     if after != before and "--check" not in sys.argv:

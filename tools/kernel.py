@@ -1,9 +1,9 @@
 """Run notebooks in a real Jupyter kernel, cell by cell, as a reader does with "Run All".
 
-    python tools/kernel.py             all rooms and all solutions
-    python tools/kernel.py 04 05       the rooms whose name begins so, with their solutions
+    python tools/kernel.py             all notebooks but the studies
+    python tools/kernel.py fsq files   the notebooks of this name, with their solutions
     python tools/kernel.py FILE.ipynb  one notebook
-    python tools/kernel.py --save 04   the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
+    python tools/kernel.py --save fsq  the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
 
 `nbdev_test` needs no kernel, and differs from one: it skips cells with `#| eval: false`, has no event loop and no messages for widgets,
 and draws without the inline backend. Printed for each notebook: code cells, seconds, and whatever a reader would stumble over: errors,
@@ -158,12 +158,10 @@ def main() -> None:
     files = [Path(n).resolve() for n in names if n.endswith(".ipynb")]
     names = [n for n in names if not n.endswith(".ipynb")]
     if names or not files:
-        for base in (ROOT / "nbs", ROOT / "nbs" / "solutions"):
-            files += sorted(
-                f for f in base.glob("[0-9]*.ipynb") if not names or f.name.startswith(tuple(names))
-            )
+        found = [f for f in sorted((ROOT / "nbs").rglob("*.ipynb")) if "experiments" not in f.parts]
+        files += [f for f in found if not names or {f.stem, f.stem.lstrip("0123456789_")} & {*names}]
     if not files:
-        sys.exit(f"no notebook's name begins with {' or '.join(names)}")
+        sys.exit(f"no notebook is called {' or '.join(names)}")
     bad = 0
     for f in files:
         result = run(f, save="--save" in sys.argv)

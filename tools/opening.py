@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 
-from flextok_edu.commands import habits, open_tokenizer
-from flextok_edu.core import from_uint8, shipped_models
-from flextok_edu.data import ToyScenes, load_learned
-from flextok_edu.evaluate import split_by_record, token_counts
-from flextok_edu.pipeline import _rows
+from flextok_edu.apps.models import habits, open_tokenizer
+from flextok_edu.engine.hub import shipped_models
+from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.data.learned import load_learned
+from flextok_edu.data.scenes import ToyScenes
+from flextok_edu.evaluation.evaluate import split_by_record
+from flextok_edu.evaluation.metrics import token_counts
+from flextok_edu.apps.page import _rows
 
 SCENES = (
     5,

@@ -29,12 +29,25 @@ def tree(source: str) -> str:  # magics are no Python: such a cell must be the s
         found = ast.parse(source)
     except SyntaxError:
         return source
-    for node in ast.walk(found):  # the formatter may indent a docstring anew
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node, clean=False
+    for node in ast.walk(found):  # the formatter may indent a docstring anew, and cut a long literal in two
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
         ):
-            node.body[0].value.value = ast.get_docstring(node)
+            node.value.value = " ".join(node.value.value.split())
+        if isinstance(node, ast.JoinedStr):
+            node.values = joined(node.values)
     return ast.dump(found)
+
+
+def joined(values: list) -> list:  # neighbouring texts of an f-string as one
+    out: list = []
+    for v in values:
+        if isinstance(v, ast.Constant) and out and isinstance(out[-1], ast.Constant):
+            v = ast.Constant(out.pop().value + v.value)
+        out.append(v)
+    return out
 
 
 def main() -> None:

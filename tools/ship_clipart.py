@@ -18,10 +18,14 @@ from pathlib import Path
 
 import torch
 
-from flextok_edu.core import from_uint8, preset, write_text
-from flextok_edu.data import Learned, picture_keys, read_folder, save_learned
-from flextok_edu.evaluate import split_by_record
-from flextok_edu.zoo import pack
+from flextok_edu.engine.config import preset
+from flextok_edu.engine.files import write_text
+from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.data.folders import read_folder
+from flextok_edu.data.keys import picture_keys
+from flextok_edu.data.learned import Learned, save_learned
+from flextok_edu.evaluation.evaluate import split_by_record
+from flextok_edu.apps.zoo import pack
 from ship_tiny import one_after_the_other, read
 
 TEXT = """FlexTok at 64 px for clip art: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any number of them, from the first, gives a picture back. VAE and tokenizer began with the weights of `tiny` and went on, encoder and decoder, with 5,095 pictures of the Open Clip Art Library (Debian's `openclipart-png`, public domain), mirrored too, on two CPU cores. No AR model, no classifier: five thousand pictures in 22 folders are too few for the one, and nothing reads their attributes for the other.

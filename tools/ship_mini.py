@@ -19,13 +19,18 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from flextok_edu.ar import ARModel, bind_tokenizer, save_ar, tokenizer_hash
-from flextok_edu.core import Preset, from_dict, preset, save_model, weights_hash, write_text
-from flextok_edu.data import KINDS, Learned, save_learned
-from flextok_edu.evaluate import load_report, trained_how
-from flextok_edu.features import AttributeClassifier
+from flextok_edu.engine.config import Preset, preset
+from flextok_edu.engine.files import weights_hash, write_text
+from flextok_edu.engine.limits import from_dict
+from flextok_edu.engine.models import save_model
+from flextok_edu.data.learned import Learned, save_learned
+from flextok_edu.data.scenes import KINDS
+from flextok_edu.evaluation.report import load_report, trained_how
+from flextok_edu.data.features import AttributeClassifier
 from flextok_edu.tokenizer import FlexTok, save_tokenizer
 from flextok_edu.vae import VAE
-from flextok_edu.zoo import PARTS, model_card, pack, read_facts
+from flextok_edu.apps.card import PARTS, model_card, read_facts
+from flextok_edu.apps.zoo import pack
 
 SCRIPT = Path(__file__).with_name("mini_ea3e120.py")
 COMMAND = (

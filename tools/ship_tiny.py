@@ -20,13 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flextok_edu.ar import load_ar, save_ar, tokenizer_hash
-from flextok_edu.core import Preset, VAEConfig, load_model, preset, save_model, write_text
-from flextok_edu.data import Learned, load_data, save_learned
-from flextok_edu.evaluate import versions
-from flextok_edu.features import train_classifier
+from flextok_edu.engine.config import Preset, VAEConfig, preset
+from flextok_edu.engine.files import write_text
+from flextok_edu.engine.models import load_model, save_model
+from flextok_edu.data.datasets import load_data
+from flextok_edu.data.learned import Learned, save_learned
+from flextok_edu.evaluation.report import versions
+from flextok_edu.data.features import train_classifier
 from flextok_edu.tokenizer import load_tokenizer, save_tokenizer, with_decoder
 from flextok_edu.vae import VAE
-from flextok_edu.zoo import pack
+from flextok_edu.apps.zoo import pack
 
 TEXT = """FlexTok at 64 px: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any number of them, from the first, gives a picture back. With an AR model that writes such lists for twelve classes, and the attribute classifier that its table was measured with. All of it was trained from scratch on ToyScenes of level 2 (a thing of one of twelve kinds and eight colours on one of several grounds, mostly with a second, small thing), on two CPU cores, in five hours (more than half of the VAE's time, the classifier and the AR model on one of them).
 
