@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Condition', 'Decoder', 'TokenizerParts', 'runs_together', 'GuidedVelocity', 'LatentTokenizer',
-           'ImageTokenizer', 'Draws', 'DiceThrower', 'LearningTokenizer', 'FlexTok', 'with_decoder', 'cache_latents',
-           'Latents', 'latent_batches', 'TokenizerFeed', 'fit_tokenizer', 'train_tokenizer', 'save_tokenizer',
-           'load_tokenizer', 'feature_map', 'REPA']
+           'ImageTokenizer', 'TrainingNoise', 'DiceThrower', 'LearningTokenizer', 'FlexTok', 'with_decoder',
+           'cache_latents', 'Latents', 'latent_batches', 'TokenizerLoader', 'fit_tokenizer', 'train_tokenizer',
+           'save_tokenizer', 'load_tokenizer', 'feature_map', 'REPA']
 
 # %% ../nbs/08_tokenizer.ipynb #08_tokenizer-imports
 import math, warnings
@@ -27,11 +27,11 @@ from .engine.config import Preset, StageConfig, TokenizerConfig
 from .engine.files import weights_hash
 from .engine.hub import Pretrained
 from .engine.identity import meaning
-from .engine.loader import Feed
-from .engine.models import belongs, load_model, save_model
+from .engine.loader import Loader
+from .engine.models import was_trained_with, load_model, save_model
 from .engine.optim import EMA
 from .engine.tensors import from_uint8, named_generator, noise_like
-from .engine.trainer import Engine, Player, fit
+from .engine.trainer import Engine, Objective, fit
 from flextok_edu.flow import (
     APG,
     SOLVERS,
@@ -44,7 +44,7 @@ from flextok_edu.flow import (
     sample_time,
     velocity_target,
 )
-from .fsq import CodeUse, FSQ, RunningNorm
+from .fsq import CodebookUsage, FSQ, RunningNorm
 from .registers import encoder_mask, keep_mask, nested_dropout, sample_budget
 from flextok_edu.transformer import (
     Block,
@@ -218,7 +218,7 @@ class TokenizerParts(nn.Module):
         self.config = config
         self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
-        self.use: CodeUse | None = None  # counts codes while training, if there is one
+        self.use: CodebookUsage | None = None  # counts codes while training, if there is one
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
         self.short_cuts = True  # exact; switch off to see the plain computation
         self.guidance_together: bool | None = (
@@ -323,19 +323,19 @@ def _start(
 
 # %% ../nbs/08_tokenizer.ipynb #08-d2ea3477-1
 def runs_together(
-    told: Tensor,  # registers of the pass with the condition (b r d)
-    nothing: Tensor,  # and of the one without (b r' d)
+    cond: Tensor,  # registers of the pass with the condition (b r d)
+    uncond: Tensor,  # and of the one without (b r' d)
     patches: int,  # n
 ) -> bool:  # whether one batch of both is faster than two calls
     "Where a call alone has few rows, and the padding is a small share of them. (Measured on CPU; not yet on a GPU.)"
-    return len(told) * (patches + told.shape[1]) < 512 and told.shape[1] - nothing.shape[1] <= patches // 16
+    return len(cond) * (patches + cond.shape[1]) < 512 and cond.shape[1] - uncond.shape[1] <= patches // 16
 
 
 def _side_by_side(
-    told: tuple, nothing: tuple
+    cond: tuple, uncond: tuple
 ) -> tuple[Tensor, Tensor | None]:  # registers (2b r d); bias (2b r), or None
     "Both conditions as one batch. The shorter one is filled up with tokens that nobody may look at."
-    (a, bias_a), (b, bias_b) = told, nothing
+    (a, bias_a), (b, bias_b) = cond, uncond
     missing = a.shape[1] - b.shape[1]
     if not missing:
         return torch.cat([a, b.to(a.dtype)]), None if bias_a is None else torch.cat([bias_a, bias_b])
@@ -361,14 +361,14 @@ class GuidedVelocity:
     ):  # adaptive projected guidance
         self.decoder, self.short, self.times, self.guidance = parts.decoder, parts.short_cuts, times, guidance
         self.modulations = self.decoder.modulations(times) if self.short else None  # of all times at once
-        self.told = self.decoder.condition(codes, budget, short=self.short)
-        self.nothing = self.decoder.null_condition(len(codes), self.short)
+        self.cond = self.decoder.condition(codes, budget, short=self.short)
+        self.uncond = self.decoder.null_condition(len(codes), self.short)
         together = (
-            self.short and runs_together(self.told[0], self.nothing[0], self.decoder.side**2)
+            self.short and runs_together(self.cond[0], self.uncond[0], self.decoder.side**2)
             if parts.guidance_together is None
             else parts.guidance_together
         )
-        self.both = _side_by_side(self.told, self.nothing) if together else None
+        self.both = _side_by_side(self.cond, self.uncond) if together else None
         self.apg, self.running = APG() if apg is True else apg, None
 
     def __call__(
@@ -383,11 +383,11 @@ class GuidedVelocity:
             self.guidance[i],
         )
         if g == 1:
-            return self.decoder(x, now, *self.told)
+            return self.decoder(x, now, *self.cond)
         if self.both:
             v, v_uncond = self.decoder(torch.cat([x, x]), now, *self.both).chunk(2)
         else:
-            v, v_uncond = self.decoder(x, now, *self.told), self.decoder(x, now, *self.nothing)
+            v, v_uncond = self.decoder(x, now, *self.cond), self.decoder(x, now, *self.uncond)
         if not self.apg:
             return guide(v, v_uncond, g)
         v, self.running = guide_apg(
@@ -602,7 +602,7 @@ class ImageTokenizer(LatentTokenizer):
         return images.clamp(-1, 1)
 
 # %% ../nbs/08_tokenizer.ipynb #08-88375226
-class Draws(NamedTuple):
+class TrainingNoise(NamedTuple):
     "The dice of a training step, one throw a sample."
 
     budget: Tensor  # tokens kept (b,), int64 in 1 .. k
@@ -612,11 +612,13 @@ class Draws(NamedTuple):
     noise: Tensor | None = None  # (b c h w); drawn by the loss if there is none
     longest: int | None = None  # no sample keeps more tokens than this; all k are computed if it is not known
 
-    def to(self, device) -> "Draws":
-        return Draws(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+    def to(self, device) -> "TrainingNoise":
+        return TrainingNoise(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
-    def of(self, rows: Tensor) -> "Draws":
-        return Draws(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # the dice of some samples
+    def of(self, rows: Tensor) -> "TrainingNoise":
+        return TrainingNoise(
+            *(x[rows] if isinstance(x, Tensor) else x for x in self)
+        )  # the dice of some samples
 
 # %% ../nbs/08_tokenizer.ipynb #08-22bb6fff
 class DiceThrower(ImageTokenizer):
@@ -627,24 +629,24 @@ class DiceThrower(ImageTokenizer):
         b: int,  # images
         budget: int
         | Tensor
-        | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
+        | None = None,  # tokens kept, a number or (b,); drawn from the budget distribution by default
         generator: torch.Generator | None = None,  # a CPU generator
-    ) -> Draws:  # on the CPU, without noise
+    ) -> TrainingNoise:  # on the CPU, without noise
         "Throw a training step's dice: budgets, null conditions, times."
         c = self.config
         budget = (
-            sample_budget(c.dropout_law, b, c.registers, generator)
+            sample_budget(c.budget_distribution, b, c.registers, generator)
             if budget is None
             else torch.as_tensor(budget, device="cpu").expand(b)
         )
         null, t = (
             torch.rand(b, generator=generator, device="cpu") < c.null_probability,
-            sample_time(c.time_law, b, generator, mode_scale=c.mode_scale),
+            sample_time(c.time_distribution, b, generator, mode_scale=c.mode_scale),
         )
         zeroed = torch.arange(b, device="cpu") < round(
             c.zero_noise * b
         )  # zero-noise regression: t = 1, noise 0
-        return Draws(budget, null, zeroed, torch.where(zeroed, 1.0, t))
+        return TrainingNoise(budget, null, zeroed, torch.where(zeroed, 1.0, t))
 
 # %% ../nbs/08_tokenizer.ipynb #08-65651c23
 class LearningTokenizer(DiceThrower):
@@ -657,8 +659,8 @@ class LearningTokenizer(DiceThrower):
         features: Tensor | None = None,  # what they see on these images (b d h w), for `repa`
         budget: int
         | Tensor
-        | None = None,  # tokens kept, a number or (b,); drawn from the dropout law by default
-        draws: "Draws | None" = None,  # the dice, if they are thrown already
+        | None = None,  # tokens kept, a number or (b,); drawn from the budget distribution by default
+        draws: "TrainingNoise | None" = None,  # the dice, if they are thrown already
     ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "The flow loss under nested dropout and null condition."
         c, b, device = self.config, len(latents), latents.device
@@ -708,7 +710,8 @@ class FlexTok(LearningTokenizer, Pretrained):
                 (
                     VAE.from_pretrained(f)
                     for f in (folder / "vae", folder.parent / "vae")
-                    if (f / "config.json").exists() and (f.parent == folder or belongs(folder, "vae", f))
+                    if (f / "config.json").exists()
+                    and (f.parent == folder or was_trained_with(folder, "vae", f))
                 ),
                 None,
             )
@@ -760,7 +763,7 @@ def cache_latents(
 
 @dataclass
 class Latents:
-    "Posteriors of images, in memory. Room 11b keeps them on the disk, behind the same two methods."
+    "Posteriors of images, in memory. The notebook caches keeps them on the disk, behind the same two methods."
 
     means: Tensor  # normalised posterior means (N c h w)
     stds: Tensor | None = None  # standard deviations; None: the means are the latents
@@ -773,38 +776,38 @@ class Latents:
 
 
 def latent_batches(
-    data: Latents,  # or what room 11b keeps on the disk
+    data: Latents,  # or what caches keeps on the disk
     batch: int,  # latents a batch
     seed: int = 0,  # order, and the posterior samples
     device="cpu",  # where the batch goes
     features: Tensor | None = None,  # something else that is known of each image (N …), to go along
     sample: bool = True,  # samples of the posteriors; otherwise their means
-) -> Feed:  # of latents (b c h w); of pairs (latents, features) if there are features
+) -> Loader:  # of latents (b c h w); of pairs (latents, features) if there are features
     "Shuffled posterior samples without end."
     if features is not None and len(features) != len(data):
         raise ValueError(
             f"{len(features)} features for {len(data)} images: they must be of the same images, in the same order"
         )
 
-    def make(rows, places, step):
+    def make(rows, positions, step):
         latents, stds = data.latents(rows)
         if sample and stds is not None:
             latents = latents + stds * noise_like(
-                tuple(latents.shape[1:]), seed, (step * batch + places).tolist(), stream="posterior"
+                tuple(latents.shape[1:]), seed, (step * batch + positions).tolist(), stream="posterior"
             )
         return latents.to(device) if features is None else (latents.to(device), features[rows].to(device))
 
-    return Feed(len(data), batch, make, seed)
+    return Loader(len(data), batch, make, seed)
 
 # %% ../nbs/08_tokenizer.ipynb #08-715025b4
 def _lengths(k: int) -> list[int]:
     return sorted({max(1, k // f) for f in (32, 8, 4, 2, 1)})  # what a micro-batch may be cut to
 
 
-class TokenizerFeed(Feed):
+class TokenizerLoader(Loader):
     "Latents, features and dice of stage 1, dealt in the order of their budgets (short cut 4)."
 
-    def __init__(self, tok: "FlexTok", latents: Feed):  # of `latent_batches`
+    def __init__(self, tok: "FlexTok", latents: Loader):  # of `latent_batches`
         super().__init__(latents.length, latents.batch, None, latents.seed)
         self.tok, self.latents, self.shape = (
             tok,
@@ -812,32 +815,34 @@ class TokenizerFeed(Feed):
             (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size),
         )
 
-    def draws(self, step: int) -> Draws:
+    def draws(self, step: int) -> TrainingNoise:
         return self.tok.draw(self.batch, generator=named_generator(self.seed, "draws", step))
 
-    def kept(self, d: Draws) -> Tensor:
+    def kept(self, d: TrainingNoise) -> Tensor:
         return d.budget * ~d.null  # tokens that matter (b,)
 
-    def places(self, step: int) -> Tensor:
+    def positions(self, step: int) -> Tensor:
         return self.kept(self.draws(step)).argsort(descending=True, stable=True)
 
-    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
+    def micro_batches(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 1
+    ) -> list[tuple[object, float]]:
         rows, draws = self.latents.rows(step), self.draws(step)
 
-        def part(places):
-            found = self.latents.make(rows[places], places, step)
+        def part(positions):
+            found = self.latents.make(rows[positions], positions, step)
             latents, features = found if isinstance(found, tuple) else (found, None)
             longest = next(
-                n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[places].max()
+                n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[positions].max()
             )
             noise = noise_like(
-                self.shape, self.seed, (step * self.batch + places).tolist(), latents.device, "flow"
+                self.shape, self.seed, (step * self.batch + positions).tolist(), latents.device, "flow"
             )
-            return (latents, features, draws.of(places)._replace(noise=noise, longest=longest)), len(
-                places
+            return (latents, features, draws.of(positions)._replace(noise=noise, longest=longest)), len(
+                positions
             ) * world / self.batch
 
-        return [part(places) for places in self.dealt(step, rank, world, micro)]
+        return [part(positions) for positions in self.shard(step, rank, world, micro)]
 
 # %% ../nbs/08_tokenizer.ipynb #08-30d86b85
 def fit_tokenizer(
@@ -852,7 +857,7 @@ def fit_tokenizer(
     use_compiler: bool = False,  # torch.compile the blocks
     progress: bool = True,
     repa: "REPA | None" = None,  # frozen eyes to learn from; its projector is trained along, and not saved
-    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+    engine: Engine | None = None,  # the machine, see engine; by default this one device
 ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
     "Train a tokenizer, or go on with a trained one. Raises ValueError for images, a part or weights that do not fit."
     c = tok.config
@@ -865,7 +870,7 @@ def fit_tokenizer(
     torch.manual_seed(seed)
     moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
     extra = list(repa.projector.named_parameters("projector")) if repa is not None else []
-    tok.use = CodeUse(c.levels, c.registers, device=device)
+    tok.use = CodebookUsage(c.levels, c.registers, device=device)
     statistics = EMA(
         [tok.norm.mean, tok.norm.std] if tok.norm is not None and part == "both" else [], config.ema
     )
@@ -876,7 +881,7 @@ def fit_tokenizer(
             statistics.updates = ema.updates
             statistics.update()
 
-    player = Player(
+    objective = Objective(
         "tokenizer",
         lambda batch, progress: tok.loss(batch[0], repa, batch[1], draws=batch[2]),
         moved + extra,
@@ -895,8 +900,8 @@ def fit_tokenizer(
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
             log = fit(
-                [player],
-                TokenizerFeed(tok, stream),
+                [objective],
+                TokenizerLoader(tok, stream),
                 config.steps,
                 ema,
                 precision,
@@ -962,7 +967,7 @@ def train_tokenizer(
     use_compiler: bool = False,  # torch.compile the blocks
     progress: bool = True,
     repa: "REPA | None" = None,  # frozen eyes to learn from
-    engine: Engine | None = None,  # the machine, see room 00
+    engine: Engine | None = None,  # the machine, see engine
 ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
     "Train a new tokenizer on cached latents."
     torch.manual_seed(seed)
@@ -1012,20 +1017,20 @@ def load_tokenizer(
 # %% ../nbs/08_tokenizer.ipynb #08-5bd0949f
 @torch.no_grad()
 def feature_map(
-    eyes,  # a frozen extractor of room 02, or any module: images -> (b d h w)
+    feature_extractor,  # a frozen extractor of features, or any module: images -> (b d h w)
     images: Tensor,  # images (b 3 H W) in [-1, 1]
 ) -> Tensor:  # what it sees, and where (b d h w)
     "Features with their places. Raises ValueError for eyes that only give one vector for the whole image."
-    if hasattr(eyes, "maps"):
-        return eyes.maps(images, (10,))[0]
+    if hasattr(feature_extractor, "maps"):
+        return feature_extractor.maps(images, (10,))[0]
     seen = []
     hook = (
-        eyes.net.register_forward_hook(lambda net, given, found: seen.append(found))
-        if hasattr(eyes, "net")
+        feature_extractor.net.register_forward_hook(lambda net, given, found: seen.append(found))
+        if hasattr(feature_extractor, "net")
         else None
     )
     try:
-        found = eyes(images)
+        found = feature_extractor(images)
     finally:
         hook is None or hook.remove()
     tokens = (
@@ -1036,7 +1041,7 @@ def feature_map(
         found = rearrange(tokens[:, -side * side :], "b (h w) d -> b d h w", h=side)
     if found.ndim != 4:
         raise ValueError(
-            f"{getattr(eyes, 'name', type(eyes).__name__)} gives features {tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them"
+            f"{getattr(feature_extractor, 'name', type(feature_extractor).__name__)} gives features {tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them"
         )
     return found
 
@@ -1047,7 +1052,7 @@ class REPA(nn.Module):
     def __init__(
         self,
         config: TokenizerConfig,  # of the tokenizer that is to learn
-        eyes,  # a frozen extractor, see `feature_map`
+        feature_extractor,  # a frozen extractor, see `feature_map`
         block: int = 1,  # the decoder block that is read; 0 is the first
         weight: float = 1.0,  # of the distance in the loss
         hidden: int | None = None,
@@ -1057,9 +1062,14 @@ class REPA(nn.Module):
         if not 0 <= block < trunk.depth:
             raise ValueError(f"block {block}: this decoder has blocks 0 .. {trunk.depth - 1}")
         d, h = trunk.width, hidden or trunk.width
-        self.eyes, self.block, self.weight, self.side = eyes, block, weight, config.latent_size // trunk.patch
-        device = next((w.device for w in eyes.parameters()), torch.device("cpu"))
-        dim = feature_map(eyes, torch.zeros(1, 3, 64, 64, device=device)).shape[1]
+        self.feature_extractor, self.block, self.weight, self.side = (
+            feature_extractor,
+            block,
+            weight,
+            config.latent_size // trunk.patch,
+        )
+        device = next((w.device for w in feature_extractor.parameters()), torch.device("cpu"))
+        dim = feature_map(feature_extractor, torch.zeros(1, 3, 64, 64, device=device)).shape[1]
         self.projector = nn.Sequential(
             nn.Linear(d, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, dim)
         )
@@ -1072,7 +1082,9 @@ class REPA(nn.Module):
     ) -> Tensor:  # features on the grid of the decoder's patches (b d h w), float16, on the CPU
         "What the eyes see on every training image."
         device, size = self.projector[0].weight.device, (self.side, self.side)
-        maps = (feature_map(self.eyes, from_uint8(part.to(device))) for part in images.split(batch))
+        maps = (
+            feature_map(self.feature_extractor, from_uint8(part.to(device))) for part in images.split(batch)
+        )
         return torch.cat(
             [
                 (m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ResBlock', 'SpatialAttention', 'Down', 'Up', 'VAEEncoder', 'VAEDecoder', 'VAEParts', 'VAE', 'kl_to_standard_normal',
-           'PatchDiscriminator', 'AutoencoderLoss', 'VAELoss', 'PosteriorFeed', 'train_vae']
+           'PatchDiscriminator', 'AutoencoderLoss', 'VAELoss', 'PosteriorLoader', 'train_vae']
 
 # %% ../nbs/03_vae.ipynb #03_vae-imports
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from .data.datasets import ImageSet
 from .data.features import Lite0, perceptual_distance
 from .engine.config import Preset, StageConfig, VAEConfig, VAELossConfig
 from .engine.hub import Pretrained
-from .engine.loader import Feed
+from .engine.loader import Loader
 from .engine.models import load_model, save_model
 from .engine.optim import EMA
 from .engine.tensors import from_uint8, noise_like
-from .engine.trainer import Engine, Player, fit
+from .engine.trainer import Engine, Objective, fit
 
 # %% ../nbs/03_vae.ipynb #03-59970e3c
 class ResBlock(nn.Module):
@@ -263,13 +263,13 @@ class AutoencoderLoss(nn.Module):
         self,
         vae: VAE,
         weights: VAELossConfig,
-        eyes: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
+        feature_extractor: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
         pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
     ):  # the pixel term: (output, images) -> scalar
         super().__init__()
-        if weights.perceptual and eyes is None:
+        if weights.perceptual and feature_extractor is None:
             raise ValueError("a perceptual loss needs eyes: pass extractor(), or set its weight to 0")
-        self.vae, self.weights, self.eyes, self.pixel = vae, weights, eyes, pixel
+        self.vae, self.weights, self.feature_extractor, self.pixel = vae, weights, feature_extractor, pixel
         self.critic = PatchDiscriminator(vae.config.in_channels) if weights.adversarial else None
         self.logvar = nn.Parameter(torch.zeros(())) if weights.learned_logvar else None
         self.fake = None  # this step's reconstructions, for the critic
@@ -290,7 +290,7 @@ class AutoencoderLoss(nn.Module):
         numbers = {"l1": pixel if self.pixel is F.l1_loss else F.l1_loss(output.detach(), images), "kl": kl}
         loss = w.l1 * pixel
         if w.perceptual:
-            numbers["perceptual"] = perceptual_distance(self.eyes, output, images)
+            numbers["perceptual"] = perceptual_distance(self.feature_extractor, output, images)
             loss = loss + w.perceptual * numbers["perceptual"]
         if self.logvar is not None:
             self.distance, s = loss.detach(), self.logvar.detach()
@@ -306,7 +306,7 @@ class AutoencoderLoss(nn.Module):
 
 # %% ../nbs/03_vae.ipynb #03-130e0108
 class VAELoss(AutoencoderLoss):
-    "All losses of stage 0. `players` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
+    "All losses of stage 0. `objectives` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
 
     def discriminator(
         self,
@@ -328,13 +328,13 @@ class VAELoss(AutoencoderLoss):
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."
         return self.distance / self.logvar.exp() + self.logvar, {"logvar": self.logvar.detach()}
 
-    def players(
+    def objectives(
         self, config: StageConfig
-    ) -> list[Player]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
+    ) -> list[Objective]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."
         own = lambda lr: StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.0)
-        players = [
-            Player(
+        objectives = [
+            Objective(
                 "vae",
                 lambda b, s: self.autoencoder(b[0], s, *b[2:]),
                 list(self.vae.named_parameters()),
@@ -343,8 +343,8 @@ class VAELoss(AutoencoderLoss):
             )
         ]
         if self.critic:
-            players.append(
-                Player(
+            objectives.append(
+                Objective(
                     "critic",
                     lambda b, s: self.discriminator(b[0], s),
                     list(self.critic.named_parameters()),
@@ -354,52 +354,54 @@ class VAELoss(AutoencoderLoss):
                 )
             )
         if self.logvar is not None:
-            players.append(
-                Player("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(0.1))
+            objectives.append(
+                Objective("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(0.1))
             )
-        return players
+        return objectives
 
 # %% ../nbs/03_vae.ipynb #03-decdca30
-class PosteriorFeed(Feed):
+class PosteriorLoader(Loader):
     "Images, and the noise of their posterior samples, which so belongs to a step and a place, not to the process that draws it."
 
     def __init__(
         self,
-        images: Feed,  # of images and labels
+        images: Loader,  # of images and labels
         config: VAEConfig,
     ):
         super().__init__(getattr(images, "length", 1), images.batch, None, images.seed)
         self.images, self.config = images, config
         self.state_dict, self.load_state_dict = images.state_dict, images.load_state_dict
 
-    def parts(self, step: int, rank: int = 0, world: int = 1, micro: int = 1) -> list[tuple[object, float]]:
-        def noise(images, places):
+    def micro_batches(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 1
+    ) -> list[tuple[object, float]]:
+        def noise(images, positions):
             sides = [side // self.config.factor for side in images.shape[2:]]
             return noise_like(
                 (self.config.latent_channels, *sides),
                 self.seed,
-                (step * self.batch + places).tolist(),
+                (step * self.batch + positions).tolist(),
                 images.device,
                 "posterior",
             )
 
-        parts = self.images.parts(step, rank, world, micro)
+        parts = self.images.micro_batches(step, rank, world, micro)
         return [
-            ((*batch, noise(batch[0], places)), weight)
-            for (batch, weight), places in zip(parts, self.dealt(step, rank, world, micro), strict=True)
+            ((*batch, noise(batch[0], positions)), weight)
+            for (batch, weight), positions in zip(parts, self.shard(step, rank, world, micro), strict=True)
         ]
 
 # %% ../nbs/03_vae.ipynb #03-decdca30-1
 def train_vae(
-    data: ImageSet,  # training images (or a source of room 01b)
+    data: ImageSet,  # training images (or a source of sources)
     preset: Preset,  # sizes, loss weights, steps
-    eyes: Lite0 | None = None,  # for the perceptual loss
+    feature_extractor: Lite0 | None = None,  # for the perceptual loss
     seed: int = 0,
     device="cpu",
     flip: bool = False,  # mirror images at random
     precision: torch.dtype | None = None,
     progress: bool = True,
-    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+    engine: Engine | None = None,  # the machine, see engine; by default this one device
     vae: VAE | None = None,  # a trained one to go on with, changed in place
     part: str = "decoder",  # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
 ) -> tuple[VAE, list[dict]]:  # averaged weights with measured latents, eval mode; training log
@@ -414,11 +416,11 @@ def train_vae(
     torch.manual_seed(seed)
     vae = (VAE(preset.vae) if old is None else old).to(device)
     vae.requires_grad_(True).encoder.requires_grad_(not frozen)
-    losses = VAELoss(vae, preset.vae_loss, eyes).to(device)
+    losses = VAELoss(vae, preset.vae_loss, feature_extractor).to(device)
     ema = EMA(vae, config.ema)
-    feed = PosteriorFeed(data.feed(config.batch, seed, device, flip), preset.vae)
+    feed = PosteriorLoader(data.feed(config.batch, seed, device, flip), preset.vae)
     log = fit(
-        losses.players(config),
+        losses.objectives(config),
         feed,
         config.steps,
         ema,

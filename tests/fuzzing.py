@@ -52,19 +52,19 @@ def deep(n=3000):
     return value.encode()
 
 
-def places(value, at=()):
+def positions(value, at=()):
     """All paths in nested json."""
     yield at
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*at, key))
+            yield from positions(value[key], (*at, key))
 
 
 def mutated_json(rng: random.Random, value):
     """The same with one to three things wrong."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        at = rng.choice(list(places(value)))
+        at = rng.choice(list(positions(value)))
         if not at:
             if rng.random() < 0.2:
                 value = copy.deepcopy(rng.choice(NASTY))

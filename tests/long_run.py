@@ -36,7 +36,7 @@ SMALL = replace(
         registers=8,
         encoder=TrunkConfig(depth=1, **TRUNK),
         decoder=TrunkConfig(depth=2, **TRUNK),
-        dropout_law="powers_of_two",
+        budget_distribution="powers_of_two",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Writing tokens (room 09) and laying results side by side (room 10): what must hold, and the planted bug that each test catches."""
+"""Writing tokens (ar) and laying results side by side (evaluation): what must hold, and the planted bug that each test catches."""
 
 import json
 import math
@@ -18,12 +18,12 @@ import flextok_edu.evaluation.metrics as evaluation_metrics
 from flextok_edu.ar import (
     ARModel,
     CachedGPT,
-    choose,
+    sample_token,
     guidance_at,
-    keep_likely,
+    filter_top_k_top_p,
     position_losses,
     sample_images,
-    token_chances,
+    token_uniforms,
     tokenizer_hash,
     unigram_entropies,
 )
@@ -56,7 +56,7 @@ def model():
     return model
 
 
-# --- room 09: what is written depends on (seed, index) alone ------------------------------------------------------
+# --- ar: what is written depends on (seed, index) alone ------------------------------------------------------
 
 
 def check_alone_as_in_a_batch(model, options):
@@ -91,11 +91,11 @@ def test_written_samples(model, check, options):
 
 
 def numbers_of_the_batch(monkeypatch):
-    real = ar.token_chances
+    real = ar.token_uniforms
     patch(
         monkeypatch,
         ar,
-        "token_chances",
+        "token_uniforms",
         lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds),
     )
 
@@ -107,8 +107,8 @@ def numbers_for_the_asked_length(monkeypatch):
         lambda self, labels, length=None, seed=0, **o: self.write(
             labels,
             [1.0] * (length or 10),
-            (lambda u: lambda j, logits: choose(logits, u[:, j : j + 1]))(
-                ar.token_chances(10, range(len(labels)), seed + (length or 10))
+            (lambda u: lambda j, logits: sample_token(logits, u[:, j : j + 1]))(
+                ar.token_uniforms(10, range(len(labels)), seed + (length or 10))
             ),
         ),
     )
@@ -118,11 +118,11 @@ def seeds_number_the_samples_too(monkeypatch):
     patch(
         monkeypatch,
         ar,
-        "token_chances",
+        "token_uniforms",
         lambda length, indices, seed=0, seeds=None: (
-            token_chances(length, indices, seed)
+            token_uniforms(length, indices, seed)
             if seeds is None
-            else torch.cat([token_chances(length, [i], int(s)) for i, s in enumerate(seeds)])
+            else torch.cat([token_uniforms(length, [i], int(s)) for i, s in enumerate(seeds)])
         ),
     )
 
@@ -222,7 +222,7 @@ def test_nonsense_is_refused(model, bad):
         model.generate(LABELS, **bad)
 
 
-# --- room 09: the choice of a token ---------------------------------------------------------------------------------
+# --- ar: the choice of a token ---------------------------------------------------------------------------------
 
 
 def reference_kept(p, top_k, top_p):
@@ -240,7 +240,7 @@ def reference_kept(p, top_k, top_p):
 def check_kept():
     p = torch.rand(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     for top_k, top_p in ((1, None), (5, None), (None, 0.3), (None, 0.95), (4, 0.6), (12, 1.0), (None, 1e-9)):
-        kept = keep_likely(p.log(), top_k, top_p)
+        kept = filter_top_k_top_p(p.log(), top_k, top_p)
         for row, found in zip(p, kept):
             assert found.isfinite().nonzero()[:, 0].tolist() == reference_kept(row.tolist(), top_k, top_p)
             assert torch.equal(found[found.isfinite()], row.log()[found.isfinite()]), (
@@ -250,20 +250,20 @@ def check_kept():
 
 def test_kept():
     check_kept()
-    assert keep_likely(torch.zeros(2, 3, 6), top_k=2).isfinite().sum(-1).tolist() == [[2] * 3] * 2, (
+    assert filter_top_k_top_p(torch.zeros(2, 3, 6), top_k=2).isfinite().sum(-1).tolist() == [[2] * 3] * 2, (
         "equal tokens: exactly two"
     )
     x = torch.randn(3, 6)
     before = x.clone()
-    keep_likely(x, 2, 0.5)
+    filter_top_k_top_p(x, 2, 0.5)
     assert torch.equal(x, before), "nothing is written in place"
 
 
 def test_kept_one_too_many_is_caught(monkeypatch):
-    real = ar.keep_likely
+    real = ar.filter_top_k_top_p
     monkeypatch.setitem(
         globals(),
-        "keep_likely",
+        "filter_top_k_top_p",
         lambda logits, top_k=None, top_p=None: real(logits, min(top_k + 1, 12) if top_k else top_k, top_p),
     )
     with pytest.raises(AssertionError):
@@ -272,18 +272,18 @@ def test_kept_one_too_many_is_caught(monkeypatch):
 
 def test_drawn_as_often_as_they_should_be():
     p = torch.tensor([0.05, 0.38, 0.07, 0.24, 0.1, 0.16])
-    u = token_chances(1, range(6000))
+    u = token_uniforms(1, range(6000))
     for options in (dict(), dict(temperature=0.5), dict(temperature=2.0), dict(top_k=3), dict(top_p=0.7)):
         cut = {k: v for k, v in options.items() if k != "temperature"}
-        expected = keep_likely(p.log() / options.get("temperature", 1.0), **cut).softmax(-1)
-        counted = torch.bincount(choose(p.log().expand(6000, 6), u, **options), minlength=6) / 6000
+        expected = filter_top_k_top_p(p.log() / options.get("temperature", 1.0), **cut).softmax(-1)
+        counted = torch.bincount(sample_token(p.log().expand(6000, 6), u, **options), minlength=6) / 6000
         assert (counted - expected).abs().max() < 0.02 and (counted[expected == 0] == 0).all()
 
 
 def test_edges_of_the_chance():
     """The smallest and the largest u still fall on a token that was kept."""
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    assert [choose(logits, torch.tensor([[u]])).item() for u in (1e-38, 1 - 1e-7, 1.0)] == [1, 2, 2]
+    assert [sample_token(logits, torch.tensor([[u]])).item() for u in (1e-38, 1 - 1e-7, 1.0)] == [1, 2, 2]
 
 
 def test_guidance_list():
@@ -294,7 +294,7 @@ def test_guidance_list():
     )
 
 
-# --- room 09: reading ----------------------------------------------------------------------------------------------
+# --- ar: reading ----------------------------------------------------------------------------------------------
 
 
 def check_causal(model):
@@ -370,7 +370,7 @@ def test_images_by_seeds():
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
-# --- room 10: results side by side ----------------------------------------------------------------------------------
+# --- evaluation: results side by side ----------------------------------------------------------------------------------
 
 
 class Eyes(nn.Module):

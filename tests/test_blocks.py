@@ -302,22 +302,26 @@ def check_laws():
         "uniform_rounded_up": {1: 1 / 12, 2: 1 / 12, 4: 2 / 12, 8: 4 / 12, 12: 4 / 12},
         "half_full": {1: 0.1, 2: 0.1, 4: 0.1, 8: 0.1, 12: 0.6},
     }
-    assert set(registers.LAWS) == set(expected)
-    for law, shares in expected.items():
-        values, counts = registers.sample_budget(law, count, 12, generator()).unique(return_counts=True)
+    assert set(registers.BUDGET_DISTRIBUTIONS) == set(expected)
+    for distribution, shares in expected.items():
+        values, counts = registers.sample_budget(distribution, count, 12, generator()).unique(
+            return_counts=True
+        )
         assert values.tolist() == sorted(shares)
         assert all(
             abs(c / count - shares[v]) < 5 * math.sqrt(shares[v] / count)
             for v, c in zip(values.tolist(), counts.tolist())
-        ), law
+        ), distribution
 
 
 def check_gradient_noise_averages():
     """Budgets of a batch are independent: their mean has the variance of one draw divided by the batch."""
-    for law in registers.LAWS:
+    for distribution in registers.BUDGET_DISTRIBUTIONS:
         g = generator()
-        one = registers.sample_budget(law, 20_000, 16, g).float().var()
-        means = torch.stack([registers.sample_budget(law, 64, 16, g).float().mean() for _ in range(400)])
+        one = registers.sample_budget(distribution, 20_000, 16, g).float().var()
+        means = torch.stack(
+            [registers.sample_budget(distribution, 64, 16, g).float().mean() for _ in range(400)]
+        )
         assert means.var() * 64 < 2 * one
 
 
@@ -576,8 +580,8 @@ def never_full_length(monkeypatch):
         monkeypatch,
         registers,
         "sample_budget",
-        lambda law, b, k, generator=None, device=None: real(
-            law, b, 1 << (k.bit_length() - 1), generator, device
+        lambda distribution, b, k, generator=None, device=None: real(
+            distribution, b, 1 << (k.bit_length() - 1), generator, device
         ),
     )
 
@@ -588,7 +592,9 @@ def one_budget_for_the_batch(monkeypatch):
         monkeypatch,
         registers,
         "sample_budget",
-        lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b),
+        lambda distribution, b, k, generator=None, device=None: real(
+            distribution, 1, k, generator, device
+        ).expand(b),
     )
 
 

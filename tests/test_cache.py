@@ -601,7 +601,7 @@ def test_what_is_refused(models, tmp_path):
 
 
 class Drawer:
-    """As room 01b's sources are: items by number, some of them broken, one without a valid label."""
+    """As sources's sources are: items by number, some of them broken, one without a valid label."""
 
     name, classes, hash = "a drawer", ("a", "b", "c"), "0123456789abcdef"
 
@@ -972,7 +972,7 @@ def test_feeds(models, tmp_path):
     noise = (batches[2] - means) / stds
     assert 0.9 < noise.std() < 1.1 and not torch.equal(noise[0], noise[1])
     for world, micro in ((2, 1), (1, 3), (2, 2)):
-        shares = [part for rank in range(world) for part in other.parts(2, rank, world, micro)]
+        shares = [part for rank in range(world) for part in other.micro_batches(2, rank, world, micro)]
         assert sum(w for _, w in shares) / world == pytest.approx(1)
         got = torch.cat([b for b, _ in shares])
         assert torch.equal(got.flatten(1).sum(1).sort().values, batches[2].flatten(1).sum(1).sort().values), (

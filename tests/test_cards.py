@@ -1,4 +1,4 @@
-"""What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (room 10)."""
+"""What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (evaluation)."""
 
 import os
 import subprocess

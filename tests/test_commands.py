@@ -202,11 +202,11 @@ LOUD = """
 import sys
 import flextok_edu.apps.train as apps_train
 import flextok_edu.apps.training as apps_training
-real = apps_training.Told.parts
+real = apps_training.Told.micro_batches
 def parts(self, step):
     print("in training", flush=True)
     return real(self, step)
-apps_training.Told.parts = parts
+apps_training.Told.micro_batches = parts
 apps_train.train_main(sys.argv[1:])
 """
 
@@ -255,15 +255,15 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
 def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
     """In the third step, from inside: the signal arrives while the loop runs."""
-    real, count = apps_training.Told.parts, []
+    real, count = apps_training.Told.micro_batches, []
 
-    def parts(self, step):
+    def micro_batches(self, step):
         count.append(step)
         if len(count) == 4:
             os.kill(os.getpid(), number)
         return real(self, step)
 
-    monkeypatch.setattr(apps_training.Told, "parts", parts)
+    monkeypatch.setattr(apps_training.Told, "micro_batches", micro_batches)
     argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
     refused(capsys, status, "the same command goes on", "train", *argv)
     monkeypatch.undo()
@@ -1121,7 +1121,9 @@ def test_estimate(capsys):
 
 
 def test_estimate_scales_what_was_measured():
-    pace = apps_pace.Pace(batch=4, steps=3, seconds=2.0, gradient=1.5, peak=10 * 10**9, flops=0, share=0.5)
+    pace = apps_pace.StepProfile(
+        batch=4, steps=3, seconds=2.0, gradient=1.5, peak=10 * 10**9, flops=0, share=0.5
+    )
     e = apps_estimate.Estimate("vae", pace, batch=16, steps=900, memory=1e9)
     assert e.seconds == 0.5 + 4 * 1.5 and e.hours == pytest.approx(apps_pace.SUSTAINED * 900 * 6.5 / 3600)
     assert "measured with 4 a step and scaled" in apps_estimate.estimate_line(e)

@@ -154,7 +154,7 @@ def test_linked_class_folders_are_read_and_circles_are_not(tmp_path):
     )
     message = next(str(w.message) for w in said if "not read below" in str(w.message))
     assert "4 folders or links" in message and ("leads nowhere" in message or "read already" in message)
-    _, lost = data_folders._walk(root)
+    _, lost = data_folders.walk(root)
     assert sorted(x.split(" (")[1] for x in lost) == [
         "a link that leads nowhere)",
         "a link to a folder above it)",

@@ -36,6 +36,7 @@ from flextok_edu.engine.config import (
     Preset,
     StageConfig,
     TokenizerConfig,
+    preset,
     TrunkConfig,
     VAEConfig,
 )
@@ -436,9 +437,9 @@ def test_identity_says_what_weights_mean():
         assert weights_hash(first) == weights_hash(other) and identity(first) != identity(other)
     for same in (
         one(
-            dropout_law="uniform",
+            budget_distribution="uniform",
             null_probability=0.3,
-            time_law="uniform",
+            time_distribution="uniform",
             sample_posterior=False,
             zero_noise=0.5,
             mode_scale=0.5,
@@ -685,3 +686,19 @@ def test_constraints_agree():
     few, all_of_them = ({k.lower().replace("_", "-"): v for k, v in pins[name].items()} for name in pins)
     missing = {k for k in few if k not in all_of_them and k not in ("torch", "torchvision")}
     assert not missing and all(all_of_them.get(k, v) == v for k, v in few.items()) and len(all_of_them) > 100
+
+
+def test_settings_keep_their_old_names():
+    """Configurations lie in files for years: what was called a law is a distribution today."""
+    from flextok_edu.apps.options import override
+
+    old = json.loads(to_json(preset("tiny").tokenizer))
+    old = {
+        {"budget_distribution": "dropout_law", "time_distribution": "time_law"}.get(k, k): v
+        for k, v in old.items()
+    }
+    assert "dropout_law" in old and from_dict(TokenizerConfig, old) == preset("tiny").tokenizer
+    changed = override(
+        preset("tiny"), {"tokenizer.dropout_law": "uniform", "tokenizer.time_law": "uniform"}
+    ).tokenizer
+    assert (changed.budget_distribution, changed.time_distribution) == ("uniform", "uniform")

@@ -1,4 +1,4 @@
-"""Rooms 07 and 08: solvers of known order, time shift, guidance in time, the loss in time; and REPA. With the bugs that each check must catch."""
+"""The lesson flow and tokenizer: solvers of known order, time shift, guidance in time, the loss in time; and REPA. With the bugs that each check must catch."""
 
 import math
 from dataclasses import replace
@@ -269,7 +269,7 @@ class Eyes(nn.Module):
 
 
 class TransformerEyes(nn.Module):
-    "As room 02 wraps DINOv2: pooled features, and a net whose output knows all tokens."
+    "As features wraps DINOv2: pooled features, and a net whose output knows all tokens."
 
     def __init__(self):
         super().__init__()
@@ -490,7 +490,7 @@ def test_the_projector_is_trained_and_not_saved(precision, tmp_path):
     tok.save_pretrained(tmp_path)
     again = FlexTok.from_pretrained(tmp_path)
     assert list(again.own_state()) == list(tok.own_state()) and not any(
-        "projector" in n or "eyes" in n for n in again.own_state()
+        "projector" in n or "feature_extractor" in n for n in again.own_state()
     )
 
 
@@ -543,8 +543,8 @@ def test_real_eyes():
     assert torch.allclose(features, repa.look(pictures(3), batch=2), atol=1e-2), (
         "neither does the batch size matter"
     )
-    assert not any(w.requires_grad for w in repa.eyes.parameters())
-    assert repa.train().eyes.training is False, "frozen: never leaves eval mode"
+    assert not any(w.requires_grad for w in repa.feature_extractor.parameters())
+    assert repa.train().feature_extractor.training is False, "frozen: never leaves eval mode"
 
 
 def test_repa_refuses_what_does_not_fit(tok):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vector_quantize_pytorch import FSQ as Other
 
-from flextok_edu.fsq import FSQ, CodeUse
+from flextok_edu.fsq import FSQ, CodebookUsage
 
 
 @pytest.mark.parametrize("levels", ((8, 5, 5, 5), (8, 8, 8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 6, 5)), ids=str)
@@ -19,7 +19,7 @@ def test_same_codes_and_ids(levels):
 
 
 def counted(codes, keep):
-    use = CodeUse((8, 5, 5, 5), codes.shape[1])
+    use = CodebookUsage((8, 5, 5, 5), codes.shape[1])
     use.collect(codes, keep)
     return use
 

@@ -174,7 +174,7 @@ def test_captions():
         if i % 50 == 1:
             text = b'{"caption": ' + b"9" * rng.choice((100, 10_000)) + b"}"
         try:
-            found = data_sources._caption(text, i % 3 > 0)
+            found = data_sources.caption_of(text, i % 3 > 0)
             assert found is None or isinstance(found, str) and found
             used += 1
         except ValueError as error:

@@ -203,13 +203,13 @@ def door_of_released(folder: Path):
 
 
 def door_of_vaes(folder: Path):
-    from flextok_edu.io.released import _vae_names
+    from flextok_edu.io.released import vae_names
 
     config = VAEConfig(3, 4, (8, 16), 1, 1, 4)
     state = VAE(config).state_dict()
     weights = {
         f"{theirs}.{last}": state[f"{ours}.{last}"].contiguous()
-        for theirs, ours in _vae_names(config).items()
+        for theirs, ours in vae_names(config).items()
         for last in ("weight", "bias")
     }
     (folder / "v").mkdir()

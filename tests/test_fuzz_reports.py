@@ -10,7 +10,7 @@ import resource
 import pytest
 import torch
 
-from flextok_edu.data.learned import Learned, _hash_keys, save_learned
+from flextok_edu.data.learned import Learned, hash_keys, save_learned
 from flextok_edu.evaluation.compare import compare
 from flextok_edu.evaluation.metrics import column
 from flextok_edu.evaluation.report import Report, load_report, plot_report, score_key
@@ -226,7 +226,7 @@ def test_descriptions(tmp_path, memory):
     for part in ("vae", "tokenizer"):
         (place / part).mkdir(parents=True)
         (place / part / "model.safetensors").write_bytes(b"0" * 100)
-        save_learned(place / part, Learned("one in eight", "a folder", 4, _hash_keys(keys), keys))
+        save_learned(place / part, Learned("one in eight", "a folder", 4, hash_keys(keys), keys))
     log = [{"step": i, "loss": 0.5, "seconds": 1.0} for i in range(5)]
     learned = json.loads((place / "vae" / "learned.json").read_text())
     files = {"model.json": facts, "vae/config.json": config, "vae/log.json": log, "vae/learned.json": learned}

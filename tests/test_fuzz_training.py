@@ -20,9 +20,9 @@ from flextok_edu.engine.shards import read_header, shard_path
 from flextok_edu.io.build import build_cache
 from flextok_edu.io.cache import Cache
 from flextok_edu.engine.config import StageConfig
-from flextok_edu.engine.loader import Feed
+from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.optim import EMA
-from flextok_edu.engine.trainer import Player, fit
+from flextok_edu.engine.trainer import Objective, fit
 from flextok_edu.engine.long_run import LongRun
 from flextok_edu.engine.resume import changes_of
 
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
                 seen.append(self)
 
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    player = Player(
+    objective = Objective(
         "net",
         lambda b, _: (net(b).square().mean(), {}),
         list(net.named_parameters()),
@@ -54,8 +54,8 @@ def run(tmp_path_factory):
         list(net.named_buffers()),
     )
     fit(
-        [player],
-        Feed(40, 4, lambda rows, places, step: x[rows]),
+        [objective],
+        Loader(40, 4, lambda rows, positions, step: x[rows]),
         4,
         EMA(net),
         progress=False,
@@ -129,7 +129,7 @@ def test_checkpoints(run):
         found = run.store.newest()
         if found:
             steps.add(str(found[1].get("step")))
-            run._agree(found[1], run.players)
+            run._agree(found[1], run.objectives)
             run._restore(*found)
 
     with warnings.catch_warnings():

@@ -218,7 +218,7 @@ def test_extractors_are_pinned(monkeypatch, tmp_path):
         str(tmp_path): 0,
     } and all(o["weights_only"] for o in asked.values())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    url = data_extractors.OTHER_EYES["inception"][0]
+    url = data_extractors.DOWNLOADED["inception"][0]
     assert len(data_extractors.PINS[url]) == 64 and data_extractors.PINS[url].startswith(
         url.split("-")[-1].removesuffix(".pth")
     )

@@ -53,7 +53,7 @@ def check_critic_is_trained():
         while True:
             yield torch.rand(4, 3, 32, 32) * 2 - 1, None
 
-    fit(losses.players(StageConfig(batch=4)), stream(), 2, progress=False)
+    fit(losses.objectives(StageConfig(batch=4)), stream(), 2, progress=False)
     assert any(not torch.equal(before[n], w) for n, w in losses.critic.named_parameters())
 
 
@@ -114,9 +114,9 @@ def check_encoder_mask():
 
 
 def check_one_budget_per_sample():
-    for law in registers.LAWS:
-        budgets = registers.sample_budget(law, 4096, 16, torch.Generator().manual_seed(0))
-        assert len(budgets.unique()) == (16 if law == "uniform" else 5)
+    for distribution in registers.BUDGET_DISTRIBUTIONS:
+        budgets = registers.sample_budget(distribution, 4096, 16, torch.Generator().manual_seed(0))
+        assert len(budgets.unique()) == (16 if distribution == "uniform" else 5)
 
 
 def check_dropped_is_dropped():
@@ -259,8 +259,8 @@ def check_evaluation_uses_the_cards_images():
 
 
 def one_player_only(monkeypatch):
-    real = vae.VAELoss.players
-    monkeypatch.setattr(vae.VAELoss, "players", lambda self, config: real(self, config)[:1])
+    real = vae.VAELoss.objectives
+    monkeypatch.setattr(vae.VAELoss, "objectives", lambda self, config: real(self, config)[:1])
 
 
 def opinion_cut_off(monkeypatch):
@@ -317,7 +317,9 @@ def one_budget_for_the_batch(monkeypatch):
         monkeypatch,
         registers,
         "sample_budget",
-        lambda law, b, k, generator=None, device=None: real(law, 1, k, generator, device).expand(b),
+        lambda distribution, b, k, generator=None, device=None: real(
+            distribution, 1, k, generator, device
+        ).expand(b),
     )
 
 
@@ -369,12 +371,12 @@ def reference_is_another_set(monkeypatch):
 def reference_is_resized_otherwise(monkeypatch):
     real = evaluation_metrics.all_features
 
-    def resized(eyes, images, *args, **kwargs):
+    def resized(feature_extractor, images, *args, **kwargs):
         if images.dtype == torch.uint8:
             images = nn.functional.interpolate(
                 nn.functional.interpolate(images.float(), size=5), size=images.shape[-1]
             ).to(torch.uint8)
-        return real(eyes, images, *args, **kwargs)
+        return real(feature_extractor, images, *args, **kwargs)
 
     patch(monkeypatch, evaluation_metrics, "all_features", resized)
 
@@ -447,8 +449,8 @@ def reference_is_another_crop(monkeypatch):
         monkeypatch,
         evaluation_metrics,
         "all_features",
-        lambda eyes, images, *a, **k: real(
-            eyes, images.roll(3, -1) if images.dtype == torch.uint8 else images, *a, **k
+        lambda feature_extractor, images, *a, **k: real(
+            feature_extractor, images.roll(3, -1) if images.dtype == torch.uint8 else images, *a, **k
         ),
     )
 

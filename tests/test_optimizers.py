@@ -1,4 +1,4 @@
-"""The optimisers of room 00: Muon against PyTorch's own and against the decomposition that it approximates; where it computes, and in what precision."""
+"""The optimisers of engine: Muon against PyTorch's own and against the decomposition that it approximates; where it computes, and in what precision."""
 
 import inspect
 

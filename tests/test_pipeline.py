@@ -120,9 +120,9 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
     """A signal while a stage trains; the same run goes on there, and ends with the same weights."""
     if not whole:
         whole.append(run(RunConfig(out=str(tmp_path / "whole"), **FAST)))
-    real = engine_long_run.LongRun.parts
+    real = engine_long_run.LongRun.micro_batches
 
-    def parts(self, step):
+    def micro_batches(self, step):
         if (
             self.store.folder.parent.name == name and step == at and self.flops
         ):  # not in the rehearsal that counts arithmetic
@@ -130,7 +130,7 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
         return real(self, step)
 
     with monkeypatch.context() as m:
-        m.setattr(engine_long_run.LongRun, "parts", parts)
+        m.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
         with pytest.raises(engine_long_run.Stopped) as stop:
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert (
@@ -219,7 +219,7 @@ def test_a_stopwatch_measures_and_leaves(capsys):
             for n in apps_run_config.STAGES
         },
     )
-    pace = apps_pace.Stopwatch("cpu", steps=2).watch(apps_pace.throwaway(small, train)["tokenizer"])
+    pace = apps_pace.Stopwatch("cpu", steps=2).watch(apps_pace.dummy_stages(small, train)["tokenizer"])
     assert (
         pace.batch == 4
         and pace.steps == 2
@@ -229,7 +229,9 @@ def test_a_stopwatch_measures_and_leaves(capsys):
         and pace.peak > 1e8
     )
     assert (
-        apps_pace.Stopwatch("cpu", steps=50, seconds=0.0).watch(apps_pace.throwaway(small, train)["ar"]).steps
+        apps_pace.Stopwatch("cpu", steps=50, seconds=0.0)
+        .watch(apps_pace.dummy_stages(small, train)["ar"])
+        .steps
         == 1
     ), "one step, whatever it costs"
 
@@ -268,7 +270,7 @@ def test_rows_of_pictures(tmp_path):
     paint = (
         torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
     )  # rows, columns: no white
-    apps_page._rows(
+    apps_page.picture_rows(
         list(paint.expand(-1, -1, -1, 16, 16)),
         ["a", "b", "c"],
         tmp_path / "rows.png",
@@ -316,7 +318,7 @@ def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("scale", (1.0, 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
 def test_float16_trains_with_a_gradient_scaler(scale):
     """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without a crash."""
-    from flextok_edu.engine.trainer import Player, fit
+    from flextok_edu.engine.trainer import Objective, fit
 
     torch.manual_seed(0)
     line, target, generator = (
@@ -332,7 +334,7 @@ def test_float16_trains_with_a_gradient_scaler(scale):
 
     loss = lambda batch, progress: (scale * (line(batch[0]).float() - batch[1]).square().mean(), {})
     log = fit(
-        [Player("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))],
+        [Objective("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))],
         points(),
         200,
         precision=torch.float16,

@@ -36,8 +36,8 @@ OWN = TokenizerConfig(
     modulations=1,
     max_timestep=1000.0,
     time_features=64,
-    time_law="mode",
-    dropout_law="uniform",
+    time_distribution="mode",
+    budget_distribution="uniform",
 )
 
 
@@ -163,7 +163,7 @@ def test_what_a_loaded_tokenizer_is(capsys):
         c.decoder.mlp_ratio,
         c.levels,
         c.encoder.patch,
-        c.time_law,
+        c.time_distribution,
         c.null_probability,
     ) == (1, 1000.0, 3.0, (7, 5, 5, 5, 5), 1, "mode", 0.2)
     assert (
@@ -725,9 +725,19 @@ def test_round_trip_after_training(tmp_path):
     "changes",
     (
         dict(),
-        dict(encoder_mask="full", encoder=TrunkConfig(32, 1, 1, 16), modulations=2, time_law="logit_normal"),
-        dict(encoder_mask="causal", levels=(7, 5), null_probability=0.3, dropout_law="powers_of_two"),
-        dict(registers=1, time_law="uniform", sample_posterior=False, decoder=TrunkConfig(64, 3, 4, 8, 2.5)),
+        dict(
+            encoder_mask="full",
+            encoder=TrunkConfig(32, 1, 1, 16),
+            modulations=2,
+            time_distribution="logit_normal",
+        ),
+        dict(encoder_mask="causal", levels=(7, 5), null_probability=0.3, budget_distribution="powers_of_two"),
+        dict(
+            registers=1,
+            time_distribution="uniform",
+            sample_posterior=False,
+            decoder=TrunkConfig(64, 3, 4, 8, 2.5),
+        ),
         dict(mode_scale=1.2, encoder=TrunkConfig(32, 2, 4, 32), decoder=TrunkConfig(48, 1, 1, 12)),
     ),
     ids=str,
@@ -754,7 +764,7 @@ def test_own_limits(tmp_path, capsys):
         save_released(FlexTok(replace(OWN, norm_before_fsq=True)), tmp_path)
     assert not list(tmp_path.iterdir())
     measured = VAE(VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4))
-    save_released(FlexTok(replace(OWN, zero_noise=0.5, dropout_law="half_full"), measured), tmp_path)
+    save_released(FlexTok(replace(OWN, zero_noise=0.5, budget_distribution="half_full"), measured), tmp_path)
     said = capsys.readouterr().out
     assert "zero_noise=0.5" in said and "half_full" in said and "VAE is not part" in said
     assert load_flextok(tmp_path, vae=measured).tokenize(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
@@ -846,7 +856,7 @@ def test_vae(tmp_path, shape, names):
 
 def test_vae_of_full_size():
     """84 million parameters: every name and shape of the released VAEs' layout is one of ours."""
-    from flextok_edu.io.released import _vae_names
+    from flextok_edu.io.released import vae_names
 
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
@@ -859,9 +869,7 @@ def test_vae_of_full_size():
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
     names = {
-        f"{a}.{last}": f"{b}.{last}"
-        for a, b in _vae_names(ours.config).items()
-        for last in ("weight", "bias")
+        f"{a}.{last}": f"{b}.{last}" for a, b in vae_names(ours.config).items() for last in ("weight", "bias")
     }
     state = ours.state_dict()
     assert {n: w.shape for n, w in theirs.state_dict().items()} == {

@@ -1,7 +1,7 @@
 """Our classes compute what the reference implementation computed.
 
 Two tiny checkpoints in the layout of the released FlexTok models, and what the reference made of them in float32
-(tests/fixtures/README.md). The names are mapped by hand here; a loader for real checkpoints is room 13's job.
+(tests/fixtures/README.md). The names are mapped by hand here; a loader for real checkpoints is released's job.
 """
 
 import json

@@ -29,10 +29,10 @@ from flextok_edu.data.datasets import load_data
 from flextok_edu.data.folders import image_files, read_folder
 from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.data.opening import Part, as_image_set, open_source, split_source
-from flextok_edu.data.reading import SourceFeed, decode, reading_rate, survey
+from flextok_edu.data.reading import SourceLoader, decode, reading_rate, survey
 from flextok_edu.data.set_sources import HubSource, ObjectSource
 from flextok_edu.data.sources import FolderSource, Item, Source
-from flextok_edu.data.streams import StreamFeed
+from flextok_edu.data.streams import StreamLoader
 from flextok_edu.data.tar import TarSource, expand_braces, index_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +283,7 @@ def test_the_pictures_of_odd_files_are_right(odd):
 
 PROOF = """
 import sys, time
-from flextok_edu.data.reading import SourceFeed, decode, survey
+from flextok_edu.data.reading import SourceLoader, decode, survey
 from flextok_edu.data.sources import FolderSource
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
 source = FolderSource(sys.argv[1])
@@ -292,7 +292,7 @@ before = peak()
 report = survey(source, 256)
 print(report)
 print(report.used, sum(report.skipped.values()), peak() - before)
-feed = SourceFeed(source, 32, len(source), workers=2)
+feed = SourceLoader(source, 32, len(source), workers=2)
 images, labels = next(feed)
 print(len(images), sum(feed.skipped.values()))
 """
@@ -656,7 +656,7 @@ def test_hugging_face_data_sets(tmp_path):
         HubSource(dataset.remove_columns("image"))
     with pytest.raises(ValueError, match="no column 'img'"):
         HubSource(dataset, image="img")
-    feed = SourceFeed(source, 16, 8, workers=2)
+    feed = SourceLoader(source, 16, 8, workers=2)
     with pytest.warns(UserWarning, match="row 5"):
         seen = [next(feed) for _ in range(5)]
     assert seen[0][0].shape == (8, 3, 16, 16) and dict(feed.skipped) == {"not an image": 1}
@@ -664,7 +664,7 @@ def test_hugging_face_data_sets(tmp_path):
 
 def test_streams_resume_exactly():
     stream = lambda: open_source(hub_dataset(50, broken=(3, 30)).to_iterable_dataset(num_shards=4))  # noqa: E731
-    make = lambda **o: StreamFeed(stream(), 16, 8, seed=2, flip=True, crop="random", block=16, **o)  # noqa: E731
+    make = lambda **o: StreamLoader(stream(), 16, 8, seed=2, flip=True, crop="random", block=16, **o)  # noqa: E731
     feed, seen, states = make(), [], []
     for _ in range(15):  # more than two epochs
         states.append(json.loads(json.dumps(feed.state_dict())))
@@ -693,11 +693,11 @@ def test_streams_resume_exactly():
     assert torch.equal(next(jumped)[0], seen[9][0])
     jumped.step = 1
     assert torch.equal(next(jumped)[0], seen[1][0])
-    shares = [make().parts(4, rank, 2, 2) for rank in range(2)]
+    shares = [make().micro_batches(4, rank, 2, 2) for rank in range(2)]
     assert sum(w for s in shares for _, w in s) == 2.0 and sorted(
         l.item() for s in shares for (_, ls), _ in s for l in ls
     ) == sorted(seen[4][1][:, 0].tolist())
-    hopeless = StreamFeed(open_source(hub_dataset(3, broken=range(3)).to_iterable_dataset()), 16, 2)
+    hopeless = StreamLoader(open_source(hub_dataset(3, broken=range(3)).to_iterable_dataset()), 16, 2)
     with pytest.raises(ValueError, match="could not be used"):
         next(hopeless)
 
@@ -765,7 +765,7 @@ def quiet(feed, steps=1):
 
 def test_batches_are_a_function_of_seed_and_step(holes):
     source, broken = holes
-    make = lambda workers=0, **o: SourceFeed(
+    make = lambda workers=0, **o: SourceLoader(
         source, 16, 8, **(dict(seed=5, flip=True, crop="random") | o), workers=workers
     )  # noqa: E731
     feed = make()
@@ -796,7 +796,7 @@ def test_batches_are_a_function_of_seed_and_step(holes):
 
 def test_shares_are_the_whole(holes):
     source, _ = holes
-    make = lambda workers=0: SourceFeed(source, 16, 11, seed=1, flip=True, workers=workers)  # noqa: E731
+    make = lambda workers=0: SourceLoader(source, 16, 11, seed=1, flip=True, workers=workers)  # noqa: E731
     whole = quiet(make(), 3)[2]
     for world, micro, workers in ((1, 3, 2), (2, 1, 0), (3, 2, 0)):
         found, weights, labels = {}, 0, []
@@ -804,28 +804,28 @@ def test_shares_are_the_whole(holes):
             feed = make(workers)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                feed.parts(1, rank, world, micro)
-                parts = feed.parts(2, rank, world, micro)
-            for places, ((images, ys), weight) in zip(feed.dealt(2, rank, world, micro), parts):
+                feed.micro_batches(1, rank, world, micro)
+                parts = feed.micro_batches(2, rank, world, micro)
+            for positions, ((images, ys), weight) in zip(feed.shard(2, rank, world, micro), parts):
                 assert weight == len(images) * world / 11
                 weights += weight / world
-                found |= {p: x for p, x in zip(places.tolist(), images)}
+                found |= {p: x for p, x in zip(positions.tolist(), images)}
         assert weights == pytest.approx(1) and all(torch.equal(found[p], whole[0][p]) for p in range(11))
 
-    class Sorted(SourceFeed):
-        def places(self, step):
+    class Sorted(SourceLoader):
+        def positions(self, step):
             return torch.arange(self.batch).flip(0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert torch.equal(Sorted(source, 16, 11, seed=1, flip=True).parts(2)[0][0][0], whole[0].flip(0)), (
-            "the places are dealt in the order that `places` says, and a picture is the same at its place"
-        )
+        assert torch.equal(
+            Sorted(source, 16, 11, seed=1, flip=True).micro_batches(2)[0][0][0], whole[0].flip(0)
+        ), "the places are dealt in the order that `places` says, and a picture is the same at its place"
 
 
 def test_the_next_usable_item_stands_in(holes):
     source, broken = holes
-    feed = SourceFeed(source, 24, 30, seed=3)
+    feed = SourceLoader(source, 24, 30, seed=3)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         images, labels = next(feed)
@@ -841,7 +841,7 @@ def test_the_next_usable_item_stands_in(holes):
             and labels[place] == item.label
         ), "its picture and its label"
     assert feed.captions(feed.rows(0)) == [f"caption {want.get(r, r)}" for r in rows]
-    fresh = SourceFeed(source, 24, 30, seed=3)
+    fresh = SourceLoader(source, 24, 30, seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert fresh.captions(torch.tensor([7, 8, 12])) == ["caption 9", "caption 9", "caption 12"], (
@@ -854,15 +854,15 @@ def test_chance_is_chance(tmp_path):
     wide[..., 0] = np.arange(64) * 4
     Image.fromarray(wide).save(tmp_path / "wide.png")
     source = FolderSource(tmp_path)
-    images = next(SourceFeed(source, 16, 400, crop="random"))[0]
+    images = next(SourceLoader(source, 16, 400, crop="random"))[0]
     left = (images[:, 0, 0, 0] + 1) * 127.5
     assert left.min() < 25 and left.max() > 165 and abs(left.mean() - 96) < 12, (
         "squares from all along the long side"
     )
-    images = next(SourceFeed(source, 16, 400, flip=True))[0]
+    images = next(SourceLoader(source, 16, 400, flip=True))[0]
     mirrored = images[:, 0, 0, 0] > images[:, 0, 0, -1]
     assert 0.4 < mirrored.float().mean() < 0.6
-    plain = next(SourceFeed(source, 16, 4))[0]
+    plain = next(SourceLoader(source, 16, 4))[0]
     assert (
         torch.equal(plain[0], plain[3])
         and torch.equal(images[~mirrored][0], plain[0])
@@ -875,7 +875,7 @@ def test_a_feed_leaves_the_random_state_alone(holes):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for workers in (0, 2):
-        feed = SourceFeed(source, 16, 8, workers=workers, flip=True)
+        feed = SourceLoader(source, 16, 8, workers=workers, flip=True)
         quiet(feed, 2)
         feed.step = 7
         quiet(feed)
@@ -888,7 +888,7 @@ def test_a_feed_leaves_the_random_state_alone(holes):
 
 
 def test_workers_go_when_the_feed_does(holes):
-    before, feed = time.perf_counter(), SourceFeed(holes[0], 16, 8, workers=2)
+    before, feed = time.perf_counter(), SourceLoader(holes[0], 16, 8, workers=2)
     quiet(feed)
     workers = feed._loader._iterator._workers
     assert len(workers) == 2 and all(w.is_alive() for w in workers)
@@ -918,22 +918,22 @@ class Failing(Source):
 
 def test_what_fails_inside_a_source_is_a_reason_too():
     assert survey(Failing({3}), 8).skipped == {"item not readable (OSError)": 11}
-    feed = SourceFeed(Failing({3}), 8, 5)
+    feed = SourceLoader(Failing({3}), 8, 5)
     with pytest.warns(UserWarning, match="item not readable"):
         images, _ = next(feed)
     assert (images == 3 / 127.5 - 1).all()
     for workers in (0, 1):
         with pytest.raises(ValueError, match="no usable picture"):
-            next(SourceFeed(Failing(), 8, 5, workers=workers))
+            next(SourceLoader(Failing(), 8, 5, workers=workers))
     with pytest.raises(ValueError, match="crop 'left'"):
-        SourceFeed(Failing(), 8, 5, crop="left")
+        SourceLoader(Failing(), 8, 5, crop="left")
 
 
 def test_workers_get_little_to_carry(tmp_path):
     """A million names are two arrays, not a million objects: what a worker shares or receives stays small."""
     import pickle
 
-    names = data_sources._Strings(f"class{i % 1000}/picture{i}.jpg" for i in range(100_000))
+    names = data_sources.SharedStrings(f"class{i % 1000}/picture{i}.jpg" for i in range(100_000))
     assert len(pickle.dumps(names)) < 40 * 100_000 and names[99_999] == "class999/picture99999.jpg"
 
 

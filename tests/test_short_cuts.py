@@ -128,8 +128,8 @@ def test_together_with_mixed_budgets(tok):
 def test_the_faster_way_is_chosen():
     """One batch of both passes for one picture of few tokens at the paper's size, as measured; two calls otherwise."""
     registers = lambda b, r: torch.empty(b, r, 1)
-    told = {(1, 1): True, (1, 8): True, (1, 32): False, (1, 128): False, (4, 8): False, (4, 1): False}
-    for (b, budget), together in told.items():
+    cond = {(1, 1): True, (1, 8): True, (1, 32): False, (1, 128): False, (4, 8): False, (4, 1): False}
+    for (b, budget), together in cond.items():
         assert runs_together(registers(b, budget + 1), registers(b, 1), 256) == together
 
 

@@ -22,7 +22,7 @@ import flextok_edu.data.features as data_features
 import flextok_edu.data.scenes as data_scenes
 import flextok_edu.data.sets as data_sets
 from flextok_edu.engine.config import StageConfig
-from flextok_edu.engine.trainer import Engine, Player, fit
+from flextok_edu.engine.trainer import Engine, Objective, fit
 from flextok_edu.data.datasets import load_data
 from flextok_edu.data.decoding import check_memory
 from flextok_edu.data.folders import SETS, evenly, read_squares
@@ -268,7 +268,7 @@ def test_sets_that_cannot_be(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_reading(tmp_path, monkeypatch):
-    patch(monkeypatch, data_decoding, "_memory", lambda: 2**20)
+    patch(monkeypatch, data_decoding, "machine_memory", lambda: 2**20)
     for call in (
         lambda: load_data("scenes", 64, 100, 10, progress=False),
         lambda: read_squares([tmp_path / "none.png"] * 100, 64),
@@ -306,28 +306,28 @@ def test_inception_by_name(tmp_path, monkeypatch):
         data_extractors.extractor("inception", weights=path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     monkeypatch.setitem(
-        data_extractors.OTHER_EYES,
+        data_extractors.DOWNLOADED,
         "inception",
-        (f"https://example.org/inception-{found}.pth", *data_extractors.OTHER_EYES["inception"][1:]),
+        (f"https://example.org/inception-{found}.pth", *data_extractors.DOWNLOADED["inception"][1:]),
     )
-    eyes = data_extractors.extractor("inception", size=80, weights=path).train()
+    feature_extractor = data_extractors.extractor("inception", size=80, weights=path).train()
     images = torch.rand(2, 3, 80, 80) * 2 - 1
     assert (
-        eyes(images).shape == (2, 2048)
-        and eyes.name == "inception at 80 px"
-        and not eyes.training
-        and not any(w.requires_grad for w in eyes.parameters())
+        feature_extractor(images).shape == (2, 2048)
+        and feature_extractor.name == "inception at 80 px"
+        and not feature_extractor.training
+        and not any(w.requires_grad for w in feature_extractor.parameters())
     )
     with torch.no_grad():
         net.eval().fc = nn.Identity()
         assert (net(images) - net(images * 0.9)).abs().max() > 1e-2 * net(images).abs().max(), (
             "weights that notice a wrong range"
         )
-        assert torch.allclose(eyes(images), net(images), atol=1e-4 * net(images).abs().max()), (
+        assert torch.allclose(feature_extractor(images), net(images), atol=1e-4 * net(images).abs().max()), (
             "Inception expects [-1, 1], where our images are"
         )
     with pytest.raises(ValueError, match="RGB"):
-        eyes(images[:, :1])
+        feature_extractor(images[:, :1])
 
 
 def test_every_network_gets_the_normalisation_that_it_was_trained_with():
@@ -339,9 +339,9 @@ def test_every_network_gets_the_normalisation_that_it_was_trained_with():
             )
 
     for name, mean, std in (("dinov2_small", 0.485, 0.229), ("clip_b32", 0.48145466, 0.26862954)):
-        eyes = data_extractors.OtherEyes(name, spy := Spy())
+        feature_extractor = data_extractors.DownloadedExtractor(name, spy := Spy())
         for ours, theirs in ((1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)):  # our range, theirs
-            assert eyes(torch.full((2, 3, 32, 32), ours)).shape == (2, eyes.dim)
+            assert feature_extractor(torch.full((2, 3, 32, 32), ours)).shape == (2, feature_extractor.dim)
             assert (
                 spy.seen.shape == (2, 3, 224, 224)
                 and abs(spy.seen[0, 0, 5, 5].item() - (theirs - mean) / std) < 1e-5
@@ -358,10 +358,10 @@ def test_dinov2_and_clip_from_a_folder(tmp_path):
         transformers.CLIPVisionConfig(**tiny, image_size=224, patch_size=32, projection_dim=512)
     ).save_pretrained(tmp_path / "clip")
     for name, folder in (("dinov2_small", "dino"), ("clip_b32", "clip")):
-        eyes = data_extractors.extractor(name, weights=tmp_path / folder)
+        feature_extractor = data_extractors.extractor(name, weights=tmp_path / folder)
         assert (
-            eyes(torch.rand(1, 3, 30, 30) * 2 - 1).shape == (1, eyes.dim)
-            and torch.isfinite(eyes(torch.zeros(1, 3, 64, 64))).all()
+            feature_extractor(torch.rand(1, 3, 30, 30) * 2 - 1).shape == (1, feature_extractor.dim)
+            and torch.isfinite(feature_extractor(torch.zeros(1, 3, 64, 64))).all()
         )
 
 
@@ -388,8 +388,8 @@ def test_the_classifiers_log_starts_at_chance():
     model, log = data_features.train_classifier(train, StageConfig(steps=2, batch=8), progress=False, every=1)
     assert (
         len(log) == 2
-        and set(data_scenes.HEADS) <= set(log[0])
-        and all(0.6 < log[0][head] < 1.6 for head in data_scenes.HEADS)
+        and set(data_scenes.ATTRIBUTES) <= set(log[0])
+        and all(0.6 < log[0][head] < 1.6 for head in data_scenes.ATTRIBUTES)
     )
     images, labels = torch.rand(3, 3, 16, 16), train.labels[:3]
     each = model.losses(images, labels)
@@ -402,7 +402,7 @@ def test_the_classifiers_log_starts_at_chance():
 class InParts(Engine):
     """Every batch in three uneven parts."""
 
-    def parts(self, step):
+    def micro_batches(self, step):
         whole = next(self.batches)
         return [(rows, len(rows) / len(whole)) for rows in whole.split([7, 4, 5])]
 
@@ -423,8 +423,8 @@ def test_parts_of_a_batch_are_the_batch():
                 "lazy": lambda: seen[-1],
             }
 
-        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=0.1, warmup=2))
-        return fit([player], iter([x] * 6), 6, every=2, progress=False, engine=engine), line, seen
+        objective = Objective("line", loss, list(line.named_parameters()), StageConfig(lr=0.1, warmup=2))
+        return fit([objective], iter([x] * 6), 6, every=2, progress=False, engine=engine), line, seen
 
     (log, a, whole), (log_parts, b, parts) = run(Engine()), run(InParts())
     assert whole == [16] * 6 and parts == [7, 4, 5] * 6
@@ -446,9 +446,9 @@ def test_parts_of_a_batch_are_the_batch():
 def test_nan_stops_before_the_weights_move():
     line = nn.Linear(1, 1)
     before = line.weight.clone()
-    player = Player(
+    objective = Objective(
         "line", lambda b, _: (line(b).sum() * float("nan"), {}), list(line.named_parameters()), StageConfig()
     )
     with pytest.raises(FloatingPointError, match="loss of line is nan at step 0"):
-        fit([player], iter([torch.ones(2, 1)] * 3), 3, progress=False)
+        fit([objective], iter([torch.ones(2, 1)] * 3), 3, progress=False)
     assert torch.equal(line.weight, before)

@@ -300,10 +300,10 @@ def test_keys_are_kept_and_made_anew(tmp_path, monkeypatch):
     )
     monkeypatch.undo()
     patch(monkeypatch, data_keys, "_KEPT", 1)
-    patch(monkeypatch, data_sets, "_ROOT", str(tmp_path / "home"))
+    patch(monkeypatch, data_sets, "CACHE_ROOT", str(tmp_path / "home"))
     picture_keys([root / "b" / "001.png"])
     assert len(list((tmp_path / "home" / "keys").iterdir())) == 1
-    patch(monkeypatch, data_sets, "_ROOT", "/proc/nowhere")
+    patch(monkeypatch, data_sets, "CACHE_ROOT", "/proc/nowhere")
     assert picture_keys([root / "b" / "001.png"])[0] == picture_key(root / "b" / "001.png"), (
         "where nothing can be kept, nothing is lost"
     )
@@ -312,7 +312,7 @@ def test_keys_are_kept_and_made_anew(tmp_path, monkeypatch):
 def test_large_sets_with_an_own_split_are_not_hashed(tmp_path, monkeypatch):
     folder(tmp_path / "imagenet" / "train", 40, ("n1", "n2"))
     folder(tmp_path / "imagenet" / "val", 10, ("n1", "n2"), 100)
-    patch(monkeypatch, data_sources, "_TOO_MANY", 20)
+    patch(monkeypatch, data_sources, "HASHED_AT_MOST", 20)
     train, val = split_source(open_source("imagenet", root=tmp_path))
     assert train.keys is None and val.keys is not None
     known = learned_from(train)

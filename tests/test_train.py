@@ -1,4 +1,4 @@
-"""Room 11: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+"""The lesson training: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
 
 import contextlib
 import errno
@@ -29,10 +29,10 @@ import flextok_edu.engine.monitor as engine_monitor
 import flextok_edu.engine.resume as engine_resume
 import flextok_edu.engine.tensors as engine_tensors
 from flextok_edu.engine.config import StageConfig
-from flextok_edu.engine.loader import Feed
+from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.optim import EMA
-from flextok_edu.engine.trainer import Engine, Player, fit
-from flextok_edu.tokenizer import TokenizerFeed
+from flextok_edu.engine.trainer import Engine, Objective, fit
+from flextok_edu.tokenizer import TokenizerLoader
 from flextok_edu.engine.checkpoint import Checkpoints
 from flextok_edu.engine.claims import claimed
 from flextok_edu.engine.distributed import Shares, recomputed
@@ -88,7 +88,7 @@ def alone():
 
 
 class Every(Engine):
-    """Room 00's engine."""
+    """The notebook engine's engine."""
 
 
 # --- parts and processes -------------------------------------------------------------------------------------------------
@@ -169,10 +169,10 @@ def test_everybody_doing_everything_is_caught(monkeypatch):
 def check_shares_weigh_what_they_hold():
     """Uneven shares: 7 rows in 2 parts on 2 processes; the gradient of the mean over all."""
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    feed = Feed(7, 7, lambda rows, places, step: x[rows])
+    feed = Loader(7, 7, lambda rows, positions, step: x[rows])
     w = torch.ones(3, requires_grad=True)
     (whole,) = torch.autograd.grad((x @ w).square().mean(), w)
-    parts = [part for rank in (0, 1) for part in feed.parts(0, rank, 2, 2)]
+    parts = [part for rank in (0, 1) for part in feed.micro_batches(0, rank, 2, 2)]
     total = (
         sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2
     )  # DDP: mean over processes
@@ -184,10 +184,10 @@ def test_shares_weigh_what_they_hold():
 
 
 def test_equal_weights_for_unequal_shares_are_caught(monkeypatch):
-    real = Feed.parts
+    real = Loader.micro_batches
     monkeypatch.setattr(
-        Feed,
-        "parts",
+        Loader,
+        "micro_batches",
         lambda self, step, rank=0, world=1, micro=1: [
             (b, 1 / micro) for b, _ in real(self, step, rank, world, micro)
         ],
@@ -198,19 +198,21 @@ def test_equal_weights_for_unequal_shares_are_caught(monkeypatch):
 
 def test_what_cannot_be_shared_is_refused():
     line = nn.Linear(1, 1)
-    player = Player("line", lambda b, _: (line(b).sum(), {}), list(line.named_parameters()), StageConfig())
+    objective = Objective(
+        "line", lambda b, _: (line(b).sum(), {}), list(line.named_parameters()), StageConfig()
+    )
     with pytest.raises(TypeError, match="need a Feed"):
-        fit([player], iter([torch.ones(2, 1)] * 3), 3, progress=False, engine=Shares("cpu", micro=2))
+        fit([objective], iter([torch.ones(2, 1)] * 3), 3, progress=False, engine=Shares("cpu", micro=2))
     with pytest.raises(ValueError, match="batch of 2 cannot be dealt to 1 processes with 3"):
         fit(
-            [player],
-            Feed(9, 2, lambda *_: torch.ones(2, 1)),
+            [objective],
+            Loader(9, 2, lambda *_: torch.ones(2, 1)),
             3,
             progress=False,
             engine=Shares("cpu", micro=3),
         )
     with pytest.raises(ValueError, match="0 items"):
-        Feed(0, 2, None)
+        Loader(0, 2, None)
 
 
 def test_recomputing_changes_nothing():
@@ -277,9 +279,9 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
 
     class Alive(LongRun):
-        def ready(self, player, step):
+        def ready(self, objective, step):
             (tmp_path / "trains").touch()
-            super().ready(player, step)
+            super().ready(objective, step)
 
     def go():
         model, _ = long_run.stage(name, engine=Alive(tmp_path / "run", "cpu", steps=2), **plan)
@@ -320,7 +322,15 @@ def resumes(tmp_path, forget=()):
     return long_run.own_hash(model), [
         {
             k: row[k]
-            for k in ("step", "tokenizer", "flow", "tokenizer_grad", "words", "entropy_1", "entropy_8")
+            for k in (
+                "step",
+                "tokenizer",
+                "flow",
+                "tokenizer_grad",
+                "codebook_usage",
+                "entropy_1",
+                "entropy_8",
+            )
             if k in row
         }
         for row in log
@@ -345,7 +355,10 @@ def check_resume(tmp_path):
     model, log = long_run.stage("tokenizer", 20)
     weights, rows = resumes(tmp_path)
     assert weights == long_run.own_hash(model)
-    assert rows == [{k: row[k] for k in r} for r, row in zip(rows, log, strict=True)] and "words" in rows[-1]
+    assert (
+        rows == [{k: row[k] for k in r} for r, row in zip(rows, log, strict=True)]
+        and "codebook_usage" in rows[-1]
+    )
 
 
 def test_stopped_and_resumed(tmp_path, capsys):
@@ -361,9 +374,9 @@ def forget_the_moments(m):
 
 def forget_the_step(m):
     m.setattr(
-        TokenizerFeed,
-        "parts",
-        lambda self, step, rank=0, world=1, micro=1, real=TokenizerFeed.parts: real(
+        TokenizerLoader,
+        "micro_batches",
+        lambda self, step, rank=0, world=1, micro=1, real=TokenizerLoader.micro_batches: real(
             self, step % 10, rank, world, micro
         ),
     )
@@ -384,7 +397,7 @@ def forget_the_buffers(m):
     real = LongRun._restore
 
     def restore(self, state, facts):
-        [p.buffers.clear() for p in self.players]
+        [p.buffers.clear() for p in self.objectives]
         real(self, state, facts)
 
     m.setattr(LongRun, "_restore", restore)
@@ -404,13 +417,19 @@ def check_channels_last(tmp_path):
         torch.manual_seed(0)
         net = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
         x = torch.randn(9, 3, 6, 6)
-        player = Player(
+        objective = Objective(
             "net",
             lambda b, _: ((net(b) - b.mean()).square().mean(), {}),
             list(net.named_parameters()),
             StageConfig(lr=0.01, warmup=2),
         )
-        fit([player], Feed(9, 3, lambda rows, places, step: x[rows]), 12, progress=False, engine=engine)
+        fit(
+            [objective],
+            Loader(9, 3, lambda rows, positions, step: x[rows]),
+            12,
+            progress=False,
+            engine=engine,
+        )
         return net
 
     whole = go(Engine())
@@ -427,7 +446,7 @@ def test_channels_last(tmp_path):
 
 
 def test_moments_in_another_order_are_caught(tmp_path, monkeypatch):
-    patch(monkeypatch, engine_checkpoint, "_like", lambda x, other: x.to(other.device))
+    patch(monkeypatch, engine_checkpoint, "placed_like", lambda x, other: x.to(other.device))
     with pytest.raises(AssertionError):
         check_channels_last(tmp_path)
 
@@ -443,10 +462,10 @@ def check_dice_are_resumed(tmp_path):
             thrown.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
             return (line(x) * thrown[-1][2]).square().mean(), {}
 
-        player = Player("line", loss, list(line.named_parameters()), StageConfig(lr=0.01))
+        objective = Objective("line", loss, list(line.named_parameters()), StageConfig(lr=0.01))
         fit(
-            [player],
-            Feed(9, 3, lambda rows, places, step: rows[:, None].float()),
+            [objective],
+            Loader(9, 3, lambda rows, positions, step: rows[:, None].float()),
             12,
             progress=False,
             engine=engine,
@@ -816,17 +835,22 @@ def nan_run(tmp_path, when):
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2)
 
-    def make(rows, places, step):
+    def make(rows, positions, step):
         return x[rows] * (float("nan") if step == when else 1), torch.tensor([step])
 
-    player = Player(
+    objective = Objective(
         "line",
         lambda b, _: ((line(b[0]) - 1).square().mean(), {}),
         list(line.named_parameters()),
         StageConfig(lr=0.01),
     )
     return line, lambda: fit(
-        [player], Feed(50, 4, make), 20, EMA(line), progress=False, engine=LongRun(tmp_path, "cpu", steps=3)
+        [objective],
+        Loader(50, 4, make),
+        20,
+        EMA(line),
+        progress=False,
+        engine=LongRun(tmp_path, "cpu", steps=3),
     )
 
 
@@ -882,13 +906,13 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
         )
 
     class Broken(LongRun):
-        def move(self, player):
-            norm = super().move(player)
+        def move(self, objective):
+            norm = super().move(objective)
             if self.store.files():
                 wrong(self.optimizers["line"][0])
             return norm
 
-    player = Player(
+    objective = Objective(
         "line",
         lambda b, _: ((line.bias - b).square().mean(), {}),
         list(line.named_parameters()),
@@ -898,8 +922,8 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
         FloatingPointError, match=f"{name} is not finite after 6 steps.*The last good checkpoint, of step 3"
     ):
         fit(
-            [player],
-            Feed(50, 4, lambda rows, places, step: torch.zeros(4, 1)),
+            [objective],
+            Loader(50, 4, lambda rows, positions, step: torch.zeros(4, 1)),
             20,
             progress=False,
             engine=Broken(tmp_path, "cpu", steps=3),
@@ -917,8 +941,8 @@ def go_on(tmp_path, lr, steps=12, stop=None, **options):
     rates = []
 
     class Engine_(StopAt):
-        def ready(self, player, step):
-            super().ready(player, step)
+        def ready(self, objective, step):
+            super().ready(objective, step)
             rates.append(self.optimizers["line"][0].param_groups[0]["lr"])
 
     options = {
@@ -930,14 +954,20 @@ def go_on(tmp_path, lr, steps=12, stop=None, **options):
         **options,
     }
     engine = Engine_(stop, tmp_path, **options)
-    player = Player(
+    objective = Objective(
         "line",
         lambda b, _: ((line(b) - 1).square().mean(), {}),
         list(line.named_parameters()),
         StageConfig(lr=lr, warmup=1),
     )
     with pytest.raises(Stopped) if stop else contextlib.nullcontext():
-        fit([player], Feed(50, 4, lambda rows, places, step: x[rows]), steps, progress=False, engine=engine)
+        fit(
+            [objective],
+            Loader(50, 4, lambda rows, positions, step: x[rows]),
+            steps,
+            progress=False,
+            engine=engine,
+        )
     return engine, line, rates
 
 
@@ -1037,11 +1067,11 @@ def test_every_stage_leaves_evidence(stage, value, tmp_path):
     """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a checkpoint to go on from."""
 
     class Broken(LongRun):
-        def move(self, player):
-            norm = super().move(player)
+        def move(self, objective):
+            norm = super().move(objective)
             if len(self.store.files()):
                 with torch.no_grad():
-                    for _, w in self.players[0].parameters:
+                    for _, w in self.objectives[0].parameters:
                         w.fill_(value)
             return norm
 
@@ -1072,7 +1102,7 @@ def test_the_dashboard(tmp_path):
         "images_per_second",
         "share_of_matmul",
         "memory",
-        "words",
+        "codebook_usage",
         "entropy_1",
         "entropy_8",
         "flow",
@@ -1082,7 +1112,7 @@ def test_the_dashboard(tmp_path):
         0 < row["share_of_matmul"] < 1.5
         and row["memory"] > 1e7
         and row["images_per_second"] > 1
-        and 0 < row["words"] <= 1
+        and 0 < row["codebook_usage"] <= 1
         and 0 <= row["entropy_1"] <= 1
     )
     assert "share_of_matmul" not in log[0], "the first step is counted, not timed"

@@ -19,13 +19,13 @@ import flextok_edu.engine.trainer as engine_trainer
 import flextok_edu.fsq as fsq
 import flextok_edu.tokenizer as tokenizer
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig
-from flextok_edu.registers import LAWS
+from flextok_edu.registers import BUDGET_DISTRIBUTIONS
 from flextok_edu.tokenizer import (
     Condition,
     FlexTok,
     Latents,
     REPA,
-    TokenizerFeed,
+    TokenizerLoader,
     fit_tokenizer,
     latent_batches,
 )
@@ -60,7 +60,7 @@ def feed_of(tok, batch, seed=0):
     """Posterior samples of 40 images and what the eyes see on them."""
     g = torch.Generator().manual_seed(1)
     data = Latents(torch.randn(40, 4, 8, 8, generator=g), torch.rand(40, 4, 8, 8, generator=g))
-    return TokenizerFeed(
+    return TokenizerLoader(
         tok, latent_batches(data, batch, seed, features=torch.randn(40, 6, 4, 4, generator=g))
     )
 
@@ -73,7 +73,7 @@ def results(tok, repa, parts, worlds):
         else dict(tok.named_parameters())
     )
     before = {n: x.clone() for n, x in tok.named_buffers()}
-    tok.use = fsq.CodeUse(
+    tok.use = fsq.CodebookUsage(
         tok.config.levels, tok.config.registers, memory=math.inf
     )  # counts that do not fade: their order is no matter
     for w in weights.values():
@@ -100,10 +100,10 @@ def results(tok, repa, parts, worlds):
 
 def plain(tok, repa, feed, step):
     """The same step without any short cut, from the feed's dice and images alone."""
-    places = torch.arange(feed.batch)
-    latents, features = feed.latents.make(feed.latents.rows(step), places, step)
+    positions = torch.arange(feed.batch)
+    latents, features = feed.latents.make(feed.latents.rows(step), positions, step)
     noise = engine_tensors.noise_like(
-        feed.shape, feed.seed, (step * feed.batch + places).tolist(), stream="flow"
+        feed.shape, feed.seed, (step * feed.batch + positions).tolist(), stream="flow"
     )
     tok.short_cuts = False
     try:
@@ -115,7 +115,7 @@ def plain(tok, repa, feed, step):
 def same(tok, repa, feed, world, micro, step=STEP, tolerance=1e-5):
     """Assert that the shares make the plain step: to 1e-5 of the gradient, and to 5e-5 of each tensor's own (where large terms cancel, float32 knows no more digits; doubles do, below)."""
     expected, stands = plain(tok, repa, feed, step)
-    parts = [part for rank in range(world) for part in feed.parts(step, rank, world, micro)]
+    parts = [part for rank in range(world) for part in feed.micro_batches(step, rank, world, micro)]
     found, state = results(tok, repa, parts, world)
     moved = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     assert moved > 0 and all(torch.isfinite(g).all() for g in found.values())
@@ -138,11 +138,11 @@ def same(tok, repa, feed, world, micro, step=STEP, tolerance=1e-5):
     return parts
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
 @pytest.mark.parametrize("world,micro", SHARES)
-def test_shares_make_the_plain_step(law, world, micro):
-    """Every law, null samples, zero noise, norm and REPA together; 11 samples, so that no two parts need be of one size."""
-    tok, repa = model(dropout_law=law)
+def test_shares_make_the_plain_step(distribution, world, micro):
+    """Every distribution, null samples, zero noise, norm and REPA together; 11 samples, so that no two parts need be of one size."""
+    tok, repa = model(budget_distribution=distribution)
     feed = feed_of(tok, 11)
     draws = feed.draws(STEP)
     assert draws.null.any() and not draws.null.all() and draws.zeroed.any() and not draws.zeroed.all()
@@ -153,10 +153,10 @@ def test_shares_make_the_plain_step(law, world, micro):
         assert weight == len(latents) * world / 11 and int((d.budget * ~d.null).max()) <= d.longest <= 32
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_the_difference_is_rounding(law, monkeypatch):
+@pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
+def test_the_difference_is_rounding(distribution, monkeypatch):
     """In doubles throughout, all of it agrees to 1e-12: it is an equality, not an approximation that is good enough."""
-    tok, repa = (m.double() for m in model(dropout_law=law))
+    tok, repa = (m.double() for m in model(budget_distribution=distribution))
     feed = feed_of(tok, 11)
     monkeypatch.setattr(
         torch.Tensor, "float", torch.Tensor.double
@@ -191,10 +191,10 @@ def test_whatever_the_configuration(changes):
     same(tok, None, feed_of(tok, 6), 1, 3)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_a_batch_of_one(law):
+@pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
+def test_a_batch_of_one(distribution):
     """Many steps of one sample: the accumulated gradient of a batch of one is that sample's, null or not, whatever its budget."""
-    tok, repa = model(dropout_law=law)
+    tok, repa = model(budget_distribution=distribution)
     feed = feed_of(tok, 1)
     seen = set()
     for step in range(12):
@@ -206,7 +206,7 @@ def test_a_batch_of_one(law):
 @pytest.mark.filterwarnings("ignore:encoder_mask")
 def test_without_the_causal_mask_all_registers_are_encoded():
     """Then a register that nobody keeps still matters to those that are kept."""
-    tok, repa = model(encoder_mask="full", dropout_law="uniform")
+    tok, repa = model(encoder_mask="full", budget_distribution="uniform")
     feed = feed_of(tok, 8)
     lengths, forward = [], type(tok.encoder.blocks[0]).forward
     tok.encoder.blocks[0].forward = lambda x, mask=None: (
@@ -219,7 +219,7 @@ def test_without_the_causal_mask_all_registers_are_encoded():
 
 def test_the_work_is_cut():
     """Equal gradients could also come from a cut that nobody makes: count positions, and see that no shorter length would do."""
-    tok, _ = model(dropout_law="powers_of_two")
+    tok, _ = model(budget_distribution="powers_of_two")
     feed, seen = feed_of(tok, 32), {"encoder": [], "decoder": []}
     encode, decode = tok.encoder.forward, tok.decoder.forward
     tok.encoder.forward = lambda latents, budget=None: (
@@ -231,7 +231,7 @@ def test_the_work_is_cut():
         decode(x, m, registers, *rest, **named),
     )[1]
     longest, lengths = [], tokenizer._lengths(32)
-    for (latents, _, draws), _ in feed.parts(STEP, micro=8):
+    for (latents, _, draws), _ in feed.micro_batches(STEP, micro=8):
         tok.loss(latents, draws=draws)
         kept = int((draws.budget * ~draws.null).max())  # a null sample keeps nothing
         assert draws.longest == min(n for n in lengths if n >= kept)
@@ -240,32 +240,32 @@ def test_the_work_is_cut():
     assert seen["encoder"] == longest and seen["decoder"] == [n + (n < 32) for n in longest]
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_dealing_is_fair(law):
+@pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
+def test_dealing_is_fair(distribution):
     """Two processes get micro-batches of the same size and (nearly) the same length: neither waits for the other."""
-    tok, _ = model(dropout_law=law)
+    tok, _ = model(budget_distribution=distribution)
     feed = feed_of(tok, 32)
     for step in range(8):
-        places, kept = [feed.dealt(step, rank, 2, 4) for rank in range(2)], feed.kept(feed.draws(step))
-        assert sorted(torch.cat([p for dealt in places for p in dealt]).tolist()) == list(range(32))
-        for one, other in zip(*places):
+        positions, kept = [feed.shard(step, rank, 2, 4) for rank in range(2)], feed.kept(feed.draws(step))
+        assert sorted(torch.cat([p for dealt in positions for p in dealt]).tolist()) == list(range(32))
+        for one, other in zip(*positions):
             assert (
                 len(one) == len(other)
                 and kept[one].max() >= kept[other].max()
                 and kept[one].min() >= kept[other].min()
             )
-        for mine in places:
+        for mine in positions:
             assert all(kept[a].min() >= kept[b].max() for a, b in zip(mine, mine[1:]))
 
 
 def test_the_real_loop_goes_the_same_way():
-    """`fit_tokenizer` with room 11's engine in 1, 2 and 4 micro-batches, and with room 00's: the same losses, gradients and averaged weights."""
+    """`fit_tokenizer` with training's engine in 1, 2 and 4 micro-batches, and with engine's: the same losses, gradients and averaged weights."""
     from flextok_edu.engine.distributed import Shares
 
     data = Latents(torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     found = []
     for engine in (None, *(Shares("cpu", micro=m) for m in (1, 2, 4))):
-        tok, _ = model(dropout_law="powers_of_two")
+        tok, _ = model(budget_distribution="powers_of_two")
         tok, log = fit_tokenizer(
             tok, data, StageConfig(steps=3, batch=10, lr=1e-3, warmup=1), engine=engine, progress=False
         )
@@ -285,19 +285,19 @@ def test_the_real_loop_goes_the_same_way():
 
 
 def check_sorted_parts():
-    tok, repa = model(dropout_law="powers_of_two")
+    tok, repa = model(budget_distribution="powers_of_two")
     same(tok, repa, feed_of(tok, 11), 2, 4)
 
 
 def check_uneven_parts():
-    tok, _ = model(dropout_law="uniform")
+    tok, _ = model(budget_distribution="uniform")
     same(tok, None, feed_of(tok, 7), 1, 3)
 
 
 def check_null_samples_are_short():
-    tok, _ = model(dropout_law="half_full")
+    tok, _ = model(budget_distribution="half_full")
     feed = feed_of(tok, 16)
-    for (_, _, d), _ in feed.parts(STEP, micro=16):
+    for (_, _, d), _ in feed.micro_batches(STEP, micro=16):
         assert d.longest == min(n for n in tokenizer._lengths(32) if n >= int((d.budget * ~d.null).max()))
 
 
@@ -331,20 +331,20 @@ def null_counts_once(monkeypatch):
 
 
 def one_too_short(monkeypatch):
-    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
+    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches):
         return [
             ((x, f, d._replace(longest=max(1, int((d.budget * ~d.null).max()) - 1))), w)
             for (x, f, d), w in parts(self, step, rank, world, micro)
         ]
 
-    monkeypatch.setattr(TokenizerFeed, "parts", broken)
+    monkeypatch.setattr(TokenizerLoader, "micro_batches", broken)
 
 
 def equal_weights(monkeypatch):
     monkeypatch.setattr(
-        TokenizerFeed,
-        "parts",
-        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [
+        TokenizerLoader,
+        "micro_batches",
+        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches: [
             (batch, 1 / micro) for batch, _ in parts(self, step, rank, world, micro)
         ],
     )
@@ -353,22 +353,22 @@ def equal_weights(monkeypatch):
 def no_share_of_the_world(monkeypatch):
     """m / B, though the mean over the processes is still to come."""
     monkeypatch.setattr(
-        TokenizerFeed,
-        "parts",
-        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts: [
+        TokenizerLoader,
+        "micro_batches",
+        lambda self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches: [
             (batch, w / world) for batch, w in parts(self, step, rank, world, micro)
         ],
     )
 
 
 def null_budgets_count(monkeypatch):
-    monkeypatch.setattr(TokenizerFeed, "kept", lambda self, d: d.budget)
+    monkeypatch.setattr(TokenizerLoader, "kept", lambda self, d: d.budget)
 
 
 def dice_by_part(monkeypatch):
     """Each part throws dice of its own instead of taking those of its samples."""
 
-    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
+    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches):
         return [
             (
                 (
@@ -383,13 +383,13 @@ def dice_by_part(monkeypatch):
             for i, ((x, f, d), w) in enumerate(parts(self, step, rank, world, micro))
         ]
 
-    monkeypatch.setattr(TokenizerFeed, "parts", broken)
+    monkeypatch.setattr(TokenizerLoader, "micro_batches", broken)
 
 
 def noise_by_part(monkeypatch):
     """Noise is numbered by the place in the part, not in the batch."""
 
-    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
+    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches):
         return [
             (
                 (
@@ -404,15 +404,15 @@ def noise_by_part(monkeypatch):
             for (x, f, d), w in parts(self, step, rank, world, micro)
         ]
 
-    monkeypatch.setattr(TokenizerFeed, "parts", broken)
+    monkeypatch.setattr(TokenizerLoader, "micro_batches", broken)
 
 
 def both_processes_get_the_same(monkeypatch):
     monkeypatch.setattr(
-        engine_loader.Feed,
-        "dealt",
+        engine_loader.Loader,
+        "shard",
         lambda self, step, rank=0, world=1, micro=1: [
-            chunk[::world] for chunk in self.places(step).tensor_split(micro)
+            chunk[::world] for chunk in self.positions(step).tensor_split(micro)
         ],
     )
 
@@ -433,11 +433,11 @@ def norm_counts_what_is_dropped(monkeypatch):
 def features_of_others(monkeypatch):
     """The features of a part are those of its first rows in the batch."""
 
-    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerFeed.parts):
+    def broken(self, step, rank=0, world=1, micro=1, parts=TokenizerLoader.micro_batches):
         found = self.latents.make(self.latents.rows(step), torch.arange(self.batch), step)[1]
         return [((x, found[: len(x)], d), w) for (x, _, d), w in parts(self, step, rank, world, micro)]
 
-    monkeypatch.setattr(TokenizerFeed, "parts", broken)
+    monkeypatch.setattr(TokenizerLoader, "micro_batches", broken)
 
 
 test_the_code_passes, test_the_bug_is_caught = planted(
@@ -509,7 +509,7 @@ def test_what_sorting_allows():
 
 
 def test_the_benchmark_compares_the_same_steps(monkeypatch):
-    """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree; every law has its rows."""
+    """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree; every distribution has its rows."""
     pass
 
     seen, loss = {True: [], False: []}, FlexTok.loss
@@ -541,8 +541,8 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
         ),
         say=lambda text: None,
     )
-    assert [(r["law"], r["variant"]) for r in rows] == [
-        (law, v) for law in ("powers_of_two", "uniform") for v in ("plain", "sorted")
+    assert [(r["distribution"], r["variant"]) for r in rows] == [
+        (distribution, v) for distribution in ("powers_of_two", "uniform") for v in ("plain", "sorted")
     ]
     assert all(math.isnan(r["difference"]) for r in rows[::2]) and all(
         0 < r["difference"] < 1e-4 for r in rows[1::2]

@@ -805,7 +805,7 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
     """SIGHUP saves like SIGTERM does."""
     loud = GO.replace(
         "import sys;",
-        "import sys; import flextok_edu.apps.training as c; real = c.Told.parts; c.Told.parts = lambda s, n: print('in training', flush=True) or real(s, n);",
+        "import sys; import flextok_edu.apps.training as c; real = c.Told.micro_batches; c.Told.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
     )
     argv = [
         "vae",
@@ -951,15 +951,15 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
         "0",
         *[a if a != "2" else "6" for a in SMALL],
     ]
-    real, count = apps_training.Told.parts, []
+    real, count = apps_training.Told.micro_batches, []
 
-    def parts(self, step):
+    def micro_batches(self, step):
         count.append(step)
         if len(count) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, step)
 
-    monkeypatch.setattr(apps_training.Told, "parts", parts)
+    monkeypatch.setattr(apps_training.Told, "micro_batches", micro_batches)
     assert call("train", *argv) == 143
     count.clear()
     assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 143, "stopped once more"

@@ -42,11 +42,13 @@ def stream(images, batch=8):
 
 
 def check_the_critic_learns():
-    """Its loss falls from 1, and real pictures end above reconstructions, when `fit` trains all players."""
+    """Its loss falls from 1, and real pictures end above reconstructions, when `fit` trains all objectives."""
     torch.manual_seed(0)
     losses = vae.VAELoss(vae.VAE(SMALL), CRITIC_ONLY)
-    log = fit(losses.players(StageConfig(lr=5e-4, warmup=5)), stream(scenes()), 40, every=1, progress=False)
-    assert "critic" in log[0], "the critic is a player"
+    log = fit(
+        losses.objectives(StageConfig(lr=5e-4, warmup=5)), stream(scenes()), 40, every=1, progress=False
+    )
+    assert "critic" in log[0], "the critic is an objective"
     assert log[0]["critic"] > 0.9 and sum(r["critic"] for r in log[-5:]) / 5 < 0.7, "its loss falls"
     assert log[-1]["score_real"] > log[-1]["score_fake"] + 0.5, "and it prefers real pictures"
 
@@ -95,12 +97,12 @@ def check_the_critic_waits():
     torch.manual_seed(0)
     losses = vae.VAELoss(vae.VAE(SMALL), replace(CRITIC_ONLY, adversarial_start=0.5))
     before = [w.clone() for w in losses.critic.parameters()]
-    players = losses.players(StageConfig(lr=1e-3))
-    log = fit(players, stream(scenes()), 8, every=1, progress=False)
+    objectives = losses.objectives(StageConfig(lr=1e-3))
+    log = fit(objectives, stream(scenes()), 8, every=1, progress=False)
     assert [("adversarial" in r) for r in log] == [False] * 4 + [True] * 4
     fresh = vae.VAELoss(vae.VAE(SMALL), replace(CRITIC_ONLY, adversarial_start=1.1))
     fresh.critic.load_state_dict(dict(zip(fresh.critic.state_dict(), before)))
-    fit(fresh.players(StageConfig(lr=1e-3)), stream(scenes()), 4, progress=False)
+    fit(fresh.objectives(StageConfig(lr=1e-3)), stream(scenes()), 4, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, fresh.critic.parameters()))
     assert not all(torch.equal(a, b) for a, b in zip(before, losses.critic.parameters()))
 
@@ -109,7 +111,7 @@ def check_the_scale_is_learned():
     """exp(s) finds the reconstruction error, and divides its gradient."""
     torch.manual_seed(0)
     losses = vae.VAELoss(vae.VAE(SMALL), replace(PIXELS, learned_logvar=True))
-    log = fit(losses.players(StageConfig(lr=1e-4)), stream(scenes(8)), 120, every=1, progress=False)
+    log = fit(losses.objectives(StageConfig(lr=1e-4)), stream(scenes(8)), 120, every=1, progress=False)
     assert abs(float(losses.logvar.detach()) - math.log(sum(r["l1"] for r in log[-20:]) / 20)) < 0.15
     images, grads = scenes(8), []
     for s in (0.0, -2.0):
@@ -175,8 +177,8 @@ def check_latents_are_measured():
 
 
 def left_out_of_fit(monkeypatch):
-    real = vae.VAELoss.players
-    monkeypatch.setattr(vae.VAELoss, "players", lambda self, config: real(self, config)[:1])
+    real = vae.VAELoss.objectives
+    monkeypatch.setattr(vae.VAELoss, "objectives", lambda self, config: real(self, config)[:1])
 
 
 def optimiser_never_steps(monkeypatch):
@@ -229,9 +231,9 @@ def judges_old_forgeries(monkeypatch):
 
 
 def never_waits(monkeypatch):
-    real = vae.VAELoss.players
+    real = vae.VAELoss.objectives
     monkeypatch.setattr(
-        vae.VAELoss, "players", lambda self, config: [replace(p, start=0.0) for p in real(self, config)]
+        vae.VAELoss, "objectives", lambda self, config: [replace(p, start=0.0) for p in real(self, config)]
     )
 
 
@@ -245,7 +247,7 @@ def rewritten(monkeypatch, old, new):
 
 
 def std_for_variance(monkeypatch):
-    rewritten(monkeypatch, "(.5 * logvar).exp()", "logvar.exp()")
+    rewritten(monkeypatch, "(0.5 * logvar).exp()", "logvar.exp()")
 
 
 def no_noise_at_all(monkeypatch):
@@ -345,10 +347,10 @@ def test_weights_of_another_size_are_refused(tmp_path):
 
 
 def test_options_are_off_by_default():
-    """Without options nothing is added: two players, no scale, and the loss is the plain weighted sum."""
+    """Without options nothing is added: two objectives, no scale, and the loss is the plain weighted sum."""
     torch.manual_seed(0)
     losses, images = vae.VAELoss(vae.VAE(SMALL), replace(VAELossConfig(), perceptual=0.0)), scenes(8)
-    assert [p.name for p in losses.players(StageConfig())] == ["vae", "critic"] and losses.logvar is None
+    assert [p.name for p in losses.objectives(StageConfig())] == ["vae", "critic"] and losses.logvar is None
     loss, numbers = losses.autoencoder(images, 0.0)
     assert torch.isclose(loss, numbers["l1"] + 1e-4 * numbers["kl"])
     squares = vae.VAELoss(losses.vae, PIXELS, pixel=F.mse_loss)

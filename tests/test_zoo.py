@@ -33,7 +33,7 @@ from flextok_edu.engine.config import EvalConfig, Preset, preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.limits import from_dict
 from flextok_edu.engine.models import save_model
-from flextok_edu.data.learned import Learned, _hash_keys, load_learned, save_learned
+from flextok_edu.data.learned import Learned, hash_keys, load_learned, save_learned
 from flextok_edu.engine.marks import is_ours
 from flextok_edu.evaluation.report import load_report
 from flextok_edu.data.features import AttributeClassifier
@@ -400,7 +400,7 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatc
     patch(
         monkeypatch,
         apps_models,
-        "made_with",
+        "training_preset",
         lambda model: replace(from_dict(Preset, facts["preset"]), evaluate=own),
     )
     asked = []
@@ -563,8 +563,8 @@ def test_reconstruct(shipped, tmp_path, capsys):
 def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
     """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the model's own settings."""
     rows = []
-    draw = apps_page._rows
-    patch(monkeypatch, apps_page, "_rows", lambda *given: rows.append(given) or draw(*given))
+    draw = apps_page.picture_rows
+    patch(monkeypatch, apps_page, "picture_rows", lambda *given: rows.append(given) or draw(*given))
     x = torch.randint(0, 255, (3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     apps_explore.reconstruct(
@@ -704,7 +704,7 @@ def test_what_was_learned_goes_along(trained, packed, tmp_path):
         "one in eight",
         "photos | of `mine` <b>",
         3,
-        _hash_keys(torch.tensor([-5, 0, 7])),
+        hash_keys(torch.tensor([-5, 0, 7])),
         torch.tensor([-5, 0, 7]),
     )
     save_learned(tmp_path / "run" / "vae", learned)

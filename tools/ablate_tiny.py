@@ -32,7 +32,7 @@ VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its t
     "no zero-noise regression": ({"zero_noise": 0.0}, {}),
     "no norm before FSQ": ({"norm_before_fsq": False}, {}),
     "AdamW, 2e-3": ({}, {"optimizer": "adamw", "lr": 2e-3}),
-    "powers of two, not half full": ({"dropout_law": "powers_of_two"}, {}),
+    "powers of two, not half full": ({"budget_distribution": "powers_of_two"}, {}),
 }
 COUNTS = (1, 4, 8, 32)
 

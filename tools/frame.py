@@ -20,7 +20,7 @@ BRANCH = CONFIG["DEFAULT"]["branch"]
 
 BADGE = "[![open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{repo}/blob/{branch}/{path})"
 SETUP = """#| hide
-# Where the package is missing (Colab, a bare Jupyter): install it, from the clone around this notebook if any.
+# Where the package is missing (Colab, a bare Jupyter): install it, from a clone around this notebook if any
 import importlib.util, pathlib, subprocess, sys
 
 if importlib.util.find_spec("flextok_edu") is None:

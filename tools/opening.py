@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from flextok_edu.apps.models import habits, open_tokenizer
+from flextok_edu.apps.models import sampling_defaults, open_tokenizer
 from flextok_edu.engine.hub import shipped_models
 from flextok_edu.engine.tensors import from_uint8
 from flextok_edu.data.learned import load_learned
 from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.evaluation.evaluate import split_by_record
 from flextok_edu.evaluation.metrics import token_counts
-from flextok_edu.apps.page import _rows
+from flextok_edu.apps.page import picture_rows
 
 SCENES = (
     5,
@@ -30,7 +30,7 @@ REAL = (2, 11)  # the same: of the held-out clip art, two that everybody can nam
 
 def columns(name: str, images: torch.Tensor) -> list[torch.Tensor]:
     """Originals, then what comes back from 1, 2, 4, … tokens."""
-    tok, usual = open_tokenizer(name), habits(name)
+    tok, usual = open_tokenizer(name), sampling_defaults(name)
     ids = tok.tokenize(images)
     return [
         images,
@@ -55,7 +55,7 @@ def main() -> None:
     rows = [torch.stack([column[i] for column in part]) for part in parts for i in range(len(part[0]))]
     counts = token_counts(open_tokenizer("tiny").config.registers)
     names = ["scene"] * len(SCENES) + ["clip art"] * len(REAL)
-    _rows(
+    picture_rows(
         rows,
         names,
         out,

@@ -16,8 +16,8 @@ from .cost import decode_flops, decode_positions, encode_flops, encode_positions
 from flextok_edu.apps.timing import (
     BenchConfig,
     VARIANTS,
-    _memory,
-    _row,
+    peak_of,
+    bench_row,
     bench_line,
     bench_tokenizer,
     in_turns,
@@ -99,7 +99,7 @@ def bench_inference(
                 else decode_positions(c, k, True, VARIANTS[name][0])
             )
             rows.append(
-                _row(
+                bench_row(
                     config,
                     what,
                     name,
@@ -111,7 +111,7 @@ def bench_inference(
                     config.batch * sum(passes) * (config.steps if what == "decode" else 1),
                     rates,
                     float((call(name).float() - first).abs().max()),
-                    _memory(tok, lambda: call(name), name),
+                    peak_of(tok, lambda: call(name), name),
                 )
             )
             say(bench_line(rows[-1]))

@@ -20,12 +20,20 @@ from flextok_edu.apps.cost import (
     encode_positions,
     training_bytes,
 )
-from .timing import BenchConfig, _memory, _row, bench_line, bench_tokenizer, in_turns, matmuls
+from flextok_edu.apps.timing import (
+    BenchConfig,
+    peak_of,
+    bench_row,
+    bench_line,
+    bench_tokenizer,
+    in_turns,
+    matmuls,
+)
 from ..engine.compiler import compiled
 from ..engine.config import TokenizerConfig, TrunkConfig
-from ..engine.loader import Feed
-from ..registers import LAWS
-from ..tokenizer import Draws, FlexTok, Latents, TokenizerFeed, latent_batches
+from ..engine.loader import Loader
+from ..registers import BUDGET_DISTRIBUTIONS
+from ..tokenizer import TrainingNoise, FlexTok, Latents, TokenizerLoader, latent_batches
 
 # %% ../../nbs/apps/bench_training.ipynb #16-41b93d6c
 def loss_flops(
@@ -59,7 +67,7 @@ def loss_bytes(c: TokenizerConfig, images: int, longest: int | None, micro: int 
         latents = torch.empty(images, c.latent_channels, c.latent_size, c.latent_size)
         return tok.loss(
             latents,
-            draws=Draws(
+            draws=TrainingNoise(
                 torch.empty(images, dtype=torch.int64),
                 *torch.empty(2, images, dtype=torch.bool),
                 torch.empty(images),
@@ -73,15 +81,15 @@ def loss_bytes(c: TokenizerConfig, images: int, longest: int | None, micro: int 
     )  # from the second one on, the gradients are there already
 
 # %% ../../nbs/apps/bench_training.ipynb #16-629d828c
-class _Unsorted(TokenizerFeed):
+class _Unsorted(TokenizerLoader):
     "The same dice, in the order in which they were thrown."
 
-    def places(self, step: int) -> Tensor:
-        return Feed.places(self, step)
+    def positions(self, step: int) -> Tensor:
+        return Loader.positions(self, step)
 
 
-def training_feed(tok: FlexTok, batch: int, dealt: bool = True) -> TokenizerFeed:  # dealt: sorted by budget
-    "Steps of stage 1 on random latents, as room 08 makes them."
+def training_feed(tok: FlexTok, batch: int, dealt: bool = True) -> TokenizerLoader:  # dealt: sorted by budget
+    "Steps of stage 1 on random latents, as tokenizer makes them."
     c = tok.config
     data = Latents(
         torch.randn(
@@ -92,7 +100,7 @@ def training_feed(tok: FlexTok, batch: int, dealt: bool = True) -> TokenizerFeed
             generator=torch.Generator().manual_seed(0),
         )
     )
-    return (TokenizerFeed if dealt else _Unsorted)(tok, latent_batches(data, batch, device=tok.device))
+    return (TokenizerLoader if dealt else _Unsorted)(tok, latent_batches(data, batch, device=tok.device))
 
 
 TRAINING = {
@@ -114,7 +122,7 @@ def _backward(tok: FlexTok, parts, name: str) -> None:
 # %% ../../nbs/apps/bench_training.ipynb #16-28081004
 def sorting_allows(
     c: TokenizerConfig,
-    law: str,  # of the budget
+    distribution: str,  # of the budget
     batch: int,  # images a step
     micro: int,  # micro-batches a step
     steps: int = 200,  # that are thrown
@@ -127,31 +135,33 @@ def sorting_allows(
         (2,),
         TrunkConfig(64, 1, 1),
         TrunkConfig(64, 1, 1),
-        dropout_law=law,
+        budget_distribution=distribution,
         null_probability=c.null_probability,
     )
     feed = training_feed(FlexTok(small), batch)
     parts = [
         (len(latents), draws.longest)
         for step in range(steps)
-        for (latents, _, draws), _ in feed.parts(step, micro=micro)
+        for (latents, _, draws), _ in feed.micro_batches(step, micro=micro)
     ]
     return steps * loss_flops(c, batch, None) / sum(loss_flops(c, *part) for part in parts)
 
 # %% ../../nbs/apps/bench_training.ipynb #16-549b47e2
-def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # one row a law and variant
+def bench_train(
+    config: BenchConfig, say: Callable = print
+) -> list[dict]:  # one row a distribution and variant
     "Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the same images and dice. Raises ValueError for settings that make no sense."
     names = [v for v in config.variants if v in TRAINING] or ["plain"]
     if not 1 <= config.micro <= config.batch or config.repeats < 1:
         raise ValueError(
             f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. batch, and at least 1"
         )
-    if bad := [law for law in config.laws if law not in LAWS]:
-        raise ValueError(f"dropout law {bad[0]!r}: use {', '.join(LAWS)}")
+    if bad := [distribution for distribution in config.laws if distribution not in BUDGET_DISTRIBUTIONS]:
+        raise ValueError(f"budget distribution {bad[0]!r}: use {', '.join(BUDGET_DISTRIBUTIONS)}")
     tok = bench_tokenizer(config).train()
     plain, device, rows = tok.config, tok.device, []
-    for law in config.laws or (plain.dropout_law,):
-        tok.config = c = replace(plain, dropout_law=law)
+    for distribution in config.laws or (plain.budget_distribution,):
+        tok.config = c = replace(plain, budget_distribution=distribution)
         optimizer = torch.optim.AdamW(
             tok.parameters(), lr=0.0
         )  # all of its work, but the weights stay what they are: all rounds are of one model
@@ -164,13 +174,13 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
         def sizes(name, step):
             return [
                 (len(batch[0]), batch[2].longest if TRAINING[name][0] else None)
-                for batch, _ in feeds[TRAINING[name][0]].parts(step, micro=config.micro)
+                for batch, _ in feeds[TRAINING[name][0]].micro_batches(step, micro=config.micro)
             ]
 
         def call(name, step=None):
             step = next(turns[name]) if step is None else step
             optimizer.zero_grad(set_to_none=True)
-            _backward(tok, feeds[TRAINING[name][0]].parts(step, micro=config.micro), name)
+            _backward(tok, feeds[TRAINING[name][0]].micro_batches(step, micro=config.micro), name)
             if config.adamw:
                 optimizer.step()
             if step == config.repeats - 1:
@@ -184,7 +194,9 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
         for name in names:  # a compiler must have seen every shape; else one image is enough to wake up
             seen = {}
             for step in range(config.repeats if TRAINING[name][2] else 1):
-                for (latents, _, draws), weight in feeds[TRAINING[name][0]].parts(step, micro=config.micro):
+                for (latents, _, draws), weight in feeds[TRAINING[name][0]].micro_batches(
+                    step, micro=config.micro
+                ):
                     seen[len(latents), draws.longest] = ((latents, None, draws), weight)
             few = torch.tensor([0])
             _backward(
@@ -225,7 +237,7 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
             rates, first = [floor[name][1] / s for s in times["matmul", name]], gradients[names[0]]
             longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
             memory = (
-                _memory(tok, lambda: call(name, 0), name)
+                peak_of(tok, lambda: call(name, 0), name)
                 if device.type == "cuda"
                 else math.nan
                 if "bf16" in name or "compile" in name
@@ -235,7 +247,7 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
                 math.nan if name == names[0] else float((gradients[name] - first).norm() / first.norm())
             )
             rows.append(
-                _row(
+                bench_row(
                     config,
                     "train",
                     name,
@@ -249,7 +261,7 @@ def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:  # on
                     difference,
                     memory,
                 )
-                | {"law": law, "micro": config.micro}
+                | {"distribution": distribution, "micro": config.micro}
             )
             say(bench_line(rows[-1]))
     return rows

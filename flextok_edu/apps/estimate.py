@@ -20,12 +20,12 @@ from .cli import command
 from .cost import training_line
 from .models import DataOptions, preset_of
 from .options import UsageError, override
-from .pace import Pace, SUSTAINED, Stopwatch, throwaway
+from .pace import StepProfile, SUSTAINED, Stopwatch, dummy_stages
 from .pictures import open_pictures, some
 from .run_config import STAGES, pick_precision
 from ..ar import ARModel
 from ..data.datasets import ImageSet
-from ..data.decoding import _memory
+from ..data.decoding import machine_memory
 from ..data.extractors import extractor
 from ..data.features import AttributeClassifier
 from ..engine.config import Preset
@@ -58,10 +58,10 @@ class Estimate:
     "What was measured of a stage, and what follows for the preset."
 
     stage: str
-    pace: Pace  # with the images that were measured
+    pace: StepProfile  # with the images that were measured
     batch: int  # of the preset
     steps: int  # of the preset
-    memory: float  # bytes at the preset's batch, counted (room 16): float32, all activations kept
+    memory: float  # bytes at the preset's batch, counted (cost): float32, all activations kept
 
     @property
     def seconds(
@@ -79,7 +79,7 @@ class Estimate:
 
 # %% ../../nbs/apps/estimate.ipynb #15b-9966a18a
 def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
-    "A training step with fake tensors (room 16): nothing is allocated. (The VAE without critic and perceptual network.)"
+    "A training step with fake tensors (cost): nothing is allocated. (The VAE without critic and perceptual network.)"
     c = p.tokenizer
     if stage == "vae":
         return training_line(
@@ -115,7 +115,7 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
 def _room(device: torch.device) -> float:  # bytes that may be used
     if device.type == "cuda":
         return 0.9 * torch.cuda.get_device_properties(device).total_memory
-    return 0.6 * _memory()
+    return 0.6 * machine_memory()
 
 # %% ../../nbs/apps/estimate.ipynb #15b-9966a18a-1
 def estimate(
@@ -131,14 +131,14 @@ def estimate(
 ) -> list[Estimate]:
     "Measure each stage with as many images a step as time and memory allow."
     device, found = pick_device(str(device)), []
-    eyes = extractor(device=device) if p.vae_loss.perceptual else None
+    feature_extractor = extractor(device=device) if p.vae_loss.perceptual else None
     for name in [s for s in STAGES if (not only or s in only) and (s != "classifier" or few.scenes)]:
         config, half = getattr(p, f"train_{name}"), None if name == "classifier" else precision
 
         def pace(batch, steps, seconds):
             q = override(p, {f"train_{name}.batch": batch})
             return Stopwatch(device, half, steps, seconds, recompute=recompute).watch(
-                throwaway(q, few, eyes, device)[name]
+                dummy_stages(q, few, feature_extractor, device)[name]
             )
 
         (fixed, each), began = counted_memory(p, name), time.perf_counter()
@@ -229,7 +229,7 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
         )
     if o.data == "scenes":
         print(
-            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are {count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > _memory() / 2 else ''}",
+            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are {count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > machine_memory() / 2 else ''}",
             flush=True,
         )
     print(

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tyro.conf import Positional
 
-from .card import PARTS, _known, _stage, read_facts
+from .card import PARTS, known, read_stage, read_facts
 from .cli import command
-from .job import Job
-from .models import habits, open_tokenizer, size_of
+from .job import RunContext
+from .models import sampling_defaults, open_tokenizer, size_of
 from .options import UsageError
 from .pace import SUSTAINED
-from .page import PICTURES, _rows
+from .page import PICTURES, picture_rows
 from .pictures import held_out_scenes
 from .run_config import RunConfig, ready_to_write
 from .stages import Models, evaluate_all
@@ -126,7 +126,11 @@ def reconstruct(
     "Read, tokenise, decode, draw."
     paths, name = _photos(o), _model(o.model)
     tok = open_tokenizer(name, pick_device(o.device))
-    budgets, size, usual = parse_budgets(o.budgets, tok.config.registers), size_of(tok), habits(name)
+    budgets, size, usual = (
+        parse_budgets(o.budgets, tok.config.registers),
+        size_of(tok),
+        sampling_defaults(name),
+    )
     steps, guidance = (
         usual.steps if o.steps is None else o.steps,
         usual.guidance if o.guidance is None else o.guidance,
@@ -150,7 +154,7 @@ def reconstruct(
     )
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "strip.png"
-        _rows(
+        picture_rows(
             rows,
             names,
             drawn,
@@ -194,9 +198,7 @@ def trained_on(name: str, facts: dict, place: Path, size: int) -> TrainedOn:  # 
     "What a shipped model says of the pictures that its tokenizer learned from."
     made, learned = facts["made"].get("tokenizer", {}), load_learned(place / "tokenizer")
     source = (
-        learned.source
-        if learned
-        else f"{made.get('data') or 'unknown data'}, seed {_known(made.get('seed'))}"
+        learned.source if learned else f"{made.get('data') or 'unknown data'}, seed {known(made.get('seed'))}"
     )
     more = dict(keys=learned.keys, rule=learned.rule) if learned else {}
     return TrainedOn(
@@ -276,7 +278,7 @@ def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts o
 
 # %% ../../nbs/apps/explore.ipynb #17-095d53ae
 def _shown(place: Path, part: str) -> dict:  # a line of the page's table
-    said = _stage(place / part)["stage"]
+    said = read_stage(place / part)["stage"]
     return {"stage": part} | {
         key: said.get(key) or 0 for key in ("steps", "images_per_second", "seconds", "parameters")
     }
@@ -291,7 +293,7 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     tok = FlexTok.from_pretrained(name, device=device)
     ar = ARModel.from_pretrained(name, device=device, tokenizer=tok)
     reader = AttributeClassifier.from_pretrained(name, device=device)
-    judge, e = (
+    reference, e = (
         extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device),
         p.evaluate,
     )
@@ -316,14 +318,14 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
         },
     )  # all trainings of a part: no usual curves for those
     train = trained_on(name, facts, place, p.image_size)
-    job = Job(
+    job = RunContext(
         RunConfig(preset=p.name, out=str(Path(o.out).expanduser()), seed=o.seed, device=o.device),
         p,
         device,
         None,
         False,
-        judge,
-        judge,
+        reference,
+        reference,
         train,
         held_out_scenes(p, o.seed, n),
         began,

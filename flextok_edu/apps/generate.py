@@ -15,7 +15,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from .cli import command, read_settings
-from .models import Common, habits, open_ar, open_tokenizer
+from .models import Common, sampling_defaults, open_ar, open_tokenizer
 from .options import UsageError, nearest
 from .run_config import ready_to_write
 from .tokenize import read_ids
@@ -43,7 +43,7 @@ class DecodeOptions(Common):
 
     def decoding(self, model: str) -> tuple[int, float]:  # steps, guidance
         "As asked for, or as this model is used to. Raises UsageError for numbers that no decoder can follow."
-        usual = habits(model)
+        usual = sampling_defaults(model)
         steps, guidance = (
             usual.steps if self.steps is None else self.steps,
             usual.guidance if self.guidance is None else self.guidance,
@@ -241,7 +241,7 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     )  # whatever is said twice is one file
     labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
     steps, guidance = o.decoding(whose)
-    usual = habits(o.ar)
+    usual = sampling_defaults(o.ar)
     g, temperature = (
         usual.ar_guidance if o.ar_guidance is None else o.ar_guidance,
         usual.temperature if o.temperature is None else o.temperature,

@@ -15,10 +15,10 @@ from tyro.conf import Positional
 from .cli import command, read_settings, stored_options
 from flextok_edu.apps.models import (
     DataOptions,
-    _find,
-    _made_beside,
+    find_model,
+    preset_beside,
     all_learned,
-    made_with,
+    training_preset,
     open_ar,
     open_tokenizer,
     preset_of,
@@ -122,7 +122,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = (
         load_model(
-            _find(o.classifier, "classifier", "--classifier", "steps", "classifier"),
+            find_model(o.classifier, "classifier", "--classifier", "steps", "classifier"),
             lambda c: AttributeClassifier(),
             type(p.train_classifier),
         )[0].to(device)
@@ -130,7 +130,11 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         else None
     )
     known = all_learned(o.tokenizer, o.ar) | (
-        {"classifier": load_learned(_find(o.classifier, "classifier", "--classifier", "steps", "classifier"))}
+        {
+            "classifier": load_learned(
+                find_model(o.classifier, "classifier", "--classifier", "steps", "classifier")
+            )
+        }
         if o.classifier
         else {}
     )
@@ -143,14 +147,16 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
                 file=sys.stderr,
                 flush=True,
             )
-    eyes = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)
-    made = {"vae": _made_beside(o.tokenizer, "vae"), "tokenizer": made_with(o.tokenizer)} | (
-        {"ar": made_with(o.ar)} if o.ar else {}
+    feature_extractor = (
+        extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)
+    )
+    made = {"vae": preset_beside(o.tokenizer, "vae"), "tokenizer": training_preset(o.tokenizer)} | (
+        {"ar": training_preset(o.ar)} if o.ar else {}
     )
     report = evaluate_tokenizer(
         tok,
         val,
-        eyes=eyes,
+        feature_extractor=feature_extractor,
         config=p.evaluate,
         reader=reader,
         ar=ar,

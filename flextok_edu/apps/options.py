@@ -10,7 +10,7 @@ import difflib, json, math, re, typing
 from dataclasses import fields, is_dataclass, replace
 from typing import Literal
 
-from ..engine.limits import check_limits
+from ..engine.limits import check_limits, RENAMED
 
 # %% ../../nbs/apps/options.ipynb #15b-d5d0a8bf
 class UsageError(ValueError):
@@ -98,6 +98,7 @@ def override(
 
 def _put(config, parts: list[str], value, name: str, names: list[str]):
     (head, *rest), kinds = parts, typing.get_type_hints(type(config))
+    head = RENAMED.get(head, head)
     if head not in kinds:
         raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
     now = getattr(config, head)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .job import Job, _plain
+from .job import RunContext, as_json
 from flextok_edu.apps.page import (
     PICTURES,
     expected_curves,
@@ -101,7 +101,7 @@ class Models:
     stages: list[dict]  # steps, seconds, parameters of each stage
 
 # %% ../../nbs/apps/stages.ipynb #15-09f31043-1
-def train_all(job: Job) -> Models:
+def train_all(job: RunContext) -> Models:
     "Train what is missing, load what is finished. A stage that was interrupted goes on where it was."
     p, seed, device, logs, stages, reader = job.preset, job.config.seed, job.device, {}, [], None
     half, allowed, learned = (
@@ -120,7 +120,7 @@ def train_all(job: Job) -> Models:
                 "images": job.train.hash,
                 "after": weights_hash(after) if after else None,
                 "precision": str(half[name]),
-                "preset": _plain(p),
+                "preset": as_json(p),
             }
             return LongRun(
                 job.out / name, device, half[name], recipe=recipe, minutes=5.0, changes=allowed.get(name)
@@ -134,7 +134,7 @@ def train_all(job: Job) -> Models:
         "vae",
         lambda f: load_model(f, VAE, VAEConfig)[0].to(device),
         lambda e: (
-            *train_vae(job.train, p, job.eyes, seed, device, job.flip, half["vae"], bar, e),
+            *train_vae(job.train, p, job.feature_extractor, seed, device, job.flip, half["vae"], bar, e),
             p.train_vae,
         ),
         lambda f, m, **facts: save_model(f, m, m.config, **facts),
@@ -195,7 +195,7 @@ def train_all(job: Job) -> Models:
 
 # %% ../../nbs/apps/stages.ipynb #15-df46d014
 def finished_report(
-    job: Job, models: Models
+    job: RunContext, models: Models
 ) -> Report | None:  # None if there is none, or it is of other weights
     "The report of these weights, if it was made before."
     if not (job.out / "report.html").exists() or not (job.out / "table.json").exists():
@@ -223,7 +223,7 @@ def _trained_in(stages: list[dict]) -> str:  # facts of each stage
 
 # %% ../../nbs/apps/stages.ipynb #15-df46d014-1
 def evaluate_all(
-    job: Job,
+    job: RunContext,
     models: Models,
     about: str = "",  # more for the page: the card of a model that was not trained here
     learned: dict[str, Learned | None]
@@ -250,7 +250,7 @@ def evaluate_all(
     report = evaluate_tokenizer(
         models.tok,
         val,
-        eyes=job.judge,
+        feature_extractor=job.reference,
         config=e,
         reader=models.reader,
         ar=models.ar,

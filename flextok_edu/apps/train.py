@@ -14,7 +14,7 @@ import torch
 
 from .cli import command, stored_options
 from .job import lasting
-from .models import _find, all_learned, open_tokenizer, open_vae, preset_of, size_of
+from .models import find_model, all_learned, open_tokenizer, open_vae, preset_of, size_of
 from .options import UsageError, override
 from .pictures import open_pictures, watched
 from flextok_edu.apps.run_config import (
@@ -28,24 +28,24 @@ from flextok_edu.apps.run_config import (
 from flextok_edu.apps.training import (
     Told,
     TrainOptions,
-    _begin,
-    _begun_from,
-    _cache_folder,
-    _classes_agree,
-    _fits,
-    _material,
-    _to_go_on_with,
+    begin_folder,
+    begun_from,
+    cache_folder,
+    check_classes,
+    check_latents_fit,
+    training_material,
+    model_to_go_on_with,
 )
 from ..ar import save_ar, train_ar
 from ..data.extractors import extractor
-from ..data.learned import Learned, _hash_keys as hash_keys, load_learned, save_learned
+from ..data.learned import Learned, hash_keys, load_learned, save_learned
 from ..engine.claims import claimed
 from ..engine.compiler import compiler_works
 from ..engine.config import Preset
 from ..engine.files import weights_hash, write_text
 from ..engine.long_run import LongRun, Stopped
 from ..engine.models import save_model
-from ..engine.resume import _changed as changed_recipe
+from ..engine.resume import changed_recipe
 from ..engine.tensors import pick_device
 from ..engine.text import plain
 from ..evaluation.report import versions
@@ -80,7 +80,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     check_name(out)
     if changes and o.fresh:
         raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
-    old = _to_go_on_with(o, p, device)
+    old = model_to_go_on_with(o, p, device)
     made_of = (
         open_tokenizer(o.tokenizer, device)
         if o.stage == "ar"
@@ -91,7 +91,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         else open_vae(o.vae, device)
     )
     if o.stage == "tokenizer":
-        _fits(made_of, p, o.vae)
+        check_latents_fit(made_of, p, o.vae)
     if o.stage == "ar":
         p = replace(p, image_size=size_of(made_of))
     pictures = None if o.cache else open_pictures(o, p, "train")[0]
@@ -119,7 +119,7 @@ def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
         return
     if aside := claim.put_aside():
         print(f"{plain(out)} is now {plain(aside)}", flush=True)
-    cache = _cache_folder(o, out)
+    cache = cache_folder(o, out)
     if o.stage != "vae" and cache.is_dir():
         with claimed(cache, "encodes") as claim:
             if aside := claim.put_aside():
@@ -140,10 +140,10 @@ def _train_in(
 ) -> Path:
     "Train in a folder that is ours."
     first, name = engine.rank == 0, f"train_{o.stage}"
-    data, named, learned = _material(o, p, made_of, out, pictures)
-    _classes_agree(o, data)
+    data, named, learned = training_material(o, p, made_of, out, pictures)
+    check_classes(o, data)
     recipe = _recipe(o, p, named, made_of, old, precision)
-    finished, stored = _begin(out, recipe, first)
+    finished, stored = begin_folder(out, recipe, first)
     if engine.world > 1:
         engine.accelerator.wait_for_everyone()
     went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
@@ -223,13 +223,13 @@ def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own",
     whose = {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]
     if o.stage == "tokenizer":
         before = all_learned(whose) if whose else {}
-        vae = load_learned(_find(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
+        vae = load_learned(find_model(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
         return {"own": with_earlier(now, before["tokenizer"]) if whose else now, "vae": vae}
     if not whose:
         return {"own": now, "vae": None}
     kind, key = ("VAE", "stem") if o.stage == "vae" else ("AR model", "class_dropout")
     return {
-        "own": with_earlier(now, load_learned(_find(whose, kind, f"--{o.stage}", key, o.stage))),
+        "own": with_earlier(now, load_learned(find_model(whose, kind, f"--{o.stage}", key, o.stage))),
         "vae": None,
     }
 
@@ -246,7 +246,7 @@ def _recipe(
         "learns_from": named,
         "after": weights_hash(made_of) if made_of is not None else None,
     }
-    return json.loads(json.dumps(facts | _begun_from(o, old)))
+    return json.loads(json.dumps(facts | begun_from(o, old)))
 
 # %% ../../nbs/apps/train.ipynb #15b-9684b091
 def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, precision: torch.dtype | None):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .card import PARTS, _open, _read, model_card
+from .card import PARTS, open_part, open_parts, model_card
 from ..ar import position_losses, tokenizer_hash, tokenizer_identity
 from ..data.datasets import spread
 from ..data.learned import load_learned, save_learned
@@ -183,12 +183,12 @@ def read_log(folder: Path) -> list[dict] | None:  # rows of numbers; None if the
 # %% ../../nbs/apps/zoo.ipynb #17-c180953d
 def _write_parts(folders: dict[str, Path], to: Path) -> None:
     "Every part, each told the new hash of the one before."
-    vae, facts = _open(folders["vae"], "vae")
-    small = _round(_open(folders["vae"], "vae")[0])
+    vae, facts = open_part(folders["vae"], "vae")
+    small = _round(open_part(folders["vae"], "vae")[0])
     _keep(folders["vae"], to, "vae", small, facts, small.config)
     if "tokenizer" in folders:
-        tok, facts = _open(folders["tokenizer"], "tokenizer")
-        tok_small = _round(_open(folders["tokenizer"], "tokenizer")[0])
+        tok, facts = open_part(folders["tokenizer"], "tokenizer")
+        tok_small = _round(open_part(folders["tokenizer"], "tokenizer")[0])
         if facts.get("vae") not in (None, weights_hash(vae)):
             raise ValueError(
                 f"the tokenizer in {folders['tokenizer']} was trained with VAE {facts['vae']}, and the one in {folders['vae']} is {weights_hash(vae)}: they do not belong together"
@@ -197,7 +197,7 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
             folders["tokenizer"], to, "tokenizer", tok_small, facts, tok_small.config, vae=weights_hash(small)
         )
     if "ar" in folders:
-        model, facts = _open(folders["ar"], "ar")
+        model, facts = open_part(folders["ar"], "ar")
         tok.vae, tok_small.vae = vae, small
         if facts.get("tokenizer") not in (None, tokenizer_hash(tok)):
             raise ValueError(
@@ -206,7 +206,7 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
         bound = {"tokenizer": tokenizer_hash(tok_small), "tokenizer_identity": tokenizer_identity(tok_small)}
         _keep(folders["ar"], to, "ar", _round(model), facts, model.config, **bound)
     if "classifier" in folders:
-        model, facts = _open(folders["classifier"], "classifier")
+        model, facts = open_part(folders["classifier"], "classifier")
         _keep(
             folders["classifier"],
             to,
@@ -299,7 +299,7 @@ def pack(
     try:
         facts = _history(folders, evaluate)
         _write_parts(folders, hidden)
-        before, after = _read(folders), _read({p: hidden / p for p in folders})
+        before, after = open_parts(folders), open_parts({p: hidden / p for p in folders})
         if images is None:
             images = from_uint8(
                 ToyScenes(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .decoding import check_memory
-from .folders import FolderList, SETS, _read_all, evenly, list_folder, told
+from .folders import FolderList, SETS, read_all, evenly, list_folder, list_reasons
 from .keys import held_out, picture_keys
 from .scenes import KINDS, ToyScenes
 from .sets import find_set
-from ..engine.loader import Feed
+from ..engine.loader import Loader
 from ..engine.tensors import from_uint8, named_generator
 
 # %% ../../nbs/data/datasets.ipynb #01-9564c59b
@@ -47,7 +47,7 @@ class ImageSet:
     def head(self, count: int) -> Tensor:
         return self.images[spread(len(self), count)]  # so many, evenly spread (count 3 h w), uint8
 
-    def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> Feed:
+    def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> Loader:
         return batches(self, batch, seed, device, flip)
 
     def select(self, rows: Tensor, source: str | None = None) -> "ImageSet":
@@ -89,7 +89,7 @@ class _Side:
 def _read_side(
     items: Sequence, labels: Sequence[int], keys: Tensor | None, size: int, progress: bool
 ) -> _Side:
-    images, good, why = _read_all(items, size, progress)
+    images, good, why = read_all(items, size, progress)
     if keys is None:
         keys = picture_keys(items)
     names = [
@@ -117,7 +117,9 @@ def _two_sides(
 ) -> tuple[ImageSet, ImageSet]:
     "Warn of what could not be read, drop doubles and what would be on both sides, and say so in each source."
     if broken := train.skipped + held.skipped:
-        warnings.warn(f"{len(broken)} files of {name} could not be read and were skipped: {told(broken)}")
+        warnings.warn(
+            f"{len(broken)} files of {name} could not be read and were skipped: {list_reasons(broken)}"
+        )
     ours, theirs = _keys(train.images), _keys(held.images)
     learned, kept_out = set(ours), set(theirs)
     if rule == "one in eight":
@@ -144,7 +146,7 @@ def _two_sides(
         raise ValueError(
             f"{name} holds no usable picture to hold out"
             + (
-                f": {told(held.skipped)}; mend or remove them"
+                f": {list_reasons(held.skipped)}; mend or remove them"
                 if held.skipped
                 else ": all that would be are also in the training part"
             )
@@ -319,7 +321,7 @@ def batches(
     seed: int = 0,  # order of the images
     device="cpu",  # where the batch goes
     flip: bool = False,  # mirror every second image, at random (for photographs)
-) -> Feed:  # of images (b 3 h w) in [-1, 1] and labels (b, heads)
+) -> Loader:  # of images (b 3 h w) in [-1, 1] and labels (b, heads)
     "Shuffled batches without end; each epoch has its own order, and a set smaller than the batch repeats within it."
 
     def make(rows, places, step):
@@ -334,4 +336,4 @@ def batches(
             )
         return images, data.labels[rows].to(device)
 
-    return Feed(len(data), batch, make, seed)
+    return Loader(len(data), batch, make, seed)

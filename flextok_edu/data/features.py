@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .datasets import ImageSet, batches
-from .scenes import HEADS
+from .scenes import ATTRIBUTES
 from ..engine.config import StageConfig
 from ..engine.hub import Pretrained
 from ..engine.models import load_model, save_model
 from ..engine.optim import EMA
-from ..engine.trainer import Engine, Player, fit
+from ..engine.trainer import Engine, Objective, fit
 
 # %% ../../nbs/02_features.ipynb #02-646a69a1
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -105,14 +105,14 @@ class Lite0(nn.Module):
 
 # %% ../../nbs/02_features.ipynb #02-120aea54
 def perceptual_distance(
-    eyes: Lite0,  # a frozen extractor
+    feature_extractor: Lite0,  # a frozen extractor
     a: Tensor,  # images (b 3 h w) in [-1, 1]
     b: Tensor,  # images (b 3 h w) in [-1, 1]
 ) -> Tensor:  # distance (), 0 for equal pictures
     "Mean squared difference of unit-length features after blocks 2 and 4, summed over channels."
     return sum(
         (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
-        for x, y in zip(eyes.maps(a), eyes.maps(b))
+        for x, y in zip(feature_extractor.maps(a), feature_extractor.maps(b))
     )
 
 # %% ../../nbs/02_features.ipynb #02-a65f51dc
@@ -126,7 +126,7 @@ class AttributeClassifier(nn.Module, Pretrained):
         self, heads: dict[str, int] | None = None
     ):  # heads: name -> number of values; ToyScenes' by default
         super().__init__()
-        self.sizes = dict(heads or HEADS)
+        self.sizes = dict(heads or ATTRIBUTES)
 
         def layer(c_in, c_out, stride):
             return nn.Sequential(
@@ -197,7 +197,7 @@ def train_classifier(
     device="cpu",
     progress: bool = True,
     every: int = 10,  # log every so many steps
-    engine: Engine | None = None,  # the machine, see room 00; by default this one device
+    engine: Engine | None = None,  # the machine, see engine; by default this one device
 ) -> tuple[
     AttributeClassifier, list[dict]
 ]:  # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a uniform guess
@@ -213,9 +213,11 @@ def train_classifier(
         known = {head: e.detach() / math.log(n) for (head, n), e in zip(model.sizes.items(), each) if n > 1}
         return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(each)), known
 
-    player = Player("classifier", loss, list(model.named_parameters()), config, list(model.named_buffers()))
+    objective = Objective(
+        "classifier", loss, list(model.named_parameters()), config, list(model.named_buffers())
+    )
     log = fit(
-        [player],
+        [objective],
         batches(data, config.batch, seed, device),
         config.steps,
         ema,

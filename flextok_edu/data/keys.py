@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .sets import _ROOT
+from .sets import CACHE_ROOT
 from ..engine.files import atomic
 
 # %% ../../nbs/data/keys.ipynb #01-faf25b2e
@@ -67,7 +67,7 @@ def keys_folder(count: int, index: str | Path | None) -> Path | None:  # None: n
     if index is not None:
         return Path(index).expanduser()
     try:
-        return Path(_ROOT).expanduser() / "keys" if count >= _KEPT else None
+        return Path(CACHE_ROOT).expanduser() / "keys" if count >= _KEPT else None
     except RuntimeError:
         return None  # no home
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .datasets import ImageSet, no_random_access, spread
 from .decoding import check_memory
-from .folders import SETS, evenly, split_folders, told
+from .folders import SETS, evenly, split_folders, list_reasons
 from .keys import held_out
-from .reading import SourceFeed, _scan
+from .reading import SourceLoader, scan
 from .set_sources import HubSource, ObjectSource, SetSource
 from .sources import FolderSource, Item, Source
-from .streams import StreamFeed, StreamSource
+from .streams import StreamLoader, StreamSource
 from .tar import TarSource
 from ..engine.tensors import to_uint8
 
@@ -121,9 +121,9 @@ def _read_rows(
     source: Source, size: int, rows: Sequence[int], workers: int, progress: bool
 ) -> tuple[Tensor, list[int], list[int]]:  # images; labels; which rows
     "What can be used of these rows, in memory. Raises ValueError if it would not fit."
-    check_memory(len(rows), size, "read fewer (limit=), or train from the disk with SourceFeed")
+    check_memory(len(rows), size, "read fewer (limit=), or train from the disk with SourceLoader")
     images, labels, good, why = np.empty((len(rows), 3, size, size), np.uint8), [], [], []
-    for row, (found, label, key) in zip(rows, _scan(source, size, rows, workers, progress, "reading images")):
+    for row, (found, label, key) in zip(rows, scan(source, size, rows, workers, progress, "reading images")):
         if isinstance(found, str):
             why.append((key, found))
         else:
@@ -132,7 +132,7 @@ def _read_rows(
             good.append(row)
     if why:
         warnings.warn(
-            f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: {told(why)}"
+            f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: {list_reasons(why)}"
         )
     if not labels:
         raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
@@ -203,9 +203,11 @@ class OnDisk:
             raise TypeError(f"{self.source} is a stream: nobody knows its length or its hash before its end")
         return self.pictures
 
-    def feed(self, batch: int, seed: int = 0, device="cpu", flip: bool = False) -> "SourceFeed | StreamFeed":
+    def feed(
+        self, batch: int, seed: int = 0, device="cpu", flip: bool = False
+    ) -> "SourceLoader | StreamLoader":
         "Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) without end."
-        kind = SourceFeed if isinstance(self.pictures, Source) else StreamFeed
+        kind = SourceLoader if isinstance(self.pictures, Source) else StreamLoader
         return kind(self.pictures, self.size, batch, seed, self.workers, flip, self.crop, device)
 
     def head(self, count: int) -> Tensor:  # images (m 3 h w) uint8
@@ -214,7 +216,7 @@ class OnDisk:
             return _read_rows(
                 self.pictures, self.size, spread(len(self), count).tolist(), self.workers, False
             )[0]
-        feed = StreamFeed(self.pictures, self.size, min(count, 256))
+        feed = StreamLoader(self.pictures, self.size, min(count, 256))
         return torch.cat([to_uint8(next(feed)[0]) for _ in range(-(-count // feed.batch))])[:count]
 
 # %% ../../nbs/data/opening.ipynb #01b-26997c23
@@ -278,7 +280,7 @@ def open_source(
     download: bool = False,  # for SETS: where they lie; fetch them
     limit: int | None = None,  # use at most so many items, evenly spread
     index: str | Path | None = None,  # folder that keeps the index of tar shards
-    streaming: bool = False,  # hf: read from front to back, for a StreamFeed
+    streaming: bool = False,  # hf: read from front to back, for a StreamLoader
 ) -> Source | StreamSource:
     "The source that `spec` names. Raises FileNotFoundError or ValueError, with advice."
     if isinstance(spec, (Source, StreamSource)):

@@ -20,7 +20,7 @@ from .datasets import no_random_access
 from .decoding import PICTURES
 from .folders import PASSED_OVER, evenly
 from .keys import keys_folder, load_keys, picture_key, save_keys
-from .sources import Item, Source, _LONGEST, _Strings, _caption
+from .sources import Item, Source, LONGEST_TEXT, SharedStrings, caption_of
 from ..engine.files import write_text
 
 # %% ../../nbs/data/tar.ipynb #01b-5847742c
@@ -267,7 +267,7 @@ class TarSource(Source):
             raise ValueError(f"{len(classes)} class names for labels up to {len(names) - 1}")
         self.shards, self.names, self.classes, self.labels = (
             paths,
-            _Strings(keys),
+            SharedStrings(keys),
             tuple(classes or names),
             np.array(labels),
         )
@@ -326,7 +326,7 @@ class TarSource(Source):
         if not size:
             return None
         try:
-            return _caption(self._read(shard, at, min(size, _LONGEST)), bool(is_json))
+            return caption_of(self._read(shard, at, min(size, LONGEST_TEXT)), bool(is_json))
         except (OSError, ValueError) as error:
             return self.no_caption(f"{Path(self.shards[shard]).name}/{self.names[i]}", error)
 

@@ -58,10 +58,10 @@ class TokenizerConfig:
     max_timestep: float = 1.0  # largest time that the time embedding is given
     time_features: int = 256  # sines and cosines in the time embedding
     encoder_mask: str = "causal_last"  # "causal_last" | "causal" | "full"
-    dropout_law: str = "powers_of_two"  # law of the budget in training, see room 06
+    budget_distribution: str = "powers_of_two"  # distribution of the budget in training, see registers
     null_probability: float = 0.1  # share of samples trained with the null condition
-    time_law: str = "logit_normal"  # law of t in training, see room 07
-    mode_scale: float = 0.25  # of the time law "mode"
+    time_distribution: str = "logit_normal"  # distribution of t in training, see flow
+    mode_scale: float = 0.25  # of the time distribution "mode"
     sample_posterior: bool = True  # train on samples of the VAE's posterior, not on its mean
     zero_noise: float = 0.0  # share of a batch trained on t = 1 with zero noise (helps small models)
     norm_before_fsq: bool = False  # running unit-variance norm before the quantiser (helps small models)
@@ -191,7 +191,7 @@ PRESETS = {
                 (8, 5, 5, 5),
                 TrunkConfig(128, 2),
                 TrunkConfig(128, 4),
-                dropout_law="half_full",
+                budget_distribution="half_full",
                 zero_noise=0.5,
                 norm_before_fsq=True,
             ),
@@ -215,7 +215,7 @@ PRESETS = {
                 (8, 5, 5, 5),
                 TrunkConfig(128, 3),
                 TrunkConfig(128, 5),
-                dropout_law="half_full",
+                budget_distribution="half_full",
                 zero_noise=0.5,
                 norm_before_fsq=True,
             ),
@@ -242,7 +242,7 @@ PRESETS = {
                 (7, 5, 5, 5, 5),
                 TrunkConfig(192, 6),
                 TrunkConfig(192, 8),
-                dropout_law="half_full",
+                budget_distribution="half_full",
                 zero_noise=0.5,
                 norm_before_fsq=True,
             ),

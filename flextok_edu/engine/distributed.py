@@ -13,26 +13,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import _like, _whole
-from .loader import Feed
+from .checkpoint import placed_like, gathered
+from .loader import Loader
 from .optim import EMA, Muon
 from .tensors import pick_device
-from .trainer import Engine, Player
+from .trainer import Engine, Objective
 
 # %% ../../nbs/engine/distributed.ipynb #11-a4202470
 class _Turn(nn.Module):
-    "A player's loss as a module: what wrappers for several processes expect."
+    "An objective's loss as a module: what wrappers for several processes expect."
 
-    def __init__(self, player: Player, spread: bool = False):
+    def __init__(self, objective: Objective, spread: bool = False):
         super().__init__()
-        self.player = player
+        self.objective = objective
         if spread:
-            self.inner = nn.ModuleList(player.modules)
+            self.inner = nn.ModuleList(objective.modules)
         else:
-            self.weights = nn.ParameterList([w for _, w in player.parameters])
+            self.weights = nn.ParameterList([w for _, w in objective.parameters])
 
     def forward(self, batch, progress: float) -> tuple[Tensor, dict]:
-        return self.player.loss(batch, progress)
+        return self.objective.loss(batch, progress)
 
 
 def _blocks(modules) -> list[nn.Module]:  # the transformer blocks in them
@@ -55,18 +55,18 @@ def _quiet(turn: nn.Module, last: bool):
 
 # %% ../../nbs/engine/distributed.ipynb #11-48ea6c05
 class _Spread:
-    "A player's modules, each process holding a slice; `gather` undoes it."
+    "An objective's modules, each process holding a slice; `gather` undoes it."
 
-    def __init__(self, player: Player, ema: EMA | None, device: torch.device, world: int):
+    def __init__(self, objective: Objective, ema: EMA | None, device: torch.device, world: int):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self.player, self.ema, self.turn = player, ema, _Turn(player, spread=True)
+        self.objective, self.ema, self.turn = objective, ema, _Turn(objective, spread=True)
         self.kinds, mesh = {m: type(m) for m in self.turn.modules()}, init_device_mesh(device.type, (world,))
-        blocks = _blocks(player.modules)
+        blocks = _blocks(objective.modules)
         early = [
             b.to_modulation for b in blocks if hasattr(b, "to_modulation")
-        ]  # asked before their block runs (room 05): units of their own
+        ]  # asked before their block runs (transformer): units of their own
         self._follow(lambda: [fully_shard(m, mesh=mesh) for m in (*early, *blocks, self.turn)])
 
     def _follow(self, change: Callable) -> None:
@@ -83,10 +83,12 @@ class _Spread:
             m, name = places[id(w)]
             return m._parameters[name]
 
-        self.player.parameters[:] = [(n, now(w)) for n, w in self.player.parameters]
+        self.objective.parameters[:] = [(n, now(w)) for n, w in self.objective.parameters]
         if self.ema:
             self.ema.parameters = [now(w) for w in self.ema.parameters]
-            self.ema.average = [_like(_whole(a), w) for a, w in zip(self.ema.average, self.ema.parameters)]
+            self.ema.average = [
+                placed_like(gathered(a), w) for a, w in zip(self.ema.average, self.ema.parameters)
+            ]
 
     def gather(self) -> None:
         "Whole weights again, in ordinary modules."
@@ -102,7 +104,7 @@ class _Spread:
             for m in self.kinds:
                 for name, w in m._parameters.items():
                     if w is not None:
-                        m._parameters[name] = nn.Parameter(_whole(w.detach()), w.requires_grad)
+                        m._parameters[name] = nn.Parameter(gathered(w.detach()), w.requires_grad)
 
         self._follow(change)
 
@@ -165,24 +167,26 @@ class Shares(Engine):
 
     @contextlib.contextmanager
     def session(
-        self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str
+        self, objectives: list[Objective], batches: Iterator, steps: int, ema: EMA | None, label: str
     ) -> Iterator[tuple[int, list[dict]]]:
-        "Wrap the losses; then as in room 00. Raises TypeError for batches that cannot be shared."
-        if (self.world > 1 or self.micro > 1) and not isinstance(batches, Feed):
+        "Wrap the losses; then as in engine. Raises TypeError for batches that cannot be shared."
+        if (self.world > 1 or self.micro > 1) and not isinstance(batches, Loader):
             raise TypeError(
-                f"several processes or micro-batches need a Feed (room 00), which knows whose share is whose, not {type(batches).__name__}"
+                f"several processes or micro-batches need a Feed (engine), which knows whose share is whose, not {type(batches).__name__}"
             )
         spread = [
-            _Spread(p, ema, self.device, self.world) for p in players if self.sharded and _blocks(p.modules)
+            _Spread(p, ema, self.device, self.world)
+            for p in objectives
+            if self.sharded and _blocks(p.modules)
         ]
-        self.turns = {p.name: _Turn(p) for p in players} | {s.player.name: s.turn for s in spread}
-        whole = [name for name in self.turns if name not in {s.player.name for s in spread}]
+        self.turns = {p.name: _Turn(p) for p in objectives} | {s.objective.name: s.turn for s in spread}
+        whole = [name for name in self.turns if name not in {s.objective.name for s in spread}]
         if self.world > 1:
             for name in whole:
                 self.turns[name] = _alike(self.turns[name], self.device)
         with (
-            recomputed(_blocks([m for p in players for m in p.modules]), self.recompute),
-            super().session(players, batches, steps, ema, label) as state,
+            recomputed(_blocks([m for p in objectives for m in p.modules]), self.recompute),
+            super().session(objectives, batches, steps, ema, label) as state,
         ):
             for opt in (
                 o for name in whole if self.world > 1 for o in self.optimizers[name] if isinstance(o, Muon)
@@ -192,28 +196,28 @@ class Shares(Engine):
         for s in spread:
             s.gather()
 
-    def parts(self, step: int) -> list[tuple[object, float]]:
+    def micro_batches(self, step: int) -> list[tuple[object, float]]:
         "This process's share of the step."
         self.current = (
-            self.batches.parts(step, self.rank, self.world, self.micro)
-            if isinstance(self.batches, Feed)
+            self.batches.micro_batches(step, self.rank, self.world, self.micro)
+            if isinstance(self.batches, Loader)
             else [(next(self.batches), 1.0)]
         )
         return self.current
 
     def gradient(
-        self, player: Player, batch, weight: float, progress: float, last: bool
+        self, objective: Objective, batch, weight: float, progress: float, last: bool
     ) -> tuple[Tensor, dict]:
-        "As in room 00, through the wrapper."
-        turn = self.turns[player.name]
+        "As in engine, through the wrapper."
+        turn = self.turns[objective.name]
         with _quiet(turn, last):
             with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
                 loss, numbers = turn(batch, progress)
-            self.scalers[player.name].scale(loss * weight if weight != 1 else loss).backward()
+            self.scalers[objective.name].scale(loss * weight if weight != 1 else loss).backward()
         return loss.detach(), numbers
 
-    def move(self, player: Player) -> Tensor:
-        return _whole(super().move(player))
+    def move(self, objective: Objective) -> Tensor:
+        return gathered(super().move(objective))
 
     def total(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x.to(self.device), "sum") if self.world > 1 else x

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checks import _no_pointer
+from .checks import refuse_pointer
 from .text import plain
 
 # %% ../../nbs/engine/files.ipynb #00-6203acdf
@@ -87,7 +87,7 @@ def _opened(path: Path):  # an open safetensors file
     except (SafetensorError, ValueError, OverflowError, TypeError, RuntimeError, MemoryError) as error:
         with open(path, "rb") as file:
             start = file.read(64)
-        _no_pointer(path, start)
+        refuse_pointer(path, start)
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise ValueError(
                 f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file"

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import Checkpoints, random_state, set_random_state
-from .claims import _claims, claimed
+from .claims import claims, claimed
 from .files import atomic
-from .loader import Feed
-from .monitor import Watch, matmul_rate, peak_memory
+from .loader import Loader
+from .monitor import Diagnostics, matmul_rate, peak_memory
 from .optim import EMA
-from .resume import _Restoring, _changed, _said
-from .trainer import Player
+from .resume import Restoring, changed_recipe, settings_text
+from .trainer import Objective
 
 # %% ../../nbs/engine/long_run.ipynb #11-b8450d93
-class _Measuring(_Restoring):
+class _Measuring(Restoring):
     "Numbers for whoever looks on: the log, the watch, a tracker."
 
     def _start_tracker(self, track: str, folder: str | Path) -> None:
@@ -43,15 +43,15 @@ class _Measuring(_Restoring):
 
     def _count(self, step: int) -> int:  # FLOPs of this process
         "The arithmetic of a step, by a rehearsal that leaves no trace. (Not in the step itself: a counter takes some operations apart, and that changes the last bit.)"
-        dice, buffers = random_state(), [(x, x.clone()) for p in self.players for _, x in p.buffers]
-        parts, turn = self.parts(step), [p for p in self.players if step / self.steps >= p.start]
+        dice, buffers = random_state(), [(x, x.clone()) for p in self.objectives for _, x in p.buffers]
+        parts, turn = self.micro_batches(step), [p for p in self.objectives if step / self.steps >= p.start]
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             for i, (batch, weight) in enumerate(parts):
                 for p in turn:
                     self.gradient(p, batch, weight, step / self.steps, i == len(parts) - 1)
         for x, before in buffers:
             x.copy_(before)
-        for p in self.players:
+        for p in self.objectives:
             for _, w in p.parameters:
                 w.grad = None
         set_random_state(dice)
@@ -63,7 +63,7 @@ class _Measuring(_Restoring):
         pace = done / (now - self.clock)
         self.clock, self.seen = now, row["step"] + 1
         row |= {
-            "lr": self.optimizers[self.players[0].name][0].param_groups[0]["lr"],
+            "lr": self.optimizers[self.objectives[0].name][0].param_groups[0]["lr"],
             "images_per_second": pace * self.batches.batch,
             "memory": peak_memory(self.device),
         }
@@ -141,9 +141,9 @@ class _Listening(_Measuring):
 
     def _way_on(self) -> str:
         "What to do after numbers that are not finite: said only of a checkpoint that was just read and found sound."
-        found, less = self.store.newest(), float(f"{self.players[0].config.lr / 3:.0e}")
+        found, less = self.store.newest(), float(f"{self.objectives[0].config.lr / 3:.0e}")
         if found is None:
-            return f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning rate than {self.players[0].config.lr:g}, or in float32"
+            return f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning rate than {self.objectives[0].config.lr:g}, or in float32"
         return (
             f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
             "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)"
@@ -156,7 +156,7 @@ class _Beginning(_Listening):
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
         "The folder is claimed for a session: under the claim of whoever called us, or by a new one."
-        held = _claims.get(self.store.folder.parent.expanduser().resolve())
+        held = claims.get(self.store.folder.parent.expanduser().resolve())
         if self.rank:
             yield
         elif held and held.pid == os.getpid() and not held.used:
@@ -187,7 +187,7 @@ class _Beginning(_Listening):
             if self.rank == 0:
                 print(
                     f"{label or 'training'}: goes on after step {first} of {steps}"
-                    + (f", with {_said(self.changed[-1]['settings'])}" if fresh else ""),
+                    + (f", with {settings_text(self.changed[-1]['settings'])}" if fresh else ""),
                     flush=True,
                 )
             if fresh:
@@ -229,36 +229,42 @@ class LongRun(_Beginning):
             ignore,
         )
         self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
-        self.asked, self.watch, self.saved, self.flops, self.track = None, Watch(), time.monotonic(), 0, track
+        self.asked, self.watch, self.saved, self.flops, self.track = (
+            None,
+            Diagnostics(),
+            time.monotonic(),
+            0,
+            track,
+        )
         if track != "none":
             self._start_tracker(track, folder)
 
     @contextlib.contextmanager
     def session(
-        self, players: list[Player], batches: Iterator, steps: int, ema: EMA | None, label: str
+        self, objectives: list[Objective], batches: Iterator, steps: int, ema: EMA | None, label: str
     ) -> Iterator[tuple[int, list[dict]]]:
         "Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes wrong. Raises ValueError if another process trains in the folder."
-        if not isinstance(batches, Feed):
+        if not isinstance(batches, Loader):
             raise TypeError(
-                f"a run that is to be resumed needs a Feed (room 00), whose batches follow from their number, not {type(batches).__name__}"
+                f"a run that is to be resumed needs a Feed (engine), whose batches follow from their number, not {type(batches).__name__}"
             )
         with self._ours():
             found = self.store.newest()
-            fresh = bool(found) and self._agree(found[1], players)
+            fresh = bool(found) and self._agree(found[1], objectives)
             if not found and self.changes:
                 if not self.store.files():
                     raise ValueError(
-                        f"there is no checkpoint in {self.store.folder} that could go on with {_said(self.changes)}"
+                        f"there is no checkpoint in {self.store.folder} that could go on with {settings_text(self.changes)}"
                     )
                 warnings.warn(
-                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {_said(self.changes)}"
+                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {settings_text(self.changes)}"
                 )
-                self.recipe = _changed(json.loads(json.dumps(self.recipe)), self.changes)
+                self.recipe = changed_recipe(json.loads(json.dumps(self.recipe)), self.changes)
             elif not found and self.rank == 0 and self.store.files():
                 warnings.warn(
                     f"no checkpoint in {self.store.folder} can be used: the training begins at its first step"
                 )
-            with super().session(players, batches, steps, ema, label), self._listening():
+            with super().session(objectives, batches, steps, ema, label), self._listening():
                 yield from self._going(found, fresh, steps, label)
 
     def end(self, step: int, log: list[dict]) -> None:

@@ -70,7 +70,7 @@ class Muon(torch.optim.Muon):
 
     divided = staticmethod(
         lambda work, matrices: work(matrices)
-    )  # who does which matrices: here one process does all of them; room 11 deals them out
+    )  # who does which matrices: here one process does all of them; training deals them out
 
     def __init__(self, params, **options):
         super().__init__([{"params": []}], **options)  # its own check knows nothing of filters
@@ -110,7 +110,7 @@ class Muon(torch.optim.Muon):
             for average, w in zip(averages, weights)
         ]
         whole = [u.full_tensor() if hasattr(u, "full_tensor") else u for u in updates]
-        whole = torch.stack(whole).flatten(2)  # (m r c); slices of several processes (room 11) are gathered
+        whole = torch.stack(whole).flatten(2)  # (m r c); slices of several processes (training) are gathered
         level = self.divided(
             lambda x: orthogonalise(x, *group["ns_coefficients"], group["ns_steps"]),
             whole.bfloat16() if _with_bfloat16(whole.device) else whole.float(),

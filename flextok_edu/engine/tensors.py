@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .text import _lines
+from .text import drawable_lines
 
 # %% ../../nbs/engine/tensors.ipynb #00-bd57ef80
 def pick_device(name: str | torch.device = "auto") -> torch.device:  # the device
@@ -87,7 +87,7 @@ def show(
     fig = plt.figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + 0.3 * bool(title)), dpi=90)
     plt.imshow(picture, interpolation="nearest")
     plt.axis("off")
-    plt.title(_lines(title), fontsize=10, parse_math=False)
+    plt.title(drawable_lines(title), fontsize=10, parse_math=False)
     plt.tight_layout(pad=0.2)
     plt.show()
 

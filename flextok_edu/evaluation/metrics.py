@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'image_scores', 'mean_and_error', 'frechet', 'frechet_resamples', 'all_features', 'token_counts',
-           'column', 'Seen', 'Judge', 'reading', 'distances', 'reconstruction_row']
+           'column', 'Seen', 'Reference', 'reading', 'distances', 'reconstruction_row']
 
 # %% ../../nbs/14_evaluation.ipynb #14_evaluation-imports
 import math
@@ -103,7 +103,7 @@ def frechet_resamples(
 
 @torch.no_grad()
 def all_features(
-    eyes: nn.Module,  # frozen extractor
+    feature_extractor: nn.Module,  # frozen extractor
     images: Tensor,  # images (b 3 h w): uint8, or floats in [-1, 1]
     batch: int = 125,  # images at a time
     device="cpu",
@@ -111,7 +111,9 @@ def all_features(
     "Features of many images."
     return torch.cat(
         [
-            eyes((from_uint8(part) if part.dtype == torch.uint8 else part).to(device)).float().cpu()
+            feature_extractor((from_uint8(part) if part.dtype == torch.uint8 else part).to(device))
+            .float()
+            .cpu()
             for part in images.split(batch)
         ]
     )
@@ -137,21 +139,27 @@ class Seen:
     scores: dict[str, Tensor]  # "mae", "psnr", "ssim": (n,) each; empty for pictures that have no original
 
 
-class Judge:
+class Reference:
     "What every row is measured against: the originals, their features, the classifier."
 
     def __init__(
         self,
         images: Tensor,  # originals (b 3 h w): uint8, or floats in [-1, 1]
         labels: Tensor,  # their truth (b, heads)
-        eyes: list,  # extractors of the Fréchet distances
+        feature_extractors: list,  # extractors of the Fréchet distances
         reader: AttributeClassifier | None = None,  # reads attributes; None: no such columns
         device="cpu",  # where the extractors are
         batch: int = 250,
     ):  # originals at a time
-        self.images, self.labels, self.eyes, self.reader, self.device = images, labels, eyes, reader, device
+        self.images, self.labels, self.feature_extractors, self.reader, self.device = (
+            images,
+            labels,
+            feature_extractors,
+            reader,
+            device,
+        )
         own = self.see(self.originals(i, i + batch) for i in range(0, len(images), batch))
-        self.references, self.readings = own.features, own.readings
+        self.features, self.readings = own.features, own.readings
 
     def originals(self, first: int, end: int) -> Tensor:  # (b 3 h w) in [-1, 1]
         "A few of them, as the models take them."
@@ -164,9 +172,9 @@ class Judge:
         scored: bool = False,  # they are reconstructions of the originals, in their order
     ) -> Seen:
         "Look at pictures that come in batches, and let them go."
-        features, readings, scores, count = [[] for _ in self.eyes], [], [], 0
+        features, readings, scores, count = [[] for _ in self.feature_extractors], [], [], 0
         for pictures in batches:
-            for e, kept in zip(self.eyes, features):
+            for e, kept in zip(self.feature_extractors, features):
                 kept.append(all_features(e, pictures, device=self.device))
             if self.reader is not None:
                 readings.append(self.reader.read(pictures))
@@ -180,7 +188,7 @@ class Judge:
 
 # %% ../../nbs/14_evaluation.ipynb #10-547d46e1
 def reading(
-    judge: Judge,
+    reference: Reference,
     seen: Tensor | None,  # readings (n, heads); None without a classifier
     truth: Tensor,  # (n, heads)
 ) -> dict[str, float]:  # "acc_<head>" and "acc_<head>_se"
@@ -188,32 +196,32 @@ def reading(
     if seen is None:
         return {}
     found = {}
-    for head, p in zip(judge.reader.sizes, (seen == truth.cpu()).float().mean(0).tolist()):
+    for head, p in zip(reference.reader.sizes, (seen == truth.cpu()).float().mean(0).tolist()):
         found |= {f"acc_{head}": p, f"acc_{head}_se": math.sqrt(max(p * (1 - p), 0) / len(truth))}
     return found
 
 
 def distances(
-    judge: Judge,
+    reference: Reference,
     features: list[Tensor],  # of pictures, for each extractor (m d)
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # "frechet_<eyes>" and "…_se"; resamples by the same key
     "Fréchet distances to the originals, with bootstrap errors."
     row, resamples = {}, {}
-    for e, reference, found in zip(judge.eyes, judge.references, features):
+    for e, real, found in zip(reference.feature_extractors, reference.features, features):
         key = column(e.name)
-        resamples[key] = frechet_resamples(reference, found)
-        row[key], row[f"{key}_se"] = frechet(reference, found), float(resamples[key].std())
+        resamples[key] = frechet_resamples(real, found)
+        row[key], row[f"{key}_se"] = frechet(real, found), float(resamples[key].std())
     return row, resamples
 
 
 def reconstruction_row(
-    judge: Judge,
+    reference: Reference,
     batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1], of all originals in their order
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # a row; the values behind it
     "Scores of reconstructions."
-    seen = judge.see(batches, scored=True)
+    seen = reference.see(batches, scored=True)
     row = {"n": seen.count}
     for name, each in seen.scores.items():
         row[name], row[f"{name}_se"] = mean_and_error(each)
-    far, resamples = distances(judge, seen.features)
-    return row | far | reading(judge, seen.readings, judge.labels), seen.scores | resamples
+    far, resamples = distances(reference, seen.features)
+    return row | far | reading(reference, seen.readings, reference.labels), seen.scores | resamples

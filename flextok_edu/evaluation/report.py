@@ -76,7 +76,7 @@ def _against(p: Preset | None) -> str:  # what the VAE of this preset was traine
 # %% ../../nbs/evaluation/report.ipynb #10-485e7f39-1
 def make_card(
     data: ImageSet,
-    eyes: list,  # the extractors of the Fréchet distances, in the order of the columns
+    feature_extractors: list,  # the extractors of the Fréchet distances, in the order of the columns
     config: EvalConfig,
     seed: int,
     facts: dict
@@ -99,7 +99,7 @@ def make_card(
         "crop": crop,
         "images": len(data),
         "reference": f"the same {len(data)} images",
-        "extractors": [e.name for e in eyes],
+        "extractors": [e.name for e in feature_extractors],
         "seed": seed,
         "steps": config.steps,
         "guidance": config.guidance,
@@ -195,18 +195,18 @@ class Report:
             )
             for line in table
         ]
-        eyes = [
+        legend = [
             f"Fréchet {i + 1}: distance in the features of {plain(name)}"
             for i, name in enumerate(self.card["extractors"])
         ]
         if "floor" in self.card and any(row["what"] == "real against real" for row in self.rows):
-            eyes.append(f"real against real: {plain(self.card['floor'])}")
+            legend.append(f"real against real: {plain(self.card['floor'])}")
         return "\n".join(
             [
                 lines[0],
                 "-" * len(lines[0]),
                 *lines[1:],
-                *eyes,
+                *legend,
                 *[f"note: {plain(note)}" for note in self.notes],
             ]
         )

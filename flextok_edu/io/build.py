@@ -23,7 +23,7 @@ from ..engine.files import weights_hash, write_text
 from flextok_edu.engine.shards import (
     Claims,
     DamagedShard,
-    _FORMAT,
+    SHARD_FORMAT,
     check_content,
     read_header,
     shard_path,
@@ -32,10 +32,10 @@ from flextok_edu.engine.shards import (
 from ..engine.tensors import from_uint8
 from .cache import LatentCache, TokenCache
 from flextok_edu.io.cache_facts import (
-    _CACHE,
-    _check_shard,
-    _odd_labels,
-    _refuse,
+    CACHE_SHAPE,
+    check_shard,
+    odd_labels,
+    refuse_other,
     latent_facts,
     read_facts,
     token_facts,
@@ -121,7 +121,7 @@ def token_recipe(
         raise ValueError(
             f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures"
         )
-    _refuse(
+    refuse_other(
         data.facts,
         latent_facts(tok._need_vae("tokenising latents")),
         f"the latents of {data.folder} are not of this tokenizer's VAE",
@@ -274,7 +274,7 @@ def _begin(folder: Path, facts: dict) -> Claims:
         claims.close()
         raise failed(error) from error
     try:
-        _refuse(
+        refuse_other(
             read_facts(folder),
             facts,
             f"{folder} holds another cache",
@@ -291,11 +291,11 @@ def _make(
 ) -> bool:  # whether there was something to do
     "One shard, unless it is there and whole."
     if _good(path, verify):
-        _check_shard(path, facts, index)
+        check_shard(path, facts, index)
         return False
     start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
-    if odd := _odd_labels(tensors["labels"], facts):
+    if odd := odd_labels(tensors["labels"], facts):
         raise ValueError(
             f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them"
         )
@@ -329,7 +329,9 @@ def build_cache(
     "Make what is missing of a cache, together with any other processes that do the same. Raises ValueError if the folder holds another cache, OSError if it cannot be written to or the disk is full."
     folder, recipe, made = Path(folder).expanduser(), (encode, count, load, facts), 0
     facts = conform(
-        json.loads(json.dumps({**facts, "format": _FORMAT, "count": count, "shard": shard})), _CACHE, "facts"
+        json.loads(json.dumps({**facts, "format": SHARD_FORMAT, "count": count, "shard": shard})),
+        CACHE_SHAPE,
+        "facts",
     )
     claims = _begin(folder, facts)
     paths = [shard_path(folder, facts["kind"], i) for i in range(-(-count // shard))]

@@ -19,10 +19,10 @@ from ..data.learned import Learned, learned_from
 from ..engine.files import read_tensors, weights_hash
 from ..engine.shards import DamagedShard, check_content, read_header, shard_path
 from flextok_edu.io.cache_facts import (
-    _ABOUT,
-    _check_shard,
-    _odd_labels,
-    _refuse,
+    BESIDE_ROWS,
+    check_shard,
+    odd_labels,
+    refuse_other,
     latent_facts,
     read_facts,
     token_facts,
@@ -37,7 +37,7 @@ class OpenCache:
 
     def __init__(self, folder: str | Path, expected: dict):  # facts that it must have
         self.folder, self.facts = Path(folder).expanduser(), read_facts(folder)
-        _refuse(
+        refuse_other(
             self.facts,
             expected,
             f"the cache in {folder} is not the one that you mean",
@@ -66,7 +66,7 @@ class OpenCache:
                 f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only these will be made"
             )
         self.paths = [shard_path(self.folder, kind, i) for i in range(shards)]
-        self.headers = [_check_shard(path, self.facts, i) for i, path in enumerate(self.paths)]
+        self.headers = [check_shard(path, self.facts, i) for i, path in enumerate(self.paths)]
         self.data = [
             path.stat().st_size - max(t["data_offsets"][1] for t in h.values())
             for path, h in zip(self.paths, self.headers)
@@ -85,7 +85,9 @@ class OpenCache:
         for path, header in zip(self.paths, self.headers):
             if not header["items"]["shape"][0]:
                 continue
-            found = {name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in _ABOUT}
+            found = {
+                name: (t["dtype"], t["shape"][1:]) for name, t in header.items() if name not in BESIDE_ROWS
+            }
             if row is not None and found != row:
                 raise DamagedShard(
                     f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made"
@@ -145,7 +147,7 @@ class _Checked(OpenCache):
                 or not bool((items.diff() > 0).all())
             ):
                 refuse("its items are not in order, or not its own")
-            if odd := _odd_labels(labels, facts):
+            if odd := odd_labels(labels, facts):
                 refuse(odd)
             if "ids" in tensors and "vocabulary" in facts:
                 ids = tensors["ids"].long()

@@ -14,9 +14,9 @@ import torch
 
 from ..engine.config import TokenizerConfig, TrunkConfig
 from ..engine.files import atomic, write_text
-from .grammar import PARTS, _LAWS, _TURN
-from .layout import Layout, _read
-from .released import _vae_names
+from .grammar import PARTS, RELEASED_DISTRIBUTIONS, RESHAPES
+from .layout import Layout, read_description
+from .released import vae_names
 from ..tokenizer import FlexTok
 
 # %% ../../nbs/io/export.ipynb #13-05e23868
@@ -30,7 +30,7 @@ def _turn(a: str, b: str, how: str) -> dict:
     return _part_of(
         "PerSampleOp",
         f"read_key={a} write_key={b}",
-        per_sample_op=_part_of("get_method", path=f"{_TURN}channels_{how}"),
+        per_sample_op=_part_of("get_method", path=f"{RESHAPES}channels_{how}"),
     )
 
 
@@ -100,7 +100,7 @@ def _describe(
     c: TokenizerConfig,  # a tokenizer of our own
     scaling: float,  # latents = scaling * what the VAE's encoder gives
 ) -> dict:  # a description in the released layout
-    "What room 08 builds, said in the words of the released files."
+    "What tokenizer builds, said in the words of the released files."
     e, d, l, k, head = (
         c.encoder.width,
         c.decoder.width,
@@ -108,7 +108,9 @@ def _describe(
         c.registers,
         dict(use_mup_readout=False, weight_init_style="zero"),
     )
-    law = {ours: theirs for theirs, ours in _LAWS.items()}.get(c.dropout_law, "uniform")
+    distribution = {ours: theirs for theirs, ours in RELEASED_DISTRIBUTIONS.items()}.get(
+        c.budget_distribution, "uniform"
+    )
     registers = {
         "enc_registers": _part_of(
             "Registers1D",
@@ -134,7 +136,7 @@ def _describe(
             "MaskedNestedDropout",
             "read_write_key=dec_quants eval_keep_k_read_key=eval_keep_k train_keep_k_write_key=train_keep_k",
             dim=d,
-            size_sampling_mode=law,
+            size_sampling_mode=distribution,
         ),
         "dec_null": _part_of(
             "LearnedNullCond",
@@ -197,8 +199,8 @@ def _describe(
         "flow_matching_noise_module": _part_of(
             "MinRFNoiseModule",
             "clean_images_read_key=vae_latents noised_images_write_key=noised timesteps_write_key=timesteps sigmas_write_key=sigmas",
-            ln=c.time_law == "logit_normal",
-            mode_scale=c.mode_scale if c.time_law == "mode" else 0.0,
+            ln=c.time_distribution == "logit_normal",
+            mode_scale=c.mode_scale if c.time_distribution == "mode" else 0.0,
         ),
         "pipeline": _part_of(
             "MinRFPipeline",
@@ -224,12 +226,12 @@ def _own_layout(tok: FlexTok) -> Layout:
         and not vae.latent_mean.any()
         and bool((std == std[0]).all())
     )
-    layout = _read(_describe(c, 1 / std[0].item() if fits else 1.0), c.latent_size)
+    layout = read_description(_describe(c, 1 / std[0].item() if fits else 1.0), c.latent_size)
     if fits:
         state = vae.state_dict()
         layout.vae = {
             f"vae.{theirs}.{last}": (f"{ours}.{last}", tuple(state[f"{ours}.{last}"].shape))
-            for theirs, ours in _vae_names(vae.config).items()
+            for theirs, ours in vae_names(vae.config).items()
             for last in ("weight", "bias")
         }
     lost = [f"{n}={v!r}" for n, v in asdict(c).items() if v != asdict(layout.config)[n]]

@@ -73,9 +73,9 @@ def pictures_of(data: ImageSet | Pictures) -> Pictures:
 
 # %% ../../nbs/io/pictures.ipynb #11b-c29d41cc
 def decoded_pictures(
-    source,  # a source of room 01b
+    source,  # a source of sources
     size: int,  # side of the squares
-    decode: Callable,  # (item, size) -> image (3 size size) uint8, or a text that says why not: room 01b's `decode`
+    decode: Callable,  # (item, size) -> image (3 size size) uint8, or a text that says why not: sources's `decode`
     threads: int = 8,
 ) -> Pictures:  # cropped at the centre
     "The pictures of a source, decoded when they are asked for."

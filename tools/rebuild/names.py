@@ -41,7 +41,7 @@ NAMES = {
     "ar": {
         "choose": "sample_token",
         "keep_likely": "filter_top_k_top_p",
-        "token_chances": "token_probabilities",
+        "token_chances": "token_uniforms",
     },
     "engine.models": {"belongs": "was_trained_with"},
     # names that several modules use are public

@@ -78,6 +78,10 @@ def code(text: str, names: dict[str, str], local: dict[str, str]) -> str:
             new = words(t.string, names)
             if t.string[1:-1] in LOCAL["*"]:  # "law" of a parametrised test
                 new = t.string[0] + LOCAL["*"][t.string[1:-1]] + t.string[0]
+            elif t.string[1:-1] in names and re.match(
+                r"_?[A-Z][a-z]", t.string[1:-1]
+            ):  # an annotation in quotes
+                new = t.string[0] + names[t.string[1:-1]] + t.string[0]
             elif t.string[1:-1] == "players":
                 new = t.string[0] + "objectives" + t.string[0]
             if t.type == tokenize.STRING and "f" in re.match(r"\w*", t.string)[0].lower():

@@ -9,12 +9,14 @@ import ast
 import io
 import json
 import re
+import sys
 import textwrap
 import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 110
+FIRST = "--first" in sys.argv  # parameters before comments; `ruff format` comes between
 
 
 def tokens_of(text: str):
@@ -292,16 +294,30 @@ def split_strings(text: str) -> str:
     return text
 
 
+def unwrapped(text: str) -> str:
+    """A value that stands in brackets only because of its comment."""
+    pattern = r"^([ \t]*)(\S[^\n]* = )\(\n((?:[ \t]*# [^\n]*\n)+)[ \t]*([^\n#]+)\n\1\)$"
+
+    def new(m: re.Match) -> str:
+        if len(m[1] + m[2] + m[4]) > MOST or re.search(r"\bfor\b|,$", m[4]):
+            return m[0]
+        comment = " ".join(s.strip().lstrip("# ") for s in m[3].splitlines())
+        return "\n".join(comment_lines("# " + comment, len(m[1]))) + f"\n{m[1]}{m[2]}{m[4]}"
+
+    return re.sub(pattern, new, text, flags=re.M)
+
+
 def wrapped(text: str) -> str:
     quiet = "\n".join("# MAGIC " + s if s.lstrip().startswith(("%", "!")) else s for s in text.split("\n"))
-    if "# fmt: off" in quiet:
+    if "# fmt: off" in quiet or "# Where the package is missing" in quiet:
         return text
     try:
         ast.parse(quiet)
     except SyntaxError:
         return text
-    out = last_parameter(quiet)
-    out = move_comments(out)
+    if FIRST:
+        return last_parameter(text)
+    out = unwrapped(move_comments(quiet))
     out = docstrings(out)
     out = split_strings(out)
     return "\n".join(s.replace("# MAGIC ", "", 1) if s.startswith("# MAGIC ") else s for s in out.split("\n"))
