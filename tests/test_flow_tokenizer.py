@@ -77,8 +77,11 @@ def trial_is_the_step(velocity, noise, steps=25, shift=1.0):  # the trial's velo
 
 
 def unshifted_steps(
-    velocity, noise, steps=25, shift=1.0
-):  # asks at shifted times, but walks steps of equal length
+    velocity,
+    noise,
+    steps=25,
+    shift=1.0,  # asks at shifted times, but walks steps of equal length
+):
     x = noise
     for i in range(steps):
         x = x - velocity(x, i) / steps

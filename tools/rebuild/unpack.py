@@ -33,12 +33,20 @@ def unpacked(text: str) -> str:
         except SyntaxError:
             return text
         lines = text.split("\n")
-        comments = {t.start[0]: t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
+        comments = {
+            t.start[0]: t
+            for t in tokenize.generate_tokens(io.StringIO(text).readline)
+            if t.type == tokenize.COMMENT
+        }
         for node in ast.walk(tree):
             if not isinstance(node, ast.Assign) or len(node.targets) != 1:
                 continue
             target, value = node.targets[0], node.value
-            if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple) or len(target.elts) != len(value.elts):
+            if (
+                not isinstance(target, ast.Tuple)
+                or not isinstance(value, ast.Tuple)
+                or len(target.elts) != len(value.elts)
+            ):
                 continue
             if any(isinstance(e, ast.Starred) for e in (*target.elts, *value.elts)):
                 continue
@@ -50,7 +58,9 @@ def unpacked(text: str) -> str:
             set_ = set()
             clash = False
             for t, v in zip(target.elts, value.elts):
-                clash |= bool(set_ & names(v)) or any(ast.unparse(t) != s and s.startswith(ast.unparse(t) + ".") for s in set_)
+                clash |= bool(set_ & names(v)) or any(
+                    ast.unparse(t) != s and s.startswith(ast.unparse(t) + ".") for s in set_
+                )
                 set_ |= {ast.unparse(t)}
                 # what is assigned earlier must not be the object that a later value is taken from
                 clash |= any(ast.unparse(t) in names(w) for w in value.elts[value.elts.index(v) + 1 :])
@@ -69,7 +79,11 @@ def unpacked(text: str) -> str:
                         used.add(r)
                 if v.end_lineno in comments and node.lineno != node.end_lineno:
                     note = "  " + comments[v.end_lineno].string
-                new.append(f"{indent}{segment(lines, t)} = {body}{note}" if "\n" not in body else f"{indent}{segment(lines, t)} = ({body}){note}")
+                new.append(
+                    f"{indent}{segment(lines, t)} = {body}{note}"
+                    if "\n" not in body
+                    else f"{indent}{segment(lines, t)} = ({body}){note}"
+                )
             left = [c.string for c in said if c.start[0] not in used or node.lineno == node.end_lineno]
             new[0:0] = [indent + c for c in left]
             lines[node.lineno - 1 : node.end_lineno] = "\n".join(new).split("\n")
