@@ -61,8 +61,8 @@ class CausalAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # new positions (b m d)
-        cache: tuple[Tensor, Tensor]
-        | None = None,  # keys and values (b heads length e), filled up to `position`; the new ones are written into it
+        # keys and values (b heads length e), filled up to `position`; the new ones are written into it
+        cache: tuple[Tensor, Tensor] | None = None,
         position: int = 0,  # number of the first new position
     ) -> Tensor:  # (b m d)
         q, k, v = (rearrange(f(x), "b m (h e) -> b h m e", h=self.heads) for f in (self.q, self.k, self.v))
@@ -82,12 +82,10 @@ class ARBlock(nn.Module):
 
     def __init__(self, d: int, head_dim: int = 64, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1, self.attention, self.norm2, self.mlp = (
-            RMSNorm(d),
-            CausalAttention(d, head_dim),
-            RMSNorm(d),
-            SwiGLU(d, mlp_ratio),
-        )
+        self.norm1 = RMSNorm(d)
+        self.attention = CausalAttention(d, head_dim)
+        self.norm2 = RMSNorm(d)
+        self.mlp = SwiGLU(d, mlp_ratio)
 
     def forward(self, x: Tensor, cache=None, position: int = 0) -> Tensor:  # (b m d) -> (b m d)
         x = x + self.attention(self.norm1(x), cache, position)
@@ -105,7 +103,8 @@ class GPT(nn.Module):
         self.token_table = nn.Embedding(c.vocabulary, c.width)
         self.positions = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
         self.blocks = nn.ModuleList(ARBlock(c.width, c.head_dim, c.mlp_ratio) for _ in range(c.depth))
-        self.norm, self.head = RMSNorm(c.width), nn.Linear(c.width, c.vocabulary, bias=False)
+        self.norm = RMSNorm(c.width)
+        self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=0.02)
@@ -130,8 +129,8 @@ class GPT(nn.Module):
         self,
         ids: Tensor,  # ids (b k)
         labels: Tensor,  # classes (b,)
-        hidden: Tensor
-        | None = None,  # boolean (b,): samples that are not told their class; drawn if not given
+        # boolean (b,): samples that are not told their class; drawn if not given
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, dict]:  # mean cross-entropy in nats per token; numbers to log
         "Next-token loss; the class is hidden in a share of the samples."
         if hidden is None:
@@ -184,11 +183,9 @@ class CachedGPT(GPT):
             labels = torch.cat(
                 [labels, torch.full_like(labels, self.config.classes)]
             )  # with and without the class, side by side
-        x, cache, ids = (
-            (self.start + self.class_table(labels))[:, None],
-            self.new_cache(len(labels), len(guidance)),
-            [],
-        )
+        x = (self.start + self.class_table(labels))[:, None]
+        cache = self.new_cache(len(labels), len(guidance))
+        ids = []
         for j, g in enumerate(guidance):
             logits = self.step(x, cache, j).float()
             if g != 1:
@@ -207,7 +204,9 @@ def cached_logits(
     labels: Tensor,  # classes (b,)
 ) -> Tensor:  # logits (b k v), computed step by step with the cache
     "What `forward` gives, the way `generate` computes it: to hold one against the other."
-    cache, x, rows = model.new_cache(*ids.shape), (model.start + model.class_table(labels))[:, None], []
+    cache = model.new_cache(*ids.shape)
+    x = (model.start + model.class_table(labels))[:, None]
+    rows = []
     for j in range(ids.shape[1]):
         rows.append(model.step(x, cache, j))
         x = model.token_table(ids[:, j])[:, None]
@@ -220,7 +219,10 @@ def token_uniforms(
     seed: int = 0,  # names the random numbers
     seeds: Sequence[int] | Tensor | None = None,  # or a seed for each sample (b,): then its number is 0
 ) -> Tensor:  # uniform in (0, 1), (b length), float32, on the CPU
-    "One uniform number for each sample and position. Raises ValueError for a wrong number of seeds, or seeds that are no whole numbers."
+    """One uniform number for each sample and position.
+
+    Raises ValueError for a wrong number of seeds, or seeds that are no whole numbers.
+    """
     if seeds is None:
         noise = noise_like((length,), seed, indices, stream="tokens")
     else:
@@ -240,7 +242,9 @@ def filter_top_k_top_p(
     top_k: int | None = None,  # keep so many; None or 0: all
     top_p: float | None = None,  # keep the fewest that reach this probability; None, 0 or 1: all
 ) -> Tensor:  # (… v): -inf for what is dropped
-    "Logits without the unlikely tokens: first the `top_k` (equals: the lower id first), then of those the top `top_p`. The likeliest always stays. Raises ValueError for settings that are none."
+    """Logits without the unlikely tokens: first the `top_k` (equals: the lower id first), then of those the
+    top `top_p`. The likeliest always stays. Raises ValueError for settings that are none.
+    """
     v = logits.shape[-1]
     if top_k and not (isinstance(top_k, int) and 1 <= top_k <= v):
         raise ValueError(f"top_k must be a whole number from 1 to {v} (None or 0: all), not {top_k}")
@@ -272,10 +276,8 @@ def sample_token(
 
 # %% ../nbs/11_ar.ipynb #09-63e3333a
 def guidance_at(
-    guidance: float
-    | Callable[[int], float]
-    | Sequence[float]
-    | Tensor,  # a number, a function position -> number, or one number for each position
+    # a number, a function position -> number, or one number for each position
+    guidance: float | Callable[[int], float] | Sequence[float] | Tensor,
     length: int,  # positions
 ) -> list[float]:  # g at each position
     "Guidance as a list. Raises ValueError for lists that are too short and for numbers that are not finite."
@@ -329,26 +331,31 @@ class ARModel(CachedGPT, Pretrained):
         self,
         labels: Tensor,  # classes (b,), int64; `config.classes` for no class
         length: int | None = None,  # tokens to write; all by default
-        guidance: float
-        | Callable[[int], float]
-        | Sequence[float]
-        | Tensor = 1.0,  # l = l_u + g (l_c - l_u); a number, a function of the position, or one number for each; 1 needs no second pass
+        # l = l_u + g (l_c - l_u); a number, a function of the position, or one number for each; 1 needs no
+        # second pass
+        guidance: float | Callable[[int], float] | Sequence[float] | Tensor = 1.0,
         temperature: float = 1.0,  # below 1 is more careful; 0 takes the likeliest token
         seed: int = 0,  # names the random numbers
         first_index: int = 0,  # number of the first sample, for its random numbers
         top_k: int | None = None,  # choose among so many likeliest tokens; None or 0: all
         top_p: float | None = None,  # choose among the fewest that reach this probability; None, 0 or 1: all
-        seeds: Sequence[int]
-        | Tensor
-        | None = None,  # instead of seed and first_index: a seed for each sample (b,)
+        # instead of seed and first_index: a seed for each sample (b,)
+        seeds: Sequence[int] | Tensor | None = None,
     ) -> Tensor:  # ids (b length), int64
-        "Write ids, one position at a time. A sample depends on (seed, index) alone, not on its batch. Raises ValueError for classes, lengths or other settings that are none."
-        c, b, length = self.config, len(labels), self.config.length if length is None else length
+        """Write ids, one position at a time.
+
+        A sample depends on (seed, index) alone, not on its batch. Raises ValueError for classes, lengths or
+        other settings that are none.
+        """
+        c = self.config
+        b = len(labels)
+        length = self.config.length if length is None else length
         if not 1 <= length <= c.length:
             raise ValueError(f"length must lie in 1 .. {c.length}, not {length}")
         if labels.numel() == 0 or labels.min() < 0 or labels.max() > c.classes:
             raise ValueError(
-                f"classes must lie in 0 .. {c.classes - 1} (or {c.classes} for none), not {labels.tolist()[:8]}"
+                f"classes must lie in 0 .. {c.classes - 1} (or {c.classes} for none), not "
+                f"{labels.tolist()[:8]}"
             )
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, not {temperature}")
@@ -375,7 +382,8 @@ def position_losses(
     batch: int = 250,  # samples at a time
 ) -> Tensor:  # mean cross-entropy in nats at each position (k,), on the CPU
     "What each token costs."
-    device, total = model.start.device, torch.zeros(ids.shape[1], device=model.start.device)
+    device = model.start.device
+    total = torch.zeros(ids.shape[1], device=model.start.device)
     for part, c in zip(ids.split(batch), labels.split(batch)):
         part = part.to(device)
         total += F.cross_entropy(
@@ -388,7 +396,10 @@ def unigram_entropies(
     ids: Tensor,  # ids (b k)
     vocabulary: int,  # v
 ) -> Tensor:  # entropy in nats of the words at each position (k,), on the CPU
-    "What each token costs if nothing is known but how often its words occur. (A little too low if there are few samples for each word.)"
+    """What each token costs if nothing is known but how often its words occur.
+
+    (A little too low if there are few samples for each word.)
+    """
     share = F.one_hot(ids.cpu(), vocabulary).float().mean(0)  # k v
     return -(share * share.clamp(min=1e-30).log()).sum(-1)
 
@@ -410,27 +421,35 @@ def bind_tokenizer(ar: ARModel, tok: FlexTok) -> None:
 
 
 def check_tokenizer(ar: ARModel, tok: FlexTok) -> None:
-    """Raises ValueError if the AR model was trained on ids of another tokenizer. A model that knows no identity (written before
-    there were any) is recognised by the weights' hash, and by its own vocabulary and length."""
+    """Raises ValueError if the AR model was trained on ids of another tokenizer.
+
+    A model that knows no identity (written before there were any) is recognised by the weights' hash, and by
+    its own vocabulary and length.
+    """
     if ar.tokenizer is None and ar.tokenizer_identity is None:
         raise ValueError(
-            "this AR model does not say whose ids it was trained on: set ar.tokenizer = tokenizer_hash(tok) if you know"
+            "this AR model does not say whose ids it was trained on: set ar.tokenizer = "
+            "tokenizer_hash(tok) if you know"
         )
     weights = tokenizer_hash(tok)
     if ar.tokenizer is not None and ar.tokenizer != weights:
         raise ValueError(
-            f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures would be nonsense"
+            f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures "
+            "would be nonsense"
         )
     whole = identity(tok, weights)
     if ar.tokenizer_identity is not None and ar.tokenizer_identity != whole:
         raise ValueError(
-            f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights may be the same, but not the "
-            "configuration that gives them a meaning (FSQ levels, for example), and decoded pictures would be nonsense"
+            f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights "
+            "may be the same, but not the "
+            "configuration that gives them a meaning (FSQ levels, for example), and decoded pictures would "
+            "be nonsense"
         )
     c, k, v = ar.config, tok.config.registers, tok.fsq.vocabulary
     if c.vocabulary != v or c.length > k:
         raise ValueError(
-            f"this AR model writes {c.length} tokens out of {c.vocabulary}, and this tokenizer has {k} out of {v}: a configuration was changed"
+            f"this AR model writes {c.length} tokens out of {c.vocabulary}, and this tokenizer has {k} out "
+            f"of {v}: a configuration was changed"
         )
 
 
@@ -453,7 +472,8 @@ def load_ar(
 ) -> tuple[ARModel, dict]:  # model in eval mode; what config.json says
     "Read an AR model. Raises ValueError if it belongs to another tokenizer."
     model, facts = load_model(folder, ARModel, ARConfig)
-    model.tokenizer, model.tokenizer_means = facts.get("tokenizer"), facts.get("tokenizer_means")
+    model.tokenizer = facts.get("tokenizer")
+    model.tokenizer_means = facts.get("tokenizer_means")
     known = (
         model.tokenizer is not None and model.tokenizer_means is not None
     )  # of a packed model the tokenizer's weights were rounded, and this is its new identity
@@ -477,7 +497,10 @@ def tokenize_all(
 
 @dataclass
 class Tokens:
-    "Ids and classes of images, in memory. The notebook caches keeps them on the disk, behind the same methods."
+    """Ids and classes of images, in memory.
+
+    The notebook caches keeps them on the disk, behind the same methods.
+    """
 
     all: Tensor  # ids (N k)
     labels: Tensor  # classes (N,)
@@ -518,33 +541,36 @@ def train_ar(
     use_compiler: bool = False,  # torch.compile the blocks
     progress: bool = True,
     engine: Engine | None = None,  # the machine, see engine; by default this one device
-    ar: ARModel
-    | None = None,  # a trained one to go on with, changed in place; the ids may be of another tokenizer than it learnt
+    # a trained one to go on with, changed in place; the ids may be of another tokenizer than it learnt
+    ar: ARModel | None = None,
 ) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
-    "Tokenise the training images once, then learn to write their ids: from scratch, or from what another model knows. Raises ValueError for labels without a class, and for a model to go on with of another shape."
-    config, tokens = (
-        preset.train_ar,
+    """Tokenise the training images once, then learn to write their ids: from scratch, or from what another
+    model knows. Raises ValueError for labels without a class, and for a model to go on with of another shape.
+    """
+    config = preset.train_ar
+    tokens = (
         data
         if hasattr(data, "ids")
-        else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes),
+        else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes)
     )
     if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes):
         raise ValueError(
-            f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and {len(tokens.classes)} class names: every label needs its class"
+            f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and "
+            f"{len(tokens.classes)} class names: every label needs its class"
         )
     shape = replace(
         preset.ar, vocabulary=tok.fsq.vocabulary, length=tok.config.registers, classes=len(tokens.classes)
     )
     if ar is not None and ar.config != shape:
         raise ValueError(
-            f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and these {len(tokens.classes)} classes has {shape}: choose the preset, the tokenizer and the classes that it was made with"
+            f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and "
+            f"these {len(tokens.classes)} classes has {shape}: choose the preset, the tokenizer and the "
+            "classes that it was made with"
         )
     torch.manual_seed(seed)
     model = (ARModel(shape) if ar is None else ar.train()).to(device)
-    ema, stream = (
-        EMA(model, config.ema),
-        token_batches(tokens, config.batch, model.config.class_dropout, seed, device),
-    )
+    ema = EMA(model, config.ema)
+    stream = token_batches(tokens, config.batch, model.config.class_dropout, seed, device)
     with compiled(model.blocks, use_compiler):
         log = fit(
             [
@@ -578,18 +604,15 @@ def sample_images(
     budget: int | None = None,  # tokens to use; all by default
     steps: int = 10,  # Euler steps of the decoder
     guidance: float = 1.0,  # of the decoder
-    ar_guidance: float
-    | Callable[[int], float]
-    | Sequence[float]
-    | Tensor = 1.0,  # of the AR model: a number, a function of the position, or one number for each
+    # of the AR model: a number, a function of the position, or one number for each
+    ar_guidance: float | Callable[[int], float] | Sequence[float] | Tensor = 1.0,
     temperature: float = 1.0,  # of the AR model
     seed: int = 0,  # names ids and noise
     first_index: int = 0,  # number of the first sample
     top_k: int | None = None,  # of the AR model; None or 0: all
     top_p: float | None = None,  # of the AR model; None, 0 or 1: all
-    seeds: Sequence[int]
-    | Tensor
-    | None = None,  # instead of seed and first_index: a seed for each sample (b,), of ids and noise
+    # instead of seed and first_index: a seed for each sample (b,), of ids and noise
+    seeds: Sequence[int] | Tensor | None = None,
 ) -> Tensor:  # images (b 3 H W) in [-1, 1]
     "Class to ids to images. The same seed at another budget gives the same ids, longer or shorter."
     check_tokenizer(ar, tok)

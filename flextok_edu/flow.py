@@ -52,7 +52,10 @@ def shift_time(
     t: Tensor,  # times in [0, 1]
     shift: float,  # s > 0: above 1 moves the times towards noise, below 1 towards the picture
 ) -> Tensor:  # s t / (1 + (s - 1) t)
-    "Time shift of Stable Diffusion 3 (Esser et al. 2024, equation 23). Raises ValueError for a shift that is not above 0."
+    """Time shift of Stable Diffusion 3 (Esser et al.
+
+    2024, equation 23). Raises ValueError for a shift that is not above 0.
+    """
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"a time shift must be a finite number above 0, not {shift!r}; 1 shifts nothing")
     return t / (t + (1 - t) / shift)  # the same fraction, written so that 0 and 1 stay exactly where they are
@@ -113,17 +116,17 @@ def loss_by_time(
 ) -> tuple[
     Tensor, Tensor
 ]:  # mean loss of each bin (bins,), nan where nothing fell; how many fell there (bins,)
-    "Diagnose a flow: where in time is its loss? Raises ValueError if losses and times do not belong together."
+    """Diagnose a flow: where in time is its loss? Raises ValueError if losses and times do not belong
+    together.
+    """
     if loss.shape != t.shape or loss.ndim != 1:
         raise ValueError(
             f"one loss and one time for each sample, (b,) both, not {tuple(loss.shape)} and {tuple(t.shape)}"
         )
     where = (t.detach() * bins).long().clamp(0, bins - 1)
     zeros = torch.zeros(bins, device=loss.device)
-    total, count = (
-        zeros.index_add(0, where, loss.detach().float()),
-        zeros.index_add(0, where, torch.ones_like(loss, dtype=torch.float32)),
-    )
+    total = zeros.index_add(0, where, loss.detach().float())
+    count = zeros.index_add(0, where, torch.ones_like(loss, dtype=torch.float32))
     return total / count, count
 
 # %% ../nbs/07_flow.ipynb #07-9b11fd82
@@ -135,7 +138,9 @@ def heun(
     steps: int = 25,  # how many; 2 * steps - 1 questions
     shift: float = 1.0,  # time shift
 ) -> Tensor:  # where it ends: t = 0 (b …)
-    "Second order: walk with the mean of the velocities at both ends of a step; the last step is Euler's (Karras et al. 2022, algorithm 1)."
+    """Second order: walk with the mean of the velocities at both ends of a step; the last step is Euler's
+    (Karras et al. 2022, algorithm 1).
+    """
     x, times = noise, euler_times(steps, shift=shift).tolist()
     for i in range(steps):
         dt, v = times[i] - times[i + 1], velocity(x, i)
@@ -197,7 +202,10 @@ def guide_apg(
     apg: APG,  # settings
     running: Tensor | None,  # running difference of the steps before; None at the first
 ) -> tuple[Tensor, Tensor]:  # guided velocity; running difference for the next step
-    "One step of adaptive projected guidance. The projection is computed in float64 (float32 on MPS, which has no float64)."
+    """One step of adaptive projected guidance.
+
+    The projection is computed in float64 (float32 on MPS, which has no float64).
+    """
     running = v_cond - v_uncond + (apg.momentum * running if running is not None else 0)
     wide = torch.float32 if v_cond.device.type == "mps" else torch.float64
     difference, direction = running.to(wide).flatten(1), v_cond.to(wide).flatten(1)
@@ -216,7 +224,9 @@ class SamplingConfig:
     "How a flow decoder is followed from noise to latents."
 
     steps: int = 25  # of the solver; evaluations of the network (NFE): as many, or 2 * steps - 1 with Heun
-    guidance: float | Callable[[float], float] = 1.0  # g, or a function t -> g; where it is not 1, twice the NFE
+    guidance: float | Callable[[float], float] = (
+        1.0  # g, or a function t -> g; where it is not 1, twice the NFE
+    )
     apg: APG | bool = False  # adaptive projected guidance; True takes the paper's settings
     solver: str = "euler"  # a name in SOLVERS
     shift: float = 1.0  # of the times; above 1 walks slower near noise

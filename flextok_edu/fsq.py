@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 # %% ../nbs/04_fsq.ipynb #04-e571532a
 class FSQ(nn.Module):
-    "Finite scalar quantisation (Mentzer et al. 2023, arXiv:2309.15505): no parameters, every word reachable. Raises ValueError for levels below 2."
+    """Finite scalar quantisation (Mentzer et al.
+
+    2023, arXiv:2309.15505): no parameters, every word reachable. Raises ValueError for levels below 2.
+    """
 
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)):  # levels of each of the l dimensions
         super().__init__()
@@ -33,7 +36,9 @@ class FSQ(nn.Module):
             basis=basis,
         ).items():
             self.register_buffer(name, value, persistent=False)
-        self.levels, self.dim, self.vocabulary = tuple(levels), len(levels), math.prod(levels)
+        self.levels = tuple(levels)
+        self.dim = len(levels)
+        self.vocabulary = math.prod(levels)
 
     def bound(
         self, z: Tensor
@@ -60,7 +65,10 @@ class FSQ(nn.Module):
     def ids_to_codes(
         self, ids: Tensor
     ) -> Tensor:  # ids (…), int64 in 0 .. vocabulary - 1 -> codes (… l) in [-1, 1], float32
-        "The inverse. It checks nothing (a check would make a GPU wait): public entry points call `check_ids` first."
+        """The inverse.
+
+        It checks nothing (a check would make a GPU wait): public entry points call `check_ids` first.
+        """
         digits = ids[..., None] // self.basis % torch.tensor(self.levels, device=ids.device)
         return (digits - self.step) / self.step
 
@@ -70,7 +78,8 @@ class FSQ(nn.Module):
             raise TypeError(f"ids must be integers, not {ids.dtype}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary):
             raise ValueError(
-                f"ids must lie in 0 .. {self.vocabulary - 1}; these reach from {int(ids.min())} to {int(ids.max())}: they come from another tokenizer?"
+                f"ids must lie in 0 .. {self.vocabulary - 1}; these reach from {int(ids.min())} to "
+                f"{int(ids.max())}: they come from another tokenizer?"
             )
 
 # %% ../nbs/04_fsq.ipynb #04-afd74c0d
@@ -87,8 +96,10 @@ class RunningNorm(nn.Module):
     "Zero mean and unit scale per channel by running statistics, never by those of the batch at hand."
 
     def __init__(
-        self, dim: int, momentum: float = 0.01
-    ):  # dim: channels (last axis); momentum: weight of a new batch
+        self,
+        dim: int,
+        momentum: float = 0.01,  # dim: channels (last axis); momentum: weight of a new batch
+    ):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(dim))
@@ -120,7 +131,10 @@ class RunningNorm(nn.Module):
         self,
         total: Callable[[Tensor], Tensor] = lambda x: x,  # sums a tensor over all processes
     ) -> None:
-        "Once a step: move the statistics towards all that was collected. The first steps count more (1/n), so that the start is forgotten."
+        """Once a step: move the statistics towards all that was collected.
+
+        The first steps count more (1/n), so that the start is forgotten.
+        """
         sums = total(self.pending)
         count, (away, square) = sums[0].clamp_min(1), sums[1:].chunk(2)
         away, square = away / count, square / count
@@ -140,8 +154,12 @@ class CodebookUsage:
     "Which codes were written lately: counts that fade, so that they speak of the last `memory` images."
 
     def __init__(
-        self, levels: tuple[int, ...], k: int, memory: int = 2000, device=None
-    ):  # levels of the FSQ; positions
+        self,
+        levels: tuple[int, ...],
+        k: int,
+        memory: int = 2000,
+        device=None,  # levels of the FSQ; positions
+    ):
         self.fsq, self.memory = FSQ(levels).to(device), memory
         self.words = torch.zeros(self.fsq.vocabulary, device=device)
         self.digits = torch.zeros(k, self.fsq.dim, max(levels), device=device)
@@ -152,7 +170,11 @@ class CodebookUsage:
         codes: Tensor,  # (b r l), r <= k
         keep: Tensor,  # boolean (b r): the positions that count
     ) -> None:
-        "Count a batch. Codes that are not finite count nothing: the loss will say it, and an index outside would end a run before it can."
+        """Count a batch.
+
+        Codes that are not finite count nothing: the loss will say it, and an index outside would end a run
+        before it can.
+        """
         finite = torch.isfinite(codes).all(
             -1
         )  # NaN has no digit (nor a sync: nothing here is read by the CPU)
@@ -165,7 +187,9 @@ class CodebookUsage:
         ).sum(0)
 
     def numbers(self) -> dict[str, Tensor]:
-        "`codebook_usage`: perplexity of all words over the vocabulary; `entropy_1`, `entropy_2`, `entropy_4`, …: of that position, over its maximum. All in 0 .. 1; nan where nothing was counted."
+        """`codebook_usage`: perplexity of all words over the vocabulary; `entropy_1`, `entropy_2`,
+        `entropy_4`, …: of that position, over its maximum. All in 0 .. 1; nan where nothing was counted.
+        """
 
         def entropy(counts):
             p = counts / counts.sum(-1, keepdim=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 def encoder_mask(
     n: int,  # patches
     k: int,  # registers
-    kind: str = "causal_last",  # "causal_last": registers are causal; "causal": everything is; "full": nothing is
+    # "causal_last": registers are causal; "causal": everything is; "full": nothing is
+    kind: str = "causal_last",
     device=None,
 ) -> Tensor | None:  # boolean (n+k, n+k), True where row may look at column; None if all may
     "Who may look at whom in the encoder. Raises ValueError for an unknown kind."

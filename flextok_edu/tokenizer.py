@@ -103,7 +103,8 @@ class Condition(nn.Module):
         d, self.k = config.decoder.width, config.registers
         self.codes_in = nn.Linear(len(config.levels), d)
         self.register_positions = nn.Parameter(torch.empty(config.registers, d))
-        self.mask_token, self.null_token = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
+        self.mask_token = nn.Parameter(torch.empty(d))
+        self.null_token = nn.Parameter(torch.empty(d))
         for w in (self.register_positions, self.mask_token, self.null_token):
             nn.init.trunc_normal_(w, std=0.02)
 
@@ -112,7 +113,8 @@ class Condition(nn.Module):
         codes: Tensor,  # codes (b r l), r <= k; what is missing counts as dropped
         budget: int | Tensor,  # tokens kept: a number, or (b,)
         null: Tensor | None = None,  # boolean (b,): samples whose condition is dropped altogether
-        short: bool = False,  # one mask token for all dropped ones; then `codes` may be cut to the largest budget
+        # one mask token for all dropped ones; then `codes` may be cut to the largest budget
+        short: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # registers (b r' d); attention bias (b r'), or None
         "What the decoder is told about each image."
         b, r, _ = codes.shape
@@ -155,7 +157,9 @@ class Decoder(Condition):
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         c, trunk = config, config.decoder
-        d, self.patch, self.side = trunk.width, trunk.patch, c.latent_size // trunk.patch
+        d = trunk.width
+        self.patch = trunk.patch
+        self.side = c.latent_size // trunk.patch
         self.patches_in = nn.Linear(trunk.patch**2 * c.latent_channels, d)
         self.register_buffer("positions", sincos_2d(d, self.side, self.side))
         self.time = TimeEmbedding(d, c.time_features, c.max_timestep)
@@ -207,23 +211,28 @@ class TokenizerParts(nn.Module):
     "Encoder, quantiser, decoder and VAE of a tokenizer, and the checks at its doors."
 
     def __init__(
-        self, config: TokenizerConfig, vae: VAE | None = None
-    ):  # stage 0; without it only the calls on latents work
+        self,
+        config: TokenizerConfig,
+        vae: VAE | None = None,  # stage 0; without it only the calls on latents work
+    ):
         super().__init__()
         if config.encoder_mask == "full":
             warnings.warn(
-                "encoder_mask='full': every register sees all others, so all of them are encoded whatever the budget (short cut 1 is off)",
+                "encoder_mask='full': every register sees all others, so all of them are encoded whatever "
+                "the budget (short cut 1 is off)",
                 stacklevel=3,
             )
         self.config = config
-        self.encoder, self.fsq, self.decoder = Encoder(config), FSQ(config.levels), Decoder(config)
+        self.encoder = Encoder(config)
+        self.fsq = FSQ(config.levels)
+        self.decoder = Decoder(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
         self.use: CodebookUsage | None = None  # counts codes while training, if there is one
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
         self.short_cuts = True  # exact; switch off to see the plain computation
-        self.guidance_together: bool | None = (
-            None  # exact; both guidance passes as one batch, or one after the other; None: what is faster, see `runs_together`
-        )
+        # exact; both guidance passes as one batch, or one after the other; None: what is faster, see
+        # `runs_together`
+        self.guidance_together: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +253,8 @@ class TokenizerParts(nn.Module):
     def _need_vae(self, what: str) -> VAE:
         if self.vae is None:
             raise ValueError(
-                f"{what} needs a VAE, and there is no VAE: pass vae=… to FlexTok, or use encode_latents and decode_latents"
+                f"{what} needs a VAE, and there is no VAE: pass vae=… to FlexTok, or use encode_latents "
+                "and decode_latents"
             )
         return self.vae
 
@@ -274,7 +284,8 @@ def _pad(
     for row in rows:
         if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
             raise TypeError(
-                f"ids must be integers, not {row.dtype}: `tokenize` gives int64. (If these are whole numbers all the same: ids.long())"
+                f"ids must be integers, not {row.dtype}: `tokenize` gives int64. (If these are whole "
+                "numbers all the same: ids.long())"
             )
     if isinstance(ids, Tensor):
         if ids.ndim != 2:
@@ -327,7 +338,10 @@ def runs_together(
     uncond: Tensor,  # and of the one without (b r' d)
     patches: int,  # n
 ) -> bool:  # whether one batch of both is faster than two calls
-    "Where a call alone has few rows, and the padding is a small share of them. (Measured on CPU; not yet on a GPU.)"
+    """Where a call alone has few rows, and the padding is a small share of them.
+
+    (Measured on CPU; not yet on a GPU.)
+    """
     return len(cond) * (patches + cond.shape[1]) < 512 and cond.shape[1] - uncond.shape[1] <= patches // 16
 
 
@@ -357,9 +371,12 @@ class GuidedVelocity:
         budget: int | Tensor,  # tokens kept: a number, or (b,)
         times: Tensor,  # times that will be asked for (steps,)
         guidance: list[float],  # g at each of them
-        apg: APG | bool = False,
-    ):  # adaptive projected guidance
-        self.decoder, self.short, self.times, self.guidance = parts.decoder, parts.short_cuts, times, guidance
+        apg: APG | bool = False,  # adaptive projected guidance
+    ):
+        self.decoder = parts.decoder
+        self.short = parts.short_cuts
+        self.times = times
+        self.guidance = guidance
         self.modulations = self.decoder.modulations(times) if self.short else None  # of all times at once
         self.cond = self.decoder.condition(codes, budget, short=self.short)
         self.uncond = self.decoder.null_condition(len(codes), self.short)
@@ -376,18 +393,19 @@ class GuidedVelocity:
         x: Tensor,  # latents on their way (b c h w)
         i: int,  # number of the time
     ) -> Tensor:  # velocity (b c h w)
-        now, g = (
+        now = (
             [m[i : i + 1] for m in self.modulations]
             if self.short
-            else self.decoder.modulations(self.times[i : i + 1]),
-            self.guidance[i],
+            else self.decoder.modulations(self.times[i : i + 1])
         )
+        g = self.guidance[i]
         if g == 1:
             return self.decoder(x, now, *self.cond)
         if self.both:
             v, v_uncond = self.decoder(torch.cat([x, x]), now, *self.both).chunk(2)
         else:
-            v, v_uncond = self.decoder(x, now, *self.cond), self.decoder(x, now, *self.uncond)
+            v = self.decoder(x, now, *self.cond)
+            v_uncond = self.decoder(x, now, *self.uncond)
         if not self.apg:
             return guide(v, v_uncond, g)
         v, self.running = guide_apg(
@@ -405,7 +423,10 @@ class LatentTokenizer(TokenizerParts):
         latents: Tensor,  # normalised latents (b c h w)
         budget: int | None = None,  # how many tokens; all by default
     ) -> Tensor:  # ids (b budget), int64
-        "Latents to ids, coarse to fine: a smaller budget gives the beginning of the same list. Raises ValueError for latents or a budget that do not fit."
+        """Latents to ids, coarse to fine: a smaller budget gives the beginning of the same list.
+
+        Raises ValueError for latents or a budget that do not fit.
+        """
         self._check_latents(latents)
         budget = self._check_budget(budget)
         z = self.encoder(latents, budget if self.short_cuts else None)[:, :budget]
@@ -421,20 +442,22 @@ class LatentTokenizer(TokenizerParts):
         ids: Tensor | list[Tensor],  # ids (b r), or a list of (r,) or (1 r) of different lengths
         noise: Tensor | None = None,  # start of the flow (b c h w); drawn from `seed` by default
         steps: int = 25,  # steps of the solver
-        guidance: float
-        | Callable[[float], float] = 1.0,  # g, or a function t -> g; where it is 1, one pass a step
+        # g, or a function t -> g; where it is 1, one pass a step
+        guidance: float | Callable[[float], float] = 1.0,
         apg: APG | bool = False,  # adaptive projected guidance; True takes the paper's settings
         seed: int | None = None,  # names the noise; None draws fresh noise
         first_index: int = 0,  # number of the first image, for its noise
         *,
         solver: str = "euler",  # "euler", or "heun": second order, 2 * steps - 1 questions
         shift: float = 1.0,  # time shift; above 1 walks slower near noise
-        generator: torch.Generator
-        | list[torch.Generator]
-        | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+        # draws the noise instead of `seed`: one for all, or one for each
+        generator: torch.Generator | list[torch.Generator] | None = None,
         verbose: bool = False,  # show a progress bar
     ) -> Tensor:  # normalised latents (b c h w)
-        "Ids to latents: one draw from what the ids allow. Raises ValueError or TypeError for ids or settings that are none."
+        """Ids to latents: one draw from what the ids allow.
+
+        Raises ValueError or TypeError for ids or settings that are none.
+        """
         if solver not in SOLVERS:
             raise ValueError(f"solver {solver!r}: use one of {', '.join(SOLVERS)}")
         ids, lengths = _pad(ids)
@@ -446,7 +469,8 @@ class LatentTokenizer(TokenizerParts):
         g = guidance_at(guidance, euler_times(steps, shift=shift)[:-1].tolist())
         if max(map(abs, g)) > 1000:
             raise ValueError(
-                f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 (at most 1000)"
+                f"a guidance of {max(g, key=abs):g} leaves all pictures behind: use one between 1 and 20 "
+                "(at most 1000)"
             )
         velocity = GuidedVelocity(
             self,
@@ -482,20 +506,27 @@ def _check_sizes(asked, latent_size: int, factor: int) -> None:
 
     if other := [side for side in flat(asked) if side != latent_size * factor]:
         raise ValueError(
-            f"this model makes pictures of {latent_size * factor} px, not of {other[0]}: leave vae_image_sizes= out, and resize the pictures. "
-            f"(Some released models can be loaded for another size: load_flextok(..., latent_size=pixels / {factor}))"
+            f"this model makes pictures of {latent_size * factor} px, not of {other[0]}: leave "
+            "vae_image_sizes= out, and resize the pictures. "
+            "(Some released models can be loaded for another size: load_flextok(..., latent_size=pixels / "
+            f"{factor}))"
         )
 
 
 def _check_images(
     parts: TokenizerParts, images: Tensor
 ) -> Tensor:  # the same, with the device and dtype of the VAE
-    "Raises ValueError for what are no images of this model, and says what to do. Warns once of images that look as if they lay in [0, 1]."
+    """Raises ValueError for what are no images of this model, and says what to do.
+
+    Warns once of images that look as if they lay in [0, 1].
+    """
     vae = parts._need_vae("tokenize")
-    side, channels = parts.config.latent_size * vae.config.factor, vae.config.in_channels
+    side = parts.config.latent_size * vae.config.factor
+    channels = vae.config.in_channels
     if not images.is_floating_point():
         raise ValueError(
-            f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts bytes)"
+            f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts "
+            "bytes)"
         )
     if tuple(images.shape[1:]) != (channels, side, side) or images.ndim != 4:
         if images.ndim == 3:
@@ -503,7 +534,10 @@ def _check_images(
         elif images.ndim == 4 and images.shape[1] != channels and images.shape[-1] == channels:
             hint = "move the channels, images.permute(0, 3, 1, 2)"
         else:
-            hint = f"make them {side} px first: fit_square(picture, {side}) of an image file, or F.interpolate(images, ({side}, {side}), mode='bicubic', antialias=True).clamp(-1, 1)"
+            hint = (
+                f"make them {side} px first: fit_square(picture, {side}) of an image file, or "
+                f"F.interpolate(images, ({side}, {side}), mode='bicubic', antialias=True).clamp(-1, 1)"
+            )
         raise ValueError(
             f"images are {tuple(images.shape)}, and this model takes (b, {channels}, {side}, {side}): {hint}"
         )
@@ -517,7 +551,8 @@ def _check_images(
     if 0 <= low < high and "range" not in _said:
         _said.add("range")
         warnings.warn(
-            "nothing in these images is negative: they are taken for [-1, 1], and look as if they lay in [0, 1]. If so, write images * 2 - 1. (This is said once.)",
+            "nothing in these images is negative: they are taken for [-1, 1], and look as if they lay in "
+            "[0, 1]. If so, write images * 2 - 1. (This is said once.)",
             stacklevel=4,
         )
     return images.to(parts.device, vae.latent_mean.dtype)
@@ -534,7 +569,11 @@ class ImageTokenizer(LatentTokenizer):
         *,
         as_list: bool = False,  # as the released API: a list of (1, budget_i)
     ) -> Tensor | list[Tensor]:  # ids (b budget), int64; a list of (budget_i,) if one was given for each
-        "Images to ids. Uses the mean of the VAE's posterior, so equal images have equal ids. Raises ValueError for images or budgets that are none."
+        """Images to ids.
+
+        Uses the mean of the VAE's posterior, so equal images have equal ids. Raises ValueError for images or
+        budgets that are none.
+        """
         latents = self._need_vae("tokenize").encode(_check_images(self, images))
         if isinstance(budget, Tensor) and budget.ndim == 0:
             budget = int(budget)
@@ -565,21 +604,22 @@ class ImageTokenizer(LatentTokenizer):
         perform_norm_guidance: bool | None = None,  # and `apg`
         solver: str = "euler",  # "euler" or "heun"
         shift: float = 1.0,  # time shift
-        generator: torch.Generator
-        | list[torch.Generator]
-        | None = None,  # draws the noise instead of `seed`: one for all, or one for each
+        # draws the noise instead of `seed`: one for all, or one for each
+        generator: torch.Generator | list[torch.Generator] | None = None,
         verbose: bool = False,  # show a progress bar
         vae_image_sizes=None,  # sides of the pictures, in the released API: checked; a model has one
     ) -> Tensor:  # images (b 3 H W) in [-1, 1]
-        "Ids to images. Raises ValueError or TypeError for ids or settings that are none, and for a setting given under both of its names."
+        """Ids to images.
+
+        Raises ValueError or TypeError for ids or settings that are none, and for a setting given under both
+        of its names.
+        """
         vae = self._need_vae("detokenize")
         _check_sizes(vae_image_sizes, self.config.latent_size, vae.config.factor)
         if generator is not None and seed:
             raise ValueError(f"seed={seed} and generator= both name the noise: give one of them")
-        steps, guidance = (
-            _either("steps", steps, 25, "timesteps", timesteps),
-            _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale),
-        )
+        steps = _either("steps", steps, 25, "timesteps", timesteps)
+        guidance = _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale)
         apg = _either("apg", apg, False, "perform_norm_guidance", perform_norm_guidance)
         latents = self.decode_latents(
             ids,
@@ -627,9 +667,8 @@ class DiceThrower(ImageTokenizer):
     def draw(
         self,
         b: int,  # images
-        budget: int
-        | Tensor
-        | None = None,  # tokens kept, a number or (b,); drawn from the budget distribution by default
+        # tokens kept, a number or (b,); drawn from the budget distribution by default
+        budget: int | Tensor | None = None,
         generator: torch.Generator | None = None,  # a CPU generator
     ) -> TrainingNoise:  # on the CPU, without noise
         "Throw a training step's dice: budgets, null conditions, times."
@@ -639,10 +678,8 @@ class DiceThrower(ImageTokenizer):
             if budget is None
             else torch.as_tensor(budget, device="cpu").expand(b)
         )
-        null, t = (
-            torch.rand(b, generator=generator, device="cpu") < c.null_probability,
-            sample_time(c.time_distribution, b, generator, mode_scale=c.mode_scale),
-        )
+        null = torch.rand(b, generator=generator, device="cpu") < c.null_probability
+        t = sample_time(c.time_distribution, b, generator, mode_scale=c.mode_scale)
         zeroed = torch.arange(b, device="cpu") < round(
             c.zero_noise * b
         )  # zero-noise regression: t = 1, noise 0
@@ -657,9 +694,8 @@ class LearningTokenizer(DiceThrower):
         latents: Tensor,  # normalised latents (b c h w)
         repa: "REPA | None" = None,  # an early block is to know what frozen eyes see
         features: Tensor | None = None,  # what they see on these images (b d h w), for `repa`
-        budget: int
-        | Tensor
-        | None = None,  # tokens kept, a number or (b,); drawn from the budget distribution by default
+        # tokens kept, a number or (b,); drawn from the budget distribution by default
+        budget: int | Tensor | None = None,
         draws: "TrainingNoise | None" = None,  # the dice, if they are thrown already
     ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "The flow loss under nested dropout and null condition."
@@ -704,7 +740,9 @@ class FlexTok(LearningTokenizer, Pretrained):
 
     @classmethod
     def _load_pretrained(cls, folder: Path, vae: VAE | None = None) -> "FlexTok":
-        "A folder written by `save_pretrained`; its VAE lies in `vae/`, or (of a run, or a shipped model) beside it."
+        """A folder written by `save_pretrained`; its VAE lies in `vae/`, or (of a run, or a shipped model)
+        beside it.
+        """
         if vae is None:
             vae = next(
                 (
@@ -727,7 +765,10 @@ def with_decoder(
     tok: FlexTok,  # changed in place
     vae: VAE,  # the VAE that it has, but for its decoder
 ) -> FlexTok:  # the same ids, other pictures
-    "Exchange the VAE for one that makes the same latents. Raises ValueError if its encoder or their scale differ: the ids would mean something else."
+    """Exchange the VAE for one that makes the same latents.
+
+    Raises ValueError if its encoder or their scale differ: the ids would mean something else.
+    """
     mine, its = (
         {n: w for n, w in v.state_dict().items() if not n.startswith("decoder.")}
         for v in (tok._need_vae("with_decoder"), vae)
@@ -763,7 +804,10 @@ def cache_latents(
 
 @dataclass
 class Latents:
-    "Posteriors of images, in memory. The notebook caches keeps them on the disk, behind the same two methods."
+    """Posteriors of images, in memory.
+
+    The notebook caches keeps them on the disk, behind the same two methods.
+    """
 
     means: Tensor  # normalised posterior means (N c h w)
     stds: Tensor | None = None  # standard deviations; None: the means are the latents
@@ -786,7 +830,8 @@ def latent_batches(
     "Shuffled posterior samples without end."
     if features is not None and len(features) != len(data):
         raise ValueError(
-            f"{len(features)} features for {len(data)} images: they must be of the same images, in the same order"
+            f"{len(features)} features for {len(data)} images: they must be of the same images, in the "
+            "same order"
         )
 
     def make(rows, positions, step):
@@ -809,11 +854,9 @@ class TokenizerLoader(Loader):
 
     def __init__(self, tok: "FlexTok", latents: Loader):  # of `latent_batches`
         super().__init__(latents.length, latents.batch, None, latents.seed)
-        self.tok, self.latents, self.shape = (
-            tok,
-            latents,
-            (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size),
-        )
+        self.tok = tok
+        self.latents = latents
+        self.shape = (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
 
     def draws(self, step: int) -> TrainingNoise:
         return self.tok.draw(self.batch, generator=named_generator(self.seed, "draws", step))
@@ -859,7 +902,10 @@ def fit_tokenizer(
     repa: "REPA | None" = None,  # frozen eyes to learn from; its projector is trained along, and not saved
     engine: Engine | None = None,  # the machine, see engine; by default this one device
 ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
-    "Train a tokenizer, or go on with a trained one. Raises ValueError for images, a part or weights that do not fit."
+    """Train a tokenizer, or go on with a trained one.
+
+    Raises ValueError for images, a part or weights that do not fit.
+    """
     c = tok.config
     _check_training(tok, data, part)
     tok = tok.to(device).train()
@@ -893,10 +939,8 @@ def fit_tokenizer(
         measure=tok.use.numbers,
         modules=[tok.encoder, tok.decoder, *([repa.projector] if repa is not None else [])],
     )
-    ema, stream = (
-        EMA([w for _, w in moved], config.ema),
-        latent_batches(latents, config.batch, seed, device, features, c.sample_posterior),
-    )
+    ema = EMA([w for _, w in moved], config.ema)
+    stream = latent_batches(latents, config.batch, seed, device, features, c.sample_posterior)
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], use_compiler):
             log = fit(
@@ -929,15 +973,18 @@ def _check_training(tok: FlexTok, data: ImageSet | Latents, part: str) -> None:
             c.latent_size,
         ):
             raise ValueError(
-                f"the latents are {tuple(shape)}, but this tokenizer takes {(c.latent_channels, c.latent_size, c.latent_size)}"
+                f"the latents are {tuple(shape)}, but this tokenizer takes "
+                f"{(c.latent_channels, c.latent_size, c.latent_size)}"
             )
     elif (side := data.images.shape[-1]) != c.latent_size * tok._need_vae("training").config.factor:
         raise ValueError(
-            f"the images are {side} px, but this tokenizer and its VAE take {c.latent_size * tok.vae.config.factor}"
+            f"the images are {side} px, but this tokenizer and its VAE take "
+            f"{c.latent_size * tok.vae.config.factor}"
         )
     if tok.decoder.mask_token.dtype != torch.float32:
         raise ValueError(
-            f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass precision= for speed"
+            f"weights in {tok.decoder.mask_token.dtype} cannot be trained: load them in float32, and pass "
+            "precision= for speed"
         )
 
 
@@ -1004,11 +1051,13 @@ def load_tokenizer(
         weights = weights_hash(vae)
         if facts.get("vae") not in (None, weights):
             raise ValueError(
-                f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean nothing"
+                f"{folder} was trained with VAE {facts['vae']}, not with {weights}: its tokens would mean "
+                "nothing"
             )
         if facts.get("vae_means") not in (None, meaning(vae)):
             raise ValueError(
-                f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its configuration: its tokens would mean nothing"
+                f"{folder} was trained with VAE {facts['vae']}, and this one has its weights, but not its "
+                "configuration: its tokens would mean nothing"
             )
         tok.vae = vae.requires_grad_(False).eval()
     tok.terms = facts.get("terms")
@@ -1041,13 +1090,17 @@ def feature_map(
         found = rearrange(tokens[:, -side * side :], "b (h w) d -> b d h w", h=side)
     if found.ndim != 4:
         raise ValueError(
-            f"{getattr(feature_extractor, 'name', type(feature_extractor).__name__)} gives features {tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them"
+            f"{getattr(feature_extractor, 'name', type(feature_extractor).__name__)} gives features "
+            f"{tuple(found.shape)} without places: REPA needs maps (b d h w); 'efficientnet_lite0' has them"
         )
     return found
 
 # %% ../nbs/08_tokenizer.ipynb #08-5c6467a2
 class REPA(nn.Module):
-    "Representation alignment of an early decoder block (Yu et al. 2024, arXiv:2410.06940). Raises ValueError for a block that does not exist."
+    """Representation alignment of an early decoder block (Yu et al.
+
+    2024, arXiv:2410.06940). Raises ValueError for a block that does not exist.
+    """
 
     def __init__(
         self,
@@ -1055,19 +1108,17 @@ class REPA(nn.Module):
         feature_extractor,  # a frozen extractor, see `feature_map`
         block: int = 1,  # the decoder block that is read; 0 is the first
         weight: float = 1.0,  # of the distance in the loss
-        hidden: int | None = None,
-    ):  # width of the projector; the decoder's by default
+        hidden: int | None = None,  # width of the projector; the decoder's by default
+    ):
         super().__init__()
         trunk = config.decoder
         if not 0 <= block < trunk.depth:
             raise ValueError(f"block {block}: this decoder has blocks 0 .. {trunk.depth - 1}")
         d, h = trunk.width, hidden or trunk.width
-        self.feature_extractor, self.block, self.weight, self.side = (
-            feature_extractor,
-            block,
-            weight,
-            config.latent_size // trunk.patch,
-        )
+        self.feature_extractor = feature_extractor
+        self.block = block
+        self.weight = weight
+        self.side = config.latent_size // trunk.patch
         device = next((w.device for w in feature_extractor.parameters()), torch.device("cpu"))
         dim = feature_map(feature_extractor, torch.zeros(1, 3, 64, 64, device=device)).shape[1]
         self.projector = nn.Sequential(
@@ -1099,10 +1150,14 @@ class REPA(nn.Module):
         hidden: Tensor,  # the decoder's sequence after `block`: patches, then registers (b n+r d)
         features: Tensor,  # what the eyes see on the clean images (b d h w)
     ) -> Tensor:  # scalar in 0 .. 2: mean cosine distance
-        "How far the patches are from what the eyes see. Raises ValueError if there are no features, or on another grid."
+        """How far the patches are from what the eyes see.
+
+        Raises ValueError if there are no features, or on another grid.
+        """
         if features is None or tuple(features.shape[-2:]) != (self.side, self.side):
             raise ValueError(
-                f"REPA needs features (b, d, {self.side}, {self.side}) of the same images, from `look`, not {None if features is None else tuple(features.shape)}"
+                f"REPA needs features (b, d, {self.side}, {self.side}) of the same images, from `look`, "
+                f"not {None if features is None else tuple(features.shape)}"
             )
         seen = self.projector(hidden[:, : self.side**2].to(self.projector[0].weight.dtype)).float()
         return (

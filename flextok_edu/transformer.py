@@ -24,7 +24,10 @@ def norm32(
 
 # %% ../nbs/05_transformer.ipynb #05-d8a0150b
 class Attention(nn.Module):
-    "Multi-head self-attention with QK-norm, no biases. Raises ValueError if the heads do not divide the width."
+    """Multi-head self-attention with QK-norm, no biases.
+
+    Raises ValueError if the heads do not divide the width.
+    """
 
     def __init__(self, d: int, head_dim: int = 64):
         super().__init__()
@@ -36,8 +39,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (b n d)
-        mask: Tensor
-        | None = None,  # boolean (True: may look) or float (added), broadcastable to (b heads n n)
+        # boolean (True: may look) or float (added), broadcastable to (b heads n n)
+        mask: Tensor | None = None,
     ) -> Tensor:  # (b n d)
         q, k, v = (rearrange(f(x), "b n (h e) -> b h n e", h=self.heads) for f in (self.q, self.k, self.v))
         if mask is not None and mask.dtype != torch.bool:
@@ -54,11 +57,9 @@ class SwiGLU(nn.Module):
     def __init__(self, d: int, ratio: float = 4.0):
         super().__init__()
         hidden = int(2 / 3 * int(ratio * d))
-        self.gate, self.up, self.down = (
-            nn.Linear(d, hidden, bias=False),
-            nn.Linear(d, hidden, bias=False),
-            nn.Linear(hidden, d, bias=False),
-        )
+        self.gate = nn.Linear(d, hidden, bias=False)
+        self.up = nn.Linear(d, hidden, bias=False)
+        self.down = nn.Linear(hidden, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (b n d) -> (b n d)
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -81,7 +82,9 @@ class Block(nn.Module):
 
 # %% ../nbs/05_transformer.ipynb #05-656dba36
 def init_linear(module: nn.Module) -> None:
-    "Xavier-uniform weights and zero biases for every Linear (the initialisation of the released models, before zeroing gates and heads)."
+    """Xavier-uniform weights and zero biases for every Linear (the initialisation of the released models,
+    before zeroing gates and heads).
+    """
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -115,7 +118,8 @@ def sincos_2d(
     if d % 4:
         raise ValueError(f"width {d} is not divisible by 4")
     frequency = 1 / 10_000 ** (torch.arange(d // 4) / (d // 4))
-    row, column = torch.arange(h)[:, None] * frequency, torch.arange(w)[:, None] * frequency
+    row = torch.arange(h)[:, None] * frequency
+    column = torch.arange(w)[:, None] * frequency
     column = torch.cat([column.sin(), column.cos()], 1)[None].expand(h, -1, -1)
     row = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(-1, w, -1)
     return rearrange(torch.cat([column, row], -1), "h w d -> 1 d h w")
@@ -125,8 +129,11 @@ class TimeEmbedding(nn.Module):
     "t -> vector: cosines and sines at geometric frequencies, then Linear, SiLU, Linear."
 
     def __init__(
-        self, d: int, features: int = 256, max_timestep: float = 1.0
-    ):  # max_timestep: the largest t it is given
+        self,
+        d: int,
+        features: int = 256,
+        max_timestep: float = 1.0,  # max_timestep: the largest t it is given
+    ):
         super().__init__()
         half = features // 2
         self.register_buffer(
@@ -177,8 +184,12 @@ class ModulatedBlock(nn.Module):
     "adaLN-zero block (Peebles & Xie 2022) whose patches and registers may have modulations of their own."
 
     def __init__(
-        self, d: int, head_dim: int = 64, mlp_ratio: float = 4.0, kinds: int = 2
-    ):  # kinds: 2, or 1 if patches and registers share
+        self,
+        d: int,
+        head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        kinds: int = 2,  # kinds: 2, or 1 if patches and registers share
+    ):
         super().__init__()
         self.kinds = kinds
         self.attention, self.mlp = Attention(d, head_dim), SwiGLU(d, mlp_ratio)
@@ -210,7 +221,9 @@ class ModulatedBlock(nn.Module):
 def sees_normed_input(
     block: ModulatedBlock,  # any modulated block
 ) -> bool:  # whether both halves read norm(x), not x
-    "The update x -> block(x) - x of a block whose attention alone is on must not change when x is scaled; likewise its MLP."
+    """The update x -> block(x) - x of a block whose attention alone is on must not change when x is scaled;
+    likewise its MLP.
+    """
     d = block.attention.q.weight.shape[0]
     x = torch.randn(1, 6, d)
     same = []

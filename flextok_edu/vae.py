@@ -31,8 +31,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (b c_in h w) -> (b c_out h w)
@@ -181,7 +183,10 @@ class VAEParts(nn.Module):
 
 # %% ../nbs/03_vae.ipynb #03-7c36a97f
 class VAE(VAEParts, Pretrained):
-    "KL autoencoder (Rombach et al. 2022, the shape of SDXL's). `encode` and `decode` speak normalised latents."
+    """KL autoencoder (Rombach et al.
+
+    2022, the shape of SDXL's). `encode` and `decode` speak normalised latents.
+    """
 
     part = "vae"
 
@@ -205,11 +210,15 @@ class VAE(VAEParts, Pretrained):
 
     @torch.no_grad()
     def measure_latents(self, images: Tensor, batch: int = 250) -> None:  # images (b 3 H W), uint8
-        "Measure mean and scale of each latent channel over these images (of the whole posterior, not of its mean alone)."
+        """Measure mean and scale of each latent channel over these images (of the whole posterior, not of its
+        mean alone).
+        """
         device, total, squares, count = self.latent_mean.device, 0.0, 0.0, 0
         for part in images.split(batch):
             mean, logvar = self.posterior(from_uint8(part.to(device)))
-            mean, logvar = mean.cpu().double(), logvar.cpu().double()  # float64 on the CPU: MPS has none
+            # float64 on the CPU: MPS has none
+            mean = mean.cpu().double()
+            logvar = logvar.cpu().double()
             total = total + mean.sum((0, 2, 3))
             squares = squares + (mean.square() + logvar.exp()).sum((0, 2, 3))
             count += mean[:, 0].numel()
@@ -264,12 +273,15 @@ class AutoencoderLoss(nn.Module):
         vae: VAE,
         weights: VAELossConfig,
         feature_extractor: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
-        pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
-    ):  # the pixel term: (output, images) -> scalar
+        pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,  # the pixel term: (output, images) -> scalar
+    ):
         super().__init__()
         if weights.perceptual and feature_extractor is None:
             raise ValueError("a perceptual loss needs eyes: pass extractor(), or set its weight to 0")
-        self.vae, self.weights, self.feature_extractor, self.pixel = vae, weights, feature_extractor, pixel
+        self.vae = vae
+        self.weights = weights
+        self.feature_extractor = feature_extractor
+        self.pixel = pixel
         self.critic = PatchDiscriminator(vae.config.in_channels) if weights.adversarial else None
         self.logvar = nn.Parameter(torch.zeros(())) if weights.learned_logvar else None
         self.fake = None  # this step's reconstructions, for the critic
@@ -306,7 +318,11 @@ class AutoencoderLoss(nn.Module):
 
 # %% ../nbs/03_vae.ipynb #03-130e0108
 class VAELoss(AutoencoderLoss):
-    "All losses of stage 0. `objectives` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term if it is learned."
+    """All losses of stage 0.
+
+    `objectives` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction
+    term if it is learned.
+    """
 
     def discriminator(
         self,
@@ -361,7 +377,9 @@ class VAELoss(AutoencoderLoss):
 
 # %% ../nbs/03_vae.ipynb #03-decdca30
 class PosteriorLoader(Loader):
-    "Images, and the noise of their posterior samples, which so belongs to a step and a place, not to the process that draws it."
+    """Images, and the noise of their posterior samples, which so belongs to a step and a place, not to the
+    process that draws it.
+    """
 
     def __init__(
         self,
@@ -370,7 +388,8 @@ class PosteriorLoader(Loader):
     ):
         super().__init__(getattr(images, "length", 1), images.batch, None, images.seed)
         self.images, self.config = images, config
-        self.state_dict, self.load_state_dict = images.state_dict, images.load_state_dict
+        self.state_dict = images.state_dict
+        self.load_state_dict = images.load_state_dict
 
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1
@@ -403,15 +422,19 @@ def train_vae(
     progress: bool = True,
     engine: Engine | None = None,  # the machine, see engine; by default this one device
     vae: VAE | None = None,  # a trained one to go on with, changed in place
-    part: str = "decoder",  # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
+    # of that one: "decoder", so that latents (and a tokenizer's ids) keep their meaning, or "both"
+    part: str = "decoder",
 ) -> tuple[VAE, list[dict]]:  # averaged weights with measured latents, eval mode; training log
-    "Train a VAE from scratch and measure its latents; or go on with a trained one, on other pictures for example. Raises ValueError for a VAE of another shape than the preset's, and for a part that is none."
+    """Train a VAE from scratch and measure its latents; or go on with a trained one, on other pictures for
+    example. Raises ValueError for a VAE of another shape than the preset's, and for a part that is none.
+    """
     config, old, frozen = preset.train_vae, vae, vae is not None and part == "decoder"
     if part not in ("both", "decoder"):
         raise ValueError(f"part {part!r}: train 'both' or the 'decoder'")
     if old is not None and old.config != preset.vae:
         raise ValueError(
-            f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}: choose the preset that it was made with"
+            f"the VAE to go on with is {old.config}, and preset {preset.name} has {preset.vae}: choose the "
+            "preset that it was made with"
         )
     torch.manual_seed(seed)
     vae = (VAE(preset.vae) if old is None else old).to(device)

@@ -1,4 +1,7 @@
-"""Mutations for the fuzz tests: of bytes, of json, of safetensors files. Seeded; FLEXTOK_FUZZ=10 makes ten times as many cases."""
+"""Mutations for the fuzz tests: of bytes, of json, of safetensors files.
+
+Seeded; FLEXTOK_FUZZ=10 makes ten times as many cases.
+"""
 
 import contextlib
 import copy
@@ -149,7 +152,10 @@ def little_memory(more=2**30):
 
 
 def fuzz(name: str, case, kinds=(ValueError, OSError), cases: int | None = None) -> dict:
-    """case(rng) for many seeds: it may raise errors of these kinds and no others. Returns how many raised what."""
+    """case(rng) for many seeds: it may raise errors of these kinds and no others.
+
+    Returns how many raised what.
+    """
     heard, wrong = {}, {}
     with little_memory():
         for i in range(cases or CASES):

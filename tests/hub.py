@@ -1,4 +1,6 @@
-"""A stand-in for the Hugging Face hub: the few addresses that downloads and uploads of small files use, on this machine."""
+"""A stand-in for the Hugging Face hub: the few addresses that downloads and uploads of small files use, on
+this machine.
+"""
 
 import base64
 import hashlib
@@ -9,7 +11,10 @@ from urllib.parse import unquote
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories are dictionaries of bytes: `hub.repos["owner/name"]["config.json"]`. `hub.asked` lists the requests."""
+    """Repositories are dictionaries of bytes: `hub.repos["owner/name"]["config.json"]`.
+
+    `hub.asked` lists the requests.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

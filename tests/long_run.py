@@ -1,6 +1,8 @@
-"""A stage of FlexTok, small, as a program: for tests that kill it, or start it on two processes. The last line is json: losses, and a hash of the weights.
+"""A stage of FlexTok, small, as a program: for tests that kill it, or start it on two processes.
 
-python tests/long_run.py STAGE FOLDER|- [key=value …]      (FOLDER: with checkpoints; -: without)
+The last line is json: losses, and a hash of the weights.
+
+python tests/long_run.py STAGE FOLDER|- [key=value …] (FOLDER: with checkpoints; -: without)
 """
 
 import json

@@ -16,7 +16,10 @@ def randomize(module, scale=0.2):
 
 
 def planted(pairs):
-    """Two tests from pairs (check, bug). A check raises AssertionError if something is wrong; a bug takes monkeypatch and puts it wrong."""
+    """Two tests from pairs (check, bug).
+
+    A check raises AssertionError if something is wrong; a bug takes monkeypatch and puts it wrong.
+    """
 
     @pytest.mark.parametrize("check", dict.fromkeys(check for check, _ in pairs), ids=lambda f: f.__name__)
     def test_the_code_passes(check):

@@ -1,4 +1,6 @@
-"""Writing tokens (ar) and laying results side by side (evaluation): what must hold, and the planted bug that each test catches."""
+"""Writing tokens (ar) and laying results side by side (evaluation): what must hold, and the planted bug that
+each test catches.
+"""
 
 import json
 import math
@@ -56,7 +58,8 @@ def model():
     return model
 
 
-# --- ar: what is written depends on (seed, index) alone ------------------------------------------------------
+# --- ar: what is written depends on (seed, index) alone
+# ------------------------------------------------------
 
 
 def check_alone_as_in_a_batch(model, options):
@@ -222,7 +225,8 @@ def test_nonsense_is_refused(model, bad):
         model.generate(LABELS, **bad)
 
 
-# --- ar: the choice of a token ---------------------------------------------------------------------------------
+# --- ar: the choice of a token
+# ---------------------------------------------------------------------------------
 
 
 def reference_kept(p, top_k, top_p):
@@ -294,7 +298,8 @@ def test_guidance_list():
     )
 
 
-# --- ar: reading ----------------------------------------------------------------------------------------------
+# --- ar: reading
+# ----------------------------------------------------------------------------------------------
 
 
 def check_causal(model):
@@ -370,7 +375,8 @@ def test_images_by_seeds():
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
-# --- evaluation: results side by side ----------------------------------------------------------------------------------
+# --- evaluation: results side by side
+# ----------------------------------------------------------------------------------
 
 
 class Eyes(nn.Module):

@@ -1,4 +1,6 @@
-"""Quantiser, transformer parts and registers: properties, and for each the bug that it must find, planted on purpose."""
+"""Quantiser, transformer parts and registers: properties, and for each the bug that it must find, planted on
+purpose.
+"""
 
 import math
 
@@ -18,7 +20,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- FSQ -----------------------------------------------------------------------------------------------------------
+# --- FSQ
+# -----------------------------------------------------------------------------------------------------------
 
 
 def check_fsq_is_the_loop():
@@ -110,7 +113,8 @@ def test_wrong_width_is_refused():
         fsq.FSQ((8, 5))(torch.randn(3, 4))
 
 
-# --- transformer ---------------------------------------------------------------------------------------------------
+# --- transformer
+# ---------------------------------------------------------------------------------------------------
 
 
 def by_hand(layer, x, mask):
@@ -235,7 +239,10 @@ def check_weights_are_counted():
         for d in (192, 768):
             plain, modulated = transformer.Block(d), transformer.ModulatedBlock(d)
             shared = transformer.ModulatedBlock(d, kinds=1)
-            count = lambda m: sum(w.numel() for w in m.parameters())
+
+            def count(m):
+                return sum(w.numel() for w in m.parameters())
+
             assert count(plain) == 12 * d * d
             assert count(modulated) == 24 * d * d + 12 * d and count(shared) == 18 * d * d + 6 * d
 
@@ -247,7 +254,8 @@ def test_bad_widths_are_refused():
         transformer.sincos_2d(66, 4, 4)
 
 
-# --- registers -----------------------------------------------------------------------------------------------------
+# --- registers
+# -----------------------------------------------------------------------------------------------------
 
 
 def check_mask_by_hand():
@@ -332,7 +340,8 @@ def test_unknown_names_are_refused():
         registers.sample_budget("pow2", 2, 2)
 
 
-# --- the bugs ------------------------------------------------------------------------------------------------------
+# --- the bugs
+# ------------------------------------------------------------------------------------------------------
 
 
 def no_epsilon(monkeypatch):
@@ -398,7 +407,10 @@ def other_scale(monkeypatch):
 
 def inverted_mask(monkeypatch):
     real = F.scaled_dot_product_attention
-    flip = lambda m: ~m if m is not None and m.dtype == torch.bool else m
+
+    def flip(m):
+        return ~m if m is not None and m.dtype == torch.bool else m
+
     monkeypatch.setattr(
         transformer.F,
         "scaled_dot_product_attention",

@@ -1,4 +1,6 @@
-"""Caches on the disk: killed builders, builders side by side, full disks, foreign and damaged shards, random access, feeds."""
+"""Caches on the disk: killed builders, builders side by side, full disks, foreign and damaged shards, random
+access, feeds.
+"""
 
 import json
 import multiprocessing
@@ -83,7 +85,8 @@ def models():
     return vae, tok, ImageSet(images, torch.arange(50)[:, None] % 7, tuple("abcdefg"), "noise")
 
 
-# --- processes -------------------------------------------------------------------------------------------------
+# --- processes
+# -------------------------------------------------------------------------------------------------
 
 
 def half_a_file_then_kill(victim):
@@ -165,7 +168,9 @@ def shards(folder):
 
 
 def test_killed_again_and_again(start, tmp_path):
-    """Three SIGKILLs between writes, one in the middle of a write: nothing finished is made again, and the end is byte for byte the undisturbed one."""
+    """Three SIGKILLs between writes, one in the middle of a write: nothing finished is made again, and the
+    end is byte for byte the undisturbed one.
+    """
     every_build(tmp_path / "whole")
     folder = tmp_path / "killed"
     for goal in (1, 4, 6):
@@ -266,14 +271,22 @@ print(anon() - before)
     assert float(result.stdout) < 32
 
 
-# --- disks -----------------------------------------------------------------------------------------------------
+# --- disks
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_full_disk(tmp_path):
-    """A file-size limit stands in for a full disk: an error that says what to do, nothing half-written, finished shards kept."""
+    """A file-size limit stands in for a full disk: an error that says what to do, nothing half-written,
+    finished shards kept.
+    """
     resource = pytest.importorskip("resource")
-    load = lambda a, b: (torch.arange(a, b), torch.arange(a, b))
-    grows = lambda x: {"latents": torch.zeros(len(x), 1, 100 if x[0] < 40 else 20_000)}
+
+    def load(a, b):
+        return (torch.arange(a, b), torch.arange(a, b))
+
+    def grows(x):
+        return {"latents": torch.zeros(len(x), 1, 100 if x[0] < 40 else 20_000)}
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -293,7 +306,9 @@ def test_full_disk(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a disk")
 def test_really_full_disk(tmp_path):
-    """A tmpfs of 1 MB: the plan refuses; told to leave no margin and misled by the first rows, the build stops cleanly."""
+    """A tmpfs of 1 MB: the plan refuses; told to leave no margin and misled by the first rows, the build
+    stops cleanly.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -341,7 +356,8 @@ def test_plan(tmp_path):
         CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000.0, int(85e9), int(2e9)).check()
 
 
-# --- what is in the folder -------------------------------------------------------------------------------------
+# --- what is in the folder
+# -------------------------------------------------------------------------------------
 
 
 def test_damage_is_found_and_repaired(tmp_path):
@@ -394,7 +410,11 @@ def test_a_strangers_shard_is_refused_and_kept(tmp_path):
 
 def test_equal_shards_are_equal_files(tmp_path):
     """safetensors writes several metadata keys in random order; a process of its own has another order."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; from pathlib import Path; from flextok_edu.engine.shards import write_shard\nwrite_shard(Path(sys.argv[1]), {{'b': torch.arange(3), 'a': torch.ones(2)}}, {{'z': 1, 'y': 2, 'x': 3}})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; from pathlib import Path; from "
+        f"flextok_edu.engine.shards import write_shard\nwrite_shard(Path(sys.argv[1]), {{'b': "
+        f"torch.arange(3), 'a': torch.ones(2)}}, {{'z': 1, 'y': 2, 'x': 3}})"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=300)
     write_shard(tmp_path / "two", {"a": torch.ones(2), "b": torch.arange(3)}, {"x": 3, "y": 2, "z": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -471,7 +491,9 @@ def test_a_source_that_is_wrong(found, message, tmp_path):
 
 
 def test_labels_of_no_class_are_refused_when_they_are_written(tmp_path):
-    """For tokens always, for other things where there are classes; latents of one class `all` do not look at labels."""
+    """For tokens always, for other things where there are classes; latents of one class `all` do not look at
+    labels.
+    """
     for facts in ({**FACTS, "classes": ["a", "b"]}, {**FACTS, "kind": "tokens", "classes": ["all"]}):
         with pytest.raises(
             ValueError,
@@ -492,7 +514,8 @@ def test_an_encode_that_is_wrong(tmp_path):
     assert not shards(tmp_path)
 
 
-# --- latents and tokens ----------------------------------------------------------------------------------------
+# --- latents and tokens
+# ----------------------------------------------------------------------------------------
 
 
 def test_latents(models, tmp_path):
@@ -642,7 +665,9 @@ def rewrite(path, **changes):
 
 
 def check_damage_is_met_at_the_first_touch(tmp_path):
-    """The disk changed some numbers, the header is as it was: the cache opens, sound shards can be read, the damaged one is refused by name."""
+    """The disk changed some numbers, the header is as it was: the cache opens, sound shards can be read, the
+    damaged one is refused by name.
+    """
     every_build(tmp_path)
     for i in (3, 7):
         path = shard_path(tmp_path, "latents", i)
@@ -838,7 +863,9 @@ def without_identities(folder):
 
 
 def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
-    """By the weights' hash, the vocabulary and the number of tokens; an old cache that is not finished is finished."""
+    """By the weights' hash, the vocabulary and the number of tokens; an old cache that is not finished is
+    finished.
+    """
     vae, tok, data = models
     cache_latents_to(tmp_path / "l", vae, data, shard=16, progress=False)
     cache_tokens_to(tmp_path / "t", tok, data, shard=16, progress=False)
@@ -859,7 +886,9 @@ def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
 
 
 def test_a_cache_knows_what_it_was_made_of(models, tmp_path):
-    """Keys and rule of the pictures that are there go through latents and tokens; evaluation leaves exactly these out."""
+    """Keys and rule of the pictures that are there go through latents and tokens; evaluation leaves exactly
+    these out.
+    """
     vae, tok, data = models
     keys = torch.tensor([picture_key(x) for x in data.images])
     known = replace(data, keys=keys, rule="one in eight")
@@ -949,7 +978,8 @@ def test_keys_that_are_wrong(keys, message, tmp_path):
         every_build(tmp_path, load=lambda a, b: (*numbers(a, b), torch.arange(a, b), keys(a, b)))
 
 
-# --- feeds -----------------------------------------------------------------------------------------------------
+# --- feeds
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_feeds(models, tmp_path):

@@ -1,4 +1,6 @@
-"""What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no pictures (evaluation)."""
+"""What stands on a card was done, what nobody said is unknown; evaluation sees an even spread and keeps no
+pictures (evaluation).
+"""
 
 import os
 import subprocess
@@ -37,7 +39,9 @@ class Eyes(nn.Module):
 
 
 class Half(nn.Module):
-    """Stands for a tokenizer of 4 tokens that shows every picture in grey, a bit lighter with each token. It knows its living pictures."""
+    """Stands for a tokenizer of 4 tokens that shows every picture in grey, a bit lighter with each token. It
+    knows its living pictures.
+    """
 
     def __init__(self):
         super().__init__()
@@ -77,7 +81,8 @@ def measured(data, other=None, config=CONFIG, **options):
     return evaluate_tokenizer(Half(), data, other, Eyes(), config, progress=False, **options)
 
 
-# --- which pictures -------------------------------------------------------------------------------------------------
+# --- which pictures
+# -------------------------------------------------------------------------------------------------
 
 
 def test_an_even_spread_is_measured():
@@ -99,7 +104,9 @@ def test_an_even_spread_is_measured():
 
 
 def test_the_floor_sees_all_classes():
-    """Other pictures in the order of their classes: the floor is as low as for a shuffled set, not as high as for one class."""
+    """Other pictures in the order of their classes: the floor is as low as for a shuffled set, not as high as
+    for one class.
+    """
     data, other = in_order(10, 4), in_order(10, 40, seed=1)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
 
@@ -119,7 +126,9 @@ def test_the_floor_sees_all_classes():
 
 
 def test_the_floor_is_held_out_where_it_can_be():
-    """What is left over is better than anything a caller may bring; what a caller brings is named; nothing is said of what nobody knows."""
+    """What is left over is better than anything a caller may bring; what a caller brings is named; nothing is
+    said of what nobody knows.
+    """
     plenty, few, other = in_order(10, 8), in_order(10, 7), in_order(10, 4, seed=1)
     assert measured(plenty, other, other_is="training pictures").card["floor"] == LEFT_OVER
     assert measured(few, other, other_is="training pictures").card["floor"] == "training pictures"
@@ -133,7 +142,9 @@ def test_the_floor_is_held_out_where_it_can_be():
 
 
 def test_no_pictures_are_kept(monkeypatch):
-    """Bytes become floats a batch at a time, and a reconstruction lives until the next batch has been looked at."""
+    """Bytes become floats a batch at a time, and a reconstruction lives until the next batch has been looked
+    at.
+    """
     largest, real = [], engine_tensors.from_uint8
     patch(monkeypatch, engine_tensors, "from_uint8", lambda x: largest.append(len(x)) or real(x))
     data, tok = in_order(10, 20), Half()
@@ -182,7 +193,8 @@ def test_batches_change_nothing():
         )
 
 
-# --- what a card says -----------------------------------------------------------------------------------------------
+# --- what a card says
+# -----------------------------------------------------------------------------------------------
 
 
 def averaged(p, ema, *parts):
@@ -190,7 +202,9 @@ def averaged(p, ema, *parts):
 
 
 def test_how_the_models_were_trained():
-    """From the presets they were trained with: micro's VAE had EfficientNet and a critic, tiny's nothing but pixels; averages where there were some."""
+    """From the presets they were trained with: micro's VAE had EfficientNet and a critic, tiny's nothing but
+    pixels; averages where there were some.
+    """
     micro, tiny = preset("micro"), preset("tiny")
     assert trained_how(vae=micro, tokenizer=micro) == {
         "weights_are": "EMA",
@@ -232,7 +246,9 @@ def test_the_perceptual_features_are_those():
 
 
 def test_nothing_is_assumed():
-    """A card that nobody helped knows neither crop nor training, and has no conditions of samples that were not drawn."""
+    """A card that nobody helped knows neither crop nor training, and has no conditions of samples that were
+    not drawn.
+    """
     card = measured(in_order(10, 4)).card
     assert card["weights_are"] == card["vae_trained_against"] == "unknown" and card["crop"].startswith(
         "unknown"
@@ -265,7 +281,9 @@ def test_nothing_is_assumed():
 
 
 def test_learned_is_laid_side_by_side(tmp_path):
-    """What the parts learned from survives a file, and a comparison shows where it differs, without refusing to rank."""
+    """What the parts learned from survives a file, and a comparison shows where it differs, without refusing
+    to rank.
+    """
     data = in_order(10, 4)
     one, two = (
         measured(
@@ -283,7 +301,8 @@ def test_learned_is_laid_side_by_side(tmp_path):
     )
 
 
-# --- a folder divided by a model's record ---------------------------------------------------------------------------
+# --- a folder divided by a model's record
+# ---------------------------------------------------------------------------
 
 
 def a_folder(place, count=12):
@@ -300,7 +319,9 @@ def a_folder(place, count=12):
 
 
 def test_split_by_record(tmp_path):
-    """What is not on the list was held out; a file with the pixels of a learned one counts as learned; equal pictures count once; the order is the seed's."""
+    """What is not on the list was held out; a file with the pixels of a learned one counts as learned; equal
+    pictures count once; the order is the seed's.
+    """
     place = a_folder(tmp_path / "photos")
     keys = picture_keys([place / f"{i}.png" for i in (10, 3, 4)]).sort().values  # 10.png, and not 0.png
     learned = Learned("by hand", "three files", 3, "0", keys)
@@ -332,7 +353,8 @@ def test_split_by_record(tmp_path):
         evaluation_evaluate.split_by_record(place, 8, replace(learned, keys=torch.arange(3)), progress=False)
 
 
-# --- labels are text --------------------------------------------------------------------------------------------------
+# --- labels are text
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, of a glyph that it does not have
@@ -340,7 +362,9 @@ def test_split_by_record(tmp_path):
     "name", ("$5_to_$10/x", "\\frac{/x", "a^{b_$c$", "中文/x", "caf\udce9/x", "two\nlines/x")
 )
 def test_names_of_extractors_are_text(name, tmp_path, monkeypatch):
-    """In the figure, in the table and in a comparison: no mathematics, no line of its own, nothing that cannot be written."""
+    """In the figure, in the table and in a comparison: no mathematics, no line of its own, nothing that
+    cannot be written.
+    """
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(Eyes, "name", name)
@@ -376,7 +400,10 @@ def test_compare_on_any_terminal(encoding, tmp_path):
         os.rename(tmp_path / "caf\u00e9", there)
     except (OSError, UnicodeError):
         pytest.skip("this file system cannot hold the name")
-    run = "import sys; from flextok_edu.apps.measure import compare_main; sys.argv = ['flextok_compare', *sys.argv[1:]]; compare_main()"
+    run = (
+        "import sys; from flextok_edu.apps.measure import compare_main; sys.argv = ['flextok_compare', "
+        "*sys.argv[1:]]; compare_main()"
+    )
     found = subprocess.run(
         [sys.executable, "-c", run, there, there],
         capture_output=True,

@@ -99,7 +99,8 @@ def weights(folder):
     return json.loads((Path(folder) / "config.json").read_text())["weights"]
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_number_of_every_preset_can_be_set():
@@ -165,7 +166,8 @@ def test_a_config_of_ones_own(tmp_path, capsys):
         refused(capsys, 2, expected, "train", "vae", "--config", file)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_models_open_as_a_user_opens_them(trained):
@@ -213,7 +215,9 @@ apps_train.train_main(sys.argv[1:])
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_started_again(trained, tmp_path, capsys):
-    """SIGTERM at a random moment of the training; the same command again; the weights of a run that nobody disturbed."""
+    """SIGTERM at a random moment of the training; the same command again; the weights of a run that nobody
+    disturbed.
+    """
     argv = ["tokenizer", "--vae", trained / "vae", "--steps", 40, *TINY]
     assert call("train", *argv, "--out", tmp_path / "calm") == 0
     child = subprocess.Popen(
@@ -297,7 +301,9 @@ def test_micro_batches_and_recomputing_make_the_same_step(trained, tmp_path):
 
 
 def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
-    """`flextok_train vae --vae`: encoder and scale as before, so a tokenizer takes the VAE by `with_decoder`; another VAE it refuses."""
+    """`flextok_train vae --vae`: encoder and scale as before, so a tokenizer takes the VAE by `with_decoder`;
+    another VAE it refuses.
+    """
     assert call("train", "vae", "--vae", trained / "vae", "--out", tmp_path / "vae", "--steps", 3, *TINY) == 0
     old, new = (VAE.from_pretrained(f) for f in (trained / "vae", tmp_path / "vae"))
     changed = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
@@ -333,7 +339,9 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
 
 
 def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path, capsys):
-    """`--part both` for the VAE, then `--tokenizer` beside `--vae`: begun from the old weights, ids of the new latents, and written down so."""
+    """`--part both` for the VAE, then `--tokenizer` beside `--vae`: begun from the old weights, ids of the
+    new latents, and written down so.
+    """
     argv = [
         "--data",
         pictures,
@@ -347,11 +355,14 @@ def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path
     def near(new, old):  # by a small part of the way to a new one
         torch.manual_seed(1)
         fresh = type(old)(old.config)
-        far = lambda m: sum(
-            float((w - dict(old.named_parameters())[n]).detach().square().sum())
-            for n, w in m.named_parameters()
-            if n in dict(old.named_parameters())
-        )
+
+        def far(m):
+            return sum(
+                float((w - dict(old.named_parameters())[n]).detach().square().sum())
+                for n, w in m.named_parameters()
+                if n in dict(old.named_parameters())
+            )
+
         return far(new) < 0.1 * far(fresh)
 
     assert (
@@ -498,7 +509,9 @@ def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path
 
 
 def test_an_ar_model_goes_on(trained, tmp_path, capsys):
-    """On its own ids, or on those of another tokenizer; begun from the trained weights, which stay what they are."""
+    """On its own ids, or on those of another tokenizer; begun from the trained weights, which stay what they
+    are.
+    """
     argv = ["--steps", 2, *TINY]
     assert (
         call(
@@ -526,7 +539,10 @@ def test_an_ar_model_goes_on(trained, tmp_path, capsys):
         )
         check_tokenizer(ARModel.from_pretrained(tmp_path / name), FlexTok.from_pretrained(tok))
         assert call("train", "ar", "--tokenizer", tok, "--out", tmp_path / f"{name}_anew", *argv) == 0
-        first = lambda folder: json.loads((folder / "log.json").read_text())[0]["ar"]
+
+        def first(folder):
+            return json.loads((folder / "log.json").read_text())[0]["ar"]
+
         assert first(tmp_path / name) < first(tmp_path / f"{name}_anew"), (
             "what it knew helps from the first step"
         )
@@ -588,7 +604,9 @@ def test_an_ar_model_goes_on(trained, tmp_path, capsys):
 
 
 def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
-    """tools/ship_clipart.py: the last training's weights, log and facts of all, begun from what the first began from."""
+    """tools/ship_clipart.py: the last training's weights, log and facts of all, begun from what the first
+    began from.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool = importlib.import_module("ship_clipart")
     argv = ["--part", "both", "--steps", 2, *TINY]
@@ -599,11 +617,17 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
         )
     tool.assemble([tmp_path / name for name in "abc"], tmp_path / "all")
     assert weights(tmp_path / "all") == weights(tmp_path / "c") != weights(tmp_path / "b")
-    held = lambda name: weights_hash(
-        FlexTok.from_pretrained(tmp_path / name)
-    )  # of the file, whatever config.json says
+
+    def held(name):
+        return weights_hash(
+            FlexTok.from_pretrained(tmp_path / name)
+        )  # of the file, whatever config.json says
+
     assert held("all") == held("c") != held("b")
-    read = lambda name: json.loads((tmp_path / "all" / name).read_text())
+
+    def read(name):
+        return json.loads((tmp_path / "all" / name).read_text())
+
     assert [r["step"] for r in read("log.json")] == [*range(6)] and (
         read("config.json")["stage"]["steps"],
         read("config.json")["stage"]["of_which_later_trainings"],
@@ -613,7 +637,9 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
 
 
 def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
-    """tools/ship_tiny.py: tokenizer and AR model know the VAE with the last decoder; ids are kept, logs and facts of all trainings."""
+    """tools/ship_tiny.py: tokenizer and AR model know the VAE with the last decoder; ids are kept, logs and
+    facts of all trainings.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool, runs = importlib.import_module("ship_tiny"), tmp_path / "runs"
     for name, source in (("vae", "vae"), ("tokenizer", "tok"), ("classifier", "ar")):
@@ -650,7 +676,10 @@ def test_put_together_as_tiny_was(trained, tmp_path, monkeypatch):
         VAE.from_pretrained(runs / "vae4")
     ) != weights_hash(old.vae)
     check_tokenizer(ARModel.from_pretrained(tmp_path / "all" / "ar"), tok)
-    read = lambda part, name: json.loads((tmp_path / "all" / part / name).read_text())
+
+    def read(part, name):
+        return json.loads((tmp_path / "all" / part / name).read_text())
+
     for part, last, count, alone in (("vae", 9, 10, 4), ("tokenizer", 10, 11, 3), ("ar", 2, 3, None)):
         steps, stage = [row["step"] for row in read(part, "log.json")], read(part, "config.json")["stage"]
         assert (
@@ -861,7 +890,8 @@ def test_training_from_a_folder_and_from_the_disk(trained, pictures, tmp_path, c
     assert json.loads((tmp_path / "ar" / "config.json").read_text())["classes"] == ["day", "night"]
 
 
-# --- nonsense --------------------------------------------------------------------------------------------------------
+# --- nonsense
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_nonsense_is_one_line(trained, pictures, tmp_path, capsys):
@@ -990,7 +1020,8 @@ def test_help(name, capsys):
     )
 
 
-# --- pictures and ids ------------------------------------------------------------------------------------------------
+# --- pictures and ids
+# ------------------------------------------------------------------------------------------------
 
 
 def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
@@ -1129,7 +1160,8 @@ def test_estimate_scales_what_was_measured():
     assert "measured with 4 a step and scaled" in apps_estimate.estimate_line(e)
 
 
-# --- the whole course ------------------------------------------------------------------------------------------------
+# --- the whole course
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_run_from_its_own_json(tmp_path, capsys):

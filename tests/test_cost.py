@@ -73,7 +73,9 @@ def test_parameters_of_odd_sizes():
 
 
 def test_the_papers_numbers():
-    """FACTS.md: 84.9 M, 286.7 M, 1.08 B a trunk, as much again in the decoder's modulations; VAE about 84 M; AR sizes by name."""
+    """FACTS.md: 84.9 M, 286.7 M, 1.08 B a trunk, as much again in the decoder's modulations; VAE about 84 M;
+    AR sizes by name.
+    """
     for name, trunks in (
         ("d12_d12", (84.9e6, 84.9e6)),
         ("d18_d18", (286.7e6, 286.7e6)),
@@ -166,13 +168,15 @@ def test_info(name):
 
 
 def test_info_command():
-    run = lambda *names: subprocess.run(
-        [sys.executable, "-c", "from flextok_edu.apps.cost import info_main; info_main()", *names],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-    )
+    def run(*names):
+        return subprocess.run(
+            [sys.executable, "-c", "from flextok_edu.apps.cost import info_main; info_main()", *names],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            cwd=ROOT,
+        )
+
     assert "usage: flextok_info PRESET" in run().stdout and "usage" in run("--help").stdout
     assert run("tiny").stdout.startswith("tiny: 64 px")
     wrong = run("huge")
@@ -180,13 +184,15 @@ def test_info_command():
 
 
 def test_bench_command(tmp_path):
-    run = lambda *words: subprocess.run(
-        [sys.executable, "-c", "from flextok_edu.apps.bench import bench_main; bench_main()", *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-c", "from flextok_edu.apps.bench import bench_main; bench_main()", *words],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=ROOT,
+        )
+
     done = run(
         "decode",
         "--preset",

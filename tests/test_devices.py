@@ -20,7 +20,9 @@ AR_SMALL = ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=2)
 
 
 def on_fake_cuda(module):
-    """The module with all parameters and buffers replaced by fake ones on `cuda` (call it inside FakeTensorMode)."""
+    """The module with all parameters and buffers replaced by fake ones on `cuda` (call it inside
+    FakeTensorMode).
+    """
     for m in module.modules():
         for name, w in m._parameters.items():
             if w is not None:
@@ -99,7 +101,9 @@ def test_the_fake_device_test_can_fail():
 
 
 class WithoutFloat64(torch.Tensor):
-    """Stands for a tensor on a device that has no float64, such as MPS: it must be moved before it is widened."""
+    """Stands for a tensor on a device that has no float64, such as MPS: it must be moved before it is
+    widened.
+    """
 
     def double(self):
         raise TypeError("this device has no float64")

@@ -249,7 +249,9 @@ def copy(saved: Path, to: Path, name: str) -> Path:
     ids=lambda v: str(v)[:20],
 )
 def test_sizes_are_not_believed(saved, tmp_path, monkeypatch, name, place, value):
-    """Refused before anything of that size is allocated: no model is built off the meta device, and little memory is taken."""
+    """Refused before anything of that size is allocated: no model is built off the meta device, and little
+    memory is taken.
+    """
     folder, (cls, config) = copy(saved, tmp_path, name), MODELS[name]
     changed(folder, place, value)
     real = []
@@ -314,10 +316,14 @@ def test_settings_that_cannot_be(kind, values, says):
 
 
 def test_looking_first_costs_little():
-    """Shapes are found without PyTorch's compiler and sympy: they would take longer to load than a small model."""
+    """Shapes are found without PyTorch's compiler and sympy: they would take longer to load than a small
+    model.
+    """
     code = (
-        "import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.data.features import AttributeClassifier\n"
-        "for kind in (FlexTok, ARModel, AttributeClassifier): kind.from_pretrained('tiny')\nprint([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
+        "import sys\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.ar import ARModel\nfrom "
+        "flextok_edu.data.features import AttributeClassifier\n"
+        "for kind in (FlexTok, ARModel, AttributeClassifier): kind.from_pretrained('tiny')\nprint([m for m "
+        "in ('sympy', 'torch._dynamo') if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
@@ -451,7 +457,9 @@ def test_identity_says_what_weights_mean():
 
 
 def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
-    """`levels` is called `digits` one day, and `register_kind` is new: the frozen list says where the old name is found, and what is neutral stays unsaid."""
+    """`levels` is called `digits` one day, and `register_kind` is new: the frozen list says where the old
+    name is found, and what is neutral stays unsaid.
+    """
     old = FlexTok(TOK_SMALL)
     name, settings = engine_identity.IDENTITY[TokenizerConfig]
 
@@ -480,7 +488,10 @@ def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
 
 
 def test_the_frozen_list():
-    """Whoever changes this list changes the names of everything that was ever made. Add to it (with the value that changes nothing); never take away."""
+    """Whoever changes this list changes the names of everything that was ever made.
+
+    Add to it (with the value that changes nothing); never take away.
+    """
     says = {
         kind.__name__: (
             name,
@@ -489,7 +500,10 @@ def test_the_frozen_list():
         )
         for kind, (name, settings) in engine_identity.IDENTITY.items()
     }
-    same = lambda *keys: {key: key for key in keys}
+
+    def same(*keys):
+        return {key: key for key in keys}
+
     assert says == {
         "VAEConfig": (
             "vae",
@@ -552,7 +566,9 @@ def test_ar_models_know_their_tokenizer(tmp_path):
 
 
 def test_packed_models_keep_what_their_partners_mean(tmp_path):
-    """Rounded weights have another hash, and are told so; what they mean stays, and so the new identity is known."""
+    """Rounded weights have another hash, and are told so; what they mean stays, and so the new identity is
+    known.
+    """
     torch.manual_seed(0)
     tok, model = FlexTok(TOK_SMALL, VAE(VAE_SMALL)), ARModel(AR_SMALL)
     bind_tokenizer(model, tok)
@@ -664,7 +680,8 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     def full(*args, **options):
         raise safetensors.SafetensorError(
-            'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
+            'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on '
+            'device" })'
         )
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)

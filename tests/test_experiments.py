@@ -1,4 +1,6 @@
-"""The studies in nbs/experiments and the solutions in nbs/solutions run: all their code, at `micro`, in a clean process and an empty folder."""
+"""The studies in nbs/experiments and the solutions in nbs/solutions run: all their code, at `micro`, in a
+clean process and an empty folder.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The lesson flow and tokenizer: solvers of known order, time shift, guidance in time, the loss in time; and REPA. With the bugs that each check must catch."""
+"""The lesson flow and tokenizer: solvers of known order, time shift, guidance in time, the loss in time; and
+REPA. With the bugs that each check must catch.
+"""
 
 import math
 from dataclasses import replace
@@ -39,7 +41,8 @@ def tok():
     return model.eval()
 
 
-# --- solvers: all data is one blob, so the walk from x ends at mean + spread * x, exactly --------------------------
+# --- solvers: all data is one blob, so the walk from x ends at mean + spread * x, exactly
+# --------------------------
 
 MEAN, SPREAD = torch.tensor([1.0, -0.5], dtype=torch.float64), 0.5
 
@@ -151,7 +154,8 @@ def test_loss_by_time():
         loss_by_time(loss, t[:10])
 
 
-# --- the tokenizer's sampler ----------------------------------------------------------------------------------------
+# --- the tokenizer's sampler
+# ----------------------------------------------------------------------------------------
 
 
 def by_hand(tok, ids, noise, times, g, solver):
@@ -215,7 +219,10 @@ def count_passes(tok, monkeypatch, **settings):
 
 def test_passes_are_not_wasted(tok, monkeypatch):
     """One pass where g is 1, two elsewhere; one product for all modulations, whichever solver walks."""
-    count = lambda **settings: count_passes(tok, monkeypatch, **settings)
+
+    def count(**settings):
+        return count_passes(tok, monkeypatch, **settings)
+
     assert count() == (10, [10]) and count(guidance=3.0) == (20, [10]) and count(solver="heun") == (19, [10])
     inside = sum(0.3 <= t <= 0.8 for t in euler_times(10)[:-1].tolist())
     assert count(guidance=guidance_interval(3.0, 0.3, 0.8)) == (10 + inside, [10]) and 0 < inside < 10
@@ -261,7 +268,8 @@ def test_bad_settings_are_refused(tok):
     assert guidance_at(2, [1.0, 0.5]) == [2.0, 2.0]
 
 
-# --- REPA -------------------------------------------------------------------------------------------------------------
+# --- REPA
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Eyes(nn.Module):
@@ -359,7 +367,9 @@ def test_reading_the_registers_is_caught(tok, monkeypatch):
 
 
 def check_statistics_are_averaged_like_the_weights(decay):
-    """What comes out of the training reads codes as the training wrote them: the norm's statistics are the same average of the past as the weights, not a fresh measurement."""
+    """What comes out of the training reads codes as the training wrote them: the norm's statistics are the
+    same average of the past as the weights, not a fresh measurement.
+    """
     torch.manual_seed(0)
     tok, seen = FlexTok(TOK_SMALL, VAE(VAE_SMALL)), []
     average, settle = (tok.norm.mean.clone(), tok.norm.std.clone()), type(tok.norm).settle
@@ -404,7 +414,9 @@ def test_statistics_measured_anew_are_caught(decay, monkeypatch):
 
 
 def check_features_go_with_their_images():
-    """Through the whole of fit_tokenizer, mirrored images included: each latent comes with what the eyes see on its own image."""
+    """Through the whole of fit_tokenizer, mirrored images included: each latent comes with what the eyes see
+    on its own image.
+    """
     torch.manual_seed(0)
     tok, data = FlexTok(replace(TOK_SMALL, sample_posterior=False), VAE(VAE_SMALL)), dataset()
     repa, seen = REPA(tok.config, Eyes()), []

@@ -26,7 +26,9 @@ def counted(codes, keep):
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 def test_codes_that_are_not_finite_count_nothing(bad):
-    """They come when a training goes wrong, and must not end it with an IndexError before its loss is looked at."""
+    """They come when a training goes wrong, and must not end it with an IndexError before its loss is looked
+    at.
+    """
     fsq, keep = FSQ((8, 5, 5, 5)), torch.ones(6, 3, dtype=torch.bool)
     codes = fsq(torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0)))
     sick = codes.clone()

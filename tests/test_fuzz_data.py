@@ -1,4 +1,6 @@
-"""Doors for other people's data, 2,000 damaged inputs each (FLEXTOK_FUZZ=10: ten times as many): pictures, shards, captions, indices, lists. Only results come out, or errors that a person can read."""
+"""Doors for other people's data, 2,000 damaged inputs each (FLEXTOK_FUZZ=10: ten times as many): pictures,
+shards, captions, indices, lists. Only results come out, or errors that a person can read.
+"""
 
 import io
 import json

@@ -1,6 +1,9 @@
-"""Mutated models at every door: 2,000 cases each, in one process, from fixed seeds. Refused in a sentence or loaded; nothing else.
+"""Mutated models at every door: 2,000 cases each, in one process, from fixed seeds.
 
-`FLEXTOK_FUZZ=10` makes ten times as many. A case that fails is made again by its door and number: `cases("ours", 1234)`.
+Refused in a sentence or loaded; nothing else.
+
+`FLEXTOK_FUZZ=10` makes ten times as many. A case that fails is made again by its door and number:
+`cases("ours", 1234)`.
 """
 
 import copy
@@ -240,7 +243,9 @@ DOORS = {"ours": door_of_ours, "released": door_of_released, "released vae": doo
 
 @pytest.fixture
 def bounded():
-    """No more than a gigabyte of address space beyond what is there: whoever asks for more gets an error that is not allowed. Yields how much memory was really taken."""
+    """No more than a gigabyte of address space beyond what is there: whoever asks for more gets an error that
+    is not allowed. Yields how much memory was really taken.
+    """
     resource = pytest.importorskip("resource")
 
     def used():
@@ -287,7 +292,8 @@ def test_mutated_models(tmp_path, bounded, door, capsys):
                 failed.append(
                     (
                         number,
-                        f"a message of {len(str(error)):,} characters, or with control characters: {str(error)[:200]!r}",
+                        f"a message of {len(str(error)):,} characters, or with control characters: "
+                        f"{str(error)[:200]!r}",
                     )
                 )
         except Exception as error:

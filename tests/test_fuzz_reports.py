@@ -1,6 +1,8 @@
-"""Thousands of damaged tables and descriptions of models: each is read, or refused in one sentence (ValueError); nothing else, and nothing large.
+"""Thousands of damaged tables and descriptions of models: each is read, or refused in one sentence
+(ValueError); nothing else, and nothing large.
 
-FLEXTOK_FUZZ=10 tries ten times as many."""
+FLEXTOK_FUZZ=10 tries ten times as many.
+"""
 
 import json
 import os
@@ -189,7 +191,9 @@ def test_tables(tmp_path, memory):
 
 
 def test_descriptions(tmp_path, memory):
-    """model.json, and what lies beside the weights: read and written into a card, or refused; and a card stays one table whatever stands in them."""
+    """model.json, and what lies beside the weights: read and written into a card, or refused; and a card
+    stays one table whatever stands in them.
+    """
     dice, place = random.Random(1), tmp_path / "model"
     from dataclasses import asdict
     from flextok_edu.engine.config import preset

@@ -1,4 +1,7 @@
-"""What a training reads back, changed in thousands of ways: checkpoints, shards, cache.json. Each is used, passed over, or refused by a ValueError or OSError in words; nothing else comes out."""
+"""What a training reads back, changed in thousands of ways: checkpoints, shards, cache.json.
+
+Each is used, passed over, or refused by a ValueError or OSError in words; nothing else comes out.
+"""
 
 import json
 import random

@@ -1,4 +1,6 @@
-"""The house's own rules: what may import what, how large its parts are, and which notebook each module comes from."""
+"""The house's own rules: what may import what, how large its parts are, and which notebook each module comes
+from.
+"""
 
 import ast
 import json

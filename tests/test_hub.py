@@ -1,4 +1,6 @@
-"""`from_pretrained`, `save_pretrained`, `push_to_hub` and downloads by name, against a stand-in hub on this machine."""
+"""`from_pretrained`, `save_pretrained`, `push_to_hub` and downloads by name, against a stand-in hub on this
+machine.
+"""
 
 import json
 import os
@@ -131,7 +133,9 @@ def test_damage_is_noticed(tmp_path):
 
 
 def test_terms_travel_with_the_weights(tmp_path, capsys):
-    """Fine-tunes of released weights are for research use only: in the card, in config.json, and on every load."""
+    """Fine-tunes of released weights are for research use only: in the card, in config.json, and on every
+    load.
+    """
     tok = load_flextok(FIXTURES / "released_tiny")
     capsys.readouterr()
     tok.save_pretrained(tmp_path / "a")
@@ -147,12 +151,13 @@ def test_push_and_pull(tmp_path):
     """Up to a hub, and down again in another process with an empty cache."""
     hub = Hub()
     setup = (
-        "import torch\nfrom flextok_edu.engine.config import TokenizerConfig, TrunkConfig, VAEConfig\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.vae import VAE\n"
+        "import torch\nfrom flextok_edu.engine.config import TokenizerConfig, TrunkConfig, VAEConfig\nfrom "
+        "flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.vae import VAE\n"
         "images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)\n"
     )
     pushed = in_process(
-        setup
-        + f"torch.manual_seed(0)\ntok = FlexTok({TOK_SMALL!r}, VAE({VAE_SMALL!r})).eval()\nprint(tok.push_to_hub('me/mine'))\nprint(tok.tokenize(images).tolist())",
+        setup + f"torch.manual_seed(0)\ntok = FlexTok({TOK_SMALL!r}, "
+        f"VAE({VAE_SMALL!r})).eval()\nprint(tok.push_to_hub('me/mine'))\nprint(tok.tokenize(images).tolist())",
         hub,
         tmp_path,
     )
@@ -239,8 +244,11 @@ def test_released_by_name(tmp_path):
     hub = Hub()
     hub.repos["owner/tiny"] = {f.name: f.read_bytes() for f in (FIXTURES / "released_tiny").iterdir()}
     code = (
-        "import torch\nfrom safetensors.torch import load_file\nfrom flextok_edu.io.released import load_flextok\n"
-        f"io = load_file({str(FIXTURES / 'released_tiny' / 'io.safetensors')!r})\ntok = load_flextok('owner/tiny')\nassert torch.equal(tok.encode_latents(io['latents']), io['tokens'])\nprint('fine')"
+        "import torch\nfrom safetensors.torch import load_file\nfrom flextok_edu.io.released import "
+        "load_flextok\n"
+        f"io = load_file({str(FIXTURES / 'released_tiny' / 'io.safetensors')!r})\ntok = "
+        "load_flextok('owner/tiny')\nassert torch.equal(tok.encode_latents(io['latents']), "
+        "io['tokens'])\nprint('fine')"
     )
     result = in_process(code, hub, tmp_path)
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "fine", result.stderr[-2000:]
@@ -250,7 +258,10 @@ def test_a_repository_without_the_file(tmp_path):
     """There, but of another kind: what is missing is named, and nobody is told that the network is."""
     hub = Hub()
     hub.repos["owner/other"] = {"README.md": b"# weights as a pickle", "pytorch_model.bin": b"a pickle"}
-    code = "from flextok_edu.io.released import load_flextok, load_vae\nfor load in (load_flextok, load_vae):\n    try: load('owner/other')\n    except FileNotFoundError as error: print(error)"
+    code = (
+        "from flextok_edu.io.released import load_flextok, load_vae\nfor load in (load_flextok, "
+        "load_vae):\n    try: load('owner/other')\n    except FileNotFoundError as error: print(error)"
+    )
     result = in_process(code, hub, tmp_path)
     assert (
         result.returncode == 0
@@ -267,8 +278,8 @@ def test_a_repository_without_the_file(tmp_path):
 def test_no_such_name_and_no_network(tmp_path, call, there):
     hub = Hub() if there else None
     result = in_process(
-        "from flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.io.released import load_flextok, load_vae\n"
-        + call,
+        "from flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.io.released import load_flextok, "
+        "load_vae\n" + call,
         hub,
         tmp_path,
     )
@@ -280,7 +291,9 @@ def test_no_such_name_and_no_network(tmp_path, call, there):
 
 
 def test_the_lesson_with_a_network(tmp_path):
-    """The last cells of the notebook, as a reader with a network runs them: the released names lead to the fixture and to a small VAE."""
+    """The last cells of the notebook, as a reader with a network runs them: the released names lead to the
+    fixture and to a small VAE.
+    """
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(

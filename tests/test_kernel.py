@@ -1,4 +1,7 @@
-"""Notebooks in a real Jupyter kernel, as a reader runs them (`nbdev_test` uses none). The two shortest rooms here; `python tools/kernel.py` runs all."""
+"""Notebooks in a real Jupyter kernel, as a reader runs them (`nbdev_test` uses none).
+
+The two shortest rooms here; `python tools/kernel.py` runs all.
+"""
 
 import importlib.util
 import sys
@@ -28,14 +31,18 @@ def notebook(path, *cells):
 
 
 def test_what_only_a_kernel_does(tmp_path):
-    """Skipped by nbdev_test, or an error there: cells that are not evaluated, tasks, the kernel itself. A widget has its messages, and a picture is drawn inline."""
+    """Skipped by nbdev_test, or an error there: cells that are not evaluated, tasks, the kernel itself.
+
+    A widget has its messages, and a picture is drawn inline.
+    """
     result = kernel.run(
         notebook(
             tmp_path / "a.ipynb",
             "#| eval: false\nran = True",
             "assert ran",
             "import asyncio; task = asyncio.create_task(asyncio.sleep(0))",
-            "import ipywidgets; s = ipywidgets.IntSlider(3); seen = []; s.observe(seen.append, 'value'); s.value = 7; assert len(seen) == 1 and s.comm.kernel is not None\ns",
+            "import ipywidgets; s = ipywidgets.IntSlider(3); seen = []; s.observe(seen.append, 'value'); "
+            "s.value = 7; assert len(seen) == 1 and s.comm.kernel is not None\ns",
             "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()",
             "import os, flextok_edu; assert 'IN_TEST' not in os.environ; get_ipython().kernel",
         )
@@ -49,7 +56,9 @@ def test_what_only_a_kernel_does(tmp_path):
 
 
 def test_faults_are_seen(tmp_path):
-    """An error ends the run, text on stderr is reported, a cell that hangs is given up, and so is one that waits for an answer."""
+    """An error ends the run, text on stderr is reported, a cell that hangs is given up, and so is one that
+    waits for an answer.
+    """
     result = kernel.run(
         notebook(tmp_path / "a.ipynb", "import sys; print('careful', file=sys.stderr)", "1 / 0", "2")
     )

@@ -73,7 +73,9 @@ def test_what_is_ours(tmp_path):
 
 
 def test_what_is_read_is_never_replaced(tmp_path, monkeypatch):
-    """By any of its names, with --force too, and were it ours: another spelling, a link, a hard link, a relative path."""
+    """By any of its names, with --force too, and were it ours: another spelling, a link, a hard link, a
+    relative path.
+    """
     save_picture(tmp_path / "a.png", PIXELS)
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")

@@ -1,4 +1,6 @@
-"""Small files that would fill the memory or hold a core: what decoding takes is counted before it begins, and all decoders share a budget."""
+"""Small files that would fill the memory or hold a core: what decoding takes is counted before it begins, and
+all decoders share a budget.
+"""
 
 import io
 import os
@@ -36,7 +38,9 @@ def sized(jpeg, side):
 
 
 def one_component_a_scan(jpeg):
-    """Its only scan has one of three components: sequential, and yet all coefficients must be kept for the scans that never come."""
+    """Its only scan has one of three components: sequential, and yet all coefficients must be kept for the
+    scans that never come.
+    """
     at = jpeg.index(b"\xff\xda")
     length = struct.unpack(">H", jpeg[at + 2 : at + 4])[0]
     return (
@@ -266,11 +270,15 @@ def test_formats(tmp_path):
 
 def test_heic_is_read_where_its_plug_in_is(tmp_path):
     (tmp_path / "pillow_heif.py").write_text(
-        "from PIL import Image, PngImagePlugin\ndef register_heif_opener(): Image.register_open('HEIF', PngImagePlugin.PngImageFile, lambda head: head[:8] == b'\\x89PNG\\r\\n\\x1a\\n')\n"
+        "from PIL import Image, PngImagePlugin\ndef register_heif_opener(): Image.register_open('HEIF', "
+        "PngImagePlugin.PngImageFile, lambda head: head[:8] == b'\\x89PNG\\r\\n\\x1a\\n')\n"
     )
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "x.heic").write_bytes(encoded(colours(40), "PNG"))
-    code = "from flextok_edu.data.decoding import PICTURES; from flextok_edu.data.folders import read_folder; print(PICTURES['.heic'], len(read_folder('set', 16, progress=False).images))"
+    code = (
+        "from flextok_edu.data.decoding import PICTURES; from flextok_edu.data.folders import read_folder; "
+        "print(PICTURES['.heic'], len(read_folder('set', 16, progress=False).images))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

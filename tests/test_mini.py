@@ -40,7 +40,9 @@ def rows():  # of reconstructions: token count -> row
 
 
 def test_it_is_whole():
-    """The preset is what was trained, to the step; every part has a log, and says what it learned from and how long it took."""
+    """The preset is what was trained, to the step; every part has a log, and says what it learned from and
+    how long it took.
+    """
     facts = read_facts(PLACE)
     assert from_dict(Preset, facts["preset"]) == preset("mini")
     assert (
@@ -62,7 +64,10 @@ def test_it_is_whole():
 
 
 def test_the_table_is_of_these_weights(tok, reader, rows):
-    """Measured where it was trained, on exactly these weights; better with every doubling. Samples are read better, too."""
+    """Measured where it was trained, on exactly these weights; better with every doubling.
+
+    Samples are read better, too.
+    """
     report = load_report(PLACE)
     weights, usual = report.card["weights"], preset("mini").evaluate
     ar = ARModel.from_pretrained("mini", tokenizer=tok)
@@ -100,7 +105,9 @@ def test_pictures_get_better(tok, reader, rows):
 
 @torch.no_grad()
 def test_new_pictures(tok, reader):
-    """A list of ids for each class, from this tokenizer's words, decodes to pictures that are read as asked for."""
+    """A list of ids for each class, from this tokenizer's words, decodes to pictures that are read as asked
+    for.
+    """
     ar, usual = ARModel.from_pretrained("mini", tokenizer=tok), preset("mini").evaluate
     check_tokenizer(ar, tok)
     wanted = torch.arange(12)
@@ -111,7 +118,9 @@ def test_new_pictures(tok, reader):
 
 
 def test_put_together_from_what_the_gpu_left(tmp_path, monkeypatch):
-    """tools/ship_mini.py reads pieces of weights by the first word of their names, and refuses weights that were not measured."""
+    """tools/ship_mini.py reads pieces of weights by the first word of their names, and refuses weights that
+    were not measured.
+    """
     from safetensors.torch import save_file
 
     monkeypatch.syspath_prepend(str(ROOT / "tools"))

@@ -1,4 +1,5 @@
-"""Every silent bug that DESIGN.md names, planted on purpose: the check must pass on the real code and fail on the planted one.
+"""Every silent bug that DESIGN.md names, planted on purpose: the check must pass on the real code and fail on
+the planted one.
 
 A check that cannot fail protects nobody; here each one shows that it can.
 """
@@ -39,7 +40,8 @@ TOK_SMALL = TokenizerConfig(
 )
 
 
-# --- the checks ------------------------------------------------------------------------------------------------
+# --- the checks
+# ------------------------------------------------------------------------------------------------
 
 
 def check_critic_is_trained():
@@ -144,7 +146,9 @@ def check_flow_sign():
 
 
 def check_flow_sign_in_the_tokenizer():
-    """Loss and sampler of FlexTok itself: a decoder that answers with the true velocity has loss 0 and decodes exactly."""
+    """Loss and sampler of FlexTok itself: a decoder that answers with the true velocity has loss 0 and
+    decodes exactly.
+    """
     torch.manual_seed(0)
     tok, latents, noise = tokenizer.FlexTok(TOK_SMALL), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     ids = tok.encode_latents(latents)
@@ -255,7 +259,8 @@ def check_evaluation_uses_the_cards_images():
     assert abs(floor["frechet_pixels"]) < 1e-6, "the very same images must have distance 0"
 
 
-# --- the bugs ---------------------------------------------------------------------------------------------------
+# --- the bugs
+# ---------------------------------------------------------------------------------------------------
 
 
 def one_player_only(monkeypatch):

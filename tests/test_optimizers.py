@@ -1,4 +1,6 @@
-"""The optimisers of engine: Muon against PyTorch's own and against the decomposition that it approximates; where it computes, and in what precision."""
+"""The optimisers of engine: Muon against PyTorch's own and against the decomposition that it approximates;
+where it computes, and in what precision.
+"""
 
 import inspect
 
@@ -41,7 +43,9 @@ def moved(kind, steps=4, **options):
 
 
 def check_muon(kind):
-    """Against PyTorch's, on the same gradients: equal to the eight bits of its bfloat16, a hundredth of the way that the weights went."""
+    """Against PyTorch's, on the same gradients: equal to the eight bits of its bfloat16, a hundredth of the
+    way that the weights went.
+    """
     for name in (None, "original", "match_rms_adamw", "spectral_unclamped"):
         for nesterov in (True, False):
             options = {"adjust_lr_fn": name, "nesterov": nesterov}
@@ -103,7 +107,9 @@ def test_no_emulated_bfloat16():
 
 
 def check_filters(kind):
-    """A convolution's weight moves as the matrix with one row an output channel, whatever its layout in memory."""
+    """A convolution's weight moves as the matrix with one row an output channel, whatever its layout in
+    memory.
+    """
     generator = torch.Generator().manual_seed(0)
     filters = nn.Parameter(torch.randn(6, 2, 3, 3, generator=generator).to(memory_format=torch.channels_last))
     matrix = nn.Parameter(filters.detach().flatten(1).clone())
@@ -147,7 +153,9 @@ def test_filters_the_wrong_way_round_are_found():
 
 
 def test_the_autoencoder_is_dealt():
-    """Filters and matrices of levels and middle to Muon; what touches pixels and latents, gains and biases to AdamW."""
+    """Filters and matrices of levels and middle to Muon; what touches pixels and latents, gains and biases to
+    AdamW.
+    """
     model = VAE(preset("tiny").vae)
     names = {id(w): n for n, w in model.named_parameters()}
     adamw, muon = make_optimizers(model.named_parameters(), StageConfig(optimizer="muon"))
@@ -162,7 +170,9 @@ def test_the_autoencoder_is_dealt():
 
 
 def test_weights_are_dealt_once():
-    """Matrices of blocks to Muon, everything else to AdamW, nothing twice; a weight without gradient stays where it is."""
+    """Matrices of blocks to Muon, everything else to AdamW, nothing twice; a weight without gradient stays
+    where it is.
+    """
     model = nn.ModuleDict(
         {"blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), "head": nn.Linear(4, 2)}
     )

@@ -1,4 +1,6 @@
-"""The package as a stranger meets it: installed from a wheel, imported in a clean process, without IPython or nbdev."""
+"""The package as a stranger meets it: installed from a wheel, imported in a clean process, without IPython or
+nbdev.
+"""
 
 import json
 import os
@@ -108,7 +110,10 @@ def test_wheel_contents(wheel):
 
 def test_without_a_compiler(tmp_path):
     """No C++ compiler: one line of notice, and everything runs eagerly."""
-    code = "from flextok_edu.engine.compiler import compiler_works\nprint(compiler_works('cpu'), compiler_works('cpu'))"
+    code = (
+        "from flextok_edu.engine.compiler import compiler_works\nprint(compiler_works('cpu'), "
+        "compiler_works('cpu'))"
+    )
     result = clean_process(
         code, ROOT, CXX=str(tmp_path / "none"), PATH="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)
     )
@@ -118,11 +123,14 @@ def test_without_a_compiler(tmp_path):
 
 
 def test_commands_start_without_what_they_may_not_need():
-    """A command's --help should not take as long as importing all of torchmetrics (more than PyTorch itself), torchvision and matplotlib."""
+    """A command's --help should not take as long as importing all of torchmetrics (more than PyTorch itself),
+    torchvision and matplotlib.
+    """
     code = (
         "import sys\n"
         + "".join(f"import flextok_edu.{m}\n" for m in MODULES)
-        + "print([m for m in ('torchmetrics', 'torchvision', 'torch._dynamo', 'matplotlib.pyplot', 'scipy', 'accelerate', 'datasets') if m in sys.modules])"
+        + "print([m for m in ('torchmetrics', 'torchvision', 'torch._dynamo', 'matplotlib.pyplot', "
+        "'scipy', 'accelerate', 'datasets') if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=400, cwd=ROOT

@@ -317,7 +317,9 @@ def test_minutes_become_step_counts(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("scale", (1.0, 1e5, 1e-6), ids=("ordinary", "would overflow", "would vanish"))
 def test_float16_trains_with_a_gradient_scaler(scale):
-    """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without a crash."""
+    """Gradients too large or too small for float16 are scaled, and steps that overflow are left out, without
+    a crash.
+    """
     from flextok_edu.engine.trainer import Objective, fit
 
     torch.manual_seed(0)
@@ -332,7 +334,9 @@ def test_float16_trains_with_a_gradient_scaler(scale):
             x = torch.randn(64, 4, generator=generator)
             yield x, x @ target.T
 
-    loss = lambda batch, progress: (scale * (line(batch[0]).float() - batch[1]).square().mean(), {})
+    def loss(batch, progress):
+        return (scale * (line(batch[0]).float() - batch[1]).square().mean(), {})
+
     log = fit(
         [Objective("line", loss, list(line.named_parameters()), StageConfig(steps=200, lr=3e-2, warmup=5))],
         points(),
@@ -371,7 +375,9 @@ def test_named_sets_without_their_files(tmp_path):
 
 @pytest.mark.parametrize("name, seeds", (("micro", 5), ("tiny", 1)))
 def test_the_shipped_curves_are_of_the_preset(name, seeds):
-    """Measured with so many seeds, of exactly what the preset says today: whoever changes it must measure them again."""
+    """Measured with so many seeds, of exactly what the preset says today: whoever changes it must measure
+    them again.
+    """
     stored = json.loads((Path(flextok_edu.__file__).parent / "expected" / f"{name}.json").read_text())
     assert len(set(stored["conditions"]["seeds"])) == seeds and replace(
         engine_limits.from_dict(engine_config.Preset, stored["preset"]), evaluate=preset(name).evaluate

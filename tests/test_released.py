@@ -1,7 +1,7 @@
 """Released checkpoints: what they mean, the numbers they give, what is refused, and the way back.
 
-The fixtures are complete checkpoints with the reference implementation's own results (tests/fixtures/README.md);
-`diffusers.AutoencoderKL` stands for the released VAEs.
+The fixtures are complete checkpoints with the reference implementation's own results
+(tests/fixtures/README.md); `diffusers.AutoencoderKL` stands for the released VAEs.
 """
 
 import copy
@@ -86,7 +86,8 @@ def disguise(description, weights, seed):
     return rename(description), {new[n]: w for n, w in weights.items()}
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------
+# --- the numbers
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(
@@ -201,7 +202,8 @@ def test_dtype():
     ].abs().mean()
 
 
-# --- position tables -------------------------------------------------------------------------------------------
+# --- position tables
+# -------------------------------------------------------------------------------------------
 
 
 def test_tables_by_hand():
@@ -243,7 +245,9 @@ def test_tables_by_hand():
     "scaling, size", (("absolute", 8), ("interpolate", 8), ("absolute", 11), ("interpolate", 5))
 )
 def test_learnable_tables(tmp_path, kind, scaling, size):
-    """A checkpoint with factors gives the same tokens as one that stores the dense table, and is written back as factors."""
+    """A checkpoint with factors gives the same tokens as one that stores the dense table, and is written back
+    as factors.
+    """
     description, weights = fixture()
     part = description["encoder"]["module_dict"]["enc_posemb_module"]
     part |= dict(posemb_type=kind, posemb_scaling=scaling, max_sizes=[size, size])
@@ -325,7 +329,8 @@ def test_latent_size(tmp_path):
     assert load_flextok(tmp_path, latent_size=20).encode_latents(torch.randn(1, 16, 20, 20)).shape == (1, 64)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------
+# --- refusals
+# --------------------------------------------------------------------------------------------------
 
 WEIGHT = "decoder.module_dict.dec_transformer.blocks.0.attn.wq.weight"
 
@@ -550,7 +555,10 @@ def test_expanded_tables_have_a_limit(tmp_path, monkeypatch, kind, scaling, size
 
 def test_git_lfs_pointers(tmp_path):
     """What a clone without git-lfs holds is recognised at every door."""
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 132\n"
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid "
+        "sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 132\n"
+    )
     folder = write(tmp_path / "a", *fixture())
     (folder / "model.safetensors").write_text(pointer)
     (tmp_path / "one.safetensors").write_text(pointer)
@@ -582,7 +590,9 @@ def test_git_lfs_pointers(tmp_path):
 
 
 def test_order_of_the_listing(tmp_path):
-    """Any order of all modules means the same; but all else in order and the dropout before the position table is another model."""
+    """Any order of all modules means the same; but all else in order and the dropout before the position
+    table is another model.
+    """
     latents, first = torch.randn(1, 16, 16, 16), None
     for arrange in (sorted, reversed, list):
         d, weights = fixture()
@@ -686,7 +696,8 @@ def test_hub(tmp_path, monkeypatch):
             load("someone/flextok-tiny")
 
 
-# --- the way back ----------------------------------------------------------------------------------------------
+# --- the way back
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("released_tiny", "released_plain"))
@@ -772,7 +783,8 @@ def test_own_limits(tmp_path, capsys):
         load_flextok(FIXTURES / "released_tiny", vae=measured)
 
 
-# --- VAEs ------------------------------------------------------------------------------------------------------
+# --- VAEs
+# ------------------------------------------------------------------------------------------------------
 
 SHAPES = {
     "two levels": dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8),
@@ -1015,7 +1027,8 @@ def test_a_vae_brought_along(tmp_path):
     assert load_flextok(tmp_path / "b", vae=vae).vae is vae
 
 
-# --- going on with a released one ------------------------------------------------------------------------------
+# --- going on with a released one
+# ------------------------------------------------------------------------------
 
 
 def small_vae(scaling):
@@ -1088,7 +1101,8 @@ def test_fine_tuning_refusals(pictures):
         fit_tokenizer(half, pictures, config)
 
 
-# --- the released API's names ----------------------------------------------------------------------------------
+# --- the released API's names
+# ----------------------------------------------------------------------------------
 
 
 def test_their_names_are_understood():
@@ -1182,7 +1196,8 @@ def test_their_bar_and_sizes(dressed, capsys, monkeypatch):
     (
         (
             (2, 3, 256, 256),
-            r"images are \(2, 3, 256, 256\), and this model takes \(b, 3, 32, 32\): make them 32 px first: fit_square\(picture, 32\)",
+            r"images are \(2, 3, 256, 256\), and this model takes \(b, 3, 32, 32\): make them 32 px first: "
+            r"fit_square\(picture, 32\)",
         ),
         ((3, 32, 32), r"images\[None\]"),
         ((2, 32, 32, 3), r"permute\(0, 3, 1, 2\)"),
@@ -1258,7 +1273,9 @@ def test_guidance_beyond_all_pictures(dressed):
 
 
 def test_nan_reaches_the_loss(dressed):
-    """A training that goes wrong is stopped by what looks at losses, with its evidence; nothing before may fall over NaN or infinity."""
+    """A training that goes wrong is stopped by what looks at losses, with its evidence; nothing before may
+    fall over NaN or infinity.
+    """
     for norm in (False, True):
         tok = FlexTok(replace(OWN, norm_before_fsq=norm)).train()
         for bad in (float("nan"), float("inf")):

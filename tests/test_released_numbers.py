@@ -1,7 +1,8 @@
 """Our classes compute what the reference implementation computed.
 
-Two tiny checkpoints in the layout of the released FlexTok models, and what the reference made of them in float32
-(tests/fixtures/README.md). The names are mapped by hand here; a loader for real checkpoints is released's job.
+Two tiny checkpoints in the layout of the released FlexTok models, and what the reference made of them in
+float32 (tests/fixtures/README.md). The names are mapped by hand here; a loader for real checkpoints is
+released's job.
 """
 
 import json

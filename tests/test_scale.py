@@ -1,4 +1,6 @@
-"""Images at scale: every kind of bad file, sources against independent readers, and feeds that resume exactly."""
+"""Images at scale: every kind of bad file, sources against independent readers, and feeds that resume
+exactly.
+"""
 
 import importlib
 import io
@@ -80,7 +82,11 @@ def without_adobe(jpeg):
 
 
 def seed_folder(root):
-    """One file of each odd kind. Returns {name: None if it can be used, else the beginning of the reason}; what is not listed must not be seen at all."""
+    """One file of each odd kind.
+
+    Returns {name: None if it can be used, else the beginning of the reason}; what is not listed must not be
+    seen at all.
+    """
     root.mkdir()
     base = picture()
     jpeg, lossless = encoded(base, quality=90), encoded(base, "PNG")
@@ -765,9 +771,10 @@ def quiet(feed, steps=1):
 
 def test_batches_are_a_function_of_seed_and_step(holes):
     source, broken = holes
-    make = lambda workers=0, **o: SourceLoader(
-        source, 16, 8, **(dict(seed=5, flip=True, crop="random") | o), workers=workers
-    )  # noqa: E731
+
+    def make(workers=0, **o):
+        return SourceLoader(source, 16, 8, **(dict(seed=5, flip=True, crop="random") | o), workers=workers)  # noqa: E731
+
     feed = make()
     seen = quiet(feed, 12)
     assert (
@@ -954,11 +961,14 @@ def test_rates_and_surveys_with_workers(holes):
     assert len(kept) == 25 and "5 broken left out" in kept.source and isinstance(Part(source, [1, 2]), Source)
 
 
-# --- in the place of an ImageSet -------------------------------------------------------------------------------
+# --- in the place of an ImageSet
+# -------------------------------------------------------------------------------
 
 
 def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
-    """The same losses from a folder read while training as from memory; and a stop in between changes nothing, for a stream either."""
+    """The same losses from a folder read while training as from memory; and a stop in between changes
+    nothing, for a stream either.
+    """
     from dataclasses import replace
 
     from flextok_edu.engine.config import PRESETS, StageConfig, VAEConfig

@@ -1,4 +1,6 @@
-"""The short cuts are equalities: held against the plain computation at every kind of budget, on large random weights."""
+"""The short cuts are equalities: held against the plain computation at every kind of budget, on large random
+weights.
+"""
 
 import pytest
 import torch
@@ -88,7 +90,9 @@ def test_whole_decodes_agree(tok, apg):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_decodes_of_one_budget_agree(tok, budget):
-    """Plain, short, and with both guidance passes as one batch; at the full budget nothing is dropped and no bias is needed."""
+    """Plain, short, and with both guidance passes as one batch; at the full budget nothing is dropped and no
+    bias is needed.
+    """
     generator = torch.Generator().manual_seed(5)
     ids, noise = (
         torch.randint(1000, (2, budget), generator=generator),
@@ -126,8 +130,13 @@ def test_together_with_mixed_budgets(tok):
 
 
 def test_the_faster_way_is_chosen():
-    """One batch of both passes for one picture of few tokens at the paper's size, as measured; two calls otherwise."""
-    registers = lambda b, r: torch.empty(b, r, 1)
+    """One batch of both passes for one picture of few tokens at the paper's size, as measured; two calls
+    otherwise.
+    """
+
+    def registers(b, r):
+        return torch.empty(b, r, 1)
+
     cond = {(1, 1): True, (1, 8): True, (1, 32): False, (1, 128): False, (4, 8): False, (4, 1): False}
     for (b, budget), together in cond.items():
         assert runs_together(registers(b, budget + 1), registers(b, 1), 256) == together

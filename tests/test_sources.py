@@ -1,4 +1,6 @@
-"""Public sets by name, read from small stand-ins in their real formats; other eyes by name; the loop's single step. Nothing is downloaded."""
+"""Public sets by name, read from small stand-ins in their real formats; other eyes by name; the loop's single
+step. Nothing is downloaded.
+"""
 
 import gzip
 import hashlib
@@ -289,7 +291,8 @@ def test_read_squares_keeps_the_order_across_threads():
     assert evenly(list(range(10)), 4) == [0, 2, 5, 7] and evenly([1, 2], None) == [1, 2]
 
 
-# --- eyes ----------------------------------------------------------------------------------------------------------------
+# --- eyes
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_inception_by_name(tmp_path, monkeypatch):
@@ -396,7 +399,8 @@ def test_the_classifiers_log_starts_at_chance():
     assert torch.allclose(model.loss(images, labels), 3 * each[0] + each[1] + each[2] + each[3])
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------------
+# --- the loop
+# --------------------------------------------------------------------------------------------------------------
 
 
 class InParts(Engine):

@@ -1,4 +1,6 @@
-"""Who may learn from what: a picture's side depends on its bytes alone, whatever the seed, the number, the order and the route; and what a model learned from is known later."""
+"""Who may learn from what: a picture's side depends on its bytes alone, whatever the seed, the number, the
+order and the route; and what a model learned from is known later.
+"""
 
 import io
 import json
@@ -258,10 +260,13 @@ def test_a_named_set_keeps_its_split_from_the_disk(tmp_path):
 
 def test_a_saved_data_set_keeps_its_validation_split(tmp_path):
     datasets = pytest.importorskip("datasets")
-    part = lambda first, n: datasets.Dataset.from_dict(
-        {"image": [{"bytes": encoded(i), "path": None} for i in range(first, first + n)]},
-        features=datasets.Features({"image": datasets.Image()}),
-    )  # noqa: E731
+
+    def part(first, n):
+        return datasets.Dataset.from_dict(
+            {"image": [{"bytes": encoded(i), "path": None} for i in range(first, first + n)]},
+            features=datasets.Features({"image": datasets.Image()}),
+        )  # noqa: E731
+
     datasets.DatasetDict(train=part(0, 20), validation=part(100, 9)).save_to_disk(tmp_path / "both")
     train, val = split_source(open_source(tmp_path / "both"))
     assert (len(train), len(val), val.rule, train.rule) == (20, 9, "own split", "own split") and keys(

@@ -1,4 +1,7 @@
-"""The weights that come with the package do what their card says. (Bounds well below the measured values: these are few pictures.)"""
+"""The weights that come with the package do what their card says.
+
+(Bounds well below the measured values: these are few pictures.)
+"""
 
 import hashlib
 import json
@@ -45,7 +48,9 @@ def usual():
 
 
 def test_small_and_whole():
-    """All shipped models together in 80 MB (mini takes more than half of that), each with card, table, logs and the facts of its training."""
+    """All shipped models together in 80 MB (mini takes more than half of that), each with card, table, logs
+    and the facts of its training.
+    """
     assert (
         "tiny" in shipped_models()
         and sum(f.stat().st_size for f in (ROOT / "flextok_edu" / "zoo").rglob("*") if f.is_file()) < 80e6
@@ -117,7 +122,9 @@ def test_new_pictures_are_of_their_class(parts, usual):
 
 
 def test_the_table_is_of_these_weights(parts, usual):
-    """Measured by flextok_eval on exactly these weights, 5,000 scenes; strictly better at every doubling, as the README says, and every goal of the table is met."""
+    """Measured by flextok_eval on exactly these weights, 5,000 scenes; strictly better at every doubling, as
+    the README says, and every goal of the table is met.
+    """
     report = load_report(PLACE)
     rows = [r for r in report.rows if r["what"] == "tokens"]
     assert [r["tokens"] for r in rows] == [1, 2, 4, 8, 16, 32] and {r["n"] for r in rows} == {5000}
@@ -157,7 +164,9 @@ def test_the_table_is_of_these_weights(parts, usual):
 
 
 def test_the_cards_are_true(parts):
-    """What each part learned from, against what the VAE was trained, and what the floor is: on the table, in model.json, and in words."""
+    """What each part learned from, against what the VAE was trained, and what the floor is: on the table, in
+    model.json, and in words.
+    """
     for name, against, floor in (
         ("tiny", "nothing but pixels", "other held-out scenes"),
         ("clipart", PERCEPTUAL, "training pictures"),
@@ -194,7 +203,10 @@ def test_the_cards_are_true(parts):
 
 
 def test_tiny_learned_from_scenes():
-    """Every part, the same ones, named by their rule: no list is needed. Held-out scenes are none of them, training scenes are refused."""
+    """Every part, the same ones, named by their rule: no list is needed.
+
+    Held-out scenes are none of them, training scenes are refused.
+    """
     known = {part: load_learned(PLACE / part) for part in PARTS}
     assert {(k.rule, k.source, k.count, k.hash, k.keys) for k in known.values()} == {
         ("scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None)
@@ -211,7 +223,11 @@ def test_tiny_learned_from_scenes():
 @pytest.mark.parametrize("name", ("tiny", "clipart"))
 def test_found_without_a_network(name, tmp_path):
     """In a clean process and another folder; the VAE alone as well."""
-    ask = f"from flextok_edu.vae import VAE\nfrom flextok_edu.tokenizer import FlexTok\nfrom flextok_edu.engine.files import weights_hash\nprint(weights_hash(VAE.from_pretrained('{name}')) == weights_hash(FlexTok.from_pretrained('{name}').vae))"
+    ask = (
+        "from flextok_edu.vae import VAE\nfrom flextok_edu.tokenizer import FlexTok\nfrom "
+        f"flextok_edu.engine.files import weights_hash\nprint(weights_hash(VAE.from_pretrained('{name}')) "
+        f"== weights_hash(FlexTok.from_pretrained('{name}').vae))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", ask],
         cwd=tmp_path,
@@ -224,10 +240,13 @@ def test_found_without_a_network(name, tmp_path):
     assert VAE.from_pretrained(name).config == preset("tiny").vae
 
 
-# --- clip art ------------------------------------------------------------------------------------------------------------
+# --- clip art
+# ------------------------------------------------------------------------------------------------------------
 
 CLIPART = PLACE.parent / "clipart"
-EARLIER = "859887853c578c22"  # the tokenizer of tiny as it was when clipart began with it, before its second training (commit 0ba3a59 has those weights)
+# the tokenizer of tiny as it was when clipart began with it, before its second training (commit 0ba3a59 has
+# those weights)
+EARLIER = "859887853c578c22"
 
 
 def signs(count=24):
@@ -277,7 +296,9 @@ def test_clipart_is_whole():
 
 
 def test_what_clipart_learned_from():
-    """The list of all files that it learned from, beside each part, small; whatever is on it is left out of an evaluation."""
+    """The list of all files that it learned from, beside each part, small; whatever is on it is left out of
+    an evaluation.
+    """
     vae, tok = (load_learned(CLIPART / part) for part in ("vae", "tokenizer"))
     keys = tok.keys
     assert (
@@ -318,7 +339,9 @@ def test_what_clipart_learned_from():
 @pytest.mark.skipif(not Path("/usr/share/openclipart/png").is_dir(), reason="needs Debian's openclipart-png")
 @pytest.mark.filterwarnings("ignore")
 def test_clipart_has_its_old_held_out_set(monkeypatch):
-    """All usable files less those on the list are, picture by picture and in the same order, what the table was measured on; and the list is made anew."""
+    """All usable files less those on the list are, picture by picture and in the same order, what the table
+    was measured on; and the list is made anew.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from ship_clipart import record
 
@@ -336,7 +359,9 @@ def test_clipart_has_its_old_held_out_set(monkeypatch):
 
 
 def test_the_table_of_clipart():
-    """Held-out clip art, of exactly these weights: MAE, PSNR and the EfficientNet distance strictly better at every doubling."""
+    """Held-out clip art, of exactly these weights: MAE, PSNR and the EfficientNet distance strictly better at
+    every doubling.
+    """
     report = load_report(CLIPART)
     rows = [r for r in report.rows if r["what"] == "tokens"]
     assert [r["tokens"] for r in rows] == [1, 2, 4, 8, 16, 32]
@@ -352,7 +377,9 @@ def test_the_table_of_clipart():
 
 @torch.no_grad()
 def test_clipart_draws_signs():
-    """Signs that we draw here: better with every token, and better than the model of scenes, which it began as."""
+    """Signs that we draw here: better with every token, and better than the model of scenes, which it began
+    as.
+    """
     x, e = signs(), from_dict(Preset, json.loads((CLIPART / "model.json").read_text())["preset"]).evaluate
     errors = {}
     for name in ("clipart", "tiny"):

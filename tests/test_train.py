@@ -1,4 +1,6 @@
-"""The lesson training: the same training in parts, on processes, in pieces; what is left behind when it is killed, stopped, or goes wrong."""
+"""The lesson training: the same training in parts, on processes, in pieces; what is left behind when it is
+killed, stopped, or goes wrong.
+"""
 
 import contextlib
 import errno
@@ -91,7 +93,8 @@ class Every(Engine):
     """The notebook engine's engine."""
 
 
-# --- parts and processes -------------------------------------------------------------------------------------------------
+# --- parts and processes
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -133,7 +136,9 @@ def test_two_processes_are_one(name, options, alone):
 
 
 def check_divided(monkeypatch, work):
-    """Five matrices over two, three, four and six processes, one after the other: each does its part, all get the same whole."""
+    """Five matrices over two, three, four and six processes, one after the other: each does its part, all get
+    the same whole.
+    """
     x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     for world in (2, 3, 4, 6):
         parts, done = {}, []
@@ -241,11 +246,14 @@ def test_bfloat16_trains(name):
     assert last[key] < first[key]
 
 
-# --- killed ------------------------------------------------------------------------------------------------------------
+# --- killed
+# ------------------------------------------------------------------------------------------------------------
 
 
 def kill_later(target, when, sign):
-    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has made a sign of life, a file. Returns its exit status."""
+    """Run in a forked child (imports are paid once), and SIGKILL it `when` seconds after it has made a sign
+    of life, a file. Returns its exit status.
+    """
     sign.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -273,7 +281,9 @@ def kill_later(target, when, sign):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", ("tokenizer", "vae"))
 def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
-    """SIGKILL at random moments, also while a checkpoint is written; the weights at the end are those of an uninterrupted run, bit for bit."""
+    """SIGKILL at random moments, also while a checkpoint is written; the weights at the end are those of an
+    uninterrupted run, bit for bit.
+    """
     torch.set_num_threads(1)
     plan = dict(steps=120, batch=8, optimizer="muon" if name == "tokenizer" else "adamw")
     wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
@@ -290,7 +300,10 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     dice, statuses, torn, starts, reach = random.Random(0), [], 0, set(), 0.35
     folder = tmp_path / "run" / "checkpoints"
     while statuses.count(-9) < 20:
-        newest = lambda: max([0, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
+
+        def newest():
+            return max([0, *(int(f.stem[5:]) for f in folder.glob("step-*.safetensors"))])
+
         began = newest()
         starts.add(began)
         statuses.append(
@@ -310,7 +323,8 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     assert kill_later(go, 100, tmp_path / "trains") == 0
     assert (tmp_path / "hash").read_text() == wanted and len(starts) > 5, "most lives began at a checkpoint"
     print(
-        f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} early finishes"
+        f"{name}: {statuses.count(-9)} kills, {torn} of them in the middle of a write, {statuses.count(0)} "
+        "early finishes"
     )
 
 
@@ -511,11 +525,15 @@ def test_signals_save_and_exit(number, tmp_path):
     assert (tmp_path / "checkpoints" / f"step-{step:09}.safetensors").exists()
 
 
-# --- one folder, one training ----------------------------------------------------------------------------------------------
+# --- one folder, one training
+# ----------------------------------------------------------------------------------------------
 
 
 class Holder:
-    """Another process that claims a folder, and keeps it until it is spoken to. (A program of its own does the same in the notebook.)"""
+    """Another process that claims a folder, and keeps it until it is spoken to.
+
+    (A program of its own does the same in the notebook.)
+    """
 
     def __init__(self, folder):
         (read, self.say), (self.hear, write) = os.pipe(), os.pipe()
@@ -583,7 +601,9 @@ def test_death_releases_a_claim(hold, tmp_path):
 
 
 def test_whatever_stands_in_a_claim(hold, tmp_path):
-    """The text is for the message; no text, a foreign one, or a bad one changes nothing about who has the folder."""
+    """The text is for the message; no text, a foreign one, or a bad one changes nothing about who has the
+    folder.
+    """
     hold(tmp_path)
     for text in (b"", b"\xff", b"[" * 100_000, b'{"pid": "x"}', b"[1]", b'{"pid": 1e999, "host": 1}'):
         (tmp_path / ".claim").write_bytes(text)
@@ -664,7 +684,8 @@ def test_a_closed_terminal(before, tmp_path):
         signal.signal(signal.SIGHUP, kept)
 
 
-# --- what is on the disk -------------------------------------------------------------------------------------------------
+# --- what is on the disk
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -732,7 +753,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 def check_a_flipped_bit(tmp_path, whole=None):
-    """Any bit of the newest checkpoint, in its numbers or in its json: the one before is taken, and the warning names the file."""
+    """Any bit of the newest checkpoint, in its numbers or in its json: the one before is taken, and the
+    warning names the file.
+    """
     store = Checkpoints(tmp_path, keep=2)
     facts = {"step": 1, "log": [{"step": 0, "loss": 0.5}], "recipe": {"lr": 0.001}}
     store.write(1, {"weight/w": torch.ones(6), "optimizer/w/exp_avg": torch.ones(6)}, facts)
@@ -860,7 +883,8 @@ def test_nan_leaves_its_batch(tmp_path):
     line, go = nan_run(tmp_path, 7)
     with pytest.raises(
         FloatingPointError,
-        match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of step 6, is in .*--go-on lr=0.003 ",
+        match=r"nan at step 7.*failed_batch.*part.0.0 in it is not finite.*The last good checkpoint, of "
+        r"step 6, is in .*--go-on lr=0.003 ",
     ):
         go()
     batch = load_file(tmp_path / "failed_batch.safetensors")
@@ -897,7 +921,9 @@ def test_no_good_checkpoint_is_promised_where_there_is_none(tmp_path):
 
 @pytest.mark.parametrize("name", ("weight/line/weight", "optimizer/line/bias/exp_avg_sq"))
 def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
-    """A weight that the loss does not look at, or a moment, goes wrong after the first checkpoint: the second is refused, the first stays."""
+    """A weight that the loss does not look at, or a moment, goes wrong after the first checkpoint: the second
+    is refused, the first stays.
+    """
     line = nn.Linear(2, 1)
 
     def wrong(optimizer):
@@ -975,7 +1001,9 @@ LR = "preset.train_line.lr"
 
 
 def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
-    """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time everything else is refused."""
+    """Stopped at step 4, on with another learning rate to step 8, on without saying it again; all that time
+    everything else is refused.
+    """
     go_on(tmp_path, 0.01, stop=4)
     before = engine_checkpoint._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])[0]
     with pytest.raises(ValueError, match=rf"{LR}: 0.01 then, 0.002 now"):
@@ -1045,7 +1073,9 @@ def test_a_change_to_what_it_was_changes_nothing(tmp_path):
 
 
 def test_another_precision(tmp_path):
-    recipe = lambda precision: {"precision": precision}
+    def recipe(precision):
+        return {"precision": precision}
+
     go_on(tmp_path, 0.01, stop=4, recipe=recipe("torch.bfloat16"), precision=torch.bfloat16)
     with pytest.raises(ValueError, match="was built with 'torch.bfloat16'"):
         go_on(tmp_path, 0.01, recipe=recipe("None"), changes={"precision": "None"}, precision=torch.bfloat16)
@@ -1064,7 +1094,9 @@ def classifier(engine):
 @pytest.mark.parametrize("stage", ("vae", "classifier", "tokenizer", "ar"))
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_every_stage_leaves_evidence(stage, value, tmp_path):
-    """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a checkpoint to go on from."""
+    """Weights that became NaN, or so large that everything becomes infinite: a clear error, the batch, and a
+    checkpoint to go on from.
+    """
 
     class Broken(LongRun):
         def move(self, objective):
@@ -1083,13 +1115,15 @@ def test_every_stage_leaves_evidence(stage, value, tmp_path):
     engine = Broken(tmp_path, "cpu", steps=4)
     with pytest.raises(
         FloatingPointError,
-        match=rf"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, of step 4, is in .*--go-on lr=",
+        match=r"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, "
+        r"of step 4, is in .*--go-on lr=",
     ):
         classifier(engine) if stage == "classifier" else long_run.stage(stage, 12, engine=engine)
     assert (tmp_path / "failed_batch.safetensors").stat().st_size > 100
 
 
-# --- dashboard -----------------------------------------------------------------------------------------------------------
+# --- dashboard
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_dashboard(tmp_path):

@@ -1,6 +1,8 @@
-"""Short cut 4 is an equality: sorted micro-batches, cut to their longest budget, dealt to any number of processes, make the gradient of the plain step.
+"""Short cut 4 is an equality: sorted micro-batches, cut to their longest budget, dealt to any number of
+processes, make the gradient of the plain step.
 
-Plain means: the whole batch in the order in which it was drawn, all registers, a mask token for each that is dropped. Nothing is timed here.
+Plain means: the whole batch in the order in which it was drawn, all registers, a mask token for each that is
+dropped. Nothing is timed here.
 """
 
 import math
@@ -113,7 +115,9 @@ def plain(tok, repa, feed, step):
 
 
 def same(tok, repa, feed, world, micro, step=STEP, tolerance=1e-5):
-    """Assert that the shares make the plain step: to 1e-5 of the gradient, and to 5e-5 of each tensor's own (where large terms cancel, float32 knows no more digits; doubles do, below)."""
+    """Assert that the shares make the plain step: to 1e-5 of the gradient, and to 5e-5 of each tensor's own
+    (where large terms cancel, float32 knows no more digits; doubles do, below).
+    """
     expected, stands = plain(tok, repa, feed, step)
     parts = [part for rank in range(world) for part in feed.micro_batches(step, rank, world, micro)]
     found, state = results(tok, repa, parts, world)
@@ -141,7 +145,9 @@ def same(tok, repa, feed, world, micro, step=STEP, tolerance=1e-5):
 @pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
 @pytest.mark.parametrize("world,micro", SHARES)
 def test_shares_make_the_plain_step(distribution, world, micro):
-    """Every distribution, null samples, zero noise, norm and REPA together; 11 samples, so that no two parts need be of one size."""
+    """Every distribution, null samples, zero noise, norm and REPA together; 11 samples, so that no two parts
+    need be of one size.
+    """
     tok, repa = model(budget_distribution=distribution)
     feed = feed_of(tok, 11)
     draws = feed.draws(STEP)
@@ -155,7 +161,9 @@ def test_shares_make_the_plain_step(distribution, world, micro):
 
 @pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
 def test_the_difference_is_rounding(distribution, monkeypatch):
-    """In doubles throughout, all of it agrees to 1e-12: it is an equality, not an approximation that is good enough."""
+    """In doubles throughout, all of it agrees to 1e-12: it is an equality, not an approximation that is good
+    enough.
+    """
     tok, repa = (m.double() for m in model(budget_distribution=distribution))
     feed = feed_of(tok, 11)
     monkeypatch.setattr(
@@ -193,7 +201,9 @@ def test_whatever_the_configuration(changes):
 
 @pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
 def test_a_batch_of_one(distribution):
-    """Many steps of one sample: the accumulated gradient of a batch of one is that sample's, null or not, whatever its budget."""
+    """Many steps of one sample: the accumulated gradient of a batch of one is that sample's, null or not,
+    whatever its budget.
+    """
     tok, repa = model(budget_distribution=distribution)
     feed = feed_of(tok, 1)
     seen = set()
@@ -218,7 +228,9 @@ def test_without_the_causal_mask_all_registers_are_encoded():
 
 
 def test_the_work_is_cut():
-    """Equal gradients could also come from a cut that nobody makes: count positions, and see that no shorter length would do."""
+    """Equal gradients could also come from a cut that nobody makes: count positions, and see that no shorter
+    length would do.
+    """
     tok, _ = model(budget_distribution="powers_of_two")
     feed, seen = feed_of(tok, 32), {"encoder": [], "decoder": []}
     encode, decode = tok.encoder.forward, tok.decoder.forward
@@ -242,7 +254,9 @@ def test_the_work_is_cut():
 
 @pytest.mark.parametrize("distribution", BUDGET_DISTRIBUTIONS)
 def test_dealing_is_fair(distribution):
-    """Two processes get micro-batches of the same size and (nearly) the same length: neither waits for the other."""
+    """Two processes get micro-batches of the same size and (nearly) the same length: neither waits for the
+    other.
+    """
     tok, _ = model(budget_distribution=distribution)
     feed = feed_of(tok, 32)
     for step in range(8):
@@ -259,7 +273,9 @@ def test_dealing_is_fair(distribution):
 
 
 def test_the_real_loop_goes_the_same_way():
-    """`fit_tokenizer` with training's engine in 1, 2 and 4 micro-batches, and with engine's: the same losses, gradients and averaged weights."""
+    """`fit_tokenizer` with training's engine in 1, 2 and 4 micro-batches, and with engine's: the same losses,
+    gradients and averaged weights.
+    """
     from flextok_edu.engine.distributed import Shares
 
     data = Latents(torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
@@ -281,7 +297,8 @@ def test_the_real_loop_goes_the_same_way():
         )
 
 
-# --- the same, with bugs planted -------------------------------------------------------------------------------
+# --- the same, with bugs planted
+# -------------------------------------------------------------------------------
 
 
 def check_sorted_parts():
@@ -463,13 +480,16 @@ test_the_code_passes, test_the_bug_is_caught = planted(
 )
 
 
-# --- the benchmark: the same dice for all, and formulas that count what is done -----------------------------------
+# --- the benchmark: the same dice for all, and formulas that count what is done
+# -----------------------------------
 
 
 @pytest.mark.parametrize("longest", (None, 1, 4, 32))
 @pytest.mark.parametrize("images", (1, 3))
 def test_the_arithmetic_of_a_micro_batch(longest, images):
-    """`loss_flops` against PyTorch's own count of the same loss, `loss_positions` against the lengths of the sequences."""
+    """`loss_flops` against PyTorch's own count of the same loss, `loss_positions` against the lengths of the
+    sequences.
+    """
     from flextok_edu.apps.bench_training import loss_flops, loss_positions
     from flextok_edu.apps.cost import counted_flops, on_meta
 
@@ -509,7 +529,9 @@ def test_what_sorting_allows():
 
 
 def test_the_benchmark_compares_the_same_steps(monkeypatch):
-    """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree; every distribution has its rows."""
+    """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree;
+    every distribution has its rows.
+    """
     pass
 
     seen, loss = {True: [], False: []}, FlexTok.loss

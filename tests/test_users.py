@@ -81,7 +81,9 @@ def pixels(images):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A run on a folder whose classes have names that mean something to matplotlib, HTML, markdown and terminals."""
+    """A run on a folder whose classes have names that mean something to matplotlib, HTML, markdown and
+    terminals.
+    """
     root = tmp_path_factory.mktemp("users")
     make(
         root / "d" / "$5_to_$10", root / "d" / "b|<i>*x*\x1b[31m", root / "d" / "家", root / "d" / "€5_to_€10"
@@ -93,7 +95,8 @@ def models(tmp_path_factory):
     return root
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,9 @@ def models(tmp_path_factory):
     ids=str,
 )
 def test_what_is_held_out_depends_on_the_pictures_alone(tmp_path, learn, measure):
-    """Another seed, another route, another number of pictures at evaluation: not one held-out picture was learned."""
+    """Another seed, another route, another number of pictures at evaluation: not one held-out picture was
+    learned.
+    """
     make(tmp_path / "d" / "a", tmp_path / "d" / "b", count=60)
     p = preset("micro")
 
@@ -213,11 +218,14 @@ def test_other_numbers_of_classes_are_refused(tmp_path, capsys):
     refused(capsys, 1, "ar.classes=5 was asked for, but these pictures have 2 classes", "run", *argv)
 
 
-# --- names, places ---------------------------------------------------------------------------------------------------
+# --- names, places
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_names_are_never_markup(models, tmp_path, capsys):
-    """Dollar signs, bytes that are not UTF-8, HTML, escape sequences, CJK: the run ends well, and nothing is interpreted."""
+    """Dollar signs, bytes that are not UTF-8, HTML, escape sequences, CJK: the run ends well, and nothing is
+    interpreted.
+    """
     page = (models / "r" / "report.html").read_text(encoding="utf-8")
     assert "<i>*x*" not in page and "\x1b" not in page
     odd = os.fsdecode(os.fsencode(models / "d" / "家") + b"/caf\xe9.png")
@@ -377,7 +385,9 @@ with claimed(Path(sys.argv[1])):
 
 
 def test_one_process_trains_in_a_folder(models, tmp_path, capsys):
-    """A second one is told who trains there, whatever it was going to do with the folder; after a death nothing is in the way."""
+    """A second one is told who trains there, whatever it was going to do with the folder; after a death
+    nothing is in the way.
+    """
     out = tmp_path / "v"
     argv = ["vae", "--out", out, *SMALL]
     child = subprocess.Popen(
@@ -395,13 +405,18 @@ def test_one_process_trains_in_a_folder(models, tmp_path, capsys):
     assert call("train", *argv) == 0
 
 
-# --- output ----------------------------------------------------------------------------------------------------------
+# --- output
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ("cp437", "cp932", "cp949", "ascii", "latin-1"))
 def test_every_terminal_can_show_it(models, tmp_path, encoding):
     """A table with ± and é ends in status 0 whatever the terminal's encoding."""
-    code = f"import sys; sys.argv[0] = 'x'; from flextok_edu.apps.measure import eval_main; from flextok_edu.apps.train import train_main; (eval_main if sys.argv[1] != '--help' else train_main)(sys.argv[1:])"
+    code = (
+        "import sys; sys.argv[0] = 'x'; from flextok_edu.apps.measure import eval_main; from "
+        "flextok_edu.apps.train import train_main; (eval_main if sys.argv[1] != '--help' else "
+        "train_main)(sys.argv[1:])"
+    )
     argv = (
         [str(models / "r"), "--data", str(models / "d"), "--out", str(tmp_path / "t"), "--device", "cpu"]
         if encoding == "ascii"
@@ -504,7 +519,8 @@ def test_half_precision_on_a_cpu_is_said(capsys):
         pick_precision("fp16", "cpu")
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- words
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -611,13 +627,16 @@ def test_a_run_takes_what_a_training_takes(models, tmp_path, capsys):
     )
 
 
-# --- bad luck and bad intentions -------------------------------------------------------------------------------------
+# --- bad luck and bad intentions
+# -------------------------------------------------------------------------------------
 
 GO = "import sys; from flextok_edu.apps.train import train_main; train_main(sys.argv[1:])"
 
 
 def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
-    """NaN in the middle of stage 1: evidence, advice that the same command accepts, and a recipe that remembers what changed."""
+    """NaN in the middle of stage 1: evidence, advice that the same command accepts, and a recipe that
+    remembers what changed.
+    """
     argv = [
         "tokenizer",
         "--data",
@@ -805,7 +824,8 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
     """SIGHUP saves like SIGTERM does."""
     loud = GO.replace(
         "import sys;",
-        "import sys; import flextok_edu.apps.training as c; real = c.Told.micro_batches; c.Told.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
+        "import sys; import flextok_edu.apps.training as c; real = c.Told.micro_batches; "
+        "c.Told.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
     )
     argv = [
         "vae",
@@ -833,7 +853,9 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
 
 
 def test_foreign_configurations_are_checked(tmp_path, capsys):
-    """`--config` of a stranger, and --set: sizes that no machine has are refused before anything is allocated."""
+    """`--config` of a stranger, and --set: sizes that no machine has are refused before anything is
+    allocated.
+    """
     for preset_ in (
         {"tokenizer": {"registers": 10**12}},
         {"ar": {"depth": 10**9}},
@@ -869,7 +891,8 @@ def test_foreign_configurations_are_checked(tmp_path, capsys):
     )
 
 
-# --- what a reviewer found in the mending ----------------------------------------------------------------------------
+# --- what a reviewer found in the mending
+# ----------------------------------------------------------------------------
 
 
 def test_results_do_not_replace_a_training(models, tmp_path, capsys):
@@ -1036,7 +1059,9 @@ def test_a_model_that_goes_on_has_seen_both():
     from flextok_edu.apps.train import with_earlier
     from flextok_edu.data.learned import Learned
 
-    keys = lambda *k: torch.tensor(k)
+    def keys(*k):
+        return torch.tensor(k)
+
     a, b, scenes = (
         Learned("one in eight", "a", 2, "x", keys(1, 2)),
         Learned("one in eight", "b", 2, "y", keys(2, 3)),

@@ -1,4 +1,7 @@
-"""Stage 0: the critic really plays, the learned scale is really learned, and every channel count works. Each check is also run on a planted bug, and must fail there."""
+"""Stage 0: the critic really plays, the learned scale is really learned, and every channel count works.
+
+Each check is also run on a planted bug, and must fail there.
+"""
 
 import inspect
 import json
@@ -38,7 +41,8 @@ def stream(images, batch=8):
         yield images[torch.randint(len(images), (batch,), generator=generator)], None
 
 
-# --- the checks ------------------------------------------------------------------------------------------------
+# --- the checks
+# ------------------------------------------------------------------------------------------------
 
 
 def check_the_critic_learns():
@@ -71,7 +75,9 @@ def check_the_critic_judges_this_step():
 
 
 def check_the_decoder_follows_the_critic():
-    """The adversarial term's gradient arrives at every layer of both halves, and points towards higher scores."""
+    """The adversarial term's gradient arrives at every layer of both halves, and points towards higher
+    scores.
+    """
     torch.manual_seed(0)
     losses, images = vae.VAELoss(vae.VAE(SMALL), replace(CRITIC_ONLY, l1=0.0, kl=0.0)), scenes(8)
     torch.manual_seed(1)
@@ -173,7 +179,8 @@ def check_latents_are_measured():
     assert z.mean((0, 2, 3)).abs().max() < 0.1 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
-# --- the planted bugs ------------------------------------------------------------------------------------------
+# --- the planted bugs
+# ------------------------------------------------------------------------------------------
 
 
 def left_out_of_fit(monkeypatch):
@@ -306,7 +313,8 @@ PLANTED = [
 test_the_code_passes, test_the_bug_is_caught = planted(PLANTED)
 
 
-# --- sizes and options -----------------------------------------------------------------------------------------
+# --- sizes and options
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", (4, 8, 16))
@@ -362,7 +370,9 @@ def test_options_are_off_by_default():
 
 
 def test_learned_scale_trains_from_the_preset():
-    """The option is a field of the preset, and `train_vae` needs nothing else; also with a critic and under autocast."""
+    """The option is a field of the preset, and `train_vae` needs nothing else; also with a critic and under
+    autocast.
+    """
     p = preset("micro")
     train, _ = load_data("scenes", 32, 40, 4, 1, progress=False)
     p = replace(

@@ -1,4 +1,7 @@
-"""Shipped models: packed small, found by name, and never mixed up. The model here is a stand-in that was trained for a moment."""
+"""Shipped models: packed small, found by name, and never mixed up.
+
+The model here is a stand-in that was trained for a moment.
+"""
 
 import json
 import os
@@ -173,7 +176,9 @@ def test_a_damaged_file(packed, tmp_path, monkeypatch):
 
 
 def test_again(trained, tmp_path):
-    """With again=True a new one takes the place of the old, and one that is refused leaves it where it was; nothing else is left behind."""
+    """With again=True a new one takes the place of the old, and one that is refused leaves it where it was;
+    nothing else is left behind.
+    """
     parts = {p: trained / p for p in ("vae", "tokenizer")}
     place = apps_zoo.pack(parts, "a", tmp_path, "first", same=0.0)
     with pytest.raises(ValueError, match="more than 0.1"):
@@ -292,7 +297,9 @@ def test_names_that_are_none(trained, tmp_path, name):
 
 
 def test_from_separate_trainings(trained, tmp_path, monkeypatch):
-    """What `flextok_train` leaves, each part in its own folder with its own run.json; and how it is best decoded, said afterwards."""
+    """What `flextok_train` leaves, each part in its own folder with its own run.json; and how it is best
+    decoded, said afterwards.
+    """
     for argv in (
         ["vae", "--set", "train_vae.lr=0.0007", "vae_loss.perceptual=0", "vae_loss.adversarial=0"],
         ["tokenizer", "--vae", "{}/vae"],
@@ -462,7 +469,9 @@ def test_the_card(packed):
 
 
 def test_a_table_of_other_weights(trained, packed, tmp_path):
-    """A table is packed if it was measured on these weights, before or after rounding; another would be a lie."""
+    """A table is packed if it was measured on these weights, before or after rounding; another would be a
+    lie.
+    """
     parts, report = {p: trained / p for p in ("vae", "tokenizer")}, load_report(trained)
     tok = FlexTok.from_pretrained(packed / "tokenizer", vae=VAE.from_pretrained(packed / "vae"))
     now = replace(report, card=report.card | {"weights": {"tokenizer": weights_hash(tok)}})
@@ -497,7 +506,9 @@ def test_no_budgets(text):
 
 
 def test_reconstruct(shipped, tmp_path, capsys):
-    """Pictures of any size and kind become strips; a broken one is left out and said; nothing readable is an error."""
+    """Pictures of any size and kind become strips; a broken one is left out and said; nothing readable is an
+    error.
+    """
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (50, 90, 3), dtype=np.uint8)).save(tmp_path / "wide.jpg")
     Image.fromarray(rng.integers(0, 255, (70, 40, 4), dtype=np.uint8)).save(tmp_path / "tall.png")
@@ -561,7 +572,9 @@ def test_reconstruct(shipped, tmp_path, capsys):
 
 
 def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
-    """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the model's own settings."""
+    """One row a photo; original, VAE alone, and one column for each budget, from the same ids, with the
+    model's own settings.
+    """
     rows = []
     draw = apps_page.picture_rows
     patch(monkeypatch, apps_page, "picture_rows", lambda *given: rows.append(given) or draw(*given))
@@ -595,7 +608,9 @@ def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
 
 
 def test_no_demo(shipped, tmp_path, capsys, monkeypatch):
-    """Refused before anything is measured: a model that is none, no time, another run's folder, a part or the preset missing."""
+    """Refused before anything is measured: a model that is none, no time, another run's folder, a part or the
+    preset missing.
+    """
     out = ("--out", str(tmp_path / "demo"), "--device", "cpu")
     assert (
         status(apps_explore.demo_main, "--model", "nothing", *out) == 2
@@ -638,7 +653,9 @@ def test_as_many_as_fit(shipped, monkeypatch):
 
 
 def test_from_a_wheel(packed, tmp_path):
-    """Wheel and source archive carry the shipped files; installed from the wheel, a model is found by name in a clean process that has no network."""
+    """Wheel and source archive carry the shipped files; installed from the wheel, a model is found by name in
+    a clean process that has no network.
+    """
     clone, unpacked = tmp_path / "clone", tmp_path / "unpacked"
     shutil.copytree(
         ROOT / "flextok_edu", clone / "flextok_edu", ignore=shutil.ignore_patterns("zoo", "__pycache__")
@@ -672,7 +689,13 @@ def test_from_a_wheel(packed, tmp_path):
         and "flextok_demo = flextok_edu.apps.explore:demo_main" in entry
     )
     zipfile.ZipFile(wheel).extractall(unpacked)
-    ask = f"import sys; sys.path.insert(0, {str(unpacked)!r})\nimport flextok_edu; assert flextok_edu.__file__.startswith({str(unpacked)!r})\nfrom flextok_edu.ar import ARModel\nfrom flextok_edu.engine.files import weights_hash\nfrom flextok_edu.tokenizer import FlexTok\nARModel.from_pretrained('standin'); print(weights_hash(FlexTok.from_pretrained('standin')))"
+    ask = (
+        f"import sys; sys.path.insert(0, {str(unpacked)!r})\nimport flextok_edu; assert "
+        f"flextok_edu.__file__.startswith({str(unpacked)!r})\nfrom flextok_edu.ar import ARModel\nfrom "
+        "flextok_edu.engine.files import weights_hash\nfrom flextok_edu.tokenizer import "
+        "FlexTok\nARModel.from_pretrained('standin'); "
+        "print(weights_hash(FlexTok.from_pretrained('standin')))"
+    )
     result = subprocess.run(
         [sys.executable, "-I", "-c", ask],
         cwd=tmp_path,
@@ -685,11 +708,14 @@ def test_from_a_wheel(packed, tmp_path):
     assert result.stdout.strip() == weights_hash(tok), result.stderr[-2000:]
 
 
-# --- what a card says, and what it does not do ------------------------------------------------------------------------
+# --- what a card says, and what it does not do
+# ------------------------------------------------------------------------
 
 
 def test_what_was_learned_goes_along(trained, packed, tmp_path):
-    """A record beside each part, or one beside all of them, is packed, stands on the card, and a part without one says so."""
+    """A record beside each part, or one beside all of them, is packed, stands on the card, and a part without
+    one says so.
+    """
     shutil.copytree(trained, tmp_path / "run")
     for file in (tmp_path / "run").rglob("learned.*"):
         file.unlink()
@@ -724,7 +750,9 @@ def test_what_was_learned_goes_along(trained, packed, tmp_path):
 
 
 def test_labels_are_no_markup(trained, tmp_path):
-    """What a stranger wrote into run.json does not become a table, a link, a tag or a line of its own in the card."""
+    """What a stranger wrote into run.json does not become a table, a link, a tag or a line of its own in the
+    card.
+    """
     shutil.copytree(trained, tmp_path / "run")
     told = json.loads((trained / "run.json").read_text())
     evil = "a|b`c <script>alert(1)</script> [x](http://y)\n## Free money\n\x1b[31m $1$ caf\udce9"
@@ -776,7 +804,9 @@ def test_the_card_says_what_was_done(trained, tmp_path):
 
 
 def test_a_description_that_cannot_be_true(packed, tmp_path, monkeypatch):
-    """Sizes of a stranger's model.json and config.json are refused before anything of that size is made, in words."""
+    """Sizes of a stranger's model.json and config.json are refused before anything of that size is made, in
+    words.
+    """
     place = tmp_path / "stranger"
     shutil.copytree(packed, place)
     patch(monkeypatch, engine_hub, "shipped_models", lambda: {"stranger": place})

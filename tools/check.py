@@ -1,7 +1,8 @@
-"""Every check of the project, in one command: `make test` (or `python tools/check.py` in an environment with the extra `dev`).
+"""Every check of the project, in one command: `make test` (or `python tools/check.py` in an environment with
+the extra `dev`).
 
-In step: exporting and cleaning the notebooks changes nothing. No stray module. No undefined name. Every notebook runs
-(`nbdev_test`). Every test passes (`pytest`), and pytest's own summary is the last line.
+In step: exporting and cleaning the notebooks changes nothing. No stray module. No undefined name. Every
+notebook runs (`nbdev_test`). Every test passes (`pytest`), and pytest's own summary is the last line.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def in_step() -> None:
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         sys.exit(
-            "FAILED: nbdev_export and nbdev_clean changed these files (now in step; look at them and commit): "
-            + ", ".join(changed)
+            "FAILED: nbdev_export and nbdev_clean changed these files (now in step; look at them and "
+            "commit): " + ", ".join(changed)
         )
 
 
@@ -62,7 +63,9 @@ def no_stray_module() -> None:
 
 
 def notebooks_run() -> None:
-    """All notebooks, one process a core with one thread each (processes with several threads each would fight)."""
+    """All notebooks, one process a core with one thread each (processes with several threads each would
+    fight).
+    """
     count = len([f for f in NBS.rglob("*.ipynb") if not f.with_name(".notest").exists()])
     if count < 60:
         sys.exit(f"FAILED: only {count} notebooks found in {NBS}")
@@ -93,8 +96,10 @@ def main() -> None:
         step()
         print(f"    ok, {time.time() - start:.0f} s", flush=True)
     print("--- tests ...", flush=True)
-    # A test takes three minutes at most on two slow cores. One that hangs is named, with the stack of every thread, and gets one more try
-    # (once, a whole run in a clean room did not end in 45 minutes, and said nothing of why); a test that fails gets none.
+    # A test takes three minutes at most on two slow cores. One that hangs is named, with the stack of every
+    # thread, and gets one more try
+    # (once, a whole run in a clean room did not end in 45 minutes, and said nothing of why); a test that
+    # fails gets none.
     patience = [
         "--timeout",
         "700",

@@ -1,14 +1,14 @@
 """Run notebooks in a real Jupyter kernel, cell by cell, as a reader does with "Run All".
 
-    python tools/kernel.py             all notebooks but the studies
-    python tools/kernel.py fsq files   the notebooks of this name, with their solutions
-    python tools/kernel.py FILE.ipynb  one notebook
-    python tools/kernel.py --save fsq  the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
+python tools/kernel.py all notebooks but the studies python tools/kernel.py fsq files the notebooks of this
+name, with their solutions python tools/kernel.py FILE.ipynb one notebook python tools/kernel.py --save fsq
+the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
 
-`nbdev_test` needs no kernel, and differs from one: it skips cells with `#| eval: false`, has no event loop and no messages for widgets,
-and draws without the inline backend. Printed for each notebook: code cells, seconds, and whatever a reader would stumble over: errors,
-text on stderr, cells whose outputs are of another kind than the committed ones. Exit status 1 if a cell fails or hangs. The client is
-the blocking one: the asynchronous client of nbclient now and then sleeps until its time limit.
+`nbdev_test` needs no kernel, and differs from one: it skips cells with `#| eval: false`, has no event loop
+and no messages for widgets, and draws without the inline backend. Printed for each notebook: code cells,
+seconds, and whatever a reader would stumble over: errors, text on stderr, cells whose outputs are of another
+kind than the committed ones. Exit status 1 if a cell fails or hangs. The client is the blocking one: the
+asynchronous client of nbclient now and then sleeps until its time limit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Result:
 
 
 def kinds(outputs: list[dict]) -> list[str]:
-    """What a reader sees: streams by their name (once), everything else by its richest form; progress bars are no output."""
+    """What a reader sees: streams by their name (once), everything else by its richest form; progress bars
+    are no output.
+    """
     found = []
     for o in outputs:
         if o["output_type"] == "stream":
@@ -63,7 +65,9 @@ def kinds(outputs: list[dict]) -> list[str]:
 
 
 def stored(outputs: list[dict]) -> list[dict]:
-    """Outputs as a notebook keeps them: one piece for neighbouring texts, no stderr, and no widgets (their state is not kept, so that a reader would see nothing of them)."""
+    """Outputs as a notebook keeps them: one piece for neighbouring texts, no stderr, and no widgets (their
+    state is not kept, so that a reader would see nothing of them).
+    """
     kept = []
     for o in outputs:
         if (
@@ -90,7 +94,10 @@ def stored(outputs: list[dict]) -> list[dict]:
 
 
 def run(notebook: Path, limit: float = 300.0, save: bool = False) -> Result:
-    """All code cells in a new kernel, in the notebook's folder, up to the first error. `limit`: seconds that one cell may take; `save`: keep what they put out, if all ran."""
+    """All code cells in a new kernel, in the notebook's folder, up to the first error.
+
+    `limit`: seconds that one cell may take; `save`: keep what they put out, if all ran.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND")} | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     }
@@ -167,7 +174,8 @@ def main() -> None:
         result = run(f, save="--save" in sys.argv)
         bad += bool(result.failed)
         print(
-            f"{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f!s:32} {result.cells:3} cells {result.seconds:6.1f} s  {result.failed or 'ok'}",
+            f"{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f!s:32} {result.cells:3} cells "
+            f"{result.seconds:6.1f} s  {result.failed or 'ok'}",
             flush=True,
         )
         for line in [f"stderr, {s[:400]}" for s in result.stderr] + [f"outputs, {s}" for s in result.other]:

@@ -1,14 +1,17 @@
-"""Train the shipped model `mini` (128 px, all stages) on one GPU within a given time, with the package as of commit ea3e120.
+"""Train the shipped model `mini` (128 px, all stages) on one GPU within a given time, with the package as of
+commit ea3e120.
 
-usage: OUT=folder python mini.py cuda|cpu SECONDS [VAE_SECONDS AR_SECONDS]     PYTHONPATH: the package of that commit
+usage: OUT=folder python mini.py cuda|cpu SECONDS [VAE_SECONDS AR_SECONDS] PYTHONPATH: the package of that
+commit
 
-The tokenizer gets what the others leave of SECONDS. What it leaves in $OUT: weights_N.safetensors (names begin with
-vae. tok. ar. classifier.; parameters in float16, buffers as they are), logs.json (preset, facts and thinned log of each
-stage, effect of the rounding), table.json, reconstructions.png, samples.png. Weights and logs are whole after every stage.
+The tokenizer gets what the others leave of SECONDS. What it leaves in $OUT: weights_N.safetensors (names
+begin with vae. tok. ar. classifier.; parameters in float16, buffers as they are), logs.json (preset, facts
+and thinned log of each stage, effect of the rounding), table.json, reconstructions.png, samples.png. Weights
+and logs are whole after every stage.
 
-What differs from `flextok_run --device cuda` of that commit: every trained part is rounded to float16 at once, so that
-the next stage learns from the weights that are shipped; noise of training is drawn on the GPU (not named by seed and
-index); the VAE's encoder and decoder may be compiled; step counts follow from seconds.
+What differs from `flextok_run --device cuda` of that commit: every trained part is rounded to float16 at
+once, so that the next stage learns from the weights that are shipped; noise of training is drawn on the GPU
+(not named by seed and index); the VAE's encoder and decoder may be compiled; step counts follow from seconds.
 """
 
 import hashlib
@@ -215,7 +218,8 @@ def main() -> None:
         except Enough:
             pass
         note(
-            f"pace of {what}: {clock.seconds * 1e3:.1f} ms a step ({time.perf_counter() - began:.1f} s to find out)"
+            f"pace of {what}: {clock.seconds * 1e3:.1f} ms a step ({time.perf_counter() - began:.1f} s to "
+            "find out)"
         )
         return clock.seconds
 

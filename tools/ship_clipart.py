@@ -1,10 +1,12 @@
-"""How flextok_edu/zoo/clipart was put together from its trainings (nbs/experiments/real_images.ipynb has the commands that make them).
+"""How flextok_edu/zoo/clipart was put together from its trainings (nbs/experiments/real_images.ipynb has the
+commands that make them).
 
-    python tools/ship_clipart.py RUNS PICTURES            RUNS holds vae, tokenizer, tokenizer2, tokenizer3: what flextok_train left; PICTURES is the folder they learnt from
-    flextok_eval clipart --data PICTURES --out TABLE
-    python tools/ship_clipart.py RUNS PICTURES TABLE      once more, with the table of results
+python tools/ship_clipart.py RUNS PICTURES RUNS holds vae, tokenizer, tokenizer2, tokenizer3: what
+flextok_train left; PICTURES is the folder they learnt from flextok_eval clipart --data PICTURES --out TABLE
+python tools/ship_clipart.py RUNS PICTURES TABLE once more, with the table of results
 
-`tokenizer2` is `tokenizer` after a second training, with a learning rate of its own, `tokenizer3` is `tokenizer2` after a third.
+`tokenizer2` is `tokenizer` after a second training, with a learning rate of its own, `tokenizer3` is
+`tokenizer2` after a third.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ RULE = "drawn at random, seed 0 (before pictures were divided by their bytes)"
 
 
 def record(pictures: str | Path) -> Learned:
-    """What clipart learned from. It was trained before pictures were divided by their bytes: equal pixels were dropped, and a quarter of the rest, drawn at random, was held out.
+    """What clipart learned from.
 
-    This is that rule, kept for this one list. Every file whose pixels at 64 px equal a learned picture's counts as learned.
+    It was trained before pictures were divided by their bytes: equal pixels were dropped, and a quarter of
+    the rest, drawn at random, was held out.
+
+    This is that rule, kept for this one list. Every file whose pixels at 64 px equal a learned picture's
+    counts as learned.
     """
     found = read_folder(pictures, 64, progress=False)
     pixels, first = [hashlib.sha256(image.numpy()).digest() for image in found.images], {}
@@ -53,7 +59,9 @@ def record(pictures: str | Path) -> Learned:
     name = hashlib.sha256(keys.numpy()).hexdigest()[:16]
     return Learned(
         RULE,
-        f"clip art of Debian's openclipart-png 1:0.18+dfsg-19: {len(files):,} files, {len(keys):,} different ones, {len(learned):,} different at 64 px; begun with the weights of tiny, which learned from ToyScenes train, level 2, seed 0",
+        f"clip art of Debian's openclipart-png 1:0.18+dfsg-19: {len(files):,} files, {len(keys):,} "
+        f"different ones, {len(learned):,} different at 64 px; begun with the weights of tiny, which "
+        "learned from ToyScenes train, level 2, seed 0",
         len(keys),
         name,
         keys,

@@ -1,14 +1,16 @@
-"""How flextok_edu/zoo/tiny was put together from its trainings (nbs/experiments/tiny_recipe.ipynb has the commands that make them).
+"""How flextok_edu/zoo/tiny was put together from its trainings (nbs/experiments/tiny_recipe.ipynb has the
+commands that make them).
 
-    python tools/ship_tiny.py RUNS            RUNS holds what flextok_train left; the classifier is trained if it is not there
-    flextok_eval tiny --ar tiny --classifier tiny --train-images 100 --out TABLE
-    python tools/ship_tiny.py RUNS TABLE      once more, with the table of results
+python tools/ship_tiny.py RUNS RUNS holds what flextok_train left; the classifier is trained if it is not
+there flextok_eval tiny --ar tiny --classifier tiny --train-images 100 --out TABLE python tools/ship_tiny.py
+RUNS TABLE once more, with the table of results
 
-    vae           from scratch            vae2        its decoder alone went on     vae3        both parts      vae4  the decoder alone
-    tokenizer     from scratch, on vae    tokenizer2  both parts went on, on vae3   tokenizer3  its decoder alone   tokenizer4  both parts
-    ar            from scratch, on the ids of tokenizer2                            ar2         went on, on those of tokenizer4
+vae from scratch vae2 its decoder alone went on vae3 both parts vae4 the decoder alone tokenizer from scratch,
+on vae tokenizer2 both parts went on, on vae3 tokenizer3 its decoder alone tokenizer4 both parts ar from
+scratch, on the ids of tokenizer2 ar2 went on, on those of tokenizer4
 
-A VAE whose decoder went on alone makes the same latents: the tokenizer only has to be told its new hash, and the AR model the tokenizer's.
+A VAE whose decoder went on alone makes the same latents: the tokenizer only has to be told its new hash, and
+the AR model the tokenizer's.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def read(file: Path):
 
 
 def one_after_the_other(*runs: Path) -> tuple[dict, list[dict]]:
-    """What a training and those that went on with its result have to say together: the facts of the stage, the log."""
+    """What a training and those that went on with its result have to say together: the facts of the stage,
+    the log.
+    """
     stages, log = [read(f / "config.json")["stage"] for f in runs], []
     steps = seconds = 0
     for run, stage in zip(runs, stages):
@@ -118,7 +122,8 @@ def together(runs: Path, trainings: dict, to: Path) -> dict:
         stage, facts = read(runs / run / "config.json")["stage"], read(runs / run / "run.json")
         how = {None: "", "all": f" --{name}"}.get(part, f" --{name} --part {part}")
         command.append(
-            f"flextok_train {name}{how} ({stage['steps']} steps, lr {facts['preset']['train_' + name]['lr']:g})"
+            f"flextok_train {name}{how} ({stage['steps']} steps, lr "
+            f"{facts['preset']['train_' + name]['lr']:g})"
         )
         alone += stage["steps"] * (part == "decoder")
     stage, log = one_after_the_other(*(runs / n for n in trainings))

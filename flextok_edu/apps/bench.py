@@ -35,7 +35,10 @@ def bench_inference(
     config: BenchConfig,
     say: Callable = print,
 ) -> list[dict]:  # one row a budget and variant
-    "Time encoding, or guided decoding with APG, at every budget. Raises ValueError for settings that make no sense."
+    """Time encoding, or guided decoding with APG, at every budget.
+
+    Raises ValueError for settings that make no sense.
+    """
     tok = bench_tokenizer(config)
     c, device = tok.config, tok.device
     if not config.variants or (bad := [v for v in config.variants if v not in VARIANTS]):
@@ -79,9 +82,11 @@ def bench_inference(
             config.repeats,
             device,
         )
-        first, scale = call(config.variants[0]).float(), config.steps / steps if what == "decode" else 1
+        first = call(config.variants[0]).float()
+        scale = config.steps / steps if what == "decode" else 1
         for name in config.variants:
-            seconds, rates = times[name], [floor[name][1] / s for s in times["matmul", name]]
+            seconds = times[name]
+            rates = [floor[name][1] / s for s in times["matmul", name]]
             flops = lambda v: (
                 [
                     config.batch

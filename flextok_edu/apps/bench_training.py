@@ -39,8 +39,8 @@ from ..tokenizer import TrainingNoise, FlexTok, Latents, TokenizerLoader, latent
 def loss_flops(
     c: TokenizerConfig,
     images: int,  # of one micro-batch
-    longest: int
-    | None,  # registers that are computed; None: the plain computation, all of them and all mask tokens
+    # registers that are computed; None: the plain computation, all of them and all mask tokens
+    longest: int | None,
 ) -> int:  # FLOPs of loss and gradient
     "The gradient costs twice the forward pass."
     k = c.registers if longest is None else longest
@@ -150,11 +150,14 @@ def sorting_allows(
 def bench_train(
     config: BenchConfig, say: Callable = print
 ) -> list[dict]:  # one row a distribution and variant
-    "Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the same images and dice. Raises ValueError for settings that make no sense."
+    """Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the
+    same images and dice. Raises ValueError for settings that make no sense.
+    """
     names = [v for v in config.variants if v in TRAINING] or ["plain"]
     if not 1 <= config.micro <= config.batch or config.repeats < 1:
         raise ValueError(
-            f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. batch, and at least 1"
+            f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. "
+            "batch, and at least 1"
         )
     if bad := [distribution for distribution in config.laws if distribution not in BUDGET_DISTRIBUTIONS]:
         raise ValueError(f"budget distribution {bad[0]!r}: use {', '.join(BUDGET_DISTRIBUTIONS)}")
@@ -165,11 +168,9 @@ def bench_train(
         optimizer = torch.optim.AdamW(
             tok.parameters(), lr=0.0
         )  # all of its work, but the weights stay what they are: all rounds are of one model
-        feeds, gradients, turns = (
-            {how: training_feed(tok, config.batch, how) for how in (False, True)},
-            {},
-            {name: iter(range(config.repeats)) for name in names},
-        )
+        feeds = {how: training_feed(tok, config.batch, how) for how in (False, True)}
+        gradients = {}
+        turns = {name: iter(range(config.repeats)) for name in names}
 
         def sizes(name, step):
             return [
@@ -234,7 +235,8 @@ def bench_train(
             warm=0,
         )
         for name in names:
-            rates, first = [floor[name][1] / s for s in times["matmul", name]], gradients[names[0]]
+            rates = [floor[name][1] / s for s in times["matmul", name]]
+            first = gradients[names[0]]
             longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
             memory = (
                 peak_of(tok, lambda: call(name, 0), name)

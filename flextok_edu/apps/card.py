@@ -80,11 +80,12 @@ def read_stage(folder: Path) -> dict:  # of a packed part: what its config.json 
 def _row(folder: Path, part: str, made: dict) -> str:  # of the card's table
     own, m = read_stage(folder / part), made.get(part, {})
     s = own["stage"]
-    hours, size = (
-        (s.get("training_seconds") or s.get("seconds") or 0) / 3600,
-        (folder / part / "model.safetensors").stat().st_size / 1e6,
-    )
-    data, seed, steps, batch = m.get("data"), m.get("seed"), s.get("steps"), s.get("batch")
+    hours = (s.get("training_seconds") or s.get("seconds") or 0) / 3600
+    size = (folder / part / "model.safetensors").stat().st_size / 1e6
+    data = m.get("data")
+    seed = m.get("seed")
+    steps = s.get("steps")
+    batch = s.get("batch")
     cells = [
         part,
         f"{s['parameters'] / 1e6:.2f} M",
@@ -109,7 +110,10 @@ def _learned_from(folder: Path) -> str:  # a sentence for each part
     def said(facts):
         if isinstance(facts, str):
             return facts
-        return f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
+        return (
+            f"{facts['count']:,} pictures ({markdown(facts['source'])}), rule: {markdown(facts['rule'])}, "
+            f"hash `{re.sub('[^0-9a-zA-Z]', '?', facts['hash'])}`"
+        )
 
     return "\n".join(f"- {part}: {said(facts)}" for part, facts in found.items())
 
@@ -119,13 +123,17 @@ def _decoding(p: Preset | None, writes: bool) -> str:  # p: of its training; whe
         return ""
     e = p.evaluate
     lists = f", and write new lists with `ar_guidance={e.ar_guidance:g}`" if writes else ""
-    return f"Decode with `steps={e.steps}, guidance={e.guidance:g}`{lists}: the functions' own defaults are other ones, the commands take these. "
+    return (
+        f"Decode with `steps={e.steps}, guidance={e.guidance:g}`{lists}: the functions' own defaults are "
+        "other ones, the commands take these. "
+    )
 
 
 def _measured(folder: Path) -> str:  # the results, with the weights that they are of
     if not (folder / "table.json").exists():
         return "Nothing was measured yet."
-    report, tok = load_report(folder), open_parts({p: folder / p for p in ("vae", "tokenizer")})[1]
+    report = load_report(folder)
+    tok = open_parts({p: folder / p for p in ("vae", "tokenizer")})[1]
     these = report.card["weights"].get("tokenizer") == tokenizer_hash(tok)
     table = str(report)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", table)), default=0))  # longer than any inside
@@ -168,7 +176,9 @@ _MODEL = {
 def read_facts(
     place: Path,  # folder of a shipped model
 ) -> dict:  # what model.json says
-    "Raises FileNotFoundError if there is none, ValueError for one that cannot be true: nothing of that size is ever built."
+    """Raises FileNotFoundError if there is none, ValueError for one that cannot be true: nothing of that size
+    is ever built.
+    """
     file = place / "model.json"
     facts = conform(read_json(file, "description of a shipped model", 2**20), _MODEL, str(file))
     try:
@@ -187,7 +197,8 @@ def model_card(
 ) -> str:  # markdown
     "What it is, how it was made, how good it is, what it may be used for."
     facts = read_facts(folder)
-    p, made = from_dict(Preset, facts["preset"]) if facts["preset"] else None, facts["made"]
+    p = from_dict(Preset, facts["preset"]) if facts["preset"] else None
+    made = facts["made"]
     of = next((m["versions"] for m in made.values() if m.get("versions")), None)
 
     def said(v):

@@ -46,11 +46,13 @@ def read_settings(
     known = ["command", "options", "preset", "asked", "base", "data", "recipe", "versions", "changes"]
     if not isinstance(found, dict):
         raise UsageError(
-            f"--config {plain(path)} must hold an object with options and preset, not a {type(found).__name__}"
+            f"--config {plain(path)} must hold an object with options and preset, not a "
+            f"{type(found).__name__}"
         )
     if unknown := [k for k in found if k not in known]:
         raise UsageError(
-            f"--config {plain(path)} has a key {unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}"
+            f"--config {plain(path)} has a key "
+            f"{unknown[0]!r}{nearest(unknown[0], known) or ': it may hold options and preset'}"
         )
     try:
         conform(
@@ -60,7 +62,8 @@ def read_settings(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    p, options = found.get("preset"), {**found.get("asked", {}), **found.get("options", {})}
+    p = found.get("preset")
+    options = {**found.get("asked", {}), **found.get("options", {})}
     if "asked" in found:
         options = {
             k: v for k, v in options.items() if k not in ("minutes", "at_most")
@@ -120,7 +123,8 @@ _ELSEWHERE = {  # what other programs call it: what to write here
     "batch-size batch_size bs": "--set train_STAGE.batch=64",
     "epochs max-epochs num-epochs": "training is counted in steps: --steps N, or --set train_STAGE.steps=N",
     "max-steps iterations": "--steps N, or --set train_STAGE.steps=N",
-    "resume checkpoint ckpt load": "the same command goes on where it was stopped, nothing need be said (another learning rate from here on: --go-on lr=1e-4)",
+    "resume checkpoint ckpt load": "the same command goes on where it was stopped, nothing need be said "
+    "(another learning rate from here on: --go-on lr=1e-4)",
     "warmup weight-decay optimizer ema": "--set train_STAGE.NAME=VALUE",
     "gpu gpus cuda": "--device cuda",
     "num-workers": "--workers",
@@ -148,7 +152,8 @@ def _of_file(cls: type, found: Settings, path: str):  # an instance to start fro
     for name, value in found.options.items():
         if name not in kinds:
             raise UsageError(
-                f"--config {path} has an option {name!r}, which this command does not have{nearest(name, list(kinds))}"
+                f"--config {path} has an option {name!r}, which this command does not "
+                f"have{nearest(name, list(kinds))}"
             )
         options[name] = typed(value, kinds[name], name)
     import tyro
@@ -184,7 +189,8 @@ def command_line(
     )
     if found.preset and options.preset != found.preset.name:
         raise UsageError(
-            f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): give one of them"
+            f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): "
+            "give one of them"
         )
     return at_home(options), found.preset
 
@@ -199,7 +205,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    "SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays ignored."
+    """SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays
+    ignored.
+    """
 
     def end(number, frame):
         raise Terminated(number)
@@ -236,7 +244,11 @@ def _manners(name: str) -> Iterator[None]:
 
 # %% ../../nbs/apps/cli.ipynb #15b-b39fd0d2-1
 def _sentence(error: Exception) -> str:
-    "What went wrong, for a person. Errors that no function announced are named as what they are: a fault of ours, or a damaged file that passed all checks."
+    """What went wrong, for a person.
+
+    Errors that no function announced are named as what they are: a fault of ours, or a damaged file that
+    passed all checks.
+    """
     text = str(error) or type(error).__name__
     if (
         isinstance(error, OSError)
@@ -249,7 +261,10 @@ def _sentence(error: Exception) -> str:
         return text
     if isinstance(error, MemoryError):
         return f"out of memory ({text}): a smaller --preset, batch or number of images"
-    return f"{type(error).__name__}: {text}. Nothing announced this error: a file may be damaged in a way that no check knows, or it is a fault of the package (FLEXTOK_TRACEBACK=1 shows where)"
+    return (
+        f"{type(error).__name__}: {text}. Nothing announced this error: a file may be damaged in a way "
+        "that no check knows, or it is a fault of the package (FLEXTOK_TRACEBACK=1 shows where)"
+    )
 
 
 def command(

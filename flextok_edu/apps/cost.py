@@ -88,12 +88,13 @@ def vae_parameters(c: VAEConfig) -> dict[str, int]:  # parameters of "encoder" a
         )
         return levels, widths[-1]
 
-    z, pixels, low, top = c.latent_channels, c.in_channels * c.stem**2, c.channels[-1], c.channels[0]
+    z = c.latent_channels
+    pixels = c.in_channels * c.stem**2
+    low = c.channels[-1]
+    top = c.channels[0]
     middle = 2 * res(low, low) + (2 * low + 4 * (low * low + low) if c.attention else 0)
-    down, up = (
-        side(c.channels, c.layers, pixels, low)[0],
-        side(c.channels[::-1], c.layers + 1, low, pixels)[0],
-    )
+    down = side(c.channels, c.layers, pixels, low)[0]
+    up = side(c.channels[::-1], c.layers + 1, low, pixels)[0]
     return {
         "encoder": conv(pixels, top) + down + middle + 2 * low + conv(low, 2 * z) + conv(2 * z, 2 * z, 1),
         "decoder": conv(z, z, 1) + conv(z, low) + middle + up + 2 * top + conv(top, pixels),
@@ -114,7 +115,9 @@ def encode_positions(
 
 def encode_flops(c: TokenizerConfig, budget: int, short: bool = True) -> int:  # FLOPs an image
     "Latents to codes."
-    m, e, pixels = encode_positions(c, budget, short), c.encoder.width, c.encoder.patch**2 * c.latent_channels
+    m = encode_positions(c, budget, short)
+    e = c.encoder.width
+    pixels = c.encoder.patch**2 * c.latent_channels
     return trunk_flops(c.encoder, m) + 2 * e * (
         c.patches("encoder") * pixels + (m - c.patches("encoder")) * len(c.levels)
     )
@@ -139,12 +142,10 @@ def decode_flops(
     batch: int = 1,  # images that share the modulations
 ) -> int:  # FLOPs an image
     "Ids to latents: all passes of all steps, and the modulations."
-    d, l, n, pixels = (
-        c.decoder.width,
-        len(c.levels),
-        c.patches("decoder"),
-        c.decoder.patch**2 * c.latent_channels,
-    )
+    d = c.decoder.width
+    l = len(c.levels)
+    n = c.patches("decoder")
+    pixels = c.decoder.patch**2 * c.latent_channels
     passes = decode_positions(c, budget, guided, short)
     clock = (
         2 * (c.decoder.depth * c.modulations * 6 * d * d + 2 * d * d + c.time_features * d + d * d) / batch
@@ -157,7 +158,10 @@ def decode_flops(
 
 # %% ../../nbs/apps/cost.ipynb #16-61a9d516
 def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and convolutions in run()
-    "PyTorch's own count; `run` may live on the meta device. (The counter stumbles over parameters that want a gradient: switch that off first.)"
+    """PyTorch's own count; `run` may live on the meta device.
+
+    (The counter stumbles over parameters that want a gradient: switch that off first.)
+    """
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
@@ -165,7 +169,9 @@ def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and con
 
 # %% ../../nbs/apps/cost.ipynb #16-d796ece8
 class PeakMemory(TorchDispatchMode):
-    "Inside `with PeakMemory() as peak:`, `peak.most` is the largest number of bytes in tensors alive at once."
+    """Inside `with PeakMemory() as peak:`, `peak.most` is the largest number of bytes in tensors alive at
+    once.
+    """
 
     def __init__(self):
         super().__init__()
@@ -249,17 +255,17 @@ def training_line(
 
 def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
     "Weights of tokenizer and VAE, and the most that one guided decode of one image needs, up to the pixels."
-    c, tok, vae = p.tokenizer, on_meta(lambda: FlexTok(p.tokenizer)), on_meta(lambda: VAE(p.vae))
+    c = p.tokenizer
+    tok = on_meta(lambda: FlexTok(p.tokenizer))
+    vae = on_meta(lambda: VAE(p.vae))
     both = nn.ModuleList([tok, vae])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         faked(both)
 
         def run():
             modulations = tok.decoder.modulations(torch.empty(steps))
-            x, now = (
-                torch.empty(1, c.latent_channels, c.latent_size, c.latent_size),
-                [m[:1] for m in modulations],
-            )
+            x = torch.empty(1, c.latent_channels, c.latent_size, c.latent_size)
+            now = [m[:1] for m in modulations]
             for told in (
                 tok.decoder.condition(torch.empty(1, budget, len(c.levels)), budget, short=True),
                 tok.decoder.null_condition(1, True),
@@ -279,11 +285,13 @@ def describe(p: Preset) -> str:  # a page of text
         "AR model": ar_parameters(p.ar),
     }
     lines = [
-        f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x {c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words",
+        f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x "
+        f"{c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words",
         "",
         "parameters",
     ] + [
-        f"  {name:10} {sum(count.values()) / 1e6:9.2f} M   ({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})"
+        f"  {name:10} {sum(count.values()) / 1e6:9.2f} M   "
+        f"({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})"
         for name, count in part.items()
     ]
     image = lambda: torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
@@ -307,11 +315,13 @@ def describe(p: Preset) -> str:  # a page of text
         f"GFLOPs an image (decode: {e.steps} steps, guidance {e.guidance:g}; plain / with the short cuts)",
     ] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in flops.items()]
     lines += [
-        f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / {encode_flops(c, k) / 1e9:12,.2f}"
+        f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / "
+        f"{encode_flops(c, k) / 1e9:12,.2f}"
         for k in some
     ]
     lines += [
-        f"  decode, {k:3} tokens     {decode_flops(c, k, e.steps, e.guidance != 1, False) / 1e9:12,.2f}  / {decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}"
+        f"  decode, {k:3} tokens     {decode_flops(c, k, e.steps, e.guidance != 1, False) / 1e9:12,.2f}  / "
+        f"{decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}"
         for k in some
     ]
     latents = lambda b: torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
@@ -338,16 +348,19 @@ def describe(p: Preset) -> str:  # a page of text
     }
     lines += [
         "",
-        "memory of a training step, float32, eager (weights, gradients, AdamW, EMA, activations; the VAE without its critic and perceptual network)",
+        "memory of a training step, float32, eager (weights, gradients, AdamW, EMA, activations; the VAE "
+        "without its critic and perceptual network)",
     ]
     for name, (batch, build, loss) in steps.items():
         fixed, each = training_line(build, loss)
         lines.append(
-            f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; {fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}"
+            f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; "
+            f"{fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}"
         )
     lines += [
         "",
-        f"memory of decoding one image, float32: {decoding_bytes(p, c.registers, e.steps) / giga:.2f} GB (weights of tokenizer and VAE included)",
+        f"memory of decoding one image, float32: {decoding_bytes(p, c.registers, e.steps) / giga:.2f} GB "
+        "(weights of tokenizer and VAE included)",
     ]
     return "\n".join(lines)
 
@@ -358,7 +371,9 @@ def info_main() -> None:
     names = sys.argv[1:]
     if not names or names[0] in ("-h", "--help"):
         print(
-            "usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded or allocated."
+            "usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a "
+            "preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded "
+            "or allocated."
         )
         return
     try:

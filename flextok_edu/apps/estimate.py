@@ -79,7 +79,10 @@ class Estimate:
 
 # %% ../../nbs/apps/estimate.ipynb #15b-9966a18a
 def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
-    "A training step with fake tensors (cost): nothing is allocated. (The VAE without critic and perceptual network.)"
+    """A training step with fake tensors (cost): nothing is allocated.
+
+    (The VAE without critic and perceptual network.)
+    """
     c = p.tokenizer
     if stage == "vae":
         return training_line(
@@ -133,7 +136,8 @@ def estimate(
     device, found = pick_device(str(device)), []
     feature_extractor = extractor(device=device) if p.vae_loss.perceptual else None
     for name in [s for s in STAGES if (not only or s in only) and (s != "classifier" or few.scenes)]:
-        config, half = getattr(p, f"train_{name}"), None if name == "classifier" else precision
+        config = getattr(p, f"train_{name}")
+        half = None if name == "classifier" else precision
 
         def pace(batch, steps, seconds):
             q = override(p, {f"train_{name}.batch": batch})
@@ -171,7 +175,11 @@ def _hours(hours: float) -> str:
 def estimate_line(e: Estimate) -> str:
     "A line of the table."
     scaled = "" if e.pace.batch == e.batch else f", measured with {e.pace.batch} a step and scaled"
-    return f"{e.stage:10} {e.images_per_second:10,.2f} {e.pace.share:6.0%} {e.pace.peak / 1e9:8.2f} GB {e.memory / 1e9:8.2f} GB {e.steps:9,} x {e.batch:<4} {_hours(e.hours):>14}   ({e.pace.steps} step{'s' * (e.pace.steps > 1)}{scaled})"
+    return (
+        f"{e.stage:10} {e.images_per_second:10,.2f} {e.pace.share:6.0%} {e.pace.peak / 1e9:8.2f} GB "
+        f"{e.memory / 1e9:8.2f} GB {e.steps:9,} x {e.batch:<4} {_hours(e.hours):>14}   ({e.pace.steps} "
+        f"step{'s' * (e.pace.steps > 1)}{scaled})"
+    )
 
 # %% ../../nbs/apps/estimate.ipynb #15b-26c5c4c6-1
 def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimate]:
@@ -194,8 +202,10 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     reading = (time.perf_counter() - began) / len(few)
     count = o.train_images or (p.train_images if o.data == "scenes" else 0)
     print(
-        f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} threads; {few.source}\n"
-        f"{'stage':10} {'images/s':>10} {'matmul':>6} {'memory':>11} {'preset':>11} {'steps x batch':>16} {'time':>14}",
+        f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} "
+        f"threads; {few.source}\n"
+        f"{'stage':10} {'images/s':>10} {'matmul':>6} {'memory':>11} {'preset':>11} {'steps x batch':>16} "
+        f"{'time':>14}",
         flush=True,
     )
     found = estimate(
@@ -210,7 +220,8 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
         lambda line: print(line, flush=True),
     )
     print(
-        f"{'in all':10} {'':10} {'':6} {max(e.pace.peak for e in found) / 1e9:8.2f} GB {max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}",
+        f"{'in all':10} {'':10} {'':6} {max(e.pace.peak for e in found) / 1e9:8.2f} GB "
+        f"{max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}",
         flush=True,
     )
     vae = VAE(p.vae).to(device).eval()
@@ -224,16 +235,22 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
             else ""
         )
         print(
-            f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a time{all_}",
+            f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a "
+            f"time{all_}",
             flush=True,
         )
     if o.data == "scenes":
         print(
-            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are {count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > machine_memory() / 2 else ''}",
+            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are "
+            f"{count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} "
+            f"h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > machine_memory() / 2 else ''}",
             flush=True,
         )
     print(
-        f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix products alone reach here. Times are {SUSTAINED:g} times those of the first steps; compilation makes them somewhat shorter.",
+        f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted "
+        "for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix "
+        f"products alone reach here. Times are {SUSTAINED:g} times those of the first steps; compilation "
+        "makes them somewhat shorter.",
         flush=True,
     )
     return found

@@ -75,7 +75,10 @@ class ShowOptions:
     "What both commands take."
 
     model: str | None = None
-    "A model that comes with the package (or, to reconstruct, the folder of a run). By default tiny, or the first that there is."
+    """A model that comes with the package (or, to reconstruct, the folder of a run).
+
+    By default tiny, or the first that there is.
+    """
     device: str = "auto"
     "auto, cpu, cuda or mps."
     seed: int = 0
@@ -126,15 +129,11 @@ def reconstruct(
     "Read, tokenise, decode, draw."
     paths, name = _photos(o), _model(o.model)
     tok = open_tokenizer(name, pick_device(o.device))
-    budgets, size, usual = (
-        parse_budgets(o.budgets, tok.config.registers),
-        size_of(tok),
-        sampling_defaults(name),
-    )
-    steps, guidance = (
-        usual.steps if o.steps is None else o.steps,
-        usual.guidance if o.guidance is None else o.guidance,
-    )
+    budgets = parse_budgets(o.budgets, tok.config.registers)
+    size = size_of(tok)
+    usual = sampling_defaults(name)
+    steps = usual.steps if o.steps is None else o.steps
+    guidance = usual.guidance if o.guidance is None else o.guidance
     squares, good = read_squares(paths, size, False)
     broken = [str(f) for i, f in enumerate(paths) if i not in good]
     if not good:
@@ -148,10 +147,8 @@ def reconstruct(
             *(tok.detokenize(ids[:, :k], steps, guidance, o.seed) for k in budgets),
         ]
     tops = ["original", "VAE alone", *(f"{k} token{'s' * (k > 1)}" for k in budgets)]
-    rows, names = (
-        [torch.stack([c[j] for c in columns]) for j in range(len(good))],
-        [drawable(paths[i].stem[:14]) for i in good],
-    )
+    rows = [torch.stack([c[j] for c in columns]) for j in range(len(good))]
+    names = [drawable(paths[i].stem[:14]) for i in good]
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "strip.png"
         picture_rows(
@@ -196,7 +193,8 @@ class TrainedOn(ImageSet):
 
 def trained_on(name: str, facts: dict, place: Path, size: int) -> TrainedOn:  # size: of its images
     "What a shipped model says of the pictures that its tokenizer learned from."
-    made, learned = facts["made"].get("tokenizer", {}), load_learned(place / "tokenizer")
+    made = facts["made"].get("tokenizer", {})
+    learned = load_learned(place / "tokenizer")
     source = (
         learned.source if learned else f"{made.get('data') or 'unknown data'}, seed {known(made.get('seed'))}"
     )
@@ -241,7 +239,10 @@ class DemoOptions(ShowOptions):
     out: str = "runs/demo"
     "Folder for report.html, pictures and table."
     minutes: float = 3.0
-    "Be ready after about so long; how much is measured depends on it. Sixteen scenes are in any case, which takes mini some minutes more on a CPU."
+    """Be ready after about so long; how much is measured depends on it.
+
+    Sixteen scenes are in any case, which takes mini some minutes more on a CPU.
+    """
     images: int | None = None
     "Measure on at most so many held-out scenes."
     force: bool = False
@@ -253,7 +254,8 @@ def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts o
     name, out = _model(o.model), Path(o.out).expanduser()
     if name not in shipped_models():
         raise UsageError(
-            f"--model {name}: not among the models that come with the package ({', '.join(shipped_models()) or 'none'})"
+            f"--model {name}: not among the models that come with the package "
+            f"({', '.join(shipped_models()) or 'none'})"
         )
     if not (math.isfinite(o.minutes) and o.minutes > 0) or o.images is not None and o.images < 2:
         raise UsageError(f"--minutes {o.minutes} --images {o.images}: more than 0, and at least 2")
@@ -272,7 +274,8 @@ def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts o
     facts = read_facts(place)
     if not facts["preset"]:
         raise ValueError(
-            f"{place / 'model.json'} does not know the preset that {name} was trained with: pack it again, with the run.json of its training beside the weights"
+            f"{place / 'model.json'} does not know the preset that {name} was trained with: pack it again, "
+            "with the run.json of its training beside the weights"
         )
     return name, place, facts
 
@@ -286,17 +289,17 @@ def _shown(place: Path, part: str) -> dict:  # a line of the page's table
 # %% ../../nbs/apps/explore.ipynb #17-095d53ae-1
 def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     "Load, measure, draw."
-    began, (name, place, facts), device = time.perf_counter(), _shipped(o), pick_device(o.device)
+    began = time.perf_counter()
+    (name, place, facts) = _shipped(o)
+    device = pick_device(o.device)
     ready_to_write(o.out)  # better known now than after the measurement
     p = from_dict(Preset, facts["preset"])
     seed_everything(o.seed)
     tok = FlexTok.from_pretrained(name, device=device)
     ar = ARModel.from_pretrained(name, device=device, tokenizer=tok)
     reader = AttributeClassifier.from_pretrained(name, device=device)
-    reference, e = (
-        extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device),
-        p.evaluate,
-    )
+    reference = extractor(device=device) if p.image_size <= 224 else extractor(size=224, device=device)
+    e = p.evaluate
     few = from_uint8(held_out_scenes(p, o.seed, 12).images).to(device)
     n = min(
         o.images or e.images,
@@ -305,10 +308,8 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
     )  # 25 s: this process's start, pictures
     p = replace(p, evaluate=replace(e, images=n, samples=min(e.samples, max(2, n // 2))))
     print(f"{name}: {n} held-out scenes, {p.evaluate.samples} new ones", flush=True)
-    logs, stages = (
-        {part: log for part in PARTS if (log := read_log(place / part))},
-        [_shown(place, part) for part in PARTS],
-    )
+    logs = {part: log for part in PARTS if (log := read_log(place / part))}
+    stages = [_shown(place, part) for part in PARTS]
     p = replace(
         p,
         **{
@@ -338,7 +339,8 @@ def demo(o: DemoOptions, base: Preset | None = None) -> Path:  # report.html
         learned,
     )
     print(
-        f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - began) / 60:.1f} minutes)",
+        f"\n{report}\n\neverything is in {o.out}; open {job.out / 'report.html'}   "
+        f"({(time.perf_counter() - began) / 60:.1f} minutes)",
         flush=True,
     )
     return job.out / "report.html"

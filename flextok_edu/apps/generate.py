@@ -44,13 +44,12 @@ class DecodeOptions(Common):
     def decoding(self, model: str) -> tuple[int, float]:  # steps, guidance
         "As asked for, or as this model is used to. Raises UsageError for numbers that no decoder can follow."
         usual = sampling_defaults(model)
-        steps, guidance = (
-            usual.steps if self.steps is None else self.steps,
-            usual.guidance if self.guidance is None else self.guidance,
-        )
+        steps = usual.steps if self.steps is None else self.steps
+        guidance = usual.guidance if self.guidance is None else self.guidance
         if steps < 1 or not -1000 <= guidance <= 1000:
             raise UsageError(
-                f"--steps {steps} --guidance {guidance:g}: at least one step, and a guidance in -1000 .. 1000 (useful: 1 to 8)"
+                f"--steps {steps} --guidance {guidance:g}: at least one step, and a guidance in -1000 .. "
+                "1000 (useful: 1 to 8)"
             )
         return steps, guidance
 
@@ -66,7 +65,10 @@ def _file_name(name: str, k: int) -> str:
 
 
 def _may_write(out: str, names: list[str], counts: list[int], force: bool) -> Path:  # the folder
-    "Before anything is decoded. Raises OSError or ValueError for a folder, or a file in it, that must not be written to."
+    """Before anything is decoded.
+
+    Raises OSError or ValueError for a folder, or a file in it, that must not be written to.
+    """
     folder = ready_to_write(out)
     for file in [_file_name(name, k) for name in names for k in counts] + ["sheet.png"]:
         may_replace(folder / file, force, [])
@@ -86,11 +88,15 @@ def _sheet(
 def _write_pictures(
     folder: Path, names: list[str], rows: list[Tensor], counts: list[list[int]], columns: int
 ) -> None:
-    "A file for each picture and count, and all on one sheet. rows: of each name, images (m 3 h w) in [-1, 1]; counts: their tokens."
+    """A file for each picture and count, and all on one sheet.
+
+    rows: of each name, images (m 3 h w) in [-1, 1]; counts: their tokens.
+    """
     for name, images, ks in zip(names, rows, counts):
         if not torch.isfinite(images).all():
             raise ValueError(
-                f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, or --device cpu; nothing was written of it"
+                f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, "
+                "or --device cpu; nothing was written of it"
             )
         for image, k in zip(images, ks):
             save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
@@ -98,7 +104,9 @@ def _write_pictures(
     save_picture(folder / "sheet.png", _sheet(shown, columns))
     count = sum(map(len, counts))
     print(
-        f"{count} pictures in {plain(folder)}, {'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on {plain(folder / 'sheet.png')}",
+        f"{count} pictures in {plain(folder)}, "
+        f"{'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on "
+        f"{plain(folder / 'sheet.png')}",
         flush=True,
     )
 
@@ -121,18 +129,18 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     names, ids = read_ids(o.ids, tok)
     for k in o.budgets:
         tok._check_budget(k)
-    names, (steps, guidance) = (
-        [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)],
-        o.decoding(o.tokenizer),
-    )
+    names = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)]
+    (steps, guidance) = o.decoding(o.tokenizer)
     counts = [sorted({k for k in o.budgets if k <= len(row)} if o.budgets else {len(row)}) for row in ids]
     if not any(counts):
         raise UsageError(
-            f"--budgets {' '.join(map(str, o.budgets))}: no picture in {plain(o.ids)} has so many tokens (the most: {max(map(len, ids))})"
+            f"--budgets {' '.join(map(str, o.budgets))}: no picture in {plain(o.ids)} has so many tokens "
+            f"(the most: {max(map(len, ids))})"
         )
     if short := sum(len(set(o.budgets)) > len(ks) for ks in counts) if o.budgets else 0:
         print(
-            f"flextok_detokenize: note: {short} of {len(ids)} pictures have fewer tokens than --budgets asks for; those counts are left out",
+            f"flextok_detokenize: note: {short} of {len(ids)} pictures have fewer tokens than --budgets "
+            "asks for; those counts are left out",
             file=sys.stderr,
             flush=True,
         )
@@ -167,9 +175,13 @@ class GenerateOptions(DecodeOptions):
     classes: Positional[tuple[str, ...]]
     "Names or numbers of classes, or all."
     ar: str
-    "Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package: tiny, mini."
+    """Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package:
+    tiny, mini.
+    """
     tokenizer: str | None = None
-    "Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with it."
+    """Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with
+    it.
+    """
     seeds: tuple[int, ...] = (0,)
     "One picture of each class for each seed."
     ar_guidance: float | None = None
@@ -202,7 +214,8 @@ def _its_tokenizer(ar: str) -> str:  # a folder, or a shipped model
             if there := next((f for f in places if f.is_dir()), None):
                 return str(there)
             raise UsageError(
-                f"--tokenizer is missing: this AR model was trained with {plain(whose)}, which is not there any more (or was given from another folder): say where its tokenizer lies now"
+                f"--tokenizer is missing: this AR model was trained with {plain(whose)}, which is not "
+                "there any more (or was given from another folder): say where its tokenizer lies now"
             )
         if (file.parent / "tokenizer" / "config.json").is_file():
             return str(file.parent / "tokenizer")
@@ -235,17 +248,14 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     budgets = list(o.budgets) or [tok.config.registers]
     for k in budgets:
         tok._check_budget(k)
-    wanted, each = (
-        list(dict.fromkeys(wanted)),
-        list(dict.fromkeys(o.seeds)),
-    )  # whatever is said twice is one file
+    # whatever is said twice is one file
+    wanted = list(dict.fromkeys(wanted))
+    each = list(dict.fromkeys(o.seeds))
     labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
     steps, guidance = o.decoding(whose)
     usual = sampling_defaults(o.ar)
-    g, temperature = (
-        usual.ar_guidance if o.ar_guidance is None else o.ar_guidance,
-        usual.temperature if o.temperature is None else o.temperature,
-    )
+    g = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance
+    temperature = usual.temperature if o.temperature is None else o.temperature
     if not (math.isfinite(g) and math.isfinite(temperature) and temperature >= 0):
         raise UsageError(
             f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more"

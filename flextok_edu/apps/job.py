@@ -123,7 +123,8 @@ def _stored(
         differs += [f"{k}: {a!r} then, {b!r} now" for k, a, b in differences(stored["base"], base)]
     if differs:
         raise ValueError(
-            f"{config.out} holds a run with other settings ({'; '.join(differs)}): choose another --out, or remove the folder"
+            f"{config.out} holds a run with other settings ({'; '.join(differs)}): choose another --out, "
+            "or remove the folder"
         )
     return stored
 
@@ -145,7 +146,9 @@ def _under_way(out: Path) -> str:  # the stage that was interrupted
         if any((out / name / "checkpoints").glob("step-*")):
             return name
     raise ValueError(
-        f"--go-on: no stage of the run in {plain(out)} was interrupted after a checkpoint, so there is nothing to go on with; to train with other settings from the start, choose another --out and --set"
+        f"--go-on: no stage of the run in {plain(out)} was interrupted after a checkpoint, so there is "
+        "nothing to go on with; to train with other settings from the start, choose another --out and "
+        "--set"
     )
 
 # %% ../../nbs/apps/job.ipynb #15-94abd884-1
@@ -153,17 +156,18 @@ def prepare(
     config: RunConfig,
     base: Preset | None = None,  # sizes and steps; by default those of config.preset
     classes: int | None = None,  # that were asked for; by default as many as the pictures have
-    aside: Callable
-    | None = None,  # begin anew: called when nothing can go wrong any more, gives what lies there another name
+    # begin anew: called when nothing can go wrong any more, gives what lies there another name
+    aside: Callable | None = None,
 ) -> RunContext:
-    "Check, read the images, decide the step counts. Raises ValueError for settings that make no sense or contradict a run begun in the same folder."
+    """Check, read the images, decide the step counts.
+
+    Raises ValueError for settings that make no sense or contradict a run begun in the same folder.
+    """
     check(config)
     base, out = base or preset(config.preset), Path(config.out).expanduser()
-    stored, began, device = (
-        None if aside else _stored(config, as_json(base)),
-        time.perf_counter(),
-        pick_device(config.device),
-    )
+    stored = None if aside else _stored(config, as_json(base))
+    began = time.perf_counter()
+    device = pick_device(config.device)
     p, precision = base, pick_precision(config.precision, device)
     changes, asked = (stored or {}).get("changes", {}), parse_go_on(config.go_on)
     for name, settings in changes.items():
@@ -194,7 +198,8 @@ def prepare(
     data = {"train": train.hash, "val": val.hash}
     if classes not in (None, len(train.classes)):
         raise ValueError(
-            f"ar.classes={classes} was asked for, but these pictures have {len(train.classes)} classes: leave it out, the pictures decide"
+            f"ar.classes={classes} was asked for, but these pictures have {len(train.classes)} classes: "
+            "leave it out, the pictures decide"
         )
     if aside and (place := aside()):
         print(f"{plain(out)} is now {plain(place)}", flush=True)
@@ -203,7 +208,9 @@ def prepare(
     if stored:
         if stored["data"] != data:
             raise ValueError(
-                f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was begun with (or it was begun before pictures were divided by their bytes): what it trained on and what it held out would mix; choose another --out"
+                f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was "
+                "begun with (or it was begun before pictures were divided by their bytes): what it "
+                "trained on and what it held out would mix; choose another --out"
             )
         p = from_dict(Preset, stored["preset"])
     else:
@@ -250,7 +257,9 @@ def _decide(
     if config.steps:
         return with_steps(p, {name: config.steps for name in STAGES})
     print("probing how long this will take ...", flush=True)
-    rates, once = probe(p, train, len(val), device, precision), 25  # 25 s: compiling, caching latents
+    # 25 s: compiling, caching latents
+    rates = probe(p, train, len(val), device, precision)
+    once = 25
     p, seconds = plan(p, rates, config.minutes, config.at_most, time.perf_counter() - began + once)
     print(
         "about "

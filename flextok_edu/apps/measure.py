@@ -49,7 +49,9 @@ def compare_main() -> None:
     options = [a for a in sys.argv[1:] if a.startswith("-")]
     if not paths or "-h" in options or "--help" in options:
         print(
-            "usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or files table.json. Conditions that differ are marked;\nnumbers that depend on them are not ranked, unless --force."
+            "usage: flextok_compare A B [C ...] [--force]\n\nResults side by side: folders of runs, or "
+            "files table.json. Conditions that differ are marked;\nnumbers that depend on them are not "
+            "ranked, unless --force."
         )
         return
     if unknown := [o for o in options if o != "--force"]:
@@ -64,7 +66,8 @@ def compare_main() -> None:
     )
     if wrong and not found.force:
         sys.exit(
-            f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks all the same"
+            f"flextok_compare: not everything was ranked, because {', '.join(wrong)} differ or are not "
+            "stated; --force ranks all the same"
         )
 
 # %% ../../nbs/apps/measure.ipynb #15b-a7ebfd76
@@ -73,7 +76,9 @@ class EvalOptions(DataOptions):
     "The table of quality against token count, on held-out pictures; with --ar also of new ones."
 
     tokenizer: Positional[str]
-    "Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the package: tiny, mini, clipart."
+    """Folder of the tokenizer (or of a whole flextok_run), or the name of a model that comes with the
+    package: tiny, mini, clipart.
+    """
     out: str
     "Folder for table.json, table.csv, table_scores.safetensors, quality.png and run.json."
     ar: str | None = None
@@ -83,11 +88,16 @@ class EvalOptions(DataOptions):
     force: bool = False
     "Replace files that this package did not write."
     preset: str = ""
-    "For the counts, steps and guidance of the measurement. By default that with which the tokenizer was made."
+    """For the counts, steps and guidance of the measurement.
+
+    By default that with which the tokenizer was made.
+    """
 
 
 def _only_results(out: Path, force: bool) -> None:
-    "Raises UsageError for the folder of a training or a run, ValueError for files that this package did not write."
+    """Raises UsageError for the folder of a training or a run, ValueError for files that this package did not
+    write.
+    """
     if (out / "run.json").is_file():
         try:
             whose = read_settings(out / "run.json").command
@@ -95,7 +105,8 @@ def _only_results(out: Path, force: bool) -> None:
             whose = "something else"
         if (whose or "").split()[:1] != ["flextok_eval"]:
             raise UsageError(
-                f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would be replaced: choose another folder"
+                f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would "
+                "be replaced: choose another folder"
             )
     may_fill(out, ["table.json", "table.csv", "table_scores.safetensors", "quality.png"], force)
 
@@ -103,7 +114,11 @@ def _only_results(out: Path, force: bool) -> None:
 def _to_measure_on(
     o: EvalOptions, p: Preset, known: dict[str, Learned | None]
 ) -> tuple:  # as `open_pictures`
-    "Held-out pictures. A model that is older than the rule by which pictures are divided has a record that says which it has not seen."
+    """Held-out pictures.
+
+    A model that is older than the rule by which pictures are divided has a record that says which it has not
+    seen.
+    """
     record = older_than_the_rule(known)
     if record is not None and Path(o.data).is_dir() and not on_disk(o.data, o.from_disk):
         with contextlib.suppress(ValueError):
@@ -143,7 +158,8 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     for part, said in learned.items():
         if said["overlap"] != "none" and said["overlap"] != 0:
             print(
-                f"flextok_eval: note: the {part} learned from {said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}",
+                f"flextok_eval: note: the {part} learned from "
+                f"{said['overlap'] if isinstance(said['overlap'], str) else str(said['overlap']) + ' of these pictures, which are left out'}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -28,13 +28,21 @@ class Common:
     "What every command takes."
 
     config: str | None = None
-    "Start from a file: the run.json of a finished run, or one of your own. What is given besides goes before it."
+    """Start from a file: the run.json of a finished run, or one of your own.
+
+    What is given besides goes before it.
+    """
     set: tuple[str, ...] = ()
-    "Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3 tokenizer.encoder.depth=4"
+    """Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3
+    tokenizer.encoder.depth=4
+    """
     device: str = "auto"
     "auto, cpu, cuda or mps."
     seed: int = 0
-    "Names the scenes, the initialisation, the order, the noise. (What is held out depends on the pictures alone.)"
+    """Names the scenes, the initialisation, the order, the noise.
+
+    (What is held out depends on the pictures alone.)
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +50,24 @@ class DataOptions(Common):
     "Which pictures."
 
     data: str = "scenes"
-    "scenes; a folder of images, with or without class subfolders, or with train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
+    """scenes; a folder of images, with or without class subfolders, or with train/ and val/; a named set
+    (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name.
+    """
     data_root: str | None = None
     "Where named sets lie, or are downloaded to; ~/.cache/flextok_edu by default."
     download: bool = False
     "Download a named set that is not there."
     from_disk: bool = False
-    "Read the images of a folder or a set while training, instead of holding all in memory. (Tar shards and hub sets always are.)"
+    """Read the images of a folder or a set while training, instead of holding all in memory.
+
+    (Tar shards and hub sets always are.)
+    """
     workers: int = 0
     "Processes that decode, if images are read from the disk."
     train_images: int | None = None
-    "Draw so many scenes for training instead of the preset's number; of anything else, use at most so many images."
+    """Draw so many scenes for training instead of the preset's number; of anything else, use at most so many
+    images.
+    """
 
 # %% ../../nbs/apps/models.ipynb #15b-69a3e73b
 def _holds(folder: Path, key: str) -> bool:  # whether a model with this setting lies there
@@ -104,7 +119,8 @@ def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # t
     )
     if len(names) != model.config.classes:
         raise ValueError(
-            f"--ar {plain(folder)} names {len(names)} classes, and its model has {model.config.classes}: config.json is damaged"
+            f"--ar {plain(folder)} names {len(names)} classes, and its model has {model.config.classes}: "
+            "config.json is damaged"
         )
     return model.to(tok.device), names
 
@@ -131,7 +147,9 @@ def training_preset(model: str) -> Preset | None:  # model: a folder of a run, o
 
 
 def preset_beside(model: str, part: str) -> Preset | None:
-    "The preset of another part of the same model; of a shipped model and a whole run, one preset holds for all."
+    """The preset of another part of the same model; of a shipped model and a whole run, one preset holds for
+    all.
+    """
     place = Path(model).expanduser()
     if model in shipped_models() or not (place / "run.json").is_file() or not _holds(place, "registers"):
         return training_preset(model)
@@ -145,7 +163,9 @@ def sampling_defaults(model: str) -> EvalConfig:  # model: as above
 
 
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
-    "The preset of --config; else --preset; else that with which one of these folders (or shipped models) was made; else micro. Then --set."
+    """The preset of --config; else --preset; else that with which one of these folders (or shipped models)
+    was made; else micro. Then --set.
+    """
     if base is None and o.preset:
         base = preset(o.preset)
     for folder in folders:

@@ -43,9 +43,12 @@ def nearest(name: str, names: list[str]) -> str:  # ": did you mean …?", or no
 # %% ../../nbs/apps/options.ipynb #15b-d5d0a8bf-1
 def typed(value, kind, name: str):  # the value in its type
     "A value of json, or the text of a command line, as what a field takes. Raises UsageError."
-    origin, inner, text = typing.get_origin(kind), typing.get_args(kind), isinstance(value, str)
+    origin = typing.get_origin(kind)
+    inner = typing.get_args(kind)
+    text = isinstance(value, str)
     wrong = UsageError(
-        f"{name}={value if text else json.dumps(value)}: this must be {getattr(kind, '__name__', kind) if not origin else str(kind).replace('typing.', '')}"
+        f"{name}={value if text else json.dumps(value)}: this must be "
+        f"{getattr(kind, '__name__', kind) if not origin else str(kind).replace('typing.', '')}"
     )
     if origin is Literal:
         if value in inner:
@@ -86,7 +89,10 @@ def override(
     config,  # a configuration dataclass: a Preset, for example
     settings: dict[str, object],  # dotted name -> value: text, what json gives, or a dictionary for a group
 ):  # the same with these values
-    "Change single values anywhere in a configuration. Raises UsageError for names that do not exist and values of another type."
+    """Change single values anywhere in a configuration.
+
+    Raises UsageError for names that do not exist and values of another type.
+    """
     for name, value in settings.items():
         config = _put(config, name.split("."), value, name, setting_names(config))
     try:

@@ -80,7 +80,9 @@ class StepProfile:
 
 # %% ../../nbs/apps/pace.ipynb #15-699471f7
 class Stopwatch(Shares):
-    "Times `steps` steps, or as many as `seconds` allow (one at least), and leaves the training by an exception."
+    """Times `steps` steps, or as many as `seconds` allow (one at least), and leaves the training by an
+    exception.
+    """
 
     def __init__(
         self,
@@ -92,7 +94,11 @@ class Stopwatch(Shares):
         recompute: bool = False,
     ):
         super().__init__(device, precision, micro, recompute=recompute)
-        self.wanted, self.limit, self.times, self.spent, self.flops = steps, seconds, [], [], 0
+        self.wanted = steps
+        self.limit = seconds
+        self.times = []
+        self.spent = []
+        self.flops = 0
         _reset_peak(self.device)
 
     def micro_batches(self, step: int) -> list[tuple[object, float]]:
@@ -156,15 +162,15 @@ def dummy_stages(
     feature_extractor: nn.Module | None = None,  # for the VAE's perceptual loss
     device="cpu",
 ) -> dict[str, Callable]:  # stage -> a function of an engine, that trains until the engine has had enough
-    "Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the same shape."
+    """Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the
+    same shape.
+    """
     q = with_steps(
         replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.0)), dict.fromkeys(STAGES, 10**6)
     )  # with the adversary: the dear half of the training, to be careful
     c, k = p.tokenizer, len(few)
-    vae, noise = (
-        VAE(p.vae).to(device).eval(),
-        Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size)),
-    )
+    vae = VAE(p.vae).to(device).eval()
+    noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
     stages = {
         "vae": lambda engine: train_vae(
             few, q, feature_extractor, device=device, progress=False, engine=engine
@@ -198,7 +204,9 @@ def probe(
     device="cpu",
     precision: torch.dtype | None = None,
 ) -> dict[str, float]:  # seconds a step of each stage, and "evaluate": seconds of the whole evaluation
-    "Measure a few steps of every stage with throwaway weights (compilation is not probed: it makes training somewhat faster)."
+    """Measure a few steps of every stage with throwaway weights (compilation is not probed: it makes training
+    somewhat faster).
+    """
     few = some(train, 512)
     stages = dummy_stages(p, few, extractor(device=device), device)
     rates = {

@@ -47,7 +47,8 @@ def picture_rows(
     sheet = grid(
         torch.cat(rows), b, scale, gap
     )  # one picture of them all: an axis for each takes eight times as long
-    width, height = max(left + sheet.shape[1] + 5, 7 * len(title)), top + sheet.shape[0] + 5
+    width = max(left + sheet.shape[1] + 5, 7 * len(title))
+    height = top + sheet.shape[0] + 5
     fig = Figure(figsize=(width / 100, height / 100), dpi=100)
     FigureCanvasAgg(fig)
     fig.figimage(sheet, left, 5)
@@ -95,7 +96,8 @@ def picture_samples(
     seed: int,
 ) -> None:
     "One new picture per class (at most 12), at growing token counts."
-    shown, counts = torch.arange(min(12, len(classes))), token_counts(tok.config.registers)
+    shown = torch.arange(min(12, len(classes)))
+    counts = token_counts(tok.config.registers)
     if len(shown) < 4:
         shown = shown.repeat(8 // len(shown))  # few classes: several pictures of each
     rows = [sample_images(ar, tok, shown, k, steps, guidance, ar_guidance, temperature, seed) for k in counts]
@@ -133,7 +135,8 @@ def collect_expected(
     runs = [json.loads((Path(f) / "run.json").read_text(encoding="utf-8")) for f in folders]
     if not runs or any(r["preset"] != runs[0]["preset"] or r["asked"]["data"] != "scenes" for r in runs):
         raise ValueError(
-            f"{', '.join(map(str, folders))} are not runs of one job: they must have the same preset (step counts too), on scenes"
+            f"{', '.join(map(str, folders))} are not runs of one job: they must have the same preset (step "
+            "counts too), on scenes"
         )
     seeds = [r["asked"]["seed"] for r in runs]
     if len(set(seeds)) < len(seeds):
@@ -143,7 +146,8 @@ def collect_expected(
     stages = {}
     for name in STAGES:
         logs = [json.loads((Path(f) / name / "log.json").read_text(encoding="utf-8")) for f in folders]
-        steps, pieces = runs[0]["preset"][f"train_{name}"]["steps"], max(1, min(bins, len(logs[0]) // 2))
+        steps = runs[0]["preset"][f"train_{name}"]["steps"]
+        pieces = max(1, min(bins, len(logs[0]) // 2))
         stages[name] = {
             "steps": steps,
             "keys": {
@@ -240,8 +244,10 @@ def picture_losses(
 
 # %% ../../nbs/apps/page.ipynb #15-1978601a
 PICTURES = {
-    "reconstructions.png": "The same held-out pictures from 1, 2, 4, … tokens. Every row is a complete picture: what the tokens do not say, the decoder invents.",
-    "samples.png": "New pictures for each class. From row to row the AR model writes more tokens; the ones before stay.",
+    "reconstructions.png": "The same held-out pictures from 1, 2, 4, … tokens. Every row is a complete "
+    "picture: what the tokens do not say, the decoder invents.",
+    "samples.png": "New pictures for each class. From row to row the AR model writes more tokens; the ones "
+    "before stay.",
     "quality.png": "Each score against the token count.",
     "losses.png": "Training losses (logarithmic axes).",
 }
@@ -260,7 +266,10 @@ def write_report(
 
     def image(name, caption):
         data = base64.b64encode((folder / name).read_bytes()).decode()
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        return (
+            f'<figure><img src="data:image/png;base64,{data}" '
+            f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
 
     def cell(value, form):
         return format(value, form) if value else ""

@@ -62,15 +62,19 @@ def held_out_scenes(
 def open_pictures(
     o,  # options: data, data_root, download, from_disk, workers, train_images, seed
     p: Preset,  # image size; how many scenes, and how many pictures are measured
-    only: str
-    | None = None,  # "train" or "val": what is not needed is not drawn (and, from the disk, not read)
+    # "train" or "val": what is not needed is not drawn (and, from the disk, not read)
+    only: str | None = None,
 ) -> tuple[ImageSet | OnDisk | None, ImageSet | None]:  # to learn from; held out
-    "The pictures that the options name, at the preset's size. Raises FileNotFoundError or ValueError, with advice."
+    """The pictures that the options name, at the preset's size.
+
+    Raises FileNotFoundError or ValueError, with advice.
+    """
     if p.train_images < 2:
         raise ValueError(f"train_images must be at least 2, not {p.train_images}")
     e = p.evaluate
     if o.data == "scenes":
-        train, val = None, None if only == "train" else held_out_scenes(p, o.seed, e.images)
+        train = None
+        val = None if only == "train" else held_out_scenes(p, o.seed, e.images)
         if only != "val":
             train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
         return train, val

@@ -25,7 +25,11 @@ def run(
     fresh: bool = False,  # begin anew: what lies in the folder gets another name
     classes: int | None = None,  # that were asked for; by default as many as the pictures have
 ) -> Report:  # the table; everything else lies in config.out
-    "The main job. Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if another process runs in it."
+    """The main job.
+
+    Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if
+    another process runs in it.
+    """
     check(config)
     check_name(config.out)
     if fresh and config.go_on:
@@ -37,7 +41,8 @@ def run(
         models = train_all(job)
         report = finished_report(job, models) or evaluate_all(job, models)
     print(
-        f"\n{report}\n\neverything is in {job.out}; open {job.out / 'report.html'}   ({(time.perf_counter() - job.began) / 60:.1f} minutes)",
+        f"\n{report}\n\neverything is in {job.out}; open {job.out / 'report.html'}   "
+        f"({(time.perf_counter() - job.began) / 60:.1f} minutes)",
         flush=True,
     )
     return report
@@ -45,12 +50,19 @@ def run(
 # %% ../../nbs/apps/run.ipynb #15b-ec0c66a6
 @dataclass(frozen=True)
 class RunOptions(RunConfig):
-    "Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures, report."
+    """Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures,
+    report.
+    """
 
     config: str | None = None
-    "Start from a file: the run.json of a finished run, or one of your own. What is given besides goes before it."
+    """Start from a file: the run.json of a finished run, or one of your own.
+
+    What is given besides goes before it.
+    """
     set: tuple[str, ...] = ()
-    "Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3 tokenizer.encoder.depth=4"
+    """Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3
+    tokenizer.encoder.depth=4
+    """
     fresh: bool = False
     "Begin anew. What is in the folder is not deleted: the folder gets another name."
 
@@ -62,7 +74,8 @@ def run_main(argv: list[str] | None = None) -> None:
         p = override(base or preset(o.preset), parse_settings(o.set))
         if o.steps and any(re.fullmatch(r"train_\w+\.steps", name) for name in parse_settings(o.set)):
             raise UsageError(
-                f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it comes from --config)"
+                f"--steps {o.steps} is for every stage: leave it out, or --set …steps (--steps none, if it "
+                "comes from --config)"
             )
         config = RunConfig(**{f.name: getattr(o, f.name) for f in fields(RunConfig)})
         asked = parse_settings(o.set).get("ar.classes")

@@ -23,42 +23,68 @@ from ..engine.text import plain
 # %% ../../nbs/apps/run_config.ipynb #15-44c790c8
 @dataclass(frozen=True)
 class RunConfig:
-    "Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures, report."
+    """Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures,
+    report.
+    """
 
     data: str = "scenes"
-    "scenes (procedural, nothing to download); a folder of images, with or without class subfolders, or with train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards (x-{000..012}.tar); hf:owner/name."
+    """scenes (procedural, nothing to download); a folder of images, with or without class subfolders, or with
+    train/ and val/; a named set (cifar10, fashion_mnist, imagenette, imagenet); tar shards
+    (x-{000..012}.tar); hf:owner/name.
+    """
     data_root: str | None = None
     "Where named sets lie, or are downloaded to; ~/.cache/flextok_edu by default."
     download: bool = False
     "Download a named set that is not there."
     from_disk: bool = False
-    "Read the images of a folder or a set while training, instead of holding all in memory. (Tar shards and hub sets always are.)"
+    """Read the images of a folder or a set while training, instead of holding all in memory.
+
+    (Tar shards and hub sets always are.)
+    """
     workers: int = 0
     "Processes that decode, if images are read from the disk."
     preset: str = "micro"
     "Size of everything: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     out: str = "runs/demo"
-    "Where weights, tables, pictures and the report go. A second start in the same folder skips finished stages, and goes on in the middle of the one that was interrupted."
+    """Where weights, tables, pictures and the report go.
+
+    A second start in the same folder skips finished stages, and goes on in the middle of the one that was
+    interrupted.
+    """
     device: str = "auto"
     "auto, cpu, cuda or mps."
     minutes: float | None = None
-    "Scale all training, up or down, so that the whole run takes about so long. A probe at the start turns it into step counts, which are stored."
+    """Scale all training, up or down, so that the whole run takes about so long.
+
+    A probe at the start turns it into step counts, which are stored.
+    """
     at_most: float | None = None
     "The same, but only ever shorten: on a machine that is fast enough the preset's own step counts are kept."
     seed: int = 0
-    "Names the scenes, the initialisation, the order, the noise. (What is held out depends on the pictures alone.)"
+    """Names the scenes, the initialisation, the order, the noise.
+
+    (What is held out depends on the pictures alone.)
+    """
     precision: str = "auto"
-    "Of the training: fp32, bf16, fp16, or auto: fp32 on CPU and MPS; on CUDA bf16 where the GPU has it (Ampere and later), else fp16 (T4, V100)."
+    """Of the training: fp32, bf16, fp16, or auto: fp32 on CPU and MPS; on CUDA bf16 where the GPU has it
+    (Ampere and later), else fp16 (T4, V100).
+    """
     compile: str = "auto"
-    "auto (if a compiler is there and the run is long enough), on, off: torch.compile for the transformer blocks while they train."
+    """auto (if a compiler is there and the run is long enough), on, off: torch.compile for the transformer
+    blocks while they train.
+    """
     steps: int | None = None
     "Train every stage for exactly so many steps. For tests."
     train_images: int | None = None
-    "Draw so many scenes for training instead of the preset's number; of a folder or a set, use at most so many."
+    """Draw so many scenes for training instead of the preset's number; of a folder or a set, use at most so
+    many.
+    """
     images: int | None = None
     "Evaluate on at most so many images and samples. For tests."
     go_on: str | None = None
-    "Go on with the interrupted stage under other settings, for example after its loss went wrong: lr=1e-4,precision=fp32. (Also clip and weight_decay.) The run remembers it."
+    """Go on with the interrupted stage under other settings, for example after its loss went wrong:
+    lr=1e-4,precision=fp32. (Also clip and weight_decay.) The run remembers it.
+    """
 
 # %% ../../nbs/apps/run_config.ipynb #15-0a3dbe51
 def pick_precision(
@@ -79,7 +105,8 @@ def pick_precision(
         raise ValueError(f"precision {name!r}: use auto, {', '.join(kinds)}")
     if name == "fp16" and torch.device(device).type == "cpu":
         warnings.warn(
-            "float16 on a CPU is emulated: some hundred times slower than float32; --precision fp32 (or bf16, where the processor has it) is what you want here"
+            "float16 on a CPU is emulated: some hundred times slower than float32; --precision fp32 (or "
+            "bf16, where the processor has it) is what you want here"
         )
     return kinds[name]
 
@@ -115,7 +142,8 @@ def check(config: RunConfig) -> None:
         and not Path(config.data).expanduser().is_dir()
     ):
         raise FileNotFoundError(
-            f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor hf:owner/name nor one of {', '.join(SETS)}"
+            f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor "
+            f"hf:owner/name nor one of {', '.join(SETS)}"
         )
 
 # %% ../../nbs/apps/run_config.ipynb #15-ea24427d
@@ -129,18 +157,22 @@ def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
     except OSError as error:
         raise OSError(
             error.errno,
-            f"nothing can be written to {plain(folder)} ({error.strerror}): choose another --out, or change its permissions",
+            f"nothing can be written to {plain(folder)} ({error.strerror}): choose another --out, or "
+            "change its permissions",
         ) from error
     return folder
 
 
 def check_name(folder: str | Path) -> None:
-    "Raises ValueError for a folder whose path safetensors could not open again: models would be written there, and never read."
+    """Raises ValueError for a folder whose path safetensors could not open again: models would be written
+    there, and never read.
+    """
     try:
         os.path.abspath(os.path.expanduser(folder)).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose another name"
+            f"--out {plain(folder)}: this path is not UTF-8, and safetensors reads no file there: choose "
+            "another name"
         ) from None
 
 
@@ -150,7 +182,8 @@ def inside(out: str | Path, **inputs: str | None) -> None:
     for name, place in inputs.items():
         if place and (out == Path(place).absolute() or out in Path(place).absolute().parents):
             raise ValueError(
-                f"--fresh: {plain(place)} (--{name.replace('_', '-')}) lies in --out, which would get another name: choose another --out"
+                f"--fresh: {plain(place)} (--{name.replace('_', '-')}) lies in --out, which would get "
+                "another name: choose another --out"
             )
 
 
@@ -163,13 +196,17 @@ _GO_ON = {
 
 
 def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value
-    "What stands behind --go-on. Raises ValueError for what may not change in the middle of a stage, and for values that are none."
+    """What stands behind --go-on.
+
+    Raises ValueError for what may not change in the middle of a stage, and for values that are none.
+    """
     found = {}
     for word in (text or "").replace(",", " ").split():
         name, _, value = word.partition("=")
         if name not in _GO_ON or not value:
             raise ValueError(
-                f"--go-on {word}: write name=value, with {', '.join(_GO_ON)}; whatever else changes is another training (choose another --out)"
+                f"--go-on {word}: write name=value, with {', '.join(_GO_ON)}; whatever else changes is "
+                "another training (choose another --out)"
             )
         try:
             found[name] = _GO_ON[name](value)
@@ -179,7 +216,9 @@ def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value
 
 # %% ../../nbs/apps/run_config.ipynb #15-ea24427d-1
 def known_changes(settings: dict, where: str) -> dict:  # the same
-    "Raises ValueError for settings, of --go-on or of a run.json, that cannot be put in place of a training's."
+    """Raises ValueError for settings, of --go-on or of a run.json, that cannot be put in place of a
+    training's.
+    """
     for name, value in settings.items():
         if name not in _GO_ON or type(value) is not _GO_ON[name]:
             raise ValueError(f"{where}: {plain(name)}={value!r} cannot change in the middle of a stage")
@@ -192,7 +231,9 @@ def known_changes(settings: dict, where: str) -> dict:  # the same
 def with_changes(
     p: Preset, precision: torch.dtype | None, stage: str, settings: dict, device
 ) -> tuple[Preset, torch.dtype | None, dict]:
-    "Preset and precision after a change in the middle of a stage, and the entries of its recipe that this changes."
+    """Preset and precision after a change in the middle of a stage, and the entries of its recipe that this
+    changes.
+    """
     name = f"train_{stage}"
     numbers = {k: v for k, v in settings.items() if k != "precision"}
     p = replace(p, **{name: replace(getattr(p, name), **numbers)})

@@ -42,7 +42,10 @@ from ..vae import VAE, train_vae
 def _stage(
     folder: Path, name: str, load, train, save, notes: list[dict], parameters, engine, learned: Learned
 ) -> tuple[object, list[dict]]:
-    "Load a finished stage, or train and save it. Its log and what it learned from lie beside it, its checkpoints only until it is finished."
+    """Load a finished stage, or train and save it.
+
+    Its log and what it learned from lie beside it, its checkpoints only until it is finished.
+    """
     checkpoints = folder / name / "checkpoints"
     if (folder / name / "config.json").exists():
         model = load(folder / name)
@@ -82,7 +85,8 @@ def _stage(
     save(folder / name, model, stage=facts)
     shutil.rmtree(checkpoints, ignore_errors=True)
     print(
-        f"{name}: {config.steps} steps in {seconds:.0f} s, {facts['images_per_second']:.0f} images a second, {facts['parameters'] / 1e6:.2f} M parameters",
+        f"{name}: {config.steps} steps in {seconds:.0f} s, {facts['images_per_second']:.0f} images a "
+        f"second, {facts['parameters'] / 1e6:.2f} M parameters",
         flush=True,
     )
     notes.append(facts)
@@ -103,12 +107,15 @@ class Models:
 # %% ../../nbs/apps/stages.ipynb #15-09f31043-1
 def train_all(job: RunContext) -> Models:
     "Train what is missing, load what is finished. A stage that was interrupted goes on where it was."
-    p, seed, device, logs, stages, reader = job.preset, job.config.seed, job.device, {}, [], None
-    half, allowed, learned = (
-        dict.fromkeys(STAGES, job.precision) | {"classifier": None},
-        {},
-        learned_from(job.train),
-    )
+    p = job.preset
+    seed = job.config.seed
+    device = job.device
+    logs = {}
+    stages = []
+    reader = None
+    half = dict.fromkeys(STAGES, job.precision) | {"classifier": None}
+    allowed = {}
+    learned = learned_from(job.train)
     for name, settings in job.changes.items():
         p, half[name], allowed[name] = with_changes(p, half[name], name, settings, device)
 
@@ -211,7 +218,9 @@ def finished_report(
 
 
 def _trained_in(stages: list[dict]) -> str:  # facts of each stage
-    "In which precision the stages were trained (evaluation is in float32), whatever this start was asked for."
+    """In which precision the stages were trained (evaluation is in float32), whatever this start was asked
+    for.
+    """
     found = {
         s["stage"]: s.get("precision", "unknown") for s in stages if s["stage"] in ("vae", "tokenizer", "ar")
     }
@@ -226,11 +235,15 @@ def evaluate_all(
     job: RunContext,
     models: Models,
     about: str = "",  # more for the page: the card of a model that was not trained here
-    learned: dict[str, Learned | None]
-    | None = None,  # part -> what it learned from; by default what lies beside the run's stages
+    # part -> what it learned from; by default what lies beside the run's stages
+    learned: dict[str, Learned | None] | None = None,
 ) -> Report:
     "Measure, draw, and write the page."
-    began, p, e, seed, out = time.perf_counter(), job.preset, job.preset.evaluate, job.config.seed, job.out
+    began = time.perf_counter()
+    p = job.preset
+    e = job.preset.evaluate
+    seed = job.config.seed
+    out = job.out
     if learned is None:
         learned = {
             part: load_learned(out / part)
@@ -291,7 +304,9 @@ def evaluate_all(
         "stages": stages,
         "run": job.asked,
         "about": about,
-        "subtitle": f"{job.train.source}; {p.image_size} px, {p.tokenizer.registers} tokens from {p.tokenizer.vocabulary:,} words; seed {seed}; {torch.get_num_threads()} threads on {job.device}",
+        "subtitle": f"{job.train.source}; {p.image_size} px, {p.tokenizer.registers} tokens from "
+        f"{p.tokenizer.vocabulary:,} words; seed {seed}; {torch.get_num_threads()} threads on "
+        f"{job.device}",
     }
     write_report(out, report, page, PICTURES)
     return report

@@ -59,11 +59,9 @@ def matmuls(
     "The matrix products of a few blocks, and nothing else."
     d, h = t.width, swiglu_width(t.width, t.mlp_ratio)
     new = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
-    x, y, weights = (
-        new(rows, d),
-        new(rows, h),
-        [[new(d, d) for _ in range(4)] + [new(h, d), new(h, d), new(d, h)] for _ in range(blocks)],
-    )
+    x = new(rows, d)
+    y = new(rows, h)
+    weights = [[new(d, d) for _ in range(4)] + [new(h, d), new(h, d), new(d, h)] for _ in range(blocks)]
 
     def run():
         for block in weights:
@@ -112,7 +110,9 @@ def variant(tok: FlexTok, name: str):
 # %% ../../nbs/apps/timing.ipynb #16-2efae697
 @dataclass(frozen=True)
 class BenchConfig:
-    "Time encoding, guided decoding or training steps with random weights, latents to latents, in several variants taken in turns."
+    """Time encoding, guided decoding or training steps with random weights, latents to latents, in several
+    variants taken in turns.
+    """
 
     preset: str = "d12_d12"
     "Size: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
@@ -123,9 +123,15 @@ class BenchConfig:
     budgets: tuple[int, ...] = (1, 8, 32, 128, 256)
     "Token counts (those that the preset does not have are left out)."
     variants: tuple[str, ...] = ("plain", "short")
-    "What to compare; the first is what the others are compared with. plain, short, short+apart, short+together, plain+together, short+bf16, short+compile, short+bf16+compile. (train: plain, sorted, and +bf16, +compile, +bf16+compile of both.)"
+    """What to compare; the first is what the others are compared with.
+
+    plain, short, short+apart, short+together, plain+together, short+bf16, short+compile, short+bf16+compile.
+    (train: plain, sorted, and +bf16, +compile, +bf16+compile of both.)
+    """
     laws: tuple[str, ...] = ()
-    "train: distributions of the budget (powers_of_two, uniform, uniform_rounded_up, half_full); the preset's by default."
+    """train: distributions of the budget (powers_of_two, uniform, uniform_rounded_up, half_full); the
+    preset's by default.
+    """
     micro: int = 1
     "train: micro-batches that make a step of `batch` images."
     adamw: bool = True
@@ -167,11 +173,9 @@ def bench_row(
     memory: float,
 ) -> dict:
     "One line of the table. Numbers are per call of `batch` images; FLOPs are given for each round."
-    ratios, middle, rate = (
-        [a / b for a, b in zip(base, seconds)],
-        statistics.median(seconds),
-        statistics.median(rates),
-    )
+    ratios = [a / b for a, b in zip(base, seconds)]
+    middle = statistics.median(seconds)
+    rate = statistics.median(rates)
     allowed, mean = [a / b for a, b in zip(base_flops, flops)], sum(flops) / len(flops)
     return {
         "what": what,
@@ -199,7 +203,9 @@ def bench_row(
 
 # %% ../../nbs/apps/timing.ipynb #16-4d867b3d-1
 def peak_of(tok: nn.Module, run: Callable, name: str) -> float:  # bytes
-    "Peak memory of one call: PyTorch's own count on CUDA, ours elsewhere (compiled code cannot be watched: not a number)."
+    """Peak memory of one call: PyTorch's own count on CUDA, ours elsewhere (compiled code cannot be watched:
+    not a number).
+    """
     device = next(tok.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -217,6 +223,10 @@ def bench_line(row: dict) -> str:  # one line of text
         else f"k={row['budget']:<4}"
     )
     return (
-        f"{row['what']:7} {row['preset']:8} b={row['batch']:<3} {work} {row['variant']:19} {row['seconds']:9.3f} s ({row['seconds_low']:.3f}-{row['seconds_high']:.3f})  {row['images_per_second']:8.3f} img/s  {row['positions']:8} pos  "
-        f"{row['gflops_per_second']:7.0f} GFLOP/s = {row['share_of_matmul']:4.0%} of matmul  x{row['times_faster']:.2f} ({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f}) of {row['allowed']:.2f}  diff {row['difference']:.1e}  {row['peak_gb']:.2f} GB"
+        f"{row['what']:7} {row['preset']:8} b={row['batch']:<3} {work} {row['variant']:19} "
+        f"{row['seconds']:9.3f} s ({row['seconds_low']:.3f}-{row['seconds_high']:.3f})  "
+        f"{row['images_per_second']:8.3f} img/s  {row['positions']:8} pos  "
+        f"{row['gflops_per_second']:7.0f} GFLOP/s = {row['share_of_matmul']:4.0%} of matmul  "
+        f"x{row['times_faster']:.2f} ({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f}) of "
+        f"{row['allowed']:.2f}  diff {row['difference']:.1e}  {row['peak_gb']:.2f} GB"
     )

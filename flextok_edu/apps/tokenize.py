@@ -35,7 +35,10 @@ from ..tokenizer import FlexTok
 # %% ../../nbs/apps/tokenize.ipynb #15b-ff873d46
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(DataOptions):
-    "Encode a data set once, for flextok_train --cache. Can be stopped and started again, and run by several processes at once."
+    """Encode a data set once, for flextok_train --cache.
+
+    Can be stopped and started again, and run by several processes at once.
+    """
 
     kind: Positional[Literal["latents", "tokens"]]
     "What to make."
@@ -103,7 +106,9 @@ def cache_main(argv: list[str] | None = None) -> None:
 # %% ../../nbs/apps/tokenize.ipynb #15b-7d0e6279
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions(Common):
-    'Pictures to ids, as JSON lines: a line about the tokenizer, then {"image": …, "ids": […]} for each picture.'
+    """Pictures to ids, as JSON lines: a line about the tokenizer, then {"image": …, "ids": […]} for each
+    picture.
+    """
 
     images: Positional[tuple[str, ...]]
     "Files, or folders of them. Each is cut to a square in the middle and resized."
@@ -122,7 +127,10 @@ class TokenizeOptions(Common):
 def read_ids(
     path: str | Path, tok: FlexTok
 ) -> tuple[list[str], list[Tensor]]:  # names of the pictures; ids (r,) of each
-    "Read what `flextok_tokenize` wrote. Raises FileNotFoundError, or ValueError for what is damaged or another tokenizer's."
+    """Read what `flextok_tokenize` wrote.
+
+    Raises FileNotFoundError, or ValueError for what is damaged or another tokenizer's.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{plain(path)} is not there: give a file that flextok_tokenize wrote")
@@ -151,7 +159,8 @@ def read_ids(
     for name, value in whose.items():  # an older file does not say all of it
         if head.get(name, value) != value:
             raise ValueError(
-                f"the ids in {plain(path)} are of tokenizer {head['tokenizer']} ({name} {head[name]}), not of {whose['tokenizer']} ({name} {value}): decoded pictures would be nonsense"
+                f"the ids in {plain(path)} are of tokenizer {head['tokenizer']} ({name} {head[name]}), not "
+                f"of {whose['tokenizer']} ({name} {value}): decoded pictures would be nonsense"
             )
     if not rows:
         raise ValueError(f"{plain(path)} holds no ids")
@@ -160,7 +169,9 @@ def read_ids(
             0 <= i < tok.fsq.vocabulary for i in row["ids"]
         ):
             raise ValueError(
-                f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest {max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 .. {tok.fsq.vocabulary - 1}"
+                f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest "
+                f"{max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 "
+                f".. {tok.fsq.vocabulary - 1}"
             )
     return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
@@ -208,7 +219,8 @@ def tokenize(
     print(f"{len(lines)} pictures in {o.out}", flush=True)
     if bad:
         print(
-            f"flextok_tokenize: {len(bad)} of {len(paths)} pictures could not be read: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}",
+            f"flextok_tokenize: {len(bad)} of {len(paths)} pictures could not be read: "
+            f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}",
             file=sys.stderr,
         )
     return int(bool(bad))

@@ -54,19 +54,18 @@ from ..vae import train_vae
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
-    "Train one stage, or go on with it. Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit."
-    p, out, name = (
-        preset_of(o, base),
-        Path(o.out or f"runs/{o.stage}").expanduser().absolute(),
-        f"train_{o.stage}",
-    )
+    """Train one stage, or go on with it.
+
+    Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit.
+    """
+    p = preset_of(o, base)
+    out = Path(o.out or f"runs/{o.stage}").expanduser().absolute()
+    name = f"train_{o.stage}"
     if o.steps is not None:
         p = override(p, {f"{name}.steps": o.steps})
     config, changes = getattr(p, name), parse_go_on(o.go_on)
-    device, precision = (
-        pick_device(o.device),
-        pick_precision(o.precision, o.device if o.device != "auto" else pick_device()),
-    )
+    device = pick_device(o.device)
+    precision = pick_precision(o.precision, o.device if o.device != "auto" else pick_device())
     if config.steps < 1 or config.batch < 1:
         raise UsageError(
             f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}"
@@ -75,7 +74,8 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         raise UsageError(f"--compile {o.compile}: use auto, on or off")
     if o.seed < 0 or o.micro < 1 or o.keep < 1 or not o.minutes >= 0:
         raise UsageError(
-            f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be negative, and --micro and --keep not 0"
+            f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be "
+            "negative, and --micro and --keep not 0"
         )
     check_name(out)
     if changes and o.fresh:
@@ -113,7 +113,10 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f-1
 def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
-    "The folder is ours; with --fresh, what lay there (and the cache beside it) gets another name. Raises ValueError if another process trains there."
+    """The folder is ours; with --fresh, what lay there (and the cache beside it) gets another name.
+
+    Raises ValueError if another process trains there.
+    """
     claim = held.enter_context(claimed(out))
     if not o.fresh:
         return
@@ -151,7 +154,8 @@ def _train_in(
         changes = {}  # the same command in a queue says it again
     if finished and changes:
         raise UsageError(
-            f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} {out} --out another --set {name}.lr=…"
+            f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} "
+            f"{out} --out another --set {name}.lr=…"
         )
     if finished:
         print(f"{o.stage}: finished before, in {out}", flush=True)
@@ -159,7 +163,8 @@ def _train_in(
     if changes:
         if not engine.store.files():
             raise UsageError(
-                f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other settings, --set"
+                f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other "
+                "settings, --set"
             )
         went_on = went_on + [changes]
     allowed, begun_with = {}, p
@@ -181,9 +186,12 @@ def _train_in(
     if o.track != "none":
         engine.track = o.track
         engine._start_tracker(o.track, out)
-    config, seen = getattr(p, name), _seen(o, learned)  # whatever can go wrong does so before the training
+    # whatever can go wrong does so before the training
+    config = getattr(p, name)
+    seen = _seen(o, learned)
     print(
-        f"{o.stage}: {config.steps} steps of {config.batch}, from {plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
+        f"{o.stage}: {config.steps} steps of {config.batch}, from "
+        f"{plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
         flush=True,
     )
     try:
@@ -310,7 +318,10 @@ def _save(
     else:
         save_ar(out, model, classes=list(data.classes), **facts)
     print(
-        f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, {facts['stage']['images_per_second']:.0f} images a second, {facts['stage']['parameters'] / 1e6:.2f} M parameters, weights {weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}",
+        f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, "
+        f"{facts['stage']['images_per_second']:.0f} images a second, "
+        f"{facts['stage']['parameters'] / 1e6:.2f} M parameters, weights "
+        f"{weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}",
         flush=True,
     )
 

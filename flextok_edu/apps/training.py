@@ -33,20 +33,31 @@ from ..engine.limits import renamed
 # %% ../../nbs/apps/training.ipynb #15b-7d93bd8c
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
-    "Train one stage of FlexTok. The same command goes on where it was stopped. Runs alone, or under `torchrun` and `accelerate launch`."
+    """Train one stage of FlexTok.
+
+    The same command goes on where it was stopped. Runs alone, or under `torchrun` and `accelerate launch`.
+    """
 
     stage: Positional[Literal["vae", "tokenizer", "ar"]]
     "What to train."
     preset: str = "micro"
     "Sizes and steps: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     vae: str | None = None
-    "tokenizer: folder of the trained VAE, or the name of a shipped model. vae: of a trained one to go on with."
+    """tokenizer: folder of the trained VAE, or the name of a shipped model.
+
+    vae: of a trained one to go on with.
+    """
     tokenizer: str | None = None
-    "ar: folder of the trained tokenizer. tokenizer: of a trained one to go on with, on its own VAE or on the one of --vae."
+    """ar: folder of the trained tokenizer.
+
+    tokenizer: of a trained one to go on with, on its own VAE or on the one of --vae.
+    """
     ar: str | None = None
     "ar: of a trained one to go on with, on the ids of another tokenizer too."
     part: str = "decoder"
-    "Of a model to go on with: the decoder alone (its latents and ids keep their meaning), or both, encoder and decoder."
+    """Of a model to go on with: the decoder alone (its latents and ids keep their meaning), or both, encoder
+    and decoder.
+    """
     cache: str | None = None
     "Learn from a cache of flextok_cache instead of images: of latents (tokenizer) or tokens (ar)."
     out: str | None = None
@@ -64,7 +75,9 @@ class TrainOptions(DataOptions):
     sharded: bool = False
     "Spread weights and optimiser over the processes (FSDP), not only the batch."
     compile: str = "auto"
-    "torch.compile for the transformer blocks: auto (if a compiler is there and there are 500 steps or more), on, off."
+    """torch.compile for the transformer blocks: auto (if a compiler is there and there are 500 steps or
+    more), on, off.
+    """
     minutes: float = 10.0
     "Minutes between checkpoints. (How long it trains is said in steps: --steps.)"
     keep: int = 2
@@ -72,11 +85,16 @@ class TrainOptions(DataOptions):
     track: str = "none"
     "tensorboard, wandb or none: where numbers are also sent."
     go_on: str | None = None
-    "Go on with an interrupted training under other settings, for example after its loss went wrong: lr=1e-4,precision=fp32. (Also clip and weight_decay.) The folder remembers it: later starts of the same command keep to it."
+    """Go on with an interrupted training under other settings, for example after its loss went wrong:
+    lr=1e-4,precision=fp32. (Also clip and weight_decay.) The folder remembers it: later starts of the same
+    command keep to it.
+    """
 
 # %% ../../nbs/apps/training.ipynb #15b-70e8bd6b
 class Told(LongRun):
-    "A long run that says in its log, once a minute, how far it is: for queues, where no progress bar is seen."
+    """A long run that says in its log, once a minute, how far it is: for queues, where no progress bar is
+    seen.
+    """
 
     said = 0.0
 
@@ -85,7 +103,10 @@ class Told(LongRun):
         if self.rank == 0 and not sys.stderr.isatty() and time.monotonic() - self.said > 60:
             if self.said:
                 print(
-                    f"{self.label}: step {row['step']:,} of {self.steps:,}, loss {row[self.objectives[0].name]:.4f}, {row['images_per_second']:.1f} images a second, {(self.steps - row['step']) * self.batches.batch / row['images_per_second'] / 3600:.1f} h to go",
+                    f"{self.label}: step {row['step']:,} of {self.steps:,}, loss "
+                    f"{row[self.objectives[0].name]:.4f}, {row['images_per_second']:.1f} images a second, "
+                    f"{(self.steps - row['step']) * self.batches.batch / row['images_per_second'] / 3600:.1f} "
+                    "h to go",
                     flush=True,
                 )
             self.said = time.monotonic()
@@ -121,18 +142,22 @@ def begin_folder(
         stored = renamed(conform(read_json(out / "run.json"), shape, out / "run.json"))
     except ValueError as error:
         raise ValueError(
-            f"{out / 'run.json'} is damaged, or of another command ({error}): choose another --out, or --fresh"
+            f"{out / 'run.json'} is damaged, or of another command ({error}): choose another --out, or "
+            "--fresh"
         ) from error
     differs = differences(_of_stage(stored["recipe"]), _of_stage(facts))
     if differs:
         more = [b for k, a, b in differs if k.endswith(".steps")]
         advice = (
-            f"; for more steps go on from the finished model: --{facts['stage']} {out} --out another{' --part both' if facts['stage'] != 'ar' else ''}"
+            f"; for more steps go on from the finished model: --{facts['stage']} {out} --out "
+            f"another{' --part both' if facts['stage'] != 'ar' else ''}"
             if more and (out / "config.json").exists()
             else ""
         )
         raise ValueError(
-            f"{plain(out)} holds another run ({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in differs[:4])}): choose another --out, or --fresh, which puts it aside{advice}"
+            f"{plain(out)} holds another run "
+            f"({'; '.join(f'{k}: {a!r} then, {b!r} now' for k, a, b in differs[:4])}): choose another "
+            f"--out, or --fresh, which puts it aside{advice}"
         )
     return (out / "config.json").exists(), stored
 
@@ -156,15 +181,22 @@ def check_latents_fit(
         advice = (
             f"--preset {its}, with which it was made"
             if its
-            else f"use the VAE that was trained for it, or --set tokenizer.latent_channels={v.latent_channels} tokenizer.latent_size={p.image_size // v.factor}"
+            else "use the VAE that was trained for it, or --set "
+            f"tokenizer.latent_channels={v.latent_channels} "
+            f"tokenizer.latent_size={p.image_size // v.factor}"
         )
         raise ValueError(
-            f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x {c.latent_size} x {c.latent_size}: {advice}"
+            f"this VAE makes {v.latent_channels} x {p.image_size // v.factor} x {p.image_size // v.factor} "
+            f"of {p.image_size} px, and the tokenizer of preset {p.name} takes {c.latent_channels} x "
+            f"{c.latent_size} x {c.latent_size}: {advice}"
         )
 
 
 def model_to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
-    "The trained model of the same stage that the options name. Raises ValueError or UsageError if it does not fit."
+    """The trained model of the same stage that the options name.
+
+    Raises ValueError or UsageError if it does not fit.
+    """
     if o.part not in ("both", "decoder"):
         raise UsageError(f"--part {o.part}: use decoder or both")
     if o.ar and o.stage != "ar":
@@ -172,7 +204,8 @@ def model_to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | A
     if not {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]:
         if o.part == "both":
             raise UsageError(
-                "--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a tokenizer; an AR model has no parts)"
+                "--part both: say which trained model goes on (--vae for a VAE, --tokenizer for a "
+                "tokenizer; an AR model has no parts)"
             )
         return None
     if o.stage == "ar":
@@ -184,7 +217,8 @@ def model_to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | A
     tok = open_tokenizer(o.tokenizer, device)
     if tok.config != p.tokenizer:
         raise ValueError(
-            f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose the --preset that it was made with"
+            f"the tokenizer to go on with is {tok.config}, and preset {p.name} has {p.tokenizer}: choose "
+            "the --preset that it was made with"
         )
     if o.vae:
         vae = open_vae(o.vae, device)
@@ -210,8 +244,12 @@ def cache_folder(o: TrainOptions, out: Path) -> Path:
 
 
 def training_material(
-    o: TrainOptions, p: Preset, made_of, out: Path, pictures
-):  # images, or a cache; what names it; what it is of
+    o: TrainOptions,
+    p: Preset,
+    made_of,
+    out: Path,
+    pictures,  # images, or a cache; what names it; what it is of
+):
     "What the stage learns from."
     if o.cache:
         if o.stage == "vae":
@@ -230,5 +268,6 @@ def check_classes(o: TrainOptions, data) -> None:
     asked = parse_settings(o.set).get("ar.classes")
     if o.stage == "ar" and asked is not None and typed(asked, int, "ar.classes") != len(data.classes):
         raise UsageError(
-            f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, the pictures decide"
+            f"--set ar.classes={asked}, but these pictures have {len(data.classes)} classes: leave it out, "
+            "the pictures decide"
         )

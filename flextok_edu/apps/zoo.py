@@ -41,7 +41,8 @@ def halved(
     }
     if bad := next((name for name, x in small.items() if not torch.isfinite(x).all()), None):
         raise ValueError(
-            f"{bad} does not fit into float16 (largest: 65,504), or is not finite: that model cannot be packed"
+            f"{bad} does not fit into float16 (largest: 65,504), or is not finite: that model cannot be "
+            "packed"
         )
     return small
 
@@ -85,7 +86,8 @@ def _group(value: dict, name: str) -> dict:  # an object inside an object; empty
 
 
 def _made(told: dict) -> dict:  # from what run.json says
-    asked, recipe = _group(told, "asked") or _group(told, "options"), _group(told, "recipe")
+    asked = _group(told, "asked") or _group(told, "options")
+    recipe = _group(told, "recipe")
     images = _group(told, "data").get("train") or _group(recipe, "learns_from").get("source_hash")
     rest = {k: v for k, v in recipe.items() if k in ("part", "begun_from") and isinstance(v, str)}
     versions = {k: v for k, v in _group(told, "versions").items() if isinstance(v, str)}
@@ -100,14 +102,21 @@ def _made(told: dict) -> dict:  # from what run.json says
 
 
 def _told_by(folder: Path) -> list[Path]:  # the folders whose records are of this model
-    "Its own, and that of the run around it. (A VAE that lies in the folder of a tokenizer was not trained there.)"
+    """Its own, and that of the run around it.
+
+    (A VAE that lies in the folder of a tokenizer was not trained there.)
+    """
     return [folder] if (folder.parent / "config.json").exists() else [folder, folder.parent]
 
 # %% ../../nbs/apps/zoo.ipynb #17-7805bf73-1
 def _history(
     folders: dict[str, Path], evaluate: EvalConfig | None
 ) -> dict:  # preset; part -> command, data, seed, images, versions
-    "What is known of the training. Unknown things are None; `part` and `begun_from` are there if it went on with a trained model. Raises ValueError for a run.json that is none."
+    """What is known of the training.
+
+    Unknown things are None; `part` and `begun_from` are there if it went on with a trained model. Raises
+    ValueError for a run.json that is none.
+    """
     files = {
         p: next((g / "run.json" for g in _told_by(f) if (g / "run.json").is_file()), None)
         for p, f in folders.items()
@@ -191,7 +200,8 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
         tok_small = _round(open_part(folders["tokenizer"], "tokenizer")[0])
         if facts.get("vae") not in (None, weights_hash(vae)):
             raise ValueError(
-                f"the tokenizer in {folders['tokenizer']} was trained with VAE {facts['vae']}, and the one in {folders['vae']} is {weights_hash(vae)}: they do not belong together"
+                f"the tokenizer in {folders['tokenizer']} was trained with VAE {facts['vae']}, and the one "
+                f"in {folders['vae']} is {weights_hash(vae)}: they do not belong together"
             )
         _keep(
             folders["tokenizer"], to, "tokenizer", tok_small, facts, tok_small.config, vae=weights_hash(small)
@@ -201,7 +211,8 @@ def _write_parts(folders: dict[str, Path], to: Path) -> None:
         tok.vae, tok_small.vae = vae, small
         if facts.get("tokenizer") not in (None, tokenizer_hash(tok)):
             raise ValueError(
-                f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the one in {folders['tokenizer']} is {tokenizer_hash(tok)}"
+                f"the AR model in {folders['ar']} writes ids of tokenizer {facts['tokenizer']}, and the "
+                f"one in {folders['tokenizer']} is {tokenizer_hash(tok)}"
             )
         bound = {"tokenizer": tokenizer_hash(tok_small), "tokenizer_identity": tokenizer_identity(tok_small)}
         _keep(folders["ar"], to, "ar", _round(model), facts, model.config, **bound)
@@ -223,11 +234,15 @@ def rounding(
     after: tuple,  # the same, packed and read back
     images: Tensor,  # pictures to see it on (b 3 h w) in [-1, 1]
 ) -> dict[str, float]:
-    "vae_mae, of its reconstructions (white is 1); equal_ids, a share; mae_change, of the error of reconstructions from all tokens; nats_change, of the AR model's loss; equal_readings, a share."
+    """vae_mae, of its reconstructions (white is 1); equal_ids, a share; mae_change, of the error of
+    reconstructions from all tokens; nats_change, of the AR model's loss; equal_readings, a share.
+    """
     (vae, tok, ar, reader), (vae2, tok2, ar2, reader2) = before, after
     found = {"vae_mae": (vae.decode(vae.encode(images)) - vae2.decode(vae2.encode(images))).abs().mean() / 2}
     if tok is not None:
-        ids, ids2, some = tok.tokenize(images), tok2.tokenize(images), spread(len(images), 16)
+        ids = tok.tokenize(images)
+        ids2 = tok2.tokenize(images)
+        some = spread(len(images), 16)
         error, error2 = (
             (t.detokenize(i[some], 5) - images[some]).abs().mean() / 2 for t, i in ((tok, ids), (tok2, ids2))
         )
@@ -254,7 +269,8 @@ def _table(
     measured = report.card.get("weights", {}).get("tokenizer")
     if measured not in known:
         raise ValueError(
-            f"the table was measured on tokenizer {measured}, and this one is {' (rounded) or '.join(sorted(known))}: measure it, or leave the table out"
+            f"the table was measured on tokenizer {measured}, and this one is "
+            f"{' (rounded) or '.join(sorted(known))}: measure it, or leave the table out"
         )
     return replace(report, scores={})  # each picture's score would be a large file of its own
 
@@ -267,25 +283,29 @@ def _fits(name: str, size: float, limit: float) -> None:  # megabytes
 
 # %% ../../nbs/apps/zoo.ipynb #17-16ca9e12
 def pack(
-    run: str
-    | Path
-    | dict,  # folder of a `flextok_run`, or one with folders vae, tokenizer, ar, classifier in it, or {part: its folder}
+    # folder of a `flextok_run`, or one with folders vae, tokenizer, ar, classifier in it, or {part: its
+    # folder}
+    run: str | Path | dict,
     name: str,  # what it will be asked for by
     zoo: str | Path,  # where shipped models lie: flextok_edu/zoo in a clone
     text: str = "",  # for the card: what it is for, what a stranger would recognise
     limits: str = "",  # for the card: what it cannot do, besides what holds for all
     limit: float = 25.0,  # megabytes, at most
     same: float = 0.98,  # share of ids that rounding must leave as they are
-    near: float = 0.002,  # by how much it may change the VAE's pictures, and the error of the tokenizer's (white is 1)
+    # by how much it may change the VAE's pictures, and the error of the tokenizer's (white is 1)
+    near: float = 0.002,
     images: Tensor | None = None,  # pictures to see that on (b 3 h w) in [-1, 1]; 64 scenes by default
-    report: Report
-    | str
-    | Path
-    | None = None,  # results of the run's or of the packed weights, or their table.json; by default the run's, if it has one
+    # results of the run's or of the packed weights, or their table.json; by default the run's, if it has one
+    report: Report | str | Path | None = None,
     evaluate: EvalConfig | None = None,  # how it is best decoded; by default as in the run's preset
-    again: bool = False,  # take the place of the one of this name, as soon as nothing is to be refused any more
+    # take the place of the one of this name, as soon as nothing is to be refused any more
+    again: bool = False,
 ) -> Path:  # zoo / name
-    "Make a shipped model of a trained one. Raises ValueError if parts do not belong together, if it would be too large, if rounding changes too much, or if the name is taken."
+    """Make a shipped model of a trained one.
+
+    Raises ValueError if parts do not belong together, if it would be too large, if rounding changes too much,
+    or if the name is taken.
+    """
     goal, folders = Path(zoo) / name, _folders(run)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
@@ -299,7 +319,8 @@ def pack(
     try:
         facts = _history(folders, evaluate)
         _write_parts(folders, hidden)
-        before, after = open_parts(folders), open_parts({p: hidden / p for p in folders})
+        before = open_parts(folders)
+        after = open_parts({p: hidden / p for p in folders})
         if images is None:
             images = from_uint8(
                 ToyScenes(
@@ -309,11 +330,13 @@ def pack(
         facts["rounding"] = n = rounding(before, after, images)
         if n.get("equal_ids", 1.0) < same:
             raise ValueError(
-                f"in float16 only {n['equal_ids']:.1%} of the ids stay the same, and {same:.0%} must: lower `same` if the pictures are still good"
+                f"in float16 only {n['equal_ids']:.1%} of the ids stay the same, and {same:.0%} must: "
+                "lower `same` if the pictures are still good"
             )
         if max(n["vae_mae"], n.get("mae_change", 0.0)) > near:
             raise ValueError(
-                f"in float16 the pictures change by {n['vae_mae']:.2g} (VAE), their error by {n.get('mae_change', 0.0):.2g} (tokenizer); at most {near:g} is allowed (`near`)"
+                f"in float16 the pictures change by {n['vae_mae']:.2g} (VAE), their error by "
+                f"{n.get('mae_change', 0.0):.2g} (tokenizer); at most {near:g} is allowed (`near`)"
             )
         write_text(hidden / "model.json", json.dumps(facts, indent=1))
         if report is None and not isinstance(run, dict) and (Path(run).expanduser() / "table.json").exists():

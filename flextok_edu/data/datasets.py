@@ -36,13 +36,17 @@ class ImageSet:
     also: Tensor | None = (
         None  # (m,) int64: keys of doubles that were left out; who learned from a picture learned from them
     )
-    rule: str = "unknown"  # how it was divided: "scenes" | "own split" | "one in eight" | "train and val folders" | "unknown"
+    # how it was divided: "scenes" | "own split" | "one in eight" | "train and val folders" | "unknown"
+    rule: str = "unknown"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        return f"ImageSet({len(self):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes: {self.source})"
+        return (
+            f"ImageSet({len(self):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes: "
+            f"{self.source})"
+        )
 
     def head(self, count: int) -> Tensor:
         return self.images[spread(len(self), count)]  # so many, evenly spread (count 3 h w), uint8
@@ -69,7 +73,9 @@ class ImageSet:
 
 
 def spread(count: int, most: int | None) -> Tensor:  # row numbers
-    "At most so many of `count` rows, evenly spread: a set in the order of its classes shows about as many of each."
+    """At most so many of `count` rows, evenly spread: a set in the order of its classes shows about as many
+    of each.
+    """
     return torch.tensor(evenly(range(count), most) if most is None or most > 0 else [], dtype=torch.long)
 
 # %% ../../nbs/data/datasets.ipynb #01-a868f4a0
@@ -168,7 +174,8 @@ def _two_sides(
                 else (side.images[kept], side.labels[kept, None])
             ),
             classes,
-            f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken left out), {how}",
+            f"{name} {which}, {int(kept.sum())} of {there} images ({note} and {len(side.skipped)} broken "
+            f"left out), {how}",
             keys=side.keys[kept],
             also=also if which == "train" else None,
             rule=rule,
@@ -274,23 +281,31 @@ def no_random_access(path: str) -> str | None:  # None: nothing of the kind
     "What to say to a compressed archive."
     if not str(path).lower().endswith((".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst")):
         return None
-    return f"{path} is compressed, and so has no random access: unpack it to .tar (JPEG does not get smaller by it anyway)"
+    return (
+        f"{path} is compressed, and so has no random access: unpack it to .tar (JPEG does not get smaller "
+        "by it anyway)"
+    )
 
 
 def load_data(
-    source: str,  # "scenes", the name of a set (see SETS), or a folder of images (./cifar10 is a folder, cifar10 a set)
+    # "scenes", the name of a set (see SETS), or a folder of images (./cifar10 is a folder, cifar10 a set)
+    source: str,
     size: int,  # side in pixels
     train_images: int,  # scenes to render for training
-    val_images: int,  # draw so many scenes; of anything else use at most so many held-out images, evenly spread
+    # draw so many scenes; of anything else use at most so many held-out images, evenly spread
+    val_images: int,
     level: int = 1,  # complexity of the scenes
     seed: int = 0,  # names the scenes; a folder's split depends on the pictures alone
     progress: bool = True,
     root: str | Path | None = None,  # where public sets lie; ~/.cache/flextok_edu by default
     download: bool = False,  # fetch a public set that is not there
-    limit: int
-    | None = None,  # use at most so many of the training images of a set or a folder, evenly spread
+    # use at most so many of the training images of a set or a folder, evenly spread
+    limit: int | None = None,
 ) -> tuple[ImageSet, ImageSet]:  # train, val: disjoint
-    "Everything training and evaluation need, in memory as bytes. Raises FileNotFoundError for what is not there, ValueError for what does not fit."
+    """Everything training and evaluation need, in memory as bytes.
+
+    Raises FileNotFoundError for what is not there, ValueError for what does not fit.
+    """
     if source == "scenes":
         check_memory(train_images + val_images, size, "draw fewer (--train-images)")
         return tuple(
@@ -310,7 +325,8 @@ def load_data(
             raise ValueError(why)
         if str(source).endswith(".tar"):
             raise ValueError(
-                f"{source}: tar shards are read from the disk, by open_source of the module sources (as_image_set brings them into memory)"
+                f"{source}: tar shards are read from the disk, by open_source of the module sources "
+                "(as_image_set brings them into memory)"
             )
     return _load_folder(source, size, val_images, progress, limit)
 
@@ -322,7 +338,9 @@ def batches(
     device="cpu",  # where the batch goes
     flip: bool = False,  # mirror every second image, at random (for photographs)
 ) -> Loader:  # of images (b 3 h w) in [-1, 1] and labels (b, heads)
-    "Shuffled batches without end; each epoch has its own order, and a set smaller than the batch repeats within it."
+    """Shuffled batches without end; each epoch has its own order, and a set smaller than the batch repeats
+    within it.
+    """
 
     def make(rows, places, step):
         images = from_uint8(data.images[rows].to(device))

@@ -40,7 +40,9 @@ def _grey_scale(values: np.ndarray, mode: str) -> tuple[float, float]:  # least 
 
 
 def _grey(image: Image.Image) -> Image.Image:  # mode L
-    "16 or 32 bits, or floats, as bytes, a few rows at a time: above 255 they are scaled down, floats in 0 .. 1 are scaled up; NaN is black."
+    """16 or 32 bits, or floats, as bytes, a few rows at a time: above 255 they are scaled down, floats in 0
+    .. 1 are scaled up; NaN is black.
+    """
     (w, h), result = image.size, Image.new("L", image.size)
     step = max(1, _BAND // w)
     rows = [(y, min(h, y + step)) for y in range(0, h, step)]
@@ -86,7 +88,10 @@ def _flat(image: Image.Image) -> Image.Image:  # RGB
 
 
 def to_rgb(image: Image.Image) -> Image.Image:  # the same picture as RGB
-    "Any mode to RGB: EXIF orientation applied, 16 bits scaled down, floats in 0 .. 1 scaled up, transparency laid on white."
+    """Any mode to RGB: EXIF orientation applied, 16 bits scaled down, floats in 0 ..
+
+    1 scaled up, transparency laid on white.
+    """
     grey = image.mode.startswith("I") or image.mode == "F"  # 16 or 32 bits
     return _upright(_flat(_grey(image) if grey else image), image)
 
@@ -112,7 +117,9 @@ _MANY = (
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
-    "Blocks of factor x factor pixels averaged, a band of rows at a time, so that only the picture itself is large."
+    """Blocks of factor x factor pixels averaged, a band of rows at a time, so that only the picture itself is
+    large.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         image, asked = _grey(image), image
     else:
@@ -128,7 +135,10 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
 
 
 def cut_square(image: Image.Image, size: int, where: float | None = None) -> np.ndarray | str:
-    "A decoded picture as such a square. Long thin ones are cut first, very large ones averaged first: neither may fill the memory."
+    """A decoded picture as such a square.
+
+    Long thin ones are cut first, very large ones averaged first: neither may fill the memory.
+    """
     (w, h), short = image.size, min(image.size)
     if min(image.size) < 2:
         return "smaller than 2 pixels"
@@ -150,11 +160,10 @@ def cut_square(image: Image.Image, size: int, where: float | None = None) -> np.
     return np.asarray(fit_square(image, size)).transpose(2, 0, 1).copy()
 
 # %% ../../nbs/data/decoding.ipynb #01-953d2e4d
-_BUDGET, _MOST, _SMALL = (
-    2**29,
-    2**30,
-    2**26,
-)  # bytes: for all large pictures at once; for one, which is then alone; what needs less does not ask
+# bytes: for all large pictures at once; for one, which is then alone; what needs less does not ask
+_BUDGET = 2**29
+_MOST = 2**30
+_SMALL = 2**26
 _SCANNED = 32 * LARGEST  # pixels times scans: a progressive JPEG has about ten
 _BESIDE = {
     "WEBP": 12,
@@ -180,7 +189,8 @@ def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have
             continue
         length = int.from_bytes(data[at : at + 2], "big")
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and len(data) > at + 7:
-            components, several = data[at + 7], several or kind in (0xC2, 0xC6, 0xCA, 0xCE)
+            components = data[at + 7]
+            several = several or kind in (0xC2, 0xC6, 0xCA, 0xCE)
         if kind == 0xDA:
             scans += 1
             several = several or len(data) > at + 2 and data[at + 2] < components
@@ -213,7 +223,9 @@ def _need(image: Image.Image, size: int, coefficients: int = 0) -> int:  # bytes
 
 # %% ../../nbs/data/decoding.ipynb #01-75a68bd8
 def _trim() -> None:
-    "glibc keeps freed memory for the thread that freed it: give it back to the system, or each thread holds as much as its largest picture."
+    """glibc keeps freed memory for the thread that freed it: give it back to the system, or each thread holds
+    as much as its largest picture.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -221,7 +233,10 @@ def _trim() -> None:
 
 
 class _Share:
-    "A budget of bytes that all threads of a process share. What is larger than all of it waits until it is alone."
+    """A budget of bytes that all threads of a process share.
+
+    What is larger than all of it waits until it is alone.
+    """
 
     def __init__(self, total: int):
         self.total, self.used, self.free = total, 0, threading.Condition()
@@ -260,8 +275,8 @@ def _register_heif() -> None:
 def read_square(
     stream,  # an open file, or bytes in memory that read like one
     size: int,  # side of the square
-    where: float
-    | None = None,  # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
+    # None: as `fit_square`; 0 .. 1: a square of the short side, at this place along the long one
+    where: float | None = None,
 ) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
     "Decode a picture of any kind, without trusting it. What is damaged raises Pillow's errors."
     head = stream.read(3)
@@ -311,11 +326,14 @@ def check_memory(
     size: int,  # side in pixels
     advice: str,  # how to ask for fewer
 ) -> None:
-    "Raises ValueError if so many images would fill more than half of this machine's memory (the other half is for work on them)."
+    """Raises ValueError if so many images would fill more than half of this machine's memory (the other half
+    is for work on them).
+    """
     need, there = count * size * size * 3 / 2**30, machine_memory() / 2**30
     if need > there / 2:
         raise ValueError(
-            f"{count:,} images of {size} px are {need:.1f} GB in memory, more than half of the {there:.0f} GB of this machine: {advice}, or a smaller size (--preset)"
+            f"{count:,} images of {size} px are {need:.1f} GB in memory, more than half of the {there:.0f} "
+            f"GB of this machine: {advice}, or a smaller size (--preset)"
         )
 
 
@@ -324,7 +342,11 @@ def decode_square(
     size: int,  # side of the square
     where: float | None = None,  # as in `read_square`
 ) -> np.ndarray | str:  # (3, size, size) uint8, or the reason why there is none
-    "Decode one picture. Nothing that lies in a file makes this raise, wait for ever or fill the memory. (Pillow's warnings are the caller's to silence: that is not made for threads.)"
+    """Decode one picture.
+
+    Nothing that lies in a file makes this raise, wait for ever or fill the memory. (Pillow's warnings are the
+    caller's to silence: that is not made for threads.)
+    """
     try:
         if isinstance(data, (Image.Image, np.ndarray)):
             return cut_square(data if isinstance(data, Image.Image) else Image.fromarray(data), size, where)

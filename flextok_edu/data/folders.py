@@ -116,11 +116,16 @@ class FolderImages:
     reasons: tuple[str, ...] = ()  # why, for each of them
 
     def __repr__(self) -> str:
-        return f"FolderImages({len(self.images):,} images of {self.images.shape[-1]} px, {len(self.classes):,} classes, {len(self.skipped):,} skipped)"
+        return (
+            f"FolderImages({len(self.images):,} images of {self.images.shape[-1]} px, "
+            f"{len(self.classes):,} classes, {len(self.skipped):,} skipped)"
+        )
 
 
 def evenly(items: Sequence, limit: int | None) -> Sequence:  # at most `limit` of them
-    "So many items, evenly spread over the list: of a list in the order of classes, about as many of each class."
+    """So many items, evenly spread over the list: of a list in the order of classes, about as many of each
+    class.
+    """
     return (
         items if not limit or len(items) <= limit else [items[i * len(items) // limit] for i in range(limit)]
     )
@@ -129,7 +134,10 @@ def evenly(items: Sequence, limit: int | None) -> Sequence:  # at most `limit` o
 def walk(
     root: str | Path,
 ) -> tuple[list[str], list[str]]:  # files, relative to root; what was not followed, and why
-    "Every file below `root`, hidden ones left out. Real folders first, then links to folders, each folder once."
+    """Every file below `root`, hidden ones left out.
+
+    Real folders first, then links to folders, each folder once.
+    """
     root, files, lost, links = str(root), [], [], deque()
 
     def place(path):
@@ -236,10 +244,9 @@ def passed_over(root: Path, files: list[str], lost: list[str]) -> str:  # "" if 
     return f"not read below {root}: " + "; ".join(said) if said else ""
 
 # %% ../../nbs/data/folders.ipynb #01-24d59ce3
-TRAIN_NAMES, VAL_NAMES = (
-    ("train", "training"),
-    ("val", "validation", "valid", "test", "testing"),
-)  # in this order
+# in this order
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "validation", "valid", "test", "testing")
 
 
 def split_folders(
@@ -297,7 +304,10 @@ def list_folder(
     part: str = "train",  # "train" | "val"; without an own split everything is "train"
     classes: tuple[str, ...] | None = None,  # of the training part, if they are known already
 ) -> FolderList:  # what there is, in the order of names
-    "The pictures of a folder and their classes. Raises FileNotFoundError or ValueError where there are none, or where val/ does not fit train/."
+    """The pictures of a folder and their classes.
+
+    Raises FileNotFoundError or ValueError where there are none, or where val/ does not fit train/.
+    """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
@@ -344,7 +354,8 @@ def class_labels(folder: Path, files: list[str], classes: Sequence[str]) -> list
     strangers = sorted(set(tops) - index.keys())
     if strangers:
         raise ValueError(
-            f"{folder} holds {strangers[0]}, which is no class of the training folder: it needs the same class folders (for ImageNet: sort its pictures into val/<wnid>/)"
+            f"{folder} holds {strangers[0]}, which is no class of the training folder: it needs the same "
+            "class folders (for ImageNet: sort its pictures into val/<wnid>/)"
         )
     return [index[t] for t in tops]
 
@@ -364,7 +375,11 @@ def read_folder(
     progress: bool = True,
     part: str = "train",  # "train" | "val", of a folder with train/ and val/
 ) -> FolderImages:  # the pictures
-    "Read every picture below `root`. Broken files are skipped, and counted in one warning. Raises FileNotFoundError or ValueError where nothing can be used."
+    """Read every picture below `root`.
+
+    Broken files are skipped, and counted in one warning. Raises FileNotFoundError or ValueError where nothing
+    can be used.
+    """
     found = list_folder(root, part)
     rows = evenly(range(len(found)), limit)
     images, good, why = read_all([found.root / found.files[i] for i in rows], size, progress)
@@ -376,7 +391,8 @@ def read_folder(
         )
     if skipped:
         warnings.warn(
-            f"{len(skipped)} of {len(rows)} files below {found.root} could not be read and were skipped: {list_reasons(skipped)}"
+            f"{len(skipped)} of {len(rows)} files below {found.root} could not be read and were skipped: "
+            f"{list_reasons(skipped)}"
         )
     return FolderImages(
         images,

@@ -23,7 +23,9 @@ from ..engine.files import atomic
 
 # %% ../../nbs/data/keys.ipynb #01-faf25b2e
 def picture_key(picture: bytes | str | Path | np.ndarray | Tensor | Image.Image) -> int:  # -2^63 .. 2^63 - 1
-    "The first eight bytes of the SHA-256 of a picture: of a file's or record's bytes, of an array's shape and values. Raises OSError for a file that cannot be read, TypeError for what is no picture."
+    """The first eight bytes of the SHA-256 of a picture: of a file's or record's bytes, of an array's shape
+    and values. Raises OSError for a file that cannot be read, TypeError for what is no picture.
+    """
     digest = hashlib.sha256()
     if isinstance(picture, bytes):
         digest.update(picture)
@@ -47,7 +49,11 @@ def picture_key(picture: bytes | str | Path | np.ndarray | Tensor | Image.Image)
 def held_out(
     keys: Tensor,  # (n,) int64
 ) -> Tensor:  # (n,) bool
-    "One in eight, by each key alone. Only where all would fall on one side does the key that is nearest to the other one change it (if there are two different keys)."
+    """One in eight, by each key alone.
+
+    Only where all would fall on one side does the key that is nearest to the other one change it (if there
+    are two different keys).
+    """
     held = keys % 8 == 0
     if len(keys) and held.all() != held.any():
         return held  # both sides have some
@@ -63,7 +69,9 @@ _KEPT = 1000  # from so many files on, keys are kept without being asked to
 
 
 def keys_folder(count: int, index: str | Path | None) -> Path | None:  # None: not kept
-    "Where the keys of so many pictures are kept: in `index`, or, where there are many, in ~/.cache/flextok_edu/keys."
+    """Where the keys of so many pictures are kept: in `index`, or, where there are many, in
+    ~/.cache/flextok_edu/keys.
+    """
     if index is not None:
         return Path(index).expanduser()
     try:
@@ -101,11 +109,12 @@ def save_keys(file: Path | None, rows: dict[bytes, tuple[int, int, int]]) -> Non
 
 # %% ../../nbs/data/keys.ipynb #01-cb17a418-1
 def _file_keys(paths: list[str], index: str | Path | None, progress: bool) -> list[int]:
-    "Keys of files, by several threads. A file that cannot be read gets a key from its name: decoding it will say why."
-    base, folder = (
-        os.path.commonpath([os.path.abspath(os.path.dirname(p) or ".") for p in paths]),
-        keys_folder(len(paths), index),
-    )
+    """Keys of files, by several threads.
+
+    A file that cannot be read gets a key from its name: decoding it will say why.
+    """
+    base = os.path.commonpath([os.path.abspath(os.path.dirname(p) or ".") for p in paths])
+    folder = keys_folder(len(paths), index)
     file = (
         folder
         and folder
@@ -143,9 +152,8 @@ def _file_keys(paths: list[str], index: str | Path | None, progress: bool) -> li
 
 def picture_keys(
     pictures: Sequence,  # files (str or Path), bytes, arrays, …
-    index: str
-    | Path
-    | None = None,  # folder that keeps the keys of files; by default, from 1,000 files on, ~/.cache/flextok_edu/keys
+    # folder that keeps the keys of files; by default, from 1,000 files on, ~/.cache/flextok_edu/keys
+    index: str | Path | None = None,
     progress: bool = False,
 ) -> Tensor:  # (n,) int64
     "`picture_key` of many."

@@ -108,7 +108,8 @@ def _by_rule(
     val: ImageSet, learned: Learned
 ) -> str | None:  # "none", or "unknown: why"; None: compare the keys
     "What rules and names say about an overlap."
-    (name, train), (other, learned_train) = _set_part(val.source), _set_part(learned.source)
+    (name, train) = _set_part(val.source)
+    (other, learned_train) = _set_part(learned.source)
     if val.scenes or val.rule == "scenes":
         if learned.rule == "unknown":
             return "unknown: nobody knows what it learned from"
@@ -150,7 +151,11 @@ def leave_out_learned(
 ) -> tuple[
     ImageSet, dict
 ]:  # val without what any part learned from; for the card, by part: rule, count, hash, overlap
-    'Drop held-out pictures that were learned. `overlap` is how many that were, or "none" where rules say so, or "unknown: why". Raises ValueError if fewer than 2 are left.'
+    """Drop held-out pictures that were learned.
+
+    `overlap` is how many that were, or "none" where rules say so, or "unknown: why". Raises ValueError if
+    fewer than 2 are left.
+    """
     keep, card = torch.ones(len(val), dtype=torch.bool), {}
     for part, known in learned.items():
         if known is None:
@@ -176,7 +181,8 @@ def leave_out_learned(
     if left < 2:
         why = ", ".join(f"{part}: {facts['overlap']}" for part, facts in card.items())
         raise ValueError(
-            f"{left} of {len(val)} held-out pictures are left: the others were trained on ({why}); evaluate on other pictures"
+            f"{left} of {len(val)} held-out pictures are left: the others were trained on ({why}); "
+            "evaluate on other pictures"
         )
     return (
         val if keep.all() else val.select(keep, f"{val.source}; {len(val) - left} that were learned left out")

@@ -30,14 +30,16 @@ class Part(Source):
     "Some items of another source."
 
     def __init__(
-        self, source: Source, rows, name: str = "", rule: str | None = None
-    ):  # rows: their numbers there
-        self.source, self.rows, self.classes, self.rule = (
-            source,
-            np.asarray(rows, np.int64),
-            source.classes,
-            rule or source.rule,
-        )
+        self,
+        source: Source,
+        rows,
+        name: str = "",
+        rule: str | None = None,  # rows: their numbers there
+    ):
+        self.source = source
+        self.rows = np.asarray(rows, np.int64)
+        self.classes = source.classes
+        self.rule = rule or source.rule
         self.name = name or f"{source.name}; {len(self.rows):,} of them"
 
     def __len__(self) -> int:
@@ -71,11 +73,14 @@ def split_source(
     limit: int | None = None,  # use at most so many of the training side, evenly spread
     val_images: int | None = None,  # and of the held-out side
 ) -> "tuple[Source | StreamSource, Source | StreamSource]":  # train, val: disjoint
-    "The rule of `load_data`: a source that brings its own split keeps it, everything else is divided by each picture's key. Raises ValueError if a side would be empty."
+    """The rule of `load_data`: a source that brings its own split keeps it, everything else is divided by
+    each picture's key. Raises ValueError if a side would be empty.
+    """
     if isinstance(source, StreamSource):
         if limit or val_images:
             raise ValueError(
-                f"{source.name} is a stream: nobody knows its length, so no part of it can be spread evenly over it"
+                f"{source.name} is a stream: nobody knows its length, so no part of it can be spread "
+                "evenly over it"
             )
         return source.on_side("train"), source.on_side("val")
     own = source.own_split()
@@ -87,24 +92,21 @@ def split_source(
             if keys is None or theirs is None
             else torch.isin(keys, theirs)
         )
-        sides, rule, note = (
-            ((source, (~both).numpy()), (own, np.ones(len(own), bool))),
-            own.rule,
-            f"{int(both.sum())} that are also held out",
-        )
+        sides = ((source, (~both).numpy()), (own, np.ones(len(own), bool)))
+        rule = own.rule
+        note = f"{int(both.sum())} that are also held out"
     else:
         if len(source) < 8:
             raise ValueError(f"{source.name} holds {len(source)} items; training needs at least 8")
         if keys is None:
             raise ValueError(
-                f"{source.name} are scenes, which are disjoint by construction: open ToyScenes('train', …) and ToyScenes('val', …)"
+                f"{source.name} are scenes, which are disjoint by construction: open ToyScenes('train', …) "
+                "and ToyScenes('val', …)"
             )
         held = held_out(keys).numpy()
-        sides, rule, note = (
-            ((source, ~held), (source, held)),
-            "one in eight",
-            "one in eight held out by content",
-        )
+        sides = ((source, ~held), (source, held))
+        rule = "one in eight"
+        note = "one in eight held out by content"
     if not all(side.any() for _, side in sides):
         raise ValueError(f"{source.name}: all pictures are the same, or the same as the held-out ones")
     parts = []
@@ -122,7 +124,10 @@ def _read_rows(
 ) -> tuple[Tensor, list[int], list[int]]:  # images; labels; which rows
     "What can be used of these rows, in memory. Raises ValueError if it would not fit."
     check_memory(len(rows), size, "read fewer (limit=), or train from the disk with SourceLoader")
-    images, labels, good, why = np.empty((len(rows), 3, size, size), np.uint8), [], [], []
+    images = np.empty((len(rows), 3, size, size), np.uint8)
+    labels = []
+    good = []
+    why = []
     for row, (found, label, key) in zip(rows, scan(source, size, rows, workers, progress, "reading images")):
         if isinstance(found, str):
             why.append((key, found))
@@ -132,7 +137,8 @@ def _read_rows(
             good.append(row)
     if why:
         warnings.warn(
-            f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: {list_reasons(why)}"
+            f"{len(why)} of {len(rows)} pictures of {source.name} cannot be used and were skipped: "
+            f"{list_reasons(why)}"
         )
     if not labels:
         raise ValueError(f"none of the {len(rows)} pictures of {source.name} can be used")
@@ -154,31 +160,33 @@ def as_image_set(
         images,
         torch.tensor(labels)[:, None],
         source.classes,
-        f"{source.name}; {len(labels)} read ({len(rows) - len(good)} broken left out), short side to {size} px (bicubic), centre crop",
+        f"{source.name}; {len(labels)} read ({len(rows) - len(good)} broken left out), short side to "
+        f"{size} px (bicubic), centre crop",
         keys=keys,
         rule=source.rule,
     )
 
 # %% ../../nbs/data/opening.ipynb #01b-5b11cc37
 class OnDisk:
-    "A source in the place of an `ImageSet`: what `train_vae` needs, read while it trains. (A stream has neither length nor hash, and says so.)"
+    """A source in the place of an `ImageSet`: what `train_vae` needs, read while it trains.
+
+    (A stream has neither length nor hash, and says so.)
+    """
 
     def __init__(
         self,
         source: Source | StreamSource,
         size: int,  # side in pixels
         workers: int = 0,  # processes (of a stream: threads) that decode
-        crop: str = "centre",
-    ):  # "centre" | "random"
-        self.pictures, self.size, self.workers, self.crop, self.classes, self.source, self.scenes = (
-            source,
-            size,
-            workers,
-            crop,
-            source.classes,
-            source.name,
-            False,
-        )
+        crop: str = "centre",  # "centre" | "random"
+    ):
+        self.pictures = source
+        self.size = size
+        self.workers = workers
+        self.crop = crop
+        self.classes = source.classes
+        self.source = source.name
+        self.scenes = False
 
     @property
     def hash(self) -> str:
@@ -233,7 +241,8 @@ def _hub(spec: str | None, path: Path | None, split: str, streaming: bool):
             found = datasets.load_from_disk(str(path))
         except Exception as error:
             raise ValueError(
-                f"{path} is no data set that datasets can read ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                f"{path} is no data set that datasets can read ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]})"
             ) from error
         if isinstance(found, dict):
             if split not in found:
@@ -245,7 +254,8 @@ def _hub(spec: str | None, path: Path | None, split: str, streaming: bool):
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:
         raise FileNotFoundError(
-            f"{name} (split {split!r}) could not be loaded from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            f"{name} (split {split!r}) could not be loaded from the hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]})"
         ) from error
 
 
@@ -273,7 +283,9 @@ def _hub_source(
 
 # %% ../../nbs/data/opening.ipynb #01b-4b4ebe73
 def open_source(
-    spec,  # a folder; a name of SETS; tar shards ("x-{000..012}.tar", "x-*.tar", a folder of .tar files, a list); "hf:owner/name" or "hf:owner/name:config"; a folder of datasets' save_to_disk; or an object
+    # a folder; a name of SETS; tar shards ("x-{000..012}.tar", "x-*.tar", a folder of .tar files, a list);
+    # "hf:owner/name" or "hf:owner/name:config"; a folder of datasets' save_to_disk; or an object
+    spec,
     size: int = 64,  # side that will be asked for (chooses among Imagenette's sizes)
     split: str = "train",  # of sets that have several
     root: str | Path | None = None,
@@ -303,7 +315,8 @@ def open_source(
         return _hub_source(text, None, split, streaming, limit, index)
     if re.match(r"(https?|s3|gs|pipe):", text):
         raise ValueError(
-            f"{text}: shards are read from this machine's disks; download them first, or stream a set from the hub (hf:owner/name, streaming=True)"
+            f"{text}: shards are read from this machine's disks; download them first, or stream a set from "
+            "the hub (hf:owner/name, streaming=True)"
         )
     if re.search(r"\.(tar|tgz|tar\.\w+)$", text):
         return TarSource(text, index, limit=limit)

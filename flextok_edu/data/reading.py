@@ -27,14 +27,15 @@ from ..engine.tensors import from_uint8
 def decode(
     item: Item,  # of any source
     size: int,  # side of the square
-    where: float
-    | None = None,  # None: the centre, as everywhere in this package; 0 .. 1: a square of the short side, at this place along the long one
+    # None: the centre, as everywhere in this package; 0 .. 1: a square of the short side, at this place along
+    # the long one
+    where: float | None = None,
 ) -> Tensor | str:  # image (3, size, size) uint8, or the reason why there is none
     "Decode one picture. Nothing that lies in a file makes this raise, wait for ever or fill the memory."
     if threading.current_thread() is not threading.main_thread():
-        return decode_quietly(
-            item, size, where
-        )  # filters belong to the whole process: threads that put them back in another order would leave all warnings off
+        # filters belong to the whole process: threads that put them back in another order would leave all
+        # warnings off
+        return decode_quietly(item, size, where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own notes about odd metadata and large pictures
         return decode_quietly(item, size, where)
@@ -125,11 +126,16 @@ class _Reader(Dataset):
     "One picture of a batch, asked for by (row, place in the batch, step); this is what worker processes run."
 
     def __init__(self, source: Source, size: int, seed: int, flip: bool, crop: str):
-        self.source, self.size, self.seed, self.flip, self.crop = source, size, seed, flip, crop
+        self.source = source
+        self.size = size
+        self.seed = seed
+        self.flip = flip
+        self.crop = crop
 
     def __getitem__(
-        self, asked: tuple[int, int, int]
-    ):  # picture; label; row asked for; row used; reason; key of the broken one
+        self,
+        asked: tuple[int, int, int],  # picture; label; row asked for; row used; reason; key of the broken one
+    ):
         row, place, step = asked
         chance = (
             np.random.default_rng([self.seed, step, place, 1]).random(2)
@@ -151,7 +157,8 @@ class _Reader(Dataset):
             if at == row:
                 reason, key = found, item.key
         raise ValueError(
-            f"{self.source.name}: no usable picture from item {row} ({key}: {reason}) to item {at}; run survey() on it"
+            f"{self.source.name}: no usable picture from item {row} ({key}: {reason}) to item {at}; run "
+            "survey() on it"
         )
 
 
@@ -163,7 +170,8 @@ def _stack(parts: list) -> tuple:
 class _Plan:
     "What a feed will be asked for, from `start` = (step, rank, world, micro) on, micro-batch by micro-batch."
 
-    # a weak reference: were feed and loader a circle, only the garbage collector could free them, and worker processes that it ends take five seconds each
+    # a weak reference: were feed and loader a circle, only the garbage collector could free them, and worker
+    # processes that it ends take five seconds each
     def __init__(self, feed: Loader):
         self.feed, self.start = weakref.ref(feed), (0, 0, 1, 1)
 
@@ -196,7 +204,8 @@ class _Maker:
             if reason and self.stand_ins[row] < 0:
                 if not self.skipped:
                     warnings.warn(
-                        f"{self.reader.source.name}: {key!r} cannot be used ({reason}). The next usable item stands in for it, and so for all that follow; they are counted in `skipped`"
+                        f"{self.reader.source.name}: {key!r} cannot be used ({reason}). The next usable "
+                        "item stands in for it, and so for all that follow; they are counted in `skipped`"
                     )
                 self.skipped[reason] += 1
             self.stand_ins[row] = at
@@ -213,7 +222,9 @@ class _Maker:
 
 # %% ../../nbs/data/reading.ipynb #01b-fb74e4cb
 class SourceLoader(Loader):
-    "Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) of a source, decoded ahead by worker processes. Resume by setting `step`."
+    """Batches (images (b 3 h w) in [-1, 1], labels (b, 1)) of a source, decoded ahead by worker processes.
+    Resume by setting `step`.
+    """
 
     def __init__(
         self,
@@ -225,13 +236,16 @@ class SourceLoader(Loader):
         flip: bool = False,  # mirror every second image, at random (for photographs)
         crop: str = "centre",  # "centre" | "random": which square of the short side
         device="cpu",  # where batches go
-        ahead: int = 2,
-    ):  # batches that each worker decodes in advance
+        ahead: int = 2,  # batches that each worker decodes in advance
+    ):
         if crop not in ("centre", "random"):
             raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
         device, reader = torch.device(device), _Reader(source, size, seed, flip, crop)
         super().__init__(len(source), batch, _Maker(reader, device), seed)
-        self.source, self._plan, self._next, self._batches = source, _Plan(self), None, None
+        self.source = source
+        self._plan = _Plan(self)
+        self._next = None
+        self._batches = None
         self.stand_ins, self.skipped = self.make.stand_ins, self.make.skipped
         # an own generator: the loader would otherwise draw from the random state that training uses
         self._loader = DataLoader(
@@ -247,7 +261,10 @@ class SourceLoader(Loader):
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1
     ) -> list[tuple[tuple[Tensor, Tensor], float]]:
-        "The micro-batches of this process with their weights. Asked for in the order of the steps they are ready; any other order starts the workers anew."
+        """The micro-batches of this process with their weights.
+
+        Asked for in the order of the steps they are ready; any other order starts the workers anew.
+        """
         if self._next != (step, rank, world, micro):
             self._plan.start = (step, rank, world, micro)
             self._batches = iter(self._loader)
@@ -260,7 +277,9 @@ class SourceLoader(Loader):
         return parts
 
     def captions(self, rows: Tensor) -> list[str | None]:  # one a row
-        "The captions of the pictures that are shown for these rows (`feed.rows(step)`): a stand-in brings its own."
+        """The captions of the pictures that are shown for these rows (`feed.rows(step)`): a stand-in brings
+        its own.
+        """
         unknown = rows[torch.from_numpy(self.stand_ins[rows.numpy()] < 0)]
         if len(unknown):
             self.make(unknown, unknown, 0)
@@ -278,7 +297,10 @@ def reading_rate(
     batch: int = 64,
     seconds: float = 3.0,  # measure about so long
 ) -> float:  # images a second
-    "How fast a SourceLoader delivers to somebody who takes every batch at once. The first batches, decoded while the workers started, do not count."
+    """How fast a SourceLoader delivers to somebody who takes every batch at once.
+
+    The first batches, decoded while the workers started, do not count.
+    """
     feed = SourceLoader(source, size, batch, workers=workers)
     for _ in range(2 * workers + 1):
         next(feed)

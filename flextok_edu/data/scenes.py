@@ -31,7 +31,8 @@ COLOURS = dict(
     pink=(245, 135, 180),
     white=(246, 244, 238),
 )
-PLACES = dict(  # place: (colour above the horizon, colour below it, lowest and highest horizon, in heights from the top)
+# place: (colour above the horizon, colour below it, lowest and highest horizon, in heights from the top)
+PLACES = dict(
     meadow=((160, 212, 248), (126, 192, 84), 0.45, 0.60),
     sea=((186, 226, 250), (44, 118, 188), 0.42, 0.58),
     sky=((120, 190, 250), (190, 226, 252), 0.70, 0.90),
@@ -84,7 +85,10 @@ _PREFERENCES = (
         cactus=("sand", ("street", "snow", "meadow"), ("green", "green", "blue", "purple"), "ground", 6),
     )
 )
-KINDS, COLOUR_NAMES, PLACE_NAMES, LIGHT_NAMES = tuple(SHAPES), tuple(COLOURS), tuple(PLACES), tuple(LIGHTS)
+KINDS = tuple(SHAPES)
+COLOUR_NAMES = tuple(COLOURS)
+PLACE_NAMES = tuple(PLACES)
+LIGHT_NAMES = tuple(LIGHTS)
 assert tuple(_PREFERENCES) == KINDS
 
 # %% ../../nbs/01_scenes.ipynb #01-5fbf29aa
@@ -186,7 +190,8 @@ def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Sce
         relation = names[(start + 1 + 2 * j) % 4 if j else start]
         dx, dy = _RELATIONS[relation]
         small, reach = 0.15 + 0.09 * v[0], size / 2 + 0.03 + 0.05 * v[1]
-        sx, sy = x + dx * reach + 0.1 * (v[2] - 0.5), y + dy * reach + 0.1 * (v[3] - 0.5)
+        sx = x + dx * reach + 0.1 * (v[2] - 0.5)
+        sy = y + dy * reach + 0.1 * (v[3] - 0.5)
         sx, sy = (min(max(p, small / 2), 1 - small / 2) for p in (sx, sy))
         other = pick(v[4], [k for k in KINDS if k != kind])
         things.append(
@@ -231,7 +236,9 @@ def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
 
 # %% ../../nbs/01_scenes.ipynb #01-6d9db40a-1
 def _texture(canvas: ImageDraw.ImageDraw, scene: Scene, side: int, tint) -> None:
-    "Strokes that tell a place from a coloured wall: blades, waves, dunes, flakes, stones, trunks, bubbles, clouds, stars."
+    """Strokes that tell a place from a coloured wall: blades, waves, dunes, flakes, stones, trunks, bubbles,
+    clouds, stars.
+    """
     u = np.random.default_rng(scene.texture).random((26, 3))
     h = scene.horizon * side
 
@@ -343,7 +350,10 @@ class SceneItem:
 
 # %% ../../nbs/01_scenes.ipynb #01-b0ddb8bc
 class ToyScenes(Dataset):
-    "Procedural scenes, deterministic from (seed, split, index). Raises ValueError for an unknown split or level."
+    """Procedural scenes, deterministic from (seed, split, index).
+
+    Raises ValueError for an unknown split or level.
+    """
 
     classes = KINDS
 
@@ -353,13 +363,17 @@ class ToyScenes(Dataset):
         size: int = 64,  # side in pixels
         level: int = 1,  # 1 plain … 3 textures and three things
         seed: int = 0,  # names the data set
-        length: int = 20_000,
-    ):  # how many
+        length: int = 20_000,  # how many
+    ):
         if split not in ("train", "val"):
             raise ValueError(f"split {split!r}: use 'train' or 'val'")
         if level not in (1, 2, 3):
             raise ValueError(f"level {level!r}: use 1, 2 or 3")
-        self.split, self.size, self.level, self.seed, self.length = split, size, level, seed, length
+        self.split = split
+        self.size = size
+        self.level = level
+        self.seed = seed
+        self.length = length
 
     def __len__(self) -> int:
         return self.length
@@ -381,11 +395,10 @@ class ToyScenes(Dataset):
     ) -> tuple[Tensor, Tensor]:  # images (b 3 h w) uint8; labels (b 4): kind, colour, place, light
         "Draw `count` items into one tensor."
         count = self.length - start if count is None else count
-        images, labels = (
-            np.empty((count, 3, self.size, self.size), np.uint8),
-            np.empty((count, len(ATTRIBUTES)), np.int64),
-        )
+        images = np.empty((count, 3, self.size, self.size), np.uint8)
+        labels = np.empty((count, len(ATTRIBUTES)), np.int64)
         for i in tqdm(range(count), desc=f"drawing {self.split}", disable=not progress):
             scene = self.scene(start + i)
-            images[i], labels[i] = draw(scene, self.size).transpose(2, 0, 1), scene.labels
+            images[i] = draw(scene, self.size).transpose(2, 0, 1)
+            labels[i] = scene.labels
         return torch.from_numpy(images), torch.from_numpy(labels)

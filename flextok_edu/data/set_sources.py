@@ -33,8 +33,8 @@ class SetSource(Source):
         size: int = 64,  # side that will be asked for: chooses among Imagenette's sizes
         root: str | Path | None = None,  # the data root
         download: bool = False,  # fetch what is missing
-        limit: int | None = None,
-    ):  # use at most so many, evenly spread
+        limit: int | None = None,  # use at most so many, evenly spread
+    ):
         if split not in ("train", "val"):
             raise ValueError(f"split {split!r}: use 'train' or 'val'")
         train, held, self.classes = find_set(name, size, root, download)
@@ -43,16 +43,15 @@ class SetSource(Source):
             raise ValueError(
                 f"{name} has no held-out part here: hold some of its training images out (split_source)"
             )
-        self.of, self.rule = (name, split, size, root), "own split" if len(held[0]) else "one in eight"
+        self.of = (name, split, size, root)
+        self.rule = "own split" if len(held[0]) else "one in eight"
         chosen = evenly(range(len(items)), limit)
         self.labels, self.arrays = np.array([labels[i] for i in chosen]), None
         if isinstance(items[0], Path):
             self.files = SharedStrings(str(items[i]) for i in chosen)
         else:
-            self.arrays, self.files = (
-                np.stack([items[i] for i in chosen]),
-                SharedStrings(f"{name} {split} {i}" for i in chosen),
-            )
+            self.arrays = np.stack([items[i] for i in chosen])
+            self.files = SharedStrings(f"{name} {split} {i}" for i in chosen)
         self.name = f"{name} {split}, {len(chosen):,} of {len(items):,} images"
 
     def own_split(self) -> Source | None:
@@ -93,16 +92,18 @@ def _picture(image) -> Image.Image | np.ndarray:  # for Item.data
 
 # %% ../../nbs/data/set_sources.ipynb #01b-33bab875-1
 class ObjectSource(Source):
-    "An ImageSet, or a data set with `len` and indices whose items are (image, label, …) or have `image`, `label` and `caption`."
+    """An ImageSet, or a data set with `len` and indices whose items are (image, label, …) or have `image`,
+    `label` and `caption`.
+    """
 
     def __init__(self, dataset, name: str = ""):
         if not (
             hasattr(dataset, "__len__") and (isinstance(dataset, ImageSet) or hasattr(dataset, "__getitem__"))
         ):
             raise ValueError(f"{type(dataset).__name__} has no length or no items by number")
-        self.dataset, self.name = (
-            dataset,
-            name or getattr(dataset, "source", None) or f"{type(dataset).__name__}, {len(dataset):,} items",
+        self.dataset = dataset
+        self.name = (
+            name or getattr(dataset, "source", None) or f"{type(dataset).__name__}, {len(dataset):,} items"
         )
         self.classes = tuple(getattr(dataset, "classes", None) or ("all",))
         self.rule = (
@@ -114,7 +115,9 @@ class ObjectSource(Source):
         )
         if not isinstance(dataset, (ImageSet, ToyScenes)) and self._never_negative():
             warnings.warn(
-                f"{self.name}: the images are floats of which none is negative. They are taken for [-1, 1], as everywhere here; if they lie in [0, 1] (torchvision's ToTensor), give 2 * image - 1"
+                f"{self.name}: the images are floats of which none is negative. They are taken for [-1, "
+                "1], as everywhere here; if they lie in [0, 1] (torchvision's ToTensor), give 2 * image - "
+                "1"
             )
 
     def own_split(self) -> Source | None:
@@ -174,16 +177,17 @@ class ObjectSource(Source):
         ).encode()
 
 # %% ../../nbs/data/set_sources.ipynb #01b-bef32c01
-_LABELS, _CAPTIONS = (
-    ("label", "labels", "cls", "class", "fine_label"),
-    ("caption", "captions", "text", "txt", "prompt", "json"),
-)
+_LABELS = ("label", "labels", "cls", "class", "fine_label")
+_CAPTIONS = ("caption", "captions", "text", "txt", "prompt", "json")
 
 
 def find_columns(
     features, example: dict, image: str | None, label: str | None, caption: str | None
 ) -> tuple[str, str | None, str | None]:  # names of the columns
-    "Which columns hold what: as asked, else by their types, else by their names. Raises ValueError if there is no image."
+    """Which columns hold what: as asked, else by their types, else by their names.
+
+    Raises ValueError if there is no image.
+    """
     kind = {name: type(f).__name__ for name, f in (features or {}).items()}
 
     def is_image(value):
@@ -211,7 +215,9 @@ def find_columns(
 
 
 def _local(path, files: str | Path | None) -> str | Unreadable | bytes:
-    "A row of a stranger's data set may name a file of this machine: only what `datasets` itself has put into its cache is read, and what lies in `files`."
+    """A row of a stranger's data set may name a file of this machine: only what `datasets` itself has put
+    into its cache is read, and what lies in `files`.
+    """
     if not path:
         return b""
     from datasets import config
@@ -258,8 +264,9 @@ class HubSource(Source):
         caption: str | None = None,  # columns, where guessing by type and name is wrong
         limit: int | None = None,  # use at most so many, evenly spread
         held: Callable | None = None,  # opens what the set itself holds out
+        # a folder of this machine whose files the rows may name; others are not read
         files: str | Path | None = None,
-    ):  # a folder of this machine whose files the rows may name; others are not read
+    ):
         if not len(dataset):
             raise ValueError(f"{name or 'the data set'} holds no rows")
         if limit and limit < len(dataset):
@@ -269,7 +276,8 @@ class HubSource(Source):
         raw = dataset
         for column in [n for n, f in features.items() if type(f).__name__ == "Image"]:
             raw = raw.cast_column(column, kind(decode=False))  # the bytes: decoding is our work
-        self.dataset, self.columns = raw, find_columns(features, raw[0], image, label, caption)
+        self.dataset = raw
+        self.columns = find_columns(features, raw[0], image, label, caption)
         chosen = features.get(self.columns[1]) if self.columns[1] else None
         self.numbers = {}
         if chosen is None:
@@ -282,11 +290,15 @@ class HubSource(Source):
                 self.classes = tuple(map(str, range(max(values) + 1)))
             else:
                 values = sorted(values, key=str)
-                self.classes, self.numbers = tuple(map(str, values)), {v: i for i, v in enumerate(values)}
-        self.name = f"{name or getattr(dataset.info, 'dataset_name', None) or 'datasets.Dataset'} {dataset.split or ''}, {len(dataset):,} rows".replace(
-            " ,", ","
-        )
-        self.files, self.held, self.rule = files, held, "own split" if held else "one in eight"
+                self.classes = tuple(map(str, values))
+                self.numbers = {v: i for i, v in enumerate(values)}
+        self.name = (
+            f"{name or getattr(dataset.info, 'dataset_name', None) or 'datasets.Dataset'} "
+            f"{dataset.split or ''}, {len(dataset):,} rows"
+        ).replace(" ,", ",")
+        self.files = files
+        self.held = held
+        self.rule = "own split" if held else "one in eight"
 
     def own_split(self) -> Source | None:
         return self.held() if self.held else None

@@ -32,14 +32,17 @@ def _open_set(name: str, place: Path, download: bool, open_: Callable):
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if download:
             raise FileNotFoundError(
-                f"{name} could not be downloaded ({why}). Is this machine online? Otherwise fetch it elsewhere ({url}) and unpack it to {place}"
+                f"{name} could not be downloaded ({why}). Is this machine online? Otherwise fetch it "
+                f"elsewhere ({url}) and unpack it to {place}"
             ) from error
         if place.exists():
             raise FileNotFoundError(
-                f"{name} in {place} is incomplete or damaged ({why}): remove that folder and fetch it again (--download)"
+                f"{name} in {place} is incomplete or damaged ({why}): remove that folder and fetch it "
+                "again (--download)"
             ) from error
         raise FileNotFoundError(
-            f"{name} is not at {place}: fetch it (--download, download=True), or say where it is (--data-root, root=), or unpack it there yourself, from {url}"
+            f"{name} is not at {place}: fetch it (--download, download=True), or say where it is "
+            f"(--data-root, root=), or unpack it there yourself, from {url}"
         ) from error
 
 
@@ -63,7 +66,9 @@ def _array_set(
 
 # %% ../../nbs/data/sets.ipynb #01-6a0571ec
 def _wnid_names(base: Path, wnids: list[str]) -> tuple[str, ...]:
-    "Readable class names in the order of the wnids: from Kaggle's LOC_synset_mapping.txt if it is there, torchvision's list for all 1,000, else the wnids."
+    """Readable class names in the order of the wnids: from Kaggle's LOC_synset_mapping.txt if it is there,
+    torchvision's list for all 1,000, else the wnids.
+    """
     if (base / "LOC_synset_mapping.txt").is_file():
         named = dict(
             line.strip().split(" ", 1)
@@ -108,7 +113,8 @@ def _imagenette(
     )
     if len(data) != 9469:
         warnings.warn(
-            f"{root / _IMAGENETTE[chosen][1]} holds {len(data):,} of Imagenette's 9,469 training images: was its unpacking interrupted?"
+            f"{root / _IMAGENETTE[chosen][1]} holds {len(data):,} of Imagenette's 9,469 training images: "
+            "was its unpacking interrupted?"
         )
     return root / _IMAGENETTE[chosen][1], tuple(c[0] for c in data.classes)
 
@@ -132,12 +138,15 @@ def find_set(
     else:
         if download:
             raise ValueError(
-                f"imagenet cannot be downloaded for you: ask for it at {SETS[name][0]}, and unpack it to {root / 'imagenet'}/train/<wnid>/ (and val/<wnid>/)"
+                f"imagenet cannot be downloaded for you: ask for it at {SETS[name][0]}, and unpack it to "
+                f"{root / 'imagenet'}/train/<wnid>/ (and val/<wnid>/)"
             )
-        base, names = next((b for b in (root / "imagenet", root) if (b / "train").is_dir()), None), None
+        base = next((b for b in (root / "imagenet", root) if (b / "train").is_dir()), None)
+        names = None
         if base is None:
             raise FileNotFoundError(
-                f"imagenet is not at {root / 'imagenet'}: unpack it there as train/<wnid>/ (and val/<wnid>/), from {SETS[name][0]}, or say where it is (--data-root, root=)"
+                f"imagenet is not at {root / 'imagenet'}: unpack it there as train/<wnid>/ (and "
+                f"val/<wnid>/), from {SETS[name][0]}, or say where it is (--data-root, root=)"
             )
     wnids = sorted(d.name for d in (base / "train").iterdir() if d.is_dir() and not d.name.startswith("."))
     return (

@@ -33,7 +33,8 @@ class Unreadable:
 class Item(NamedTuple):
     "One picture as its source holds it: not decoded yet."
 
-    data: "bytes | str | Image.Image | np.ndarray | Unreadable"  # encoded bytes, the path of a file, or a picture (an array is (h w) or (h w 3) uint8)
+    # encoded bytes, the path of a file, or a picture (an array is (h w) or (h w 3) uint8)
+    data: "bytes | str | Image.Image | np.ndarray | Unreadable"
     label: int  # index into the source's classes
     caption: str | None  # text that belongs to it
     key: str  # names it, for a person
@@ -49,10 +50,9 @@ class Item(NamedTuple):
         return f"Item(data={data}, label={self.label!r}, caption={self.caption!r}, key={self.key!r})"
 
 
-OWN_SPLIT, HASHED_AT_MOST = (
-    ("own split", "train and val folders"),
-    200_000,
-)  # of those: not hashed unless somebody sets this higher
+# of those: not hashed unless somebody sets this higher
+OWN_SPLIT = ("own split", "train and val folders")
+HASHED_AT_MOST = 200_000
 
 # %% ../../nbs/data/sources.ipynb #01b-3454e786-1
 class Source:
@@ -74,7 +74,11 @@ class Source:
             return picture_key(f"not readable: item {i}".encode())
 
     def find_keys(self, progress: bool = False) -> Tensor | None:  # (n,) int64
-        "The keys of all items, each read once. None where that is needless (scenes), or would cost too much: more than 200,000 files of a set that brings its own split."
+        """The keys of all items, each read once.
+
+        None where that is needless (scenes), or would cost too much: more than 200,000 files of a set that
+        brings its own split.
+        """
         if not hasattr(self, "_keys"):
             self._keys = (
                 None
@@ -108,13 +112,17 @@ class Source:
         damaged = self.__dict__.setdefault("damaged_captions", {})  # of this process
         if not damaged:
             warnings.warn(
-                f"{self.name}: the caption {what!r} cannot be used ({why}); its picture is used without, and so are all that follow, counted in `damaged_captions`"
+                f"{self.name}: the caption {what!r} cannot be used ({why}); its picture is used without, "
+                "and so are all that follow, counted in `damaged_captions`"
             )
         damaged[what] = str(why)
 
     @property
     def hash(self) -> str:  # 16 hexadecimal digits
-        "Names the data: what the source lists, and the first 4 kB of 64 items. Changes deep inside a file of the same size go unseen."
+        """Names the data: what the source lists, and the first 4 kB of 64 items.
+
+        Changes deep inside a file of the same size go unseen.
+        """
         if not hasattr(self, "_hash"):
             digest = hashlib.sha256(f"{len(self)} {self.classes}".encode("utf-8", "replace"))
             for part in self.listed():
@@ -132,7 +140,10 @@ class Source:
 
 # %% ../../nbs/data/sources.ipynb #01b-86d7c79f
 def _read_bytes(path: str, count: int = -1) -> bytes:
-    "The first bytes of a file, all by default. Raises OSError, also for what is no regular file (a pipe would make us wait for ever)."
+    """The first bytes of a file, all by default.
+
+    Raises OSError, also for what is no regular file (a pipe would make us wait for ever).
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is not a regular file")
     with open(path, "rb") as f:
@@ -197,7 +208,10 @@ def caption_of(text: bytes, is_json: bool) -> str | None:  # None if there is no
 
 # %% ../../nbs/data/sources.ipynb #01b-7bfae95d
 class FolderSource(Source):
-    "A folder of images, with or without class subfolders, or with train/ and val/. Raises FileNotFoundError or ValueError where there is none."
+    """A folder of images, with or without class subfolders, or with train/ and val/.
+
+    Raises FileNotFoundError or ValueError where there is none.
+    """
 
     def __init__(
         self,
@@ -205,17 +219,18 @@ class FolderSource(Source):
         limit: int | None = None,  # use at most so many files, evenly spread
         part: str = "train",  # "train" | "val", of a folder that has both
         index: str | Path | None = None,  # folder that keeps the keys
-        classes: tuple[str, ...] | None = None,
-    ):  # for "val": those of the training part, if they are known
+        classes: tuple[str, ...] | None = None,  # for "val": those of the training part, if they are known
+    ):
         found = list_folder(root, part, classes)
         files = list(evenly(found.files, limit))
-        self.whole, self.part, self.index, self.rule = str(root), part, index, found.rule
-        self.classes, self.root, self.files, self.labels = (
-            found.classes,
-            str(found.root),
-            SharedStrings(files),
-            np.array(evenly(found.labels, limit)),
-        )
+        self.whole = str(root)
+        self.part = part
+        self.index = index
+        self.rule = found.rule
+        self.classes = found.classes
+        self.root = str(found.root)
+        self.files = SharedStrings(files)
+        self.labels = np.array(evenly(found.labels, limit))
         texts = set(found.texts)
         stems = [os.path.splitext(f)[0] for f in files] if texts else []
         self.texts = np.array(

@@ -23,7 +23,9 @@ from ..engine.tensors import from_uint8
 
 # %% ../../nbs/data/streams.ipynb #01b-2b923904
 class StreamSource:
-    "A Hugging Face `datasets.IterableDataset`: items from front to back, epoch after epoch, with a state that can be saved."
+    """A Hugging Face `datasets.IterableDataset`: items from front to back, epoch after epoch, with a state
+    that can be saved.
+    """
 
     def __init__(
         self,
@@ -33,17 +35,16 @@ class StreamSource:
         label: str | None = None,
         caption: str | None = None,  # columns, where guessing is wrong
         side: str | None = None,  # "train" | "val": only the records of this side, by their keys; None: all
-        held: Callable | None = None,
-    ):  # opens what the set itself holds out
+        held: Callable | None = None,  # opens what the set itself holds out
+    ):
         if side not in ("train", "val", None):
             raise ValueError(f"side {side!r}: use 'train', 'val' or None")
-        self.side, self.held, self.rule, self._made = (
-            side,
-            held,
-            "own split" if held else "one in eight" if side else "unknown",
-            (dataset, name, image, label, caption),
-        )
-        self.dataset, self.epoch = dataset.decode(False) if hasattr(dataset, "decode") else dataset, 0
+        self.side = side
+        self.held = held
+        self.rule = "own split" if held else "one in eight" if side else "unknown"
+        self._made = (dataset, name, image, label, caption)
+        self.dataset = dataset.decode(False) if hasattr(dataset, "decode") else dataset
+        self.epoch = 0
         start = self.dataset.state_dict()
         example = next(iter(self.dataset), None)
         if example is None:
@@ -75,10 +76,9 @@ class StreamSource:
         return self._loaded or {"epoch": self.epoch, "dataset": self.dataset.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self._loaded, self.epoch = (
-            state,
-            state["epoch"],
-        )  # the data set's own state_dict shows what was loaded only after the next item
+        # the data set's own state_dict shows what was loaded only after the next item
+        self._loaded = state
+        self.epoch = state["epoch"]
         self.dataset.set_epoch(self.epoch)
         self.dataset.load_state_dict(state["dataset"])
 
@@ -95,7 +95,10 @@ class StreamSource:
 
 # %% ../../nbs/data/streams.ipynb #01b-1d1c5480
 class _Blocks:
-    "The items of a stream, shuffled block by block. `state` is where the next item is: small, and json can hold it."
+    """The items of a stream, shuffled block by block.
+
+    `state` is where the next item is: small, and json can hold it.
+    """
 
     def __init__(self, source: StreamSource, block: int, seed: int):
         self.source, self.block, self.seed = source, max(block, 1), seed
@@ -110,7 +113,8 @@ class _Blocks:
         part = self._held[self.state["used"] : self.state["used"] + count]
         self.state = self.state | {"used": self.state["used"] + len(part)}
         if self.state["used"] >= len(self._held):
-            self.state, self._held = {"block": self.state["block"] + 1, "used": 0, "start": self._after}, None
+            self.state = {"block": self.state["block"] + 1, "used": 0, "start": self._after}
+            self._held = None
         return part
 
     def _hold(self) -> None:
@@ -185,7 +189,8 @@ class _FrontToBack:
                     empty = 0
             if empty > 10_000:
                 raise ValueError(
-                    f"{self.source.name}: {empty} pictures one after the other could not be used: {dict(self.skipped)}"
+                    f"{self.source.name}: {empty} pictures one after the other could not be used: "
+                    f"{dict(self.skipped)}"
                 )
         self._step += 1
         squares, labels, captions = zip(*found)
@@ -193,7 +198,11 @@ class _FrontToBack:
 
 # %% ../../nbs/data/streams.ipynb #01b-81e10ac7
 class StreamLoader(_FrontToBack):
-    "Batches of a stream, shuffled within blocks; broken pictures are left out. `state_dict` and `load_state_dict` resume exactly; setting `step` does too, by reading on, or again from the start."
+    """Batches of a stream, shuffled within blocks; broken pictures are left out.
+
+    `state_dict` and `load_state_dict` resume exactly; setting `step` does too, by reading on, or again from
+    the start.
+    """
 
     def __init__(
         self,
@@ -205,33 +214,33 @@ class StreamLoader(_FrontToBack):
         flip: bool = False,
         crop: str = "centre",  # as in SourceLoader
         device="cpu",
-        block: int = 1024,
-    ):  # items that are held, encoded, and shuffled among each other
+        block: int = 1024,  # items that are held, encoded, and shuffled among each other
+    ):
         if crop not in ("centre", "random"):
             raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
-        self.source, self.size, self.batch, self.seed, self.flip, self.crop, self.device = (
-            source,
-            size,
-            batch,
-            seed,
-            flip,
-            crop,
-            torch.device(device),
-        )
-        self.skipped, self._pool, self._blocks = (
-            Counter(),
-            ThreadPoolExecutor(workers) if workers else None,
-            _Blocks(source, block, seed),
-        )
+        self.source = source
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+        self.flip = flip
+        self.crop = crop
+        self.device = torch.device(device)
+        self.skipped = Counter()
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._blocks = _Blocks(source, block, seed)
         self._step, self._last, self._zero = 0, (-1, None), self._blocks.state
 
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1
     ) -> list[tuple[tuple[Tensor, Tensor], float]]:
-        "The micro-batches of this process with their weights. Every process reads the whole batch and takes its share."
+        """The micro-batches of this process with their weights.
+
+        Every process reads the whole batch and takes its share.
+        """
         if self.batch < world * micro:
             raise ValueError(
-                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each"
+                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches "
+                "each"
             )
         if self._last[0] != step:
             self.step = step

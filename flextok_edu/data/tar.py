@@ -90,7 +90,9 @@ class _Headers:
 # %% ../../nbs/data/tar.ipynb #01b-5847742c-2
 def index_shard(
     path: str | Path,
-) -> dict:  # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the caption; a note; others: suffix -> samples whose picture is not read
+) -> dict:
+    # lists of the same length: key; at, size of the picture; label; text_at, text_size, text_json of the
+    # caption; a note; others: suffix -> samples whose picture is not read
     "Where the pictures of one tar shard lie. Damage of any kind ends the list; the note says what was wrong."
     rows, sample, note, end, others = [], {}, "", os.path.getsize(path), Counter()
 
@@ -134,7 +136,8 @@ def index_shard(
             if stream.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")  # tarfile takes that for the end
     except Exception as error:
-        note = f"{type(error).__name__}: {str(error)[:200]}"  # (a stranger's file makes tarfile raise nearly anything)
+        # (a stranger's file makes tarfile raise nearly anything)
+        note = f"{type(error).__name__}: {str(error)[:200]}"
     close()
     return dict(zip(_INDEX, map(list, zip(*rows)) if rows else [[] for _ in _INDEX])) | {
         "note": note,
@@ -224,24 +227,27 @@ def _numbered(labels: list) -> tuple[list[int], tuple[str, ...]]:  # labels from
 
 # %% ../../nbs/data/tar.ipynb #01b-3c61b616
 class TarSource(Source):
-    "Tar shards in the WebDataset layout, with random access. Raises FileNotFoundError or ValueError where nothing can be read."
+    """Tar shards in the WebDataset layout, with random access.
+
+    Raises FileNotFoundError or ValueError where nothing can be read.
+    """
 
     def __init__(
         self,
         shards: str | Path | list,  # a pattern with {000..012} or *, or a list of files
-        index: str
-        | Path
-        | None = None,  # folder that keeps the index of each shard; None: index again each time
+        # folder that keeps the index of each shard; None: index again each time
+        index: str | Path | None = None,
         classes: tuple[str, ...] | None = None,  # names of the labels 0, 1, …
-        limit: int | None = None,
-    ):  # use at most so many, evenly spread
+        limit: int | None = None,  # use at most so many, evenly spread
+    ):
         paths = _shard_files(shards)
         self.index, rows, others = index, [], Counter()
         for number, path in enumerate(paths):
             found = _kept_index(path, index)
             if found["note"]:
                 warnings.warn(
-                    f"shard {path} is damaged ({found['note']}); {len(found['key'])} samples before that are used"
+                    f"shard {path} is damaged ({found['note']}); {len(found['key'])} samples before that "
+                    "are used"
                 )
             rows += [(number, *row) for row in zip(*(found[k] for k in _INDEX))]
             others.update(found["others"])
@@ -255,7 +261,8 @@ class TarSource(Source):
             )
         if any(r[4] is not None for r in rows) and (bare := sum(r[4] is None for r in rows)):
             warnings.warn(
-                f"{bare} of {len(rows)} samples in {shards} have no valid label (.cls), unlike the others, and are left out"
+                f"{bare} of {len(rows)} samples in {shards} have no valid label (.cls), unlike the others, "
+                "and are left out"
             )
             rows = [r for r in rows if r[4] is not None]
         rows = evenly(rows, limit)
@@ -265,12 +272,10 @@ class TarSource(Source):
         labels, names = _numbered(list(labels))
         if classes and len(classes) < len(names):
             raise ValueError(f"{len(classes)} class names for labels up to {len(names) - 1}")
-        self.shards, self.names, self.classes, self.labels = (
-            paths,
-            SharedStrings(keys),
-            tuple(classes or names),
-            np.array(labels),
-        )
+        self.shards = paths
+        self.names = SharedStrings(keys)
+        self.classes = tuple(classes or names)
+        self.labels = np.array(labels)
         self.place = np.array([shard, at, size, text_at, text_size, text_json], np.int64).T.copy()
         self.name = f"{len(rows):,} samples in {len(paths)} tar shards, {os.path.basename(paths[0])}" + (
             " …" if len(paths) > 1 else ""
@@ -296,7 +301,9 @@ class TarSource(Source):
         return found
 
     def _shard_keys(self, shard: int, rows: np.ndarray) -> Tensor:
-        "The keys of some pictures of one shard, kept beside its index: by their places and sizes, as long as the shard is the same."
+        """The keys of some pictures of one shard, kept beside its index: by their places and sizes, as long
+        as the shard is the same.
+        """
         path, folder = self.shards[shard], keys_folder(len(self), self.index)
         facts = os.stat(path)
         file = folder and folder / f"{_kept_name(path)}.safetensors"

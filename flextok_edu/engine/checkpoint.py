@@ -24,7 +24,9 @@ def _content(tensors: dict[str, Tensor], facts: str) -> str:  # 16 hexadecimal d
 
 
 def first_not_finite(tensors: dict[str, Tensor]) -> str | None:  # the name of the first
-    "What makes a state useless: NaN or infinity in weights, averages and moments, NaN in buffers (infinity may be meant there: a mask)."
+    """What makes a state useless: NaN or infinity in weights, averages and moments, NaN in buffers (infinity
+    may be meant there: a mask).
+    """
     for name, x in tensors.items():
         if not x.is_floating_point():
             continue
@@ -44,9 +46,9 @@ def _read_checkpoint(
         text = conform(known, {"facts": str}, "its header")["facts"]
         facts = conform(parse_json(text, "its text"), dict, "its text")
     except OSError as error:
-        if (
-            error.errno != errno.EIO
-        ):  # no right to read it, too many open files, …: a person can mend that, and it says nothing about the content
+        if error.errno != errno.EIO:
+            # no right to read it, too many open files, …: a person can mend that, and it says nothing about
+            # the content
             raise
         raise ValueError(f"is damaged ({error.strerror})") from error
     except ValueError as error:
@@ -76,12 +78,16 @@ class Checkpoints:
         tensors: dict,  # name -> tensor
         facts: dict,  # anything that json can hold
     ) -> Path:  # the file
-        "Write one, then remove the oldest. Raises OSError, with advice, if it cannot be written; then the others are as they were."
+        """Write one, then remove the oldest.
+
+        Raises OSError, with advice, if it cannot be written; then the others are as they were.
+        """
         from safetensors.torch import save_file
 
         path = self.folder / f"step-{step:09}.safetensors"
         whole = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
-        need, text = sum(x.numel() * x.element_size() for x in whole.values()), json.dumps(facts)
+        need = sum(x.numel() * x.element_size() for x in whole.values())
+        text = json.dumps(facts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stray in self.folder.glob(".step-*"):
@@ -103,7 +109,8 @@ class Checkpoints:
                 else "/"
             ).free
             raise OSError(
-                f"the checkpoint of step {step} ({need / 1e6:,.0f} MB) could not be written to {self.folder}, where {free / 1e6:,.0f} MB are free: {error}. "
+                f"the checkpoint of step {step} ({need / 1e6:,.0f} MB) could not be written to "
+                f"{self.folder}, where {free / 1e6:,.0f} MB are free: {error}. "
                 f"Earlier checkpoints are untouched; make room (or choose another folder) and resume"
             ) from error
         files = self.files()
@@ -117,7 +124,10 @@ class Checkpoints:
         return path
 
     def newest(self) -> tuple[dict, dict] | None:  # tensors, facts; None if there is none
-        "Read the newest that is sound. One that is damaged, or holds NaN, is passed over with a warning that names it."
+        """Read the newest that is sound.
+
+        One that is damaged, or holds NaN, is passed over with a warning that names it.
+        """
         for path in reversed(self.files()):
             try:
                 tensors, facts, hashed = _read_checkpoint(path)

@@ -161,9 +161,11 @@ def conform(
 ):  # the same value
     """Raises ValueError that names the place where something else stands than it must be.
 
-    A shape is a type (`int` and `float` are no booleans, `float` is finite), `None`, a `Range`, a function value -> bool
-    (its docstring says what it wants), a tuple of alternatives, `[shape]` for a list of these, or `{"key": shape, "key?": shape}`
-    for an object with these keys (`?`: it may be missing). Further keys are allowed, unless the shape has `...: False`."""
+    A shape is a type (`int` and `float` are no booleans, `float` is finite), `None`, a `Range`, a function
+    value -> bool (its docstring says what it wants), a tuple of alternatives, `[shape]` for a list of these,
+    or `{"key": shape, "key?": shape}` for an object with these keys (`?`: it may be missing). Further keys
+    are allowed, unless the shape has `...: False`.
+    """
 
     def wrong():
         return ValueError(f"{where} is {reprlib.repr(value)}; it must be {wanted(shape)}")

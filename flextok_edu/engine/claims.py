@@ -18,7 +18,10 @@ def lock_byte(
     index: int,  # which byte; it need not exist
     take: bool,  # take or release
 ) -> bool:  # whether it worked
-    "Lock or release one byte of a file, without waiting; the lock dies with the process. Raises OSError where the disk knows no locks."
+    """Lock or release one byte of a file, without waiting; the lock dies with the process.
+
+    Raises OSError where the disk knows no locks.
+    """
     try:
         if os.name == "nt":
             import msvcrt
@@ -91,7 +94,8 @@ def _locked(folder: Path, what: str) -> BinaryIO:  # its `.claim`, open and lock
             file.close()
             who, since = _holder(path)
             raise ValueError(
-                f"{folder} is taken: {who} {what} there ({since}). Wait until it has ended, stop it, or choose another folder"
+                f"{folder} is taken: {who} {what} there ({since}). Wait until it has ended, stop it, or "
+                "choose another folder"
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -125,7 +129,10 @@ class Claim:
                 self.folder.rmdir()
 
     def put_aside(self) -> Path | None:  # where it is now; None if there was nothing in it
-        "Give the folder another name, and claim an empty one in its place. Raises ValueError if another process trains in a folder within."
+        """Give the folder another name, and claim an empty one in its place.
+
+        Raises ValueError if another process trains in a folder within.
+        """
         if not any(p.name != _CLAIM for p in self.folder.iterdir()):
             return None
         for path in self.folder.glob(f"*/**/{_CLAIM}"):  # of a single stage
@@ -155,7 +162,10 @@ def claimed(
     folder: str | Path,  # made if need be
     what: str = "trains",  # what is done there, for the message: "process 12 on host trains there"
 ) -> Iterator[Claim]:
-    "The folder is ours within a `with` block, and until this process dies. Raises ValueError if somebody has it (this process too), and says who; OSError if it cannot be written to."
+    """The folder is ours within a `with` block, and until this process dies.
+
+    Raises ValueError if somebody has it (this process too), and says who; OSError if it cannot be written to.
+    """
     folder = Path(folder).expanduser().resolve()
     if (there := claims.get(folder)) and there.pid == os.getpid():
         raise ValueError(f"{folder} is taken: this very process {there.what} there")

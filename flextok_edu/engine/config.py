@@ -35,7 +35,10 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    "One transformer over patches and registers: the encoder's, or the decoder's. The defaults are the paper's d12."
+    """One transformer over patches and registers: the encoder's, or the decoder's.
+
+    The defaults are the paper's d12.
+    """
 
     width: int = 768  # d
     depth: int = 12  # blocks
@@ -76,7 +79,10 @@ class TokenizerConfig:
 # %% ../../nbs/engine/config.ipynb #00-3be6ccaa
 @dataclass(frozen=True)
 class ARConfig:
-    "Stage 2: a GPT over ids. The defaults are the paper's smallest class-conditional model (49 M without embeddings)."
+    """Stage 2: a GPT over ids.
+
+    The defaults are the paper's smallest class-conditional model (49 M without embeddings).
+    """
 
     vocabulary: int = 64_000  # v
     length: int = 256  # k
@@ -89,8 +95,9 @@ class ARConfig:
 
 
 AR_SIZES = {
+    # class-conditional sizes that the paper trained, by their parameters without embeddings
     name: ARConfig(width=width, depth=depth)
-    for name, width, depth in (  # class-conditional sizes that the paper trained, by their parameters without embeddings
+    for name, width, depth in (
         ("49M", 640, 10),
         ("85M", 768, 12),
         ("201M", 1024, 16),

@@ -61,8 +61,11 @@ class _Spread:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self.objective, self.ema, self.turn = objective, ema, _Turn(objective, spread=True)
-        self.kinds, mesh = {m: type(m) for m in self.turn.modules()}, init_device_mesh(device.type, (world,))
+        self.objective = objective
+        self.ema = ema
+        self.turn = _Turn(objective, spread=True)
+        self.kinds = {m: type(m) for m in self.turn.modules()}
+        mesh = init_device_mesh(device.type, (world,))
         blocks = _blocks(objective.modules)
         early = [
             b.to_modulation for b in blocks if hasattr(b, "to_modulation")
@@ -118,7 +121,8 @@ def _divided(
     from torch.distributed import all_gather_into_tensor
 
     n = math.ceil(len(matrices) / world)  # the last processes may get fewer, or none
-    part, mine = matrices.new_zeros(n, *matrices.shape[1:]), matrices[rank * n : (rank + 1) * n]
+    part = matrices.new_zeros(n, *matrices.shape[1:])
+    mine = matrices[rank * n : (rank + 1) * n]
     if len(mine):
         part[: len(mine)] = work(mine)
     whole = matrices.new_empty(world * n, *matrices.shape[1:])
@@ -141,29 +145,33 @@ def _alike(turn: nn.Module, device: torch.device) -> nn.Module:  # averages grad
 
 # %% ../../nbs/engine/distributed.ipynb #11-4c06d82a
 class Shares(Engine):
-    "Several processes, and several micro-batches in each, that together make the step that one process would make."
+    """Several processes, and several micro-batches in each, that together make the step that one process
+    would make.
+    """
 
     def __init__(
         self,
         device="auto",
-        precision: torch.dtype
-        | None = None,  # autocast: torch.bfloat16, or torch.float16 with a gradient scaler
+        # autocast: torch.bfloat16, or torch.float16 with a gradient scaler
+        precision: torch.dtype | None = None,
         micro: int = 1,  # micro-batches a process and step (gradient accumulation)
-        sharded: bool = False,  # spread weights and optimisers of transformers over the processes (FSDP), not only the batch
+        # spread weights and optimisers of transformers over the processes (FSDP), not only the batch
+        sharded: bool = False,
+        # forget what the blocks computed, and compute it again for the gradient: less memory, a third more
+        # work
         recompute: bool = False,
-    ):  # forget what the blocks computed, and compute it again for the gradient: less memory, a third more work
+    ):
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=str(device) == "cpu")
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
         super().__init__(pick_device(str(device)) if self.world == 1 else self.accelerator.device, precision)
-        self.micro, self.sharded, self.recompute, self.speaks, self.current = (
-            micro,
-            sharded and self.world > 1,
-            recompute,
-            self.rank == 0,
-            [],
-        )
+        self.micro = micro
+        self.sharded = sharded and self.world > 1
+        self.recompute = recompute
+        self.speaks = self.rank == 0
+        self.current = []
 
     @contextlib.contextmanager
     def session(
@@ -172,7 +180,8 @@ class Shares(Engine):
         "Wrap the losses; then as in engine. Raises TypeError for batches that cannot be shared."
         if (self.world > 1 or self.micro > 1) and not isinstance(batches, Loader):
             raise TypeError(
-                f"several processes or micro-batches need a Feed (engine), which knows whose share is whose, not {type(batches).__name__}"
+                "several processes or micro-batches need a Feed (engine), which knows whose share is "
+                f"whose, not {type(batches).__name__}"
             )
         spread = [
             _Spread(p, ema, self.device, self.world)
@@ -225,7 +234,10 @@ class Shares(Engine):
 # %% ../../nbs/engine/distributed.ipynb #11-7ce627e2
 @contextlib.contextmanager
 def recomputed(blocks: list[nn.Module], enabled: bool = True):
-    "Within this, blocks keep only their inputs, and compute again what the gradient needs (Chen et al. 2016, arXiv:1604.06174)."
+    """Within this, blocks keep only their inputs, and compute again what the gradient needs (Chen et al.
+
+    2016, arXiv:1604.06174).
+    """
     from torch.utils.checkpoint import checkpoint
 
     blocks = blocks if enabled else []

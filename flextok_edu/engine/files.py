@@ -31,8 +31,11 @@ def _temporary(path: Path) -> Path:  # a new, empty file beside `path`, as open(
 
 @contextlib.contextmanager
 def atomic(path: str | Path):  # yields the temporary path to write to
-    """Write to a temporary name beside `path`, flush it to the disk, then rename. On an exception `path` stays as it was.
-    A new file has the permissions that the umask leaves; one that is replaced keeps its own. Raises OSError that names `path` where the disk is full."""
+    """Write to a temporary name beside `path`, flush it to the disk, then rename.
+
+    On an exception `path` stays as it was. A new file has the permissions that the umask leaves; one that is
+    replaced keeps its own. Raises OSError that names `path` where the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -90,10 +93,12 @@ def _opened(path: Path):  # an open safetensors file
         refuse_pointer(path, start)
         if start[:2] == b"PK" or start[:1] == b"\x80":
             raise ValueError(
-                f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask for a .safetensors file"
+                f"{path} is a pickle, not safetensors: reading it could run code, so it is not read. Ask "
+                "for a .safetensors file"
             ) from None
         raise ValueError(
-            f"{path} is damaged (truncated or altered) or no safetensors file: {plain(' '.join(str(error).split())[:200])}. Restore it, or make it again"
+            f"{path} is damaged (truncated or altered) or no safetensors file: "
+            f"{plain(' '.join(str(error).split())[:200])}. Restore it, or make it again"
         ) from error
 
 
@@ -114,7 +119,10 @@ _DTYPES = {
 def tensor_header(
     path: str | Path,  # a safetensors file
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata
-    "What a file of weights says of itself, without reading a weight. Raises ValueError for a file that is damaged, or none."
+    """What a file of weights says of itself, without reading a weight.
+
+    Raises ValueError for a file that is damaged, or none.
+    """
     with _opened(Path(path)) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         found = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -154,7 +162,8 @@ def fit_header(
         kind, found = header[name]
         if found != tuple(shape):
             raise ValueError(
-                f"{where}: tensor {name!r} has shape {found}, but the configuration says {tuple(shape)} (size mismatch)"
+                f"{where}: tensor {name!r} has shape {found}, but the configuration says {tuple(shape)} "
+                "(size mismatch)"
             )
         if kind.startswith(("f", "bf")) == (name in whole):
             raise ValueError(

@@ -31,7 +31,10 @@ def hub_folder(
     allow_patterns=("config.json", "model.safetensors"),  # which files; nothing else is fetched
     **options,  # of huggingface_hub.snapshot_download: revision, token, cache_dir, …
 ) -> Path:  # the folder
-    "Where a model lies on this machine, after a download if need be. Raises FileNotFoundError, with advice, if there is none."
+    """Where a model lies on this machine, after a download if need be.
+
+    Raises FileNotFoundError, with advice, if there is none.
+    """
     from huggingface_hub import snapshot_download
 
     path = Path(name).expanduser()
@@ -39,13 +42,16 @@ def hub_folder(
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(
-            f"{name} is no folder here, no model that comes with the package ({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) either"
+            f"{name} is no folder here, no model that comes with the package "
+            f"({', '.join(shipped_models()) or 'none does'}), and no name of a hub repository (owner/name) "
+            "either"
         )
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(allow_patterns), **options))
     except Exception as error:
         raise FileNotFoundError(
-            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the name right? "
+            f"{name} could not be downloaded ({type(error).__name__}). Is this machine online, and the "
+            "name right? "
             f"Or fetch it elsewhere (hf download {name}) and pass its folder"
         ) from error
 
@@ -57,7 +63,9 @@ class Pretrained(
     pipeline_tag="image-to-image",
     tags=["flextok"],
 ):
-    "`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub; safetensors and json only."
+    """`from_pretrained`, `save_pretrained` and `push_to_hub`, by the conventions of huggingface_hub;
+    safetensors and json only.
+    """
 
     terms: str | None = None  # conditions that come with the weights
     part = ""  # which folder of a shipped model is this kind: vae, tokenizer, ar, classifier
@@ -66,8 +74,8 @@ class Pretrained(
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str
-        | Path,  # a folder; the name of a shipped model; or that of a hub repository (owner/name)
+        # a folder; the name of a shipped model; or that of a hub repository (owner/name)
+        pretrained_model_name_or_path: str | Path,
         *,
         device="cpu",  # where the model goes; "auto" takes the GPU
         revision: str | None = None,
@@ -77,13 +85,18 @@ class Pretrained(
         local_files_only: bool = False,
         **options,  # of the model: `vae=` of a FlexTok, `tokenizer=` of an ARModel
     ):  # the model, eval mode
-        "Read what `save_pretrained` wrote. Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is damaged."
+        """Read what `save_pretrained` wrote.
+
+        Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is
+        damaged.
+        """
         shipped = (
             shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None
         )  # "tiny" is shipped, "./tiny" a folder
         if shipped and not (shipped / cls.part).is_dir():
             raise FileNotFoundError(
-                f"the shipped model {shipped.name} has no {cls.part}; it has: {', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}"
+                f"the shipped model {shipped.name} has no {cls.part}; it has: "
+                f"{', '.join(sorted(f.name for f in shipped.iterdir() if f.is_dir()))}"
             )
         folder = (
             shipped / cls.part

@@ -15,7 +15,9 @@ from .files import weights_hash
 
 # %% ../../nbs/engine/identity.ipynb #00-e320bf3d
 _ALWAYS = object()  # has no value that changes nothing: it is always said
-IDENTITY = {  # FROZEN. configuration: (its name, {name of a setting in identities: (where it stands today, the value that stays unsaid)})
+# FROZEN. configuration: (its name, {name of a setting in identities: (where it stands today, the value that
+# stays unsaid)})
+IDENTITY = {
     VAEConfig: (
         "vae",
         {
@@ -50,7 +52,9 @@ IDENTITY = {  # FROZEN. configuration: (its name, {name of a setting in identiti
 def canonical(
     config,
 ) -> dict:  # {name: {setting: value}}, ready for json; empty for a configuration that decides nothing
-    "What an identity says of a configuration: only what changes what weights compute or mean, under names that never change."
+    """What an identity says of a configuration: only what changes what weights compute or mean, under names
+    that never change.
+    """
     if type(config) not in IDENTITY:
         return {}
     name, settings = IDENTITY[type(config)]
@@ -66,7 +70,10 @@ def canonical(
 def meaning(
     model: nn.Module,  # a model with a `config`; a tokenizer may have a `vae`
 ) -> dict:  # {"tokenizer": {setting: value}, "vae": …}, ready for json
-    "What the weights mean: the `canonical` configuration, also of the VAE inside. Rounding weights to another precision does not change it."
+    """What the weights mean: the `canonical` configuration, also of the VAE inside.
+
+    Rounding weights to another precision does not change it.
+    """
     vae = getattr(model, "vae", None)
     return canonical(getattr(model, "config", None)) | (canonical(vae.config) if vae is not None else {})
 

@@ -136,7 +136,9 @@ def _apart(config) -> str | None:  # which settings do not fit each other, in wo
 
 
 def check_limits(config, where: str = "") -> None:  # a configuration; how errors call it
-    "Raises ValueError for a setting that cannot be, here or in a configuration inside, and for settings that do not fit each other."
+    """Raises ValueError for a setting that cannot be, here or in a configuration inside, and for settings
+    that do not fit each other.
+    """
     name = where or type(config).__name__
     for key, shape in LIMITS.get(type(config), {}).items():
         if shape in _NESTED:
@@ -163,7 +165,10 @@ def to_json(config) -> str:  # indented json
 
 
 def from_dict(cls: type, values: dict):  # an instance of `cls`
-    "Rebuild a configuration dataclass from a dictionary. Raises ValueError for keys that the class does not have, and for values that cannot be."
+    """Rebuild a configuration dataclass from a dictionary.
+
+    Raises ValueError for keys that the class does not have, and for values that cannot be.
+    """
     config = _build(cls, values, cls.__name__)
     check_limits(config)
     return config
@@ -176,7 +181,8 @@ def _build(cls: type, values, where: str):
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(
-            f"{cls.__name__} has no setting {', '.join(map(reprlib.repr, unknown[:8]))}; it has: {', '.join(known)}"
+            f"{cls.__name__} has no setting {', '.join(map(reprlib.repr, unknown[:8]))}; it has: "
+            f"{', '.join(known)}"
         )
     if missing := [
         f.name

@@ -15,7 +15,9 @@ from .tensors import named_generator
 
 # %% ../../nbs/engine/loader.ipynb #00-5ed3d9c6
 class BatchSampler:
-    "Which items belong to which step, and which of them to which process: all of it a function of (seed, step)."
+    """Which items belong to which step, and which of them to which process: all of it a function of (seed,
+    step).
+    """
 
     def __init__(
         self,
@@ -24,18 +26,16 @@ class BatchSampler:
         make: Callable[
             [Tensor, Tensor, int], object
         ],  # (items (m,), their places in the batch (m,), step) -> what the loss takes
-        seed: int = 0,
-    ):  # names the order
+        seed: int = 0,  # names the order
+    ):
         if length < 1:
             raise ValueError("there is nothing to make batches of: 0 items")
-        self.length, self.batch, self.make, self.seed, self.step, self._epochs = (
-            length,
-            batch,
-            make,
-            seed,
-            0,
-            {},
-        )
+        self.length = length
+        self.batch = batch
+        self.make = make
+        self.seed = seed
+        self.step = 0
+        self._epochs = {}
 
     def _epoch(self, number: int) -> Tensor:  # (length,): the order of one epoch
         if number not in self._epochs:
@@ -66,13 +66,17 @@ class BatchSampler:
         "This process's share. Over all processes and micro-batches every place is dealt once."
         if self.batch < world * micro:
             raise ValueError(
-                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches each"
+                f"a batch of {self.batch} cannot be dealt to {world} processes with {micro} micro-batches "
+                "each"
             )
         return [chunk[rank::world] for chunk in self.positions(step).tensor_split(micro)]
 
 # %% ../../nbs/engine/loader.ipynb #00-4e80d76d
 class Loader(BatchSampler):
-    "Batches without end. What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share."
+    """Batches without end.
+
+    What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share.
+    """
 
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1

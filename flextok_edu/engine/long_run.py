@@ -42,9 +42,14 @@ class _Measuring(Restoring):
         )
 
     def _count(self, step: int) -> int:  # FLOPs of this process
-        "The arithmetic of a step, by a rehearsal that leaves no trace. (Not in the step itself: a counter takes some operations apart, and that changes the last bit.)"
-        dice, buffers = random_state(), [(x, x.clone()) for p in self.objectives for _, x in p.buffers]
-        parts, turn = self.micro_batches(step), [p for p in self.objectives if step / self.steps >= p.start]
+        """The arithmetic of a step, by a rehearsal that leaves no trace.
+
+        (Not in the step itself: a counter takes some operations apart, and that changes the last bit.)
+        """
+        dice = random_state()
+        buffers = [(x, x.clone()) for p in self.objectives for _, x in p.buffers]
+        parts = self.micro_batches(step)
+        turn = [p for p in self.objectives if step / self.steps >= p.start]
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             for i, (batch, weight) in enumerate(parts):
                 for p in turn:
@@ -58,7 +63,9 @@ class _Measuring(Restoring):
         return counter.get_total_flops()
 
     def note(self, row: dict) -> dict:
-        "Learning rate, images a second, the share of this machine's matmul rate, memory; and whatever the watch sees."
+        """Learning rate, images a second, the share of this machine's matmul rate, memory; and whatever the
+        watch sees.
+        """
         now, done = time.perf_counter(), row["step"] + 1 - self.seen
         pace = done / (now - self.clock)
         self.clock, self.seen = now, row["step"] + 1
@@ -100,7 +107,9 @@ class _Listening(_Measuring):
 
     @contextlib.contextmanager
     def _listening(self):
-        "Ctrl-C, SIGTERM (which queues and clouds send) and SIGHUP (a terminal that is closed) only leave a note; `end` acts on it."
+        """Ctrl-C, SIGTERM (which queues and clouds send) and SIGHUP (a terminal that is closed) only leave a
+        note; `end` acts on it.
+        """
 
         def hear(number, frame):
             if self.asked == number == signal.SIGINT:
@@ -140,12 +149,19 @@ class _Listening(_Measuring):
         return f"Its batch is in {path}" + (f", and {', '.join(bad)} in it is not finite" if bad else "")
 
     def _way_on(self) -> str:
-        "What to do after numbers that are not finite: said only of a checkpoint that was just read and found sound."
-        found, less = self.store.newest(), float(f"{self.objectives[0].config.lr / 3:.0e}")
+        """What to do after numbers that are not finite: said only of a checkpoint that was just read and
+        found sound.
+        """
+        found = self.store.newest()
+        less = float(f"{self.objectives[0].config.lr / 3:.0e}")
         if found is None:
-            return f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning rate than {self.objectives[0].config.lr:g}, or in float32"
+            return (
+                f"There is no good checkpoint in {self.store.folder}: begin again with a lower learning "
+                f"rate than {self.objectives[0].config.lr:g}, or in float32"
+            )
         return (
-            f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command with --go-on lr={less:g} "
+            f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same "
+            f"command with --go-on lr={less:g} "
             "(and precision=fp32, if it was another) goes on from there; in a program, LongRun(changes=…)"
         )
 
@@ -182,7 +198,8 @@ class _Beginning(_Listening):
                 self.batches.load_state_dict(found[1]["feed"])  # streams only: they cannot jump
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                 raise ValueError(
-                    f"the checkpoint in {self.store.folder} does not fit this feed ({type(error).__name__}: {error})"
+                    f"the checkpoint in {self.store.folder} does not fit this feed "
+                    f"({type(error).__name__}: {error})"
                 ) from error
             if self.rank == 0:
                 print(
@@ -218,24 +235,24 @@ class LongRun(_Beginning):
         keep: int = 2,  # checkpoints
         track: str = "none",  # "tensorboard", "wandb", or "none"
         ignore: tuple[str, ...] = (),  # entries of the recipe that may differ
+        # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says
+        # otherwise
         changes: dict | None = None,
-    ):  # dotted path in the recipe -> new value: what a checkpoint is to be continued with, where it says otherwise
+    ):
         super().__init__(device, precision, micro, sharded, recompute)
-        self.store, self.recipe, self.minutes, self.every, self.ignore = (
-            Checkpoints(Path(folder) / "checkpoints", keep),
-            recipe or {},
-            minutes,
-            steps,
-            ignore,
-        )
-        self.changes, self.changed = changes or {}, []  # to be changed now; what was changed, at which step
-        self.asked, self.watch, self.saved, self.flops, self.track = (
-            None,
-            Diagnostics(),
-            time.monotonic(),
-            0,
-            track,
-        )
+        self.store = Checkpoints(Path(folder) / "checkpoints", keep)
+        self.recipe = recipe or {}
+        self.minutes = minutes
+        self.every = steps
+        self.ignore = ignore
+        # to be changed now; what was changed, at which step
+        self.changes = changes or {}
+        self.changed = []
+        self.asked = None
+        self.watch = Diagnostics()
+        self.saved = time.monotonic()
+        self.flops = 0
+        self.track = track
         if track != "none":
             self._start_tracker(track, folder)
 
@@ -243,10 +260,13 @@ class LongRun(_Beginning):
     def session(
         self, objectives: list[Objective], batches: Iterator, steps: int, ema: EMA | None, label: str
     ) -> Iterator[tuple[int, list[dict]]]:
-        "Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes wrong. Raises ValueError if another process trains in the folder."
+        """Claim the folder, put back what was saved, listen for signals, and leave evidence if the loss goes
+        wrong. Raises ValueError if another process trains in the folder.
+        """
         if not isinstance(batches, Loader):
             raise TypeError(
-                f"a run that is to be resumed needs a Feed (engine), whose batches follow from their number, not {type(batches).__name__}"
+                "a run that is to be resumed needs a Feed (engine), whose batches follow from their "
+                f"number, not {type(batches).__name__}"
             )
         with self._ours():
             found = self.store.newest()
@@ -254,10 +274,12 @@ class LongRun(_Beginning):
             if not found and self.changes:
                 if not self.store.files():
                     raise ValueError(
-                        f"there is no checkpoint in {self.store.folder} that could go on with {settings_text(self.changes)}"
+                        f"there is no checkpoint in {self.store.folder} that could go on with "
+                        f"{settings_text(self.changes)}"
                     )
                 warnings.warn(
-                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first step, with {settings_text(self.changes)}"
+                    f"no checkpoint in {self.store.folder} can be used: the training begins at its first "
+                    f"step, with {settings_text(self.changes)}"
                 )
                 self.recipe = changed_recipe(json.loads(json.dumps(self.recipe)), self.changes)
             elif not found and self.rank == 0 and self.store.files():
@@ -269,14 +291,9 @@ class LongRun(_Beginning):
 
     def end(self, step: int, log: list[dict]) -> None:
         "Save when it is time, or when asked to stop. Raises Stopped."
-        asked, due = (
-            self.asked,
-            step + 1 == self.steps
-            or (
-                (step + 1) % self.every == 0
-                if self.every
-                else time.monotonic() - self.saved > 60 * self.minutes
-            ),
+        asked = self.asked
+        due = step + 1 == self.steps or (
+            (step + 1) % self.every == 0 if self.every else time.monotonic() - self.saved > 60 * self.minutes
         )
         if self.world > 1:  # all must agree
             heard = self.total(torch.tensor([float(asked or 0), float(due)], device=self.device)).tolist()
@@ -285,5 +302,6 @@ class LongRun(_Beginning):
             self.save(step + 1, log)
         if asked:
             raise Stopped(
-                f"stopped after step {step + 1} of {self.steps}; saved in {self.store.folder}: the same command goes on from there"
+                f"stopped after step {step + 1} of {self.steps}; saved in {self.store.folder}: the same "
+                "command goes on from there"
             )

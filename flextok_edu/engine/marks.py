@@ -24,7 +24,8 @@ def save_picture(
     pixels,  # numpy array (h w 3) or (h w), uint8; or a picture of Pillow's
 ) -> None:
     "Write a PNG that carries the mark."
-    picture, info = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), PngInfo()
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    info = PngInfo()
     info.add_text("Software", MARK)
     with atomic(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
@@ -90,7 +91,10 @@ def may_fill(
     names: Iterable[str],  # of the files
     force: bool = False,  # replace what somebody else wrote
 ) -> None:
-    "Raises ValueError if a file of one of these names lies there that must not be replaced. Where our table lies, the folder is ours."
+    """Raises ValueError if a file of one of these names lies there that must not be replaced.
+
+    Where our table lies, the folder is ours.
+    """
     folder = Path(folder).expanduser()
     table = folder / "table.json"
     if table.is_file() and is_ours(table):

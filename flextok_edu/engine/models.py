@@ -28,7 +28,11 @@ def save_model(
     config,  # its configuration dataclass
     **facts,  # anything json can hold: seed, losses, hashes, …
 ) -> None:
-    "Weights and configuration side by side. The configuration is written last: where it exists, the folder is complete. Raises OSError that names the file."
+    """Weights and configuration side by side.
+
+    The configuration is written last: where it exists, the folder is complete. Raises OSError that names the
+    file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -63,7 +67,10 @@ _ELEMENTWISE = frozenset(
 
 
 class _ShapesOnly(TorchFunctionMode):
-    "Arithmetic on `meta` has shapes and no values. PyTorch would load sympy and its compiler to find them (two seconds, 70 MB)."
+    """Arithmetic on `meta` has shapes and no values.
+
+    PyTorch would load sympy and its compiler to find them (two seconds, 70 MB).
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -72,7 +79,8 @@ class _ShapesOnly(TorchFunctionMode):
                 return args[0] if args else kwargs["tensor"]
             return torch.empty(np.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))))
         if func is torch.cat:
-            shape, dim = list(args[0][0].shape), args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            shape = list(args[0][0].shape)
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             shape[dim] = sum(a.shape[dim] for a in args[0])
             return torch.empty(shape)
         if func is torch.randn:
@@ -122,7 +130,9 @@ _FACTS = {
 
 
 def _check_fit(build: Callable, config, file: Path) -> None:
-    "Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the configuration asks for."
+    """Raises ValueError where the weights are not those of such a model; nothing is allocated, whatever the
+    configuration asks for.
+    """
     header, _ = tensor_header(file)
     fits = f"{file}: the weights do not fit the model that config.json describes"
     if _blocks(config) > max(64, len(header)):
@@ -141,7 +151,10 @@ def load_model(
     build: Callable,  # configuration -> model
     cls: type,  # class of the configuration
 ) -> tuple[nn.Module, dict]:  # the model in eval mode, and what `config.json` says
-    "Read what `save_model` wrote. Raises FileNotFoundError, or ValueError if weights and configuration do not belong together."
+    """Read what `save_model` wrote.
+
+    Raises FileNotFoundError, or ValueError if weights and configuration do not belong together.
+    """
     folder = Path(folder)
     described, file = folder / "config.json", folder / "model.safetensors"
     for place in (described, file):
@@ -150,7 +163,8 @@ def load_model(
     facts = read_json(described, "configuration", 2**22)
     if not isinstance(facts, dict) or not {"config", "weights"} <= facts.keys():
         raise ValueError(
-            f"{described} was not written by this package (a released FlexTok or VAE? use load_flextok or load_vae of released)"
+            f"{described} was not written by this package (a released FlexTok or VAE? use load_flextok or "
+            "load_vae of released)"
         )
     conform(facts, _FACTS, str(described))
     try:
@@ -161,11 +175,13 @@ def load_model(
     state, model = read_tensors(file)[0], build(config)
     if (found := weights_hash(state)) != facts["weights"]:
         raise ValueError(
-            f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected {facts['weights']})"
+            f"{folder}: the weights are not the ones that config.json describes (hash {found}, expected "
+            f"{facts['weights']})"
         )
     if bad := [name for name, w in state.items() if not torch.isfinite(w).all()]:
         raise ValueError(
-            f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are of no use"
+            f"{folder}: {bad[0]} contains NaN or infinity: that training went wrong, and its weights are "
+            "of no use"
         )
     model.load_state_dict(state)
     return model.eval(), facts
@@ -176,7 +192,9 @@ def was_trained_with(
     part: str,  # what the other one is to it: "vae"
     other: Path,  # its folder
 ) -> bool:
-    "Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations. What cannot be read belongs to nobody (and loading it says why)."
+    """Whether the model in `folder` was made with the one in `other`, by the hashes in their configurations.
+    What cannot be read belongs to nobody (and loading it says why).
+    """
 
     def facts(f):
         try:

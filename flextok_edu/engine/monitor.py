@@ -16,10 +16,9 @@ def matmul_rate(
 ) -> float:  # FLOP/s
     "What a product of two square matrices reaches on this machine, at its best of a few tries."
     side = side or (4096 if torch.device(device).type == "cuda" else 1024)
-    a, best = (
-        torch.full((side, side), 1 / side, device=device, dtype=dtype),
-        math.inf,
-    )  # (no dice: a run's own must not notice that it is measured)
+    # (no dice: a run's own must not notice that it is measured)
+    a = torch.full((side, side), 1 / side, device=device, dtype=dtype)
+    best = math.inf
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for _ in range(repeats + 1):
         wait()
@@ -64,29 +63,37 @@ class Diagnostics:
             if len(before) >= 10 and row[name] > 30 * statistics.median(before):
                 found += self._say(
                     name,
-                    f"step {step}: the gradient of {name[:-5]} is {row[name]:.3g}, {row[name] / statistics.median(before):.0f} times its median: if it happens again, lower the learning rate or lengthen the warm-up",
+                    f"step {step}: the gradient of {name[:-5]} is {row[name]:.3g}, "
+                    f"{row[name] / statistics.median(before):.0f} times its median: if it happens again, "
+                    "lower the learning rate or lengthen the warm-up",
                 )
         if step >= 200 and len(last) >= 10:
             if all(r.get("codebook_usage", 1.0) < 0.005 for r in last[-10:]):
                 found += self._say(
                     "codebook_usage",
-                    f"step {step}: {100 * row['codebook_usage']:.2f} % of the codebook are in use: the quantiser has collapsed; try norm_before_fsq=True, zero_noise=.5, a lower learning rate",
+                    f"step {step}: {100 * row['codebook_usage']:.2f} % of the codebook are in use: the "
+                    "quantiser has collapsed; try norm_before_fsq=True, zero_noise=.5, a lower learning "
+                    "rate",
                 )
             if all(r.get("entropy_1", 1.0) < 0.02 for r in last[-10:]):
                 found += self._say(
                     "entropy",
-                    f"step {step}: the first token says nothing (entropy {row['entropy_1']:.3f} of 1): try zero_noise=.5, or the half_full budget distribution",
+                    f"step {step}: the first token says nothing (entropy {row['entropy_1']:.3f} of 1): try "
+                    "zero_noise=.5, or the half_full budget distribution",
                 )
         scores = [(r["score_real"], r["score_fake"], r["critic"]) for r in last if "score_fake" in r]
         if len(scores) >= 30:
             if all(real - fake > 4 and loss < 0.02 for real, fake, loss in scores[-30:]):
                 found += self._say(
                     "critic",
-                    f"step {step}: the critic tells every reconstruction from every image (loss {scores[-1][2]:.3f}): it has won, and its gradient says nothing; lower its learning rate or `adversarial`, or start it later",
+                    f"step {step}: the critic tells every reconstruction from every image (loss "
+                    f"{scores[-1][2]:.3f}): it has won, and its gradient says nothing; lower its learning "
+                    "rate or `adversarial`, or start it later",
                 )
             if all(abs(real - fake) < 0.01 for real, fake, _ in scores[-30:]):
                 found += self._say(
                     "dead critic",
-                    f"step {step}: the critic gives images and reconstructions the same score: it learns nothing; is it optimised, and are its inputs in [-1, 1]?",
+                    f"step {step}: the critic gives images and reconstructions the same score: it learns "
+                    "nothing; is it optimised, and are its inputs in [-1, 1]?",
                 )
         return found

@@ -31,7 +31,10 @@ class EMA:
 
     @torch.no_grad()
     def apply(self) -> None:
-        "Write the average into the parameters. (The unaveraged weights are lost: do this when training is over.)"
+        """Write the average into the parameters.
+
+        (The unaveraged weights are lost: do this when training is over.)
+        """
         for p, a in zip(self.parameters, self.average, strict=True):
             p.copy_(a)
 
@@ -51,7 +54,10 @@ def orthogonalise(
     c: float = 2.0315,  # of the polynomial a s + b s^3 + c s^5
     steps: int = 5,  # times that it is applied
 ) -> Tensor:  # (m r c): the same singular vectors, singular values between about .7 and 1.2
-    "Matrices made nearly orthogonal by a Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."
+    """Matrices made nearly orthogonal by a Newton-Schulz iteration (Jordan et al.
+
+    2024, kellerjordan.github.io/posts/muon).
+    """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first: smaller products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # no singular value above 1
@@ -66,7 +72,9 @@ def _with_bfloat16(device: torch.device) -> bool:
 
 # %% ../../nbs/engine/optim.ipynb #00-3f7c81b9-1
 class Muon(torch.optim.Muon):
-    "PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is emulated; filters (out in h w) count as matrices (out, in h w)."
+    """PyTorch's Muon; weights of one shape are made orthogonal together, in float32 where bfloat16 is
+    emulated; filters (out in h w) count as matrices (out, in h w).
+    """
 
     divided = staticmethod(
         lambda work, matrices: work(matrices)
@@ -80,7 +88,8 @@ class Muon(torch.optim.Muon):
             self.add_param_group(group)
         if flat := [p.shape for group in self.param_groups for p in group["params"] if p.ndim < 2]:
             raise ValueError(
-                f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to AdamW"
+                f"Muon moves matrices and filters, not weights of shape {tuple(flat[0])}: leave those to "
+                "AdamW"
             )
 
     @torch.no_grad()
@@ -132,9 +141,12 @@ def make_optimizers(
     named_parameters,  # pairs (name, parameter)
     config: StageConfig,
 ) -> list[torch.optim.Optimizer]:  # one or two optimisers
-    "AdamW for everything, or Muon for the matrices and filters of hidden layers and AdamW for the rest (Muon suits hidden weights only)."
+    """AdamW for everything, or Muon for the matrices and filters of hidden layers and AdamW for the rest
+    (Muon suits hidden weights only).
+    """
     named = [(n, p) for n, p in named_parameters if p.requires_grad]
-    # hidden: the transformers' blocks, the autoencoder's levels and middle; a leading dot makes "blocks.0…" and "encoder.blocks.0…" look alike
+    # hidden: the transformers' blocks, the autoencoder's levels and middle; a leading dot makes "blocks.0…"
+    # and "encoder.blocks.0…" look alike
     hidden = lambda name: any(part in "." + name for part in (".blocks.", ".levels.", ".middle."))
     matrices = [p for n, p in named if p.ndim >= 2 and hidden(n)] if config.optimizer == "muon" else []
     if config.optimizer not in ("adamw", "muon"):

@@ -63,7 +63,10 @@ class _Remembering(Shares):
         return box[0]
 
     def save(self, step: int, log: list[dict]) -> None:  # step: steps done
-        "A checkpoint, now. Raises FloatingPointError rather than save weights, averages or moments that are not finite."
+        """A checkpoint, now.
+
+        Raises FloatingPointError rather than save weights, averages or moments that are not finite.
+        """
         state = self._state()
         if bad := first_not_finite(state):
             raise FloatingPointError(
@@ -119,7 +122,9 @@ def settings_text(settings: dict) -> str:
 def changes_of(
     folder: str | Path,
 ) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
-    "What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these settings to go on. Raises ValueError for a checkpoint that says something else."
+    """What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these
+    settings to go on. Raises ValueError for a checkpoint that says something else.
+    """
     found = Checkpoints(Path(folder) / "checkpoints").newest()
     if found is None:
         return {}
@@ -196,7 +201,10 @@ class _Agreeing(_Remembering):
     "The recipe of a checkpoint, and ours. (Needs `recipe`, `ignore` and `changes`.)"
 
     def _agree(self, facts: dict, objectives: list[Objective]) -> bool:  # whether something is changed here
-        "The checkpoint's recipe against ours. Raises ValueError where they differ, but for what is to be changed."
+        """The checkpoint's recipe against ours.
+
+        Raises ValueError where they differ, but for what is to be changed.
+        """
         conform(facts, _FACTS, f"the checkpoint in {self.store.folder}")
         then, now = renamed(facts["recipe"]), json.loads(json.dumps(self.recipe))
         self.changed = list(facts.get("changes", []))
@@ -245,7 +253,8 @@ class _Agreeing(_Remembering):
             )
             if built == before != value:
                 raise ValueError(
-                    f"this run goes on with {path}={value!r} since step {step}, and the training was built with {before!r}: "
+                    f"this run goes on with {path}={value!r} since step {step}, and the training was built "
+                    f"with {before!r}: "
                     "build it with the new value"
                 )
 
@@ -259,7 +268,9 @@ class Restoring(_Agreeing):
         names = self._names()
         if wrong := self._unfit(state, facts, names):
             raise ValueError(
-                f"the checkpoint in {self.store.folder} is of another model ({wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}): choose another folder, or remove that one"
+                f"the checkpoint in {self.store.folder} is of another model "
+                f"({wrong[0]}{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}): choose another "
+                "folder, or remove that one"
             )
         for p in self.objectives:
             for n, w in p.parameters:

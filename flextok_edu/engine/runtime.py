@@ -49,5 +49,8 @@ class Runtime:
 
     @classmethod
     def of(cls, runtime: "Runtime | None", named: dict) -> "Runtime":
-        "From an object, from keywords, or from both. Raises TypeError for a keyword that is none of its fields."
+        """From an object, from keywords, or from both.
+
+        Raises TypeError for a keyword that is none of its fields.
+        """
         return fold(cls, runtime, named)

@@ -55,7 +55,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
 
 
 def _extent(header: dict) -> int:  # bytes of all tensors
-    "Raises ValueError for a header whose tensors are not one after the other, each as long as its shape says."
+    """Raises ValueError for a header whose tensors are not one after the other, each as long as its shape
+    says.
+    """
     end = 0
     for name, t in sorted(
         header.items(), key=lambda item: conform(item[1], _TENSOR, f"tensor {item[0]!r}")["data_offsets"]
@@ -72,10 +74,14 @@ def _extent(header: dict) -> int:  # bytes of all tensors
 def read_header(
     path: Path,
 ) -> tuple[dict, dict]:  # the shard's facts; name -> dtype, shape and offsets of each tensor
-    "Only the first bytes are read. Raises DamagedShard for a file that is not whole, FileNotFoundError if there is none."
+    """Only the first bytes are read.
+
+    Raises DamagedShard for a file that is not whole, FileNotFoundError if there is none.
+    """
     try:
         with open(path, "rb") as file:
-            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
             if length > min(size, 2**26):
                 raise ValueError(f"a header of {length:,} bytes")
             header = conform(parse_json(file.read(length), "it"), {"__metadata__": {_KEY: str}}, "its header")
@@ -90,7 +96,8 @@ def read_header(
         ) from error
     if size != end:
         raise DamagedShard(
-            f"{path} has {size:,} bytes and should have {end:,}: build the cache again, only this shard will be made"
+            f"{path} has {size:,} bytes and should have {end:,}: build the cache again, only this shard "
+            "will be made"
         )
     return facts, header
 
@@ -105,7 +112,8 @@ def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages
         tensors, _ = read_tensors(path)
     except ValueError as error:
         raise DamagedShard(
-            f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this shard will be made"
+            f"{path} is damaged ({str(error).removeprefix(f'{path} ')}): build the cache again, only this "
+            "shard will be made"
         ) from error
     found = weights_hash(tensors)
     if found != facts["content"]:
@@ -117,7 +125,10 @@ def check_content(path: Path) -> dict[str, Tensor]:  # its tensors, on the pages
 
 # %% ../../nbs/engine/shards.ipynb #11b-9237ed22
 class Claims:
-    "Who may write what: byte 0 of one lock file is cache.json, byte i + 1 is shard i. A claim dies with its process."
+    """Who may write what: byte 0 of one lock file is cache.json, byte i + 1 is shard i.
+
+    A claim dies with its process.
+    """
 
     _open: set[Path] = set()  # folders that this process is building
 

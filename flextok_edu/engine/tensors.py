@@ -18,16 +18,15 @@ from .text import drawable_lines
 # %% ../../nbs/engine/tensors.ipynb #00-bd57ef80
 def pick_device(name: str | torch.device = "auto") -> torch.device:  # the device
     "`auto` takes CUDA, then MPS, then the CPU. Raises ValueError if the named one is not there."
-    name, there = (
-        str(name),
-        {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True},
-    )
+    name = str(name)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, ok in there.items() if ok))
     kind = name.split(":")[0]
     if not there.get(kind, False):
         raise ValueError(
-            f"device {name!r} is not available here; use 'auto' or one of {[k for k, ok in there.items() if ok]}"
+            f"device {name!r} is not available here; use 'auto' or one of "
+            f"{[k for k, ok in there.items() if ok]}"
         )
     try:
         return torch.device(name)
@@ -107,7 +106,9 @@ def noise_like(
     device=None,  # where the result goes; drawn on the CPU all the same
     stream: str = "latents",  # what it is for: streams of different names are independent
 ) -> Tensor:  # standard normal noise (len(indices), *shape), float32
-    "One independent noise per (stream, seed, index): neither the batch size nor the device changes a picture."
+    """One independent noise per (stream, seed, index): neither the batch size nor the device changes a
+    picture.
+    """
     return torch.stack(
         [torch.randn(shape, generator=named_generator(stream, seed, int(i)), device="cpu") for i in indices]
     ).to(device)

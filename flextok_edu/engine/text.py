@@ -10,8 +10,10 @@ import functools
 
 # %% ../../nbs/engine/text.ipynb #00-48677cd3
 def plain(text) -> str:  # a name or message from somewhere else
-    r"""The same on one line, printable everywhere: control characters, escape sequences, invisible and reversing marks as `\x1b` or `\u202e`,
-    bytes that were no UTF-8 (Python keeps them as surrogates) as `\xe9`."""
+    r"""The same on one line, printable everywhere: control characters, escape sequences, invisible and
+    reversing marks as `\x1b` or `\u202e`, bytes that were no UTF-8 (Python keeps them as surrogates) as
+    `\xe9`.
+    """
 
     def shown(c: str) -> str:
         if c.isprintable():
@@ -36,8 +38,9 @@ def _glyphs(
 
 
 def drawable(text) -> str:  # a name from somewhere else
-    r"""`plain`, and what none of matplotlib's fonts in use has is escaped as well (`\u4e2d`) instead of drawn as an empty box.
-    It is never mathematics if the caller passes `parse_math=False` to matplotlib."""
+    r"""`plain`, and what none of matplotlib's fonts in use has is escaped as well (`\u4e2d`) instead of drawn
+    as an empty box. It is never mathematics if the caller passes `parse_math=False` to matplotlib.
+    """
     from matplotlib import rcParams
 
     families = rcParams["font.family"]

@@ -52,7 +52,9 @@ def register_tokenizer(kind: str, place: str | type) -> None:  # "module:Class",
 def tokenizer_class(kind: str) -> type:
     "The class of a kind. Raises ValueError for a kind that nobody registered."
     if kind not in TOKENIZERS:
-        raise ValueError(f"no tokenizer {kind!r}: choose one of {', '.join(TOKENIZERS)}, or register_tokenizer it")
+        raise ValueError(
+            f"no tokenizer {kind!r}: choose one of {', '.join(TOKENIZERS)}, or register_tokenizer it"
+        )
     place = TOKENIZERS[kind]
     if isinstance(place, type):
         return place

@@ -41,13 +41,19 @@ class Objective:
 
 # %% ../../nbs/engine/trainer.ipynb #00-044cefe3
 class Engine:
-    "What `fit` asks of a machine: here one device and one process. The lesson training has one for long runs and many processes."
+    """What `fit` asks of a machine: here one device and one process.
+
+    The lesson training has one for long runs and many processes.
+    """
 
     speaks = True  # this process shows the progress bar
 
     def __init__(
-        self, device="cpu", precision: torch.dtype | None = None
-    ):  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+        self,
+        device="cpu",
+        # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+        precision: torch.dtype | None = None,
+    ):
         self.device, self.precision = torch.device(device), precision
 
     @contextlib.contextmanager
@@ -55,13 +61,11 @@ class Engine:
         self, objectives: list[Objective], batches: Iterator, steps: int, ema: EMA | None, label: str
     ) -> Iterator[tuple[int, list[dict]]]:  # first step; log so far
         "Around the whole run."
-        self.objectives, self.batches, self.steps, self.ema, self.label = (
-            objectives,
-            batches,
-            steps,
-            ema,
-            label,
-        )
+        self.objectives = objectives
+        self.batches = batches
+        self.steps = steps
+        self.ema = ema
+        self.label = label
         self.optimizers = {p.name: make_optimizers(p.parameters, p.config) for p in objectives}
         self.scalers = {
             p.name: torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
@@ -91,7 +95,8 @@ class Engine:
 
     def move(self, objective: Objective) -> Tensor:  # norm of the gradient before clipping
         "Clip and step."
-        scaler, optimizers = self.scalers[objective.name], self.optimizers[objective.name]
+        scaler = self.scalers[objective.name]
+        optimizers = self.optimizers[objective.name]
         for opt in optimizers:
             scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(
@@ -145,14 +150,14 @@ def fit(
     batches: Iterator,  # yields batches; whatever the losses take
     steps: int,  # how many
     ema: EMA | None = None,  # averaged weights to keep
-    precision: torch.dtype
-    | None = None,  # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+    # autocast to this dtype: torch.bfloat16, or torch.float16 with a gradient scaler
+    precision: torch.dtype | None = None,
     device="cpu",  # for autocast only
     label: str = "",  # text at the progress bar
     every: int = 10,  # log every so many steps (reading a loss makes a GPU wait)
     progress: bool = True,  # show a bar
-    engine: Engine
-    | None = None,  # the machine; by default one device and one process, with the precision above
+    # the machine; by default one device and one process, with the precision above
+    engine: Engine | None = None,
 ) -> list[dict]:  # the log: a dictionary every `every` steps
     "The one training loop. Raises FloatingPointError if a loss is not finite."
     engine = engine or Engine(device, precision)
@@ -167,11 +172,9 @@ def fit(
             total=steps,
         )
         for step in bar:
-            look, turn, tally = (
-                step % every == 0 or step == steps - 1,
-                [p for p in objectives if step / steps >= p.start],
-                _Tally(),
-            )
+            look = step % every == 0 or step == steps - 1
+            turn = [p for p in objectives if step / steps >= p.start]
+            tally = _Tally()
             for objective in turn:
                 engine.ready(objective, step)
             parts = list(engine.micro_batches(step))
@@ -186,7 +189,8 @@ def fit(
             for objective in turn:
                 if not math.isfinite(row.get(objective.name, 0.0)):
                     raise FloatingPointError(
-                        f"{label or objective.name}: the loss of {objective.name} is {row[objective.name]} at step {step}; try a lower learning rate or float32"
+                        f"{label or objective.name}: the loss of {objective.name} is {row[objective.name]} "
+                        f"at step {step}; try a lower learning rate or float32"
                     )
             norms = {f"{objective.name}_grad": engine.move(objective) for objective in turn}
             for objective in turn:
@@ -211,8 +215,8 @@ def plot_log(
     log: list[dict],  # what `fit` returned
     keys: list[str] | None = None,  # which numbers; all but gradients and clocks by default
     ax=None,  # matplotlib axes; new ones by default
-    title: str = "",
-):  # the axes
+    title: str = "",  # the axes
+):
     "Draw the numbers of a training log against the step, on a logarithmic axis unless some are negative."
     import matplotlib.pyplot as plt
 

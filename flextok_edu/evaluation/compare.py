@@ -90,7 +90,10 @@ class Comparison:
     def best(
         self, key: str, what: str = "tokens", tokens: int | None = None
     ) -> int | None:  # number of the winner; None if no lead is clear
-        "Who is better in one number, by more than two standard errors. Raises ValueError where conditions differ, unless forced."
+        """Who is better in one number, by more than two standard errors.
+
+        Raises ValueError where conditions differ, unless forced.
+        """
         if (wrong := self.mismatches(key, what)) and not self.force:
             raise ValueError(
                 f"{key} of {what} is not ranked: "
@@ -140,11 +143,9 @@ def comparison_keys(
 # %% ../../nbs/evaluation/compare.ipynb #10-7c1be95e-1
 def comparison_text(c: Comparison) -> str:  # the table
     "A comparison for the eye."
-    letters, keys, cards = (
-        string.ascii_uppercase[: len(c.reports)],
-        comparison_keys(c),
-        [_flat(r.card) for r in c.reports],
-    )
+    letters = string.ascii_uppercase[: len(c.reports)]
+    keys = comparison_keys(c)
+    cards = [_flat(r.card) for r in c.reports]
     lines = [f"{letter}  {plain(name)}" for letter, name in zip(letters, c.names)] + [""]
     matter = {name for what, key in keys for name in c.mismatches(key, what)}
     differ = [
@@ -158,10 +159,8 @@ def comparison_text(c: Comparison) -> str:  # the table
             + " | ".join(plain(card.get(name, "not stated")) for card in cards)
         )
     for (what, key), counts in keys.items():
-        wrong, digits = (
-            c.mismatches(key, what),
-            2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4,
-        )
+        wrong = c.mismatches(key, what)
+        digits = 2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4
         lines += [
             "",
             f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)",
@@ -199,7 +198,11 @@ def compare(
     *reports: Report | str | Path,  # two or more: reports, folders of runs, or files table.json
     force: bool = False,  # rank although conditions differ
 ) -> Comparison:  # print it
-    "Lay results side by side. Conditions that differ are marked, and what depends on them is not ranked, unless forced. Raises ValueError for fewer than two, or more than 26."
+    """Lay results side by side.
+
+    Conditions that differ are marked, and what depends on them is not ranked, unless forced. Raises
+    ValueError for fewer than two, or more than 26.
+    """
     if not 2 <= len(reports) <= 26:
         raise ValueError(f"a comparison needs 2 to 26 reports, not {len(reports)}")
     return Comparison(

@@ -59,7 +59,8 @@ def gains(
     for key, now in values.items():
         difference = better(key) * (now - values_before[key])
         if key.startswith("frechet"):
-            found[f"{key}_gain"], found[f"{key}_gain_se"] = before[key] - row[key], float(difference.std())
+            found[f"{key}_gain"] = before[key] - row[key]
+            found[f"{key}_gain_se"] = float(difference.std())
         else:
             found[f"{key}_gain"], found[f"{key}_gain_se"] = mean_and_error(difference)
     return found
@@ -113,7 +114,9 @@ def measure_samples(
 ) -> list[dict]:  # rows
     "Class-conditional samples, all classes equally often, at 1, 2, 4, … tokens."
     check_tokenizer(ar, tok)
-    k, rows, wanted = tok.config.registers, [], torch.arange(config.samples) % ar.config.classes
+    k = tok.config.registers
+    rows = []
+    wanted = torch.arange(config.samples) % ar.config.classes
     truth = torch.zeros(config.samples, reference.labels.shape[1], dtype=torch.int64)
     truth[:, 0] = wanted
     parts = list(enumerate(wanted.split(batch)))
@@ -147,7 +150,9 @@ def measured_and_rest(
     count: int,  # at most so many are measured
     others: int,  # at most so many of the rest are needed
 ) -> tuple[ImageSet, ImageSet]:
-    "So many pictures, evenly spread over the set: of a set in the order of classes, about as many of each. And as evenly some of the rest."
+    """So many pictures, evenly spread over the set: of a set in the order of classes, about as many of each.
+    And as evenly some of the rest.
+    """
     if len(data) <= count:
         return data, data.select(torch.arange(0))
     measured = torch.zeros(len(data), dtype=torch.bool)
@@ -164,7 +169,10 @@ def floor_rows(
     other: Tensor,  # real pictures (b 3 h w): uint8, or floats in [-1, 1]
     counts: set[int],  # of pictures, that occur in the table
 ) -> list[dict]:
-    "Real against real, for each count: the floor of the distance of new pictures. None where there are too few."
+    """Real against real, for each count: the floor of the distance of new pictures.
+
+    None where there are too few.
+    """
     rows = []
     for m in sorted({min(count, len(other)) for count in counts}, reverse=True):
         if m < 2:
@@ -177,22 +185,28 @@ def floor_rows(
 # %% ../../nbs/evaluation/evaluate.ipynb #10-01420551
 def evaluate_tokenizer(
     tok: FlexTok,
-    data: ImageSet,  # held-out images: originals and reference; if more than config.images, an even spread is measured
-    other: ImageSet
-    | None,  # other real images, for the floor of the distance, where `data` has not as many again; None: no floor then
+    # held-out images: originals and reference; if more than config.images, an even spread is measured
+    data: ImageSet,
+    # other real images, for the floor of the distance, where `data` has not as many again; None: no floor
+    # then
+    other: ImageSet | None,
     feature_extractor: nn.Module,  # frozen extractor, with a name, for the Fréchet distance
     config: EvalConfig,  # counts, steps, guidance
-    reader: AttributeClassifier
-    | None = None,  # reads attributes, and gives a Fréchet distance of its own (then the first); None for images that have none
+    # reads attributes, and gives a Fréchet distance of its own (then the first); None for images that have
+    # none
+    reader: AttributeClassifier | None = None,
     ar: ARModel | None = None,  # also measure its samples
     seed: int = 0,
     batch: int = 250,  # images at a time
     progress: bool = True,
     other_is: str = UNKNOWN,  # what `other` is: "other held-out scenes", "training pictures", …
-    facts: dict
-    | None = None,  # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
+    # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
+    facts: dict | None = None,
 ) -> Report:  # the table
-    "Quality of reconstructions (and samples) against token count. Raises ValueError if there are too few images."
+    """Quality of reconstructions (and samples) against token count.
+
+    Raises ValueError if there are too few images.
+    """
     data, rest = measured_and_rest(
         data, config.images, max(config.images, config.samples if ar is not None else 0)
     )
@@ -212,13 +226,12 @@ def evaluate_tokenizer(
         and (seen := reading(reference, reference.readings, data.labels)["acc_kind"]) < READS_ORIGINALS
     ):
         notes.append(
-            f"the classifier reads the kind of only {seen:.1%} of the originals (it must read {READS_ORIGINALS:.0%}): its columns are left out"
+            f"the classifier reads the kind of only {seen:.1%} of the originals (it must read "
+            f"{READS_ORIGINALS:.0%}): its columns are left out"
         )
         reader = reference.reader = reference.readings = None
-        reference.feature_extractors, reference.features = (
-            reference.feature_extractors[1:],
-            reference.features[1:],
-        )
+        reference.feature_extractors = reference.feature_extractors[1:]
+        reference.features = reference.features[1:]
     counts = {n} | ({config.samples} if ar is not None else set())
     if len(rest) >= n:
         other, other_is = rest, LEFT_OVER
@@ -242,7 +255,8 @@ def evaluate_tokenizer(
     dim = max(r.shape[1] for r in reference.features)
     if min(counts) < 2 * dim:
         notes.append(
-            f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, compare them with the floor of the same count"
+            f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, "
+            "compare them with the floor of the same count"
         )
     return Report(rows + floor + reconstructed + sampled, card, notes, scores)
 
@@ -259,7 +273,9 @@ RULES = (
 def older_than_the_rule(
     learned: dict[str, Learned | None],  # part -> what it learned from
 ) -> Learned | None:  # the record that divides pictures for this model; None: the rule does
-    "Whether a model was trained before pictures were divided as they are today: its record has keys, and names another rule."
+    """Whether a model was trained before pictures were divided as they are today: its record has keys, and
+    names another rule.
+    """
     return next(
         (
             known
@@ -277,10 +293,15 @@ def split_by_record(
     seed: int = 0,  # order of the pictures
     progress: bool = True,
 ) -> tuple[ImageSet, ImageSet]:  # what it learned from; everything else
-    "A folder, divided by the record of a model instead of by the rule. Pictures with equal pixels count once, and as learned if one of their files was. Raises ValueError if the record has no keys, or one side would be empty."
+    """A folder, divided by the record of a model instead of by the rule.
+
+    Pictures with equal pixels count once, and as learned if one of their files was. Raises ValueError if the
+    record has no keys, or one side would be empty.
+    """
     if learned.keys is None:
         raise ValueError(
-            f"there is no list of the pictures that were learned ({learned.source}): nothing says which were not"
+            f"there is no list of the pictures that were learned ({learned.source}): nothing says which "
+            "were not"
         )
     found = read_folder(root, size, progress=progress)
     keys = picture_keys([Path(root).expanduser() / path for path in found.paths], progress=progress)
@@ -291,13 +312,12 @@ def split_by_record(
         if seen:
             known.add(pixels)
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
-    rows, sides = (
-        torch.tensor(list(first.values()))[order],
-        torch.tensor([pixels in known for pixels in first])[order],
-    )
+    rows = torch.tensor(list(first.values()))[order]
+    sides = torch.tensor([pixels in known for pixels in first])[order]
     if sides.all() or not sides.any():
         raise ValueError(
-            f"of {len(sides)} pictures in {root}, {int(sides.sum())} were learned from: one side would be empty"
+            f"of {len(sides)} pictures in {root}, {int(sides.sum())} were learned from: one side would be "
+            "empty"
         )
 
     def side(which, part):
@@ -305,7 +325,8 @@ def split_by_record(
             found.images[part],
             found.labels[part, None],
             found.classes,
-            f"{Path(root).name} {which}, {len(part)} of {len(sides)} different pictures in {len(keys)} files, divided by the record {learned.hash}; {CROP}",
+            f"{Path(root).name} {which}, {len(part)} of {len(sides)} different pictures in {len(keys)} "
+            f"files, divided by the record {learned.hash}; {CROP}",
             keys=keys[part],
             rule=learned.rule,
         )

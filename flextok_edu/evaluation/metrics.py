@@ -21,8 +21,9 @@ from ..engine.tensors import from_uint8
 def image_scores(
     output: Tensor,  # images (b 3 h w) in [-1, 1]
     original: Tensor,  # images (b 3 h w) in [-1, 1]
-    batch: int
-    | None = None,  # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their memory
+    # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their
+    # memory
+    batch: int | None = None,
 ) -> dict[str, Tensor]:  # "mae", "psnr", "ssim": (b,) each, on a [0, 1] scale of pixels
     "Scores of each image. Raises ValueError for unequal shapes."
     from torchmetrics.functional.image import (
@@ -70,7 +71,10 @@ def frechet(
     a: Tensor,  # features (n d)
     b: Tensor,  # features (m d)
 ) -> float:  # squared Fréchet distance of two Gaussians
-    "Fréchet distance between two sets of features, in float64 by torchmetrics. Raises ValueError for sets that are too small."
+    """Fréchet distance between two sets of features, in float64 by torchmetrics.
+
+    Raises ValueError for sets that are too small.
+    """
     if min(len(a), len(b)) < 2:
         raise ValueError(
             f"a Fréchet distance needs at least 2 images on each side, not {len(a)} and {len(b)}"
@@ -91,7 +95,11 @@ def frechet_resamples(
     b: Tensor,  # features of the pictures (m d)
     seed: int = 0,  # of the resampling
 ) -> Tensor:  # distances (RESAMPLES,)
-    "Distances of bootstrap resamples of `b`. Their spread is the standard error; with equal m the resamples are the same pictures in every row, so that differences of rows have a paired error."
+    """Distances of bootstrap resamples of `b`.
+
+    Their spread is the standard error; with equal m the resamples are the same pictures in every row, so that
+    differences of rows have a paired error.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.tensor(
         [
@@ -125,7 +133,9 @@ def token_counts(k: int) -> list[int]:  # 1, 2, 4, … and k
 
 # %% ../../nbs/14_evaluation.ipynb #10-91618832-2
 def column(extractor: str) -> str:  # key of a Fréchet distance in a row
-    "Where the distance in this extractor's features is kept: distances of different eyes never share a column."
+    """Where the distance in this extractor's features is kept: distances of different eyes never share a
+    column.
+    """
     return f"frechet_{extractor.split('/')[0]}"
 
 # %% ../../nbs/14_evaluation.ipynb #10-e1046b76
@@ -149,15 +159,13 @@ class Reference:
         feature_extractors: list,  # extractors of the Fréchet distances
         reader: AttributeClassifier | None = None,  # reads attributes; None: no such columns
         device="cpu",  # where the extractors are
-        batch: int = 250,
-    ):  # originals at a time
-        self.images, self.labels, self.feature_extractors, self.reader, self.device = (
-            images,
-            labels,
-            feature_extractors,
-            reader,
-            device,
-        )
+        batch: int = 250,  # originals at a time
+    ):
+        self.images = images
+        self.labels = labels
+        self.feature_extractors = feature_extractors
+        self.reader = reader
+        self.device = device
         own = self.see(self.originals(i, i + batch) for i in range(0, len(images), batch))
         self.features, self.readings = own.features, own.readings
 
@@ -172,7 +180,10 @@ class Reference:
         scored: bool = False,  # they are reconstructions of the originals, in their order
     ) -> Seen:
         "Look at pictures that come in batches, and let them go."
-        features, readings, scores, count = [[] for _ in self.feature_extractors], [], [], 0
+        features = [[] for _ in self.feature_extractors]
+        readings = []
+        scores = []
+        count = 0
         for pictures in batches:
             for e, kept in zip(self.feature_extractors, features):
                 kept.append(all_features(e, pictures, device=self.device))

@@ -42,8 +42,8 @@ UNKNOWN = "unknown: nobody said"
 
 
 def trained_how(
-    **made: Preset
-    | None,  # part ("vae", "tokenizer", "ar") -> the preset with which it was trained; None: not known
+    # part ("vae", "tokenizer", "ar") -> the preset with which it was trained; None: not known
+    **made: Preset | None,
 ) -> dict[str, str]:  # "weights_are", "vae_trained_against": for the card
     "What presets say about the models that were trained with them."
 
@@ -79,8 +79,8 @@ def make_card(
     feature_extractors: list,  # the extractors of the Fréchet distances, in the order of the columns
     config: EvalConfig,
     seed: int,
-    facts: dict
-    | None = None,  # what the caller knows besides: `trained_how`, "learned" (part -> facts or "unknown: why"), …
+    # what the caller knows besides: `trained_how`, "learned" (part -> facts or "unknown: why"), …
+    facts: dict | None = None,
     **weights: nn.Module | None,  # part -> model
 ) -> dict:  # json-ready
     "The conditions of a measurement, and what is known about the models. What nobody said is unknown."
@@ -129,7 +129,9 @@ class Report:
     )  # "what/tokens/key": the value of each picture (n,), or of each resample
 
     def save(self, folder: str | Path, name: str = "table") -> None:
-        "Write name.json (with the card in every row), name.csv, and name_scores.safetensors with the values of each picture."
+        """Write name.json (with the card in every row), name.csv, and name_scores.safetensors with the values
+        of each picture.
+        """
         folder = Path(folder)
         write_text(
             folder / f"{name}.json",
@@ -237,7 +239,10 @@ _TABLE = {
 def load_report(
     path: str | Path,  # table.json, or the folder of a run
 ) -> Report:  # as it was saved
-    "Read a table. Raises FileNotFoundError if there is none, ValueError if it is damaged or its scores belong to another."
+    """Read a table.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or its scores belong to another.
+    """
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / "table.json"
@@ -259,7 +264,8 @@ def load_report(
         values, told = scores.get(score_key(row, "mae")), row.get("mae", math.nan)
         if values is not None and not math.isclose(float(values.mean()), told, rel_tol=1e-4):
             raise ValueError(
-                f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the table says {told:.5f}"
+                f"{beside.name} does not belong to {path}: its mean error is {values.mean():.5f} where the "
+                f"table says {told:.5f}"
             )
     return Report(rows, stored["card"], stored.get("notes", []), scores)
 
@@ -269,7 +275,8 @@ def _read_scores(file: Path) -> dict[str, Tensor]:  # "what/tokens/key": (n,)
     scores = read_tensors(file)[0]
     if odd := next((name for name, x in scores.items() if x.ndim != 1 or not x.is_floating_point()), None):
         raise ValueError(
-            f"{file} holds no scores: {odd!r} is {scores[odd].dtype} of shape {tuple(scores[odd].shape)}, and a list of real numbers is needed"
+            f"{file} holds no scores: {odd!r} is {scores[odd].dtype} of shape {tuple(scores[odd].shape)}, "
+            "and a list of real numbers is needed"
         )
     return scores
 

@@ -119,18 +119,17 @@ def token_recipe(
         )
     if mirror and not data.facts["mirror"]:
         raise ValueError(
-            f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise pictures"
+            f"the latents of {data.folder} have no mirror images: build them with mirror=True, or tokenise "
+            "pictures"
         )
     refuse_other(
         data.facts,
         latent_facts(tok._need_vae("tokenising latents")),
         f"the latents of {data.folder} are not of this tokenizer's VAE",
     )
-    count, keep, keys = (
-        len(data.items),
-        {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts},
-        data.keys,
-    )
+    count = len(data.items)
+    keep = {k: data.facts[k] for k in (*_SOURCE, "mirror", "learned") if k in data.facts}
+    keys = data.keys
 
     def load(start, stop):
         a, b = torch.searchsorted(data.items, torch.tensor([start, stop])).tolist()
@@ -181,14 +180,20 @@ class CachePlan:
 
     def __str__(self) -> str:
         part = lambda n: f"{n:,} images, {_bytes(n * self.row_bytes)}"
-        return f"{part(self.images)} in {self.shards:,} shards; to be made: {part(self.missing)}, {_duration(self.missing / self.rate)} at {self.rate:,.{0 if self.rate >= 10 else 2}f} images/s; {_bytes(self.free)} free"
+        return (
+            f"{part(self.images)} in {self.shards:,} shards; to be made: {part(self.missing)}, "
+            f"{_duration(self.missing / self.rate)} at {self.rate:,.{0 if self.rate >= 10 else 2}f} "
+            f"images/s; {_bytes(self.free)} free"
+        )
 
     def check(self) -> None:
         "Raises OSError if the disk would be full."
         need = self.missing * self.row_bytes
         if need + self.margin > self.free:
             raise OSError(
-                f"the cache needs {_bytes(need)} more, and {_bytes(self.margin)} should stay free, but only {_bytes(self.free)} are: make room, choose another disk, float16, no mirror images, or fewer pictures"
+                f"the cache needs {_bytes(need)} more, and {_bytes(self.margin)} should stay free, but "
+                f"only {_bytes(self.free)} are: make room, choose another disk, float16, no mirror images, "
+                "or fewer pictures"
             )
 
 # %% ../../nbs/io/build.ipynb #11b-d080791b
@@ -250,7 +255,8 @@ def _begin(folder: Path, facts: dict) -> Claims:
     def failed(error):
         return OSError(
             error.errno,
-            f"{folder} cannot be written to ({error.strerror}): choose another folder, change its permissions, or make room (a finished cache is read with LatentCache or TokenCache)",
+            f"{folder} cannot be written to ({error.strerror}): choose another folder, change its "
+            "permissions, or make room (a finished cache is read with LatentCache or TokenCache)",
         )
 
     try:
@@ -293,7 +299,8 @@ def _make(
     if _good(path, verify):
         check_shard(path, facts, index)
         return False
-    start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
+    start = index * facts["shard"]
+    stop = min((index + 1) * facts["shard"], facts["count"])
     tensors = encoded(start, stop)
     if odd := odd_labels(tensors["labels"], facts):
         raise ValueError(
@@ -307,7 +314,8 @@ def _make(
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} free). The shards that are finished are kept: make room and build again",
+            f"{path} could not be written ({error.strerror}; {_bytes(shutil.disk_usage(path.parent).free)} "
+            "free). The shards that are finished are kept: make room and build again",
         ) from error
     return True
 
@@ -326,7 +334,11 @@ def build_cache(
     margin: float = 0.02,  # share of the disk that shall stay free
     progress: bool = True,  # say the plan, show a bar
 ) -> int:  # shards that this process made
-    "Make what is missing of a cache, together with any other processes that do the same. Raises ValueError if the folder holds another cache, OSError if it cannot be written to or the disk is full."
+    """Make what is missing of a cache, together with any other processes that do the same.
+
+    Raises ValueError if the folder holds another cache, OSError if it cannot be written to or the disk is
+    full.
+    """
     folder, recipe, made = Path(folder).expanduser(), (encode, count, load, facts), 0
     facts = conform(
         json.loads(json.dumps({**facts, "format": SHARD_FORMAT, "count": count, "shard": shard})),

@@ -33,7 +33,11 @@ from ..vae import VAE
 
 # %% ../../nbs/io/cache.ipynb #11b-d8c20f96
 class OpenCache:
-    "A finished cache, looked at. Raises FileNotFoundError or ValueError for one that is unfinished, damaged, mixed, or not what was expected."
+    """A finished cache, looked at.
+
+    Raises FileNotFoundError or ValueError for one that is unfinished, damaged, mixed, or not what was
+    expected.
+    """
 
     def __init__(self, folder: str | Path, expected: dict):  # facts that it must have
         self.folder, self.facts = Path(folder).expanduser(), read_facts(folder)
@@ -43,7 +47,8 @@ class OpenCache:
             f"the cache in {folder} is not the one that you mean",
             ": open it with what made it, or build another one in a new folder",
         )
-        kind, shards = self.facts["kind"], -(-self.facts["count"] // self.facts["shard"])
+        kind = self.facts["kind"]
+        shards = -(-self.facts["count"] // self.facts["shard"])
         there = {path.name for path in self.folder.glob(f"{kind}-*.safetensors")}
         first = next(
             (
@@ -63,7 +68,9 @@ class OpenCache:
                 and int(name[len(kind) + 1 : -12]) < shards
             ]
             raise FileNotFoundError(
-                f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only these will be made"
+                f"the cache in {folder} is not finished: {shards - len(there):,} of {shards:,} shards are "
+                f"missing, the first: {shard_path(self.folder, kind, first).name}; build it again, only "
+                "these will be made"
             )
         self.paths = [shard_path(self.folder, kind, i) for i in range(shards)]
         self.headers = [check_shard(path, self.facts, i) for i, path in enumerate(self.paths)]
@@ -90,12 +97,14 @@ class OpenCache:
             }
             if row is not None and found != row:
                 raise DamagedShard(
-                    f"{path} has rows {found}, and the shards before it {row}: delete it and build the cache again, only this shard will be made"
+                    f"{path} has rows {found}, and the shards before it {row}: delete it and build the "
+                    "cache again, only this shard will be made"
                 )
             row = found
         if row is None:
             raise ValueError(
-                f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be used"
+                f"the cache in {self.folder} is empty: none of the {self.facts['count']:,} images could be "
+                "used"
             )
         return row
 
@@ -121,22 +130,25 @@ class _Checked(OpenCache):
         self,
         folder: str | Path,
         expected: dict,  # facts that it must have
-        verify: bool = False,
-    ):  # check all shards now, not each at its first touch
+        verify: bool = False,  # check all shards now, not each at its first touch
+    ):
         super().__init__(folder, expected)
         if verify:
             for shard in range(len(self.paths)):
                 self._check(shard)
 
     def _check(self, shard: int) -> None:
-        "Raises DamagedShard for a shard that is not what was written, or that holds what no cache of this kind may hold."
+        """Raises DamagedShard for a shard that is not what was written, or that holds what no cache of this
+        kind may hold.
+        """
         path = self.paths[shard]
         tensors, facts = check_content(path), self.facts
         start = shard * facts["shard"]
 
         def refuse(what):
             raise DamagedShard(
-                f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be made"
+                f"{path} is damaged ({what}): delete it and build the cache again, only this shard will be "
+                "made"
             )
 
         items, labels = tensors["items"], tensors["labels"]
@@ -153,7 +165,8 @@ class _Checked(OpenCache):
                 ids = tensors["ids"].long()
                 if ids.min() < 0 or ids.max() >= facts["vocabulary"]:
                     refuse(
-                        f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends at {facts['vocabulary'] - 1}"
+                        f"its ids reach from {int(ids.min())} to {int(ids.max())}, and the vocabulary ends "
+                        f"at {facts['vocabulary'] - 1}"
                     )
         self.maps |= {(shard, name): t for name, t in tensors.items()}
         self.checked.add(shard)
@@ -170,10 +183,15 @@ class _Checked(OpenCache):
 
 # %% ../../nbs/io/cache.ipynb #11b-860a9602
 class Cache(_Checked):
-    "Random access to the rows of a cache: whatever was encoded, labels, and which item each row is. Raises DamagedShard at the first touch of a shard that is not what was written."
+    """Random access to the rows of a cache: whatever was encoded, labels, and which item each row is.
+
+    Raises DamagedShard at the first touch of a shard that is not what was written.
+    """
 
     def _announce(self, shard: int, name: str, rows: list[int]) -> None:
-        "Tell the system which rows of a shard come next: it fetches all of them at once, where touching page after page would wait for each."
+        """Tell the system which rows of a shard come next: it fetches all of them at once, where touching
+        page after page would wait for each.
+        """
         h, sides = self.headers[shard][name], self.sides
         size = (h["data_offsets"][1] - h["data_offsets"][0]) // (h["shape"][0] * sides)
         with open(self.paths[shard], "rb", buffering=0) as file:
@@ -190,7 +208,10 @@ class Cache(_Checked):
         name: str,  # one of the tensors that `encode` gave
         rows: Tensor,  # rows (m,), int64, in any order; from N on, mirror images
     ) -> Tensor:  # (m …), as stored
-        "Rows of a tensor. Raises IndexError for rows that do not exist, ValueError for a name that does not, DamagedShard."
+        """Rows of a tensor.
+
+        Raises IndexError for rows that do not exist, ValueError for a name that does not, DamagedShard.
+        """
         if name not in self.row:
             raise ValueError(f"the cache in {self.folder} has no {name!r}; it has: {', '.join(self.row)}")
         rows, n = torch.as_tensor(rows, dtype=torch.long), int(self.starts[-1])
@@ -212,10 +233,9 @@ class Cache(_Checked):
         like = self._map(
             int(torch.searchsorted(self.starts, 0, right=True)) - 1, name
         )  # the first shard that has rows
-        out, bits = (
-            like.new_empty(len(rows), *like.shape[2:]),
-            torch.int16 if like.dtype == torch.uint16 else like.dtype,
-        )  # PyTorch indexes int16, and uint16 only here and there
+        # PyTorch indexes int16, and uint16 only here and there
+        out = like.new_empty(len(rows), *like.shape[2:])
+        bits = torch.int16 if like.dtype == torch.uint16 else like.dtype
         for (s, r, k), here in zip(pieces, order.split(counts.tolist())):
             out.view(bits)[here] = self._map(s, name).view(bits)[r, k]
         return out
@@ -239,9 +259,9 @@ class LearnedCache(Cache):
     @cached_property
     def keys(
         self,
-    ) -> (
-        Tensor | None
-    ):  # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out); None: not known
+    ) -> Tensor | None:
+        # (N,) int64, one for each picture that is there, in the order of its rows (mirror images left out);
+        # None: not known
         "Raises DamagedShard for keys that are not what was written."
         found = []
         for path, header in zip(self.paths, self.headers):
@@ -258,14 +278,17 @@ class LearnedCache(Cache):
                 ) from error
             if read_header(path)[0].get("keys_content") != weights_hash({"keys": keys}):
                 raise DamagedShard(
-                    f"{path} is damaged (its keys are not those that were written): build the cache again with verify=True (flextok_cache --verify), only this shard will be made"
+                    f"{path} is damaged (its keys are not those that were written): build the cache again "
+                    "with verify=True (flextok_cache --verify), only this shard will be made"
                 )
             found.append(keys)
         return torch.cat(found)
 
     @property
     def learned(self) -> Learned:
-        "The pictures that a model learns from, if it learns from this cache; the rule is unknown for what was written before caches said it."
+        """The pictures that a model learns from, if it learns from this cache; the rule is unknown for what
+        was written before caches said it.
+        """
         there, source = int(self.starts[-1]), self.facts.get("source", "a cache")
         said = self.facts.get(
             "learned", {"rule": "unknown", "source": source, "hash": self.facts.get("source_hash", "")}
@@ -289,12 +312,16 @@ def _shaped(cache: Cache, name: str, row: list[int]) -> None:
     found = cache.row[name][1][1:] if name in cache.row else None
     if found != row:
         raise ValueError(
-            f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: open it with what made it, or build another one in a new folder"
+            f"the cache in {cache.folder} is not the one that you mean: {name} {found} there, {row} here: "
+            "open it with what made it, or build another one in a new folder"
         )
 
 
 class LatentCache(LearnedCache):
-    "Latents on the disk. It opens only with the VAE that made it and, if they are given, of the same pictures."
+    """Latents on the disk.
+
+    It opens only with the VAE that made it and, if they are given, of the same pictures.
+    """
 
     def __init__(
         self,
@@ -318,7 +345,10 @@ class LatentCache(LearnedCache):
 
 
 class TokenCache(LearnedCache):
-    "Ids on the disk. It opens only with the tokenizer that made it and, if they are given, of the same pictures."
+    """Ids on the disk.
+
+    It opens only with the tokenizer that made it and, if they are given, of the same pictures.
+    """
 
     def __init__(
         self,

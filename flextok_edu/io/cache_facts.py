@@ -21,7 +21,9 @@ from ..vae import VAE
 
 # %% ../../nbs/io/cache_facts.ipynb #11b-5f34a6a3-1
 def latent_facts(vae: VAE) -> dict:
-    "Whose latents: the hash of the VAE's weights, its identity (weights and configuration), its normalisation."
+    """Whose latents: the hash of the VAE's weights, its identity (weights and configuration), its
+    normalisation.
+    """
     weights = weights_hash(vae)
     return {
         "kind": "latents",
@@ -33,7 +35,9 @@ def latent_facts(vae: VAE) -> dict:
 
 
 def token_facts(tok: FlexTok) -> dict:
-    "Whose ids: the hash of the tokenizer's weights, and its identity: other FSQ levels are other ids of equal weights."
+    """Whose ids: the hash of the tokenizer's weights, and its identity: other FSQ levels are other ids of
+    equal weights.
+    """
     weights = tokenizer_hash(tok)
     return {
         "kind": "tokens",
@@ -103,7 +107,8 @@ def read_facts(folder: str | Path) -> dict:  # what cache.json says
         ) from error
     if facts.get("format") != SHARD_FORMAT:
         raise ValueError(
-            f"{path} has format {str(facts.get('format'))[:20]}, and this program reads {SHARD_FORMAT}: build the cache again in another folder"
+            f"{path} has format {str(facts.get('format'))[:20]}, and this program reads {SHARD_FORMAT}: "
+            "build the cache again in another folder"
         )
     try:
         return conform(facts, CACHE_SHAPE, "cache.json")
@@ -118,7 +123,9 @@ _DTYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "fl
 
 
 def _odd(header: dict, facts: dict, most: int) -> str | None:  # what is wrong with it
-    "The tensors of a shard against what its cache is: as many labels and items as rows, sides as said, the type as said."
+    """The tensors of a shard against what its cache is: as many labels and items as rows, sides as said, the
+    type as said.
+    """
     for name in BESIDE_ROWS if "keys" in header else BESIDE_ROWS[:2]:
         t = header.get(name, {"dtype": None, "shape": []})
         if t["dtype"] != "I64" or len(t["shape"]) != 1 or t["shape"] != header.get("items", t)["shape"]:
@@ -141,7 +148,8 @@ def _odd(header: dict, facts: dict, most: int) -> str | None:  # what is wrong w
 def check_shard(path: Path, facts: dict, index: int) -> dict:  # the headers of its tensors
     "Raises DamagedShard or FileNotFoundError for one that is not whole, ValueError for one of another make."
     made, header = read_header(path)
-    start, stop = index * facts["shard"], min((index + 1) * facts["shard"], facts["count"])
+    start = index * facts["shard"]
+    stop = min((index + 1) * facts["shard"], facts["count"])
     refuse_other(
         made,
         {**facts, "index": index, "start": start, "stop": stop},
@@ -156,7 +164,10 @@ def check_shard(path: Path, facts: dict, index: int) -> dict:  # the headers of 
 
 # %% ../../nbs/io/cache_facts.ipynb #11b-c1111872
 def odd_labels(labels: Tensor, facts: dict) -> str | None:  # (m,), int64; what is wrong with them
-    "Labels that are no number of a class. (Where nothing but latents of one class `all` is kept, nobody looks at them.)"
+    """Labels that are no number of a class.
+
+    (Where nothing but latents of one class `all` is kept, nobody looks at them.)
+    """
     most = len(facts.get("classes", ()))
     if not len(labels) or not most or most == 1 and facts["kind"] != "tokens":
         return None

@@ -63,7 +63,8 @@ def _describe_side(
         f"{s}_channels_to_last": _turn(latents, f"{s}_bhwc", "first_to_last"),
         f"{s}_patch_emb": _part_of(
             "PatchEmbedder",
-            f"input_tensor_list_read_key={s}_bhwc patches_list_write_key={s}_patches n_patches_write_key={s}_n_patches",
+            f"input_tensor_list_read_key={s}_bhwc patches_list_write_key={s}_patches "
+            f"n_patches_write_key={s}_n_patches",
             channels_in=c.latent_channels,
             dim=dim,
             patch_sizes=[p, p],
@@ -101,20 +102,19 @@ def _describe(
     scaling: float,  # latents = scaling * what the VAE's encoder gives
 ) -> dict:  # a description in the released layout
     "What tokenizer builds, said in the words of the released files."
-    e, d, l, k, head = (
-        c.encoder.width,
-        c.decoder.width,
-        len(c.levels),
-        c.registers,
-        dict(use_mup_readout=False, weight_init_style="zero"),
-    )
+    e = c.encoder.width
+    d = c.decoder.width
+    l = len(c.levels)
+    k = c.registers
+    head = dict(use_mup_readout=False, weight_init_style="zero")
     distribution = {ours: theirs for theirs, ours in RELEASED_DISTRIBUTIONS.items()}.get(
         c.budget_distribution, "uniform"
     )
     registers = {
         "enc_registers": _part_of(
             "Registers1D",
-            "input_tensor_list_read_key=enc_patches register_sizes_read_write_key=register_sizes registers_write_key=enc_registers",
+            "input_tensor_list_read_key=enc_patches register_sizes_read_write_key=register_sizes "
+            "registers_write_key=enc_registers",
             dim=e,
             n_min=k,
             n_max=k,
@@ -180,7 +180,8 @@ def _describe(
     return {
         "vae": _part_of(
             "StableDiffusionVAE",
-            "images_read_key=rgb vae_latents_read_key=reconst vae_latents_write_key=vae_latents images_reconst_write_key=rgb_reconst",
+            "images_read_key=rgb vae_latents_read_key=reconst vae_latents_write_key=vae_latents "
+            "images_reconst_write_key=rgb_reconst",
             latent_channels=c.latent_channels,
             scaling_factor=scaling,
             sample_posterior=c.sample_posterior,
@@ -198,13 +199,15 @@ def _describe(
         ),
         "flow_matching_noise_module": _part_of(
             "MinRFNoiseModule",
-            "clean_images_read_key=vae_latents noised_images_write_key=noised timesteps_write_key=timesteps sigmas_write_key=sigmas",
+            "clean_images_read_key=vae_latents noised_images_write_key=noised "
+            "timesteps_write_key=timesteps sigmas_write_key=sigmas",
             ln=c.time_distribution == "logit_normal",
             mode_scale=c.mode_scale if c.time_distribution == "mode" else 0.0,
         ),
         "pipeline": _part_of(
             "MinRFPipeline",
-            "latents_read_key=quants timesteps_read_key=timesteps noised_images_read_key=noised reconst_write_key=reconst noise_read_key=noise",
+            "latents_read_key=quants timesteps_read_key=timesteps noised_images_read_key=noised "
+            "reconst_write_key=reconst noise_read_key=noise",
             _partial_=True,
             out_channels=c.latent_channels,
         ),
@@ -216,7 +219,8 @@ def _own_layout(tok: FlexTok) -> Layout:
     c, vae = tok.config, tok.vae
     if tok.norm is not None:
         raise ValueError(
-            "norm_before_fsq=True has no place in the released layout: train with norm_before_fsq=False, or use save_tokenizer"
+            "norm_before_fsq=True has no place in the released layout: train with norm_before_fsq=False, "
+            "or use save_tokenizer"
         )
     std = vae.latent_std.float().cpu() if vae is not None else torch.ones(1)
     fits = (
@@ -260,10 +264,8 @@ def save_released(
         tensors |= {n: inner[ours].reshape(shape) for n, (ours, shape) in layout.vae.items()}
     elif tok.vae is not None:
         print("The VAE is not part of this checkpoint: pass it to load_flextok again.")
-    tensors, text = (
-        {n: w.contiguous().clone() for n, w in tensors.items()},
-        json.dumps(layout.description, indent=1),
-    )
+    tensors = {n: w.contiguous().clone() for n, w in tensors.items()}
+    text = json.dumps(layout.description, indent=1)
     single = path.suffix == ".safetensors"
     with atomic(path if single else path / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **({"config": text} if single else {})})

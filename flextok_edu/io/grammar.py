@@ -223,7 +223,10 @@ def read_part(
     where: str,  # how errors call it
     *kinds: str,  # classes that may stand here; none: any
 ) -> dict:  # its options; what is missing is None; "kind" is the class, "where" its name
-    "Check one description against the grammar. Raises ValueError naming the target, option or value that we do not support."
+    """Check one description against the grammar.
+
+    Raises ValueError naming the target, option or value that we do not support.
+    """
     target = described.get("_target_") if isinstance(described, dict) else None
     if not isinstance(target, str):
         raise ValueError(f"{where} has no _target_: this is no FlexTok configuration")
@@ -233,7 +236,8 @@ def read_part(
             f"{where}: unknown _target_ {target[:200]!r}"
             + (f" here (expected {', '.join(kinds)})" if kinds else "")
         )
-    rules, options = PARTS[target], {k: v for k, v in described.items() if k != "_target_"}
+    rules = PARTS[target]
+    options = {k: v for k, v in described.items() if k != "_target_"}
     for name in options:
         if name not in rules:
             raise ValueError(
@@ -258,10 +262,8 @@ class Side:
 
     def __init__(self, side: str, described):
         parts = read_part(described, side, "SequentialModuleDictWrapper")["module_dict"]
-        self.side, self.parts = (
-            side,
-            {name: read_part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()},
-        )
+        self.side = side
+        self.parts = {name: read_part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()}
         self.left = dict(self.parts)
 
     def take(
@@ -276,7 +278,9 @@ class Side:
         if len(found) != 1:
             there = ", ".join(f"{name!r} ({p['kind']})" for name, p in list(self.left.items())[:20])
             raise ValueError(
-                f"{self.side}: expected one {kind} with {', '.join(f'{k} = {v!r}' for k, v in keys.items()) or 'any keys'}, found {len(found)}; modules not yet placed: {there or 'none'}"
+                f"{self.side}: expected one {kind} with "
+                f"{', '.join(f'{k} = {v!r}' for k, v in keys.items()) or 'any keys'}, found {len(found)}; "
+                f"modules not yet placed: {there or 'none'}"
             )
         return {**self.left.pop(found[0]), "name": found[0]}
 
@@ -290,7 +294,11 @@ class Side:
     def done(
         self, sure: list[dict] = (), doubtful: list[dict] = ()
     ) -> None:  # both: modules in the order in which they must work
-        "Nothing may be left over, and all widths must agree. Where the listing keeps the order of the sure ones, it is meant: then the doubtful ones must keep theirs too."
+        """Nothing may be left over, and all widths must agree.
+
+        Where the listing keeps the order of the sure ones, it is meant: then the doubtful ones must keep
+        theirs too.
+        """
         for part in self.left.values():
             raise ValueError(f"{part['where']} ({part['kind']}) has no place in a FlexTok {self.side}")
         dims = sorted({p["dim"] for p in self.parts.values() if p.get("dim")})
@@ -301,5 +309,6 @@ class Side:
         if not wrong(sure):
             for a, b in wrong(doubtful):
                 raise ValueError(
-                    f"{a['where']} is listed after {b['name']!r}, but in a FlexTok it works before it: this is another model"
+                    f"{a['where']} is listed after {b['name']!r}, but in a FlexTok it works before it: "
+                    "this is another model"
                 )

@@ -18,7 +18,10 @@ from .tables import Table
 # %% ../../nbs/io/layout.ipynb #13-53ff84ba
 @dataclass
 class Layout:
-    "What a released description means, and how to write it back. `load_flextok` leaves it on the model as `tok.released`."
+    """What a released description means, and how to write it back.
+
+    `load_flextok` leaves it on the model as `tok.released`.
+    """
 
     description: dict  # config.json as it was
     config: TokenizerConfig  # the same in our words
@@ -77,7 +80,8 @@ def _trunk(s: Side, patches: str, registers: str) -> tuple[dict, dict, dict]:  #
     )
     if any(layer >= trunk["depth"] for layer in trunk["intermediate_layers"] or ()):
         raise ValueError(
-            f"{trunk['where']}: option 'intermediate_layers' is {trunk['intermediate_layers']} for {trunk['depth']} blocks"
+            f"{trunk['where']}: option 'intermediate_layers' is {trunk['intermediate_layers']} for "
+            f"{trunk['depth']} blocks"
         )
     unpack = s.take(
         "SequenceUnpacker",
@@ -90,7 +94,9 @@ def _trunk(s: Side, patches: str, registers: str) -> tuple[dict, dict, dict]:  #
 def _read_decoder(
     described, codes: str, noised: str, times: str, out: str
 ) -> tuple[dict, dict]:  # parts by role; where their tensors are
-    "Walk the decoder: codes to registers, noised latents to patches, both through the blocks, patches to the velocity."
+    """Walk the decoder: codes to registers, noised latents to patches, both through the blocks, patches to
+    the velocity.
+    """
     s = Side("decoder", described)
     codes_in = s.take("LinearLayer", read_key=codes)
     register_positions = s.take("PositionalEmbeddingAdder", read_key=codes_in["write_key"])
@@ -115,7 +121,8 @@ def _read_decoder(
     for option, value in want.items():
         if value is None or trunk[option] != value:
             raise ValueError(
-                f"{trunk['where']}: option {option!r} is {trunk[option]!r}; supported: what the decoder's other modules write, {value!r}"
+                f"{trunk['where']}: option {option!r} is {trunk[option]!r}; supported: what the decoder's "
+                f"other modules write, {value!r}"
             )
     if trunk["adaLN_expansion"] is None:
         raise ValueError(f"{trunk['where']}: option 'adaLN_expansion' is missing")
@@ -193,7 +200,8 @@ def check_equal(what: str, *values) -> None:
     "Raises ValueError if values that our classes hold once differ between the modules of a description."
     if any(v != values[0] for v in values):
         raise ValueError(
-            f"{what} differs between the modules: {' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all"
+            f"{what} differs between the modules: "
+            f"{' and '.join(dict.fromkeys(plain(v)[:100] for v in values))}; our FlexTok has one for all"
         )
 
 # %% ../../nbs/io/layout.ipynb #13-09d7ec70-1
@@ -208,7 +216,8 @@ def _latent_size(
         stretched = {p * s for p, t in tables for s in t["max_sizes"]}
         if not limits and len(stretched) > 1:
             raise ValueError(
-                f"the stretched tables are for latents of sides {sorted(stretched)}: pass latent_size= to say how large they are"
+                f"the stretched tables are for latents of sides {sorted(stretched)}: pass latent_size= to "
+                "say how large they are"
             )
         size = min(limits or stretched)
     for p, _ in tables:
@@ -245,10 +254,8 @@ def read_description(
     for name in _SECTIONS[1:]:
         if name not in d:
             raise ValueError(f"entry {name!r} is missing in the configuration")
-    noise, pipe = (
-        read_part(d[_SECTIONS[4]], _SECTIONS[4], "MinRFNoiseModule"),
-        read_part(d["pipeline"], "pipeline", "MinRFPipeline"),
-    )
+    noise = read_part(d[_SECTIONS[4]], _SECTIONS[4], "MinRFNoiseModule")
+    pipe = read_part(d["pipeline"], "pipeline", "MinRFPipeline")
     fsq = read_part(d["regularizer"], "regularizer", "FSQ")
     vae = read_part(d["vae"], "vae", "StableDiffusionVAE") if d.get("vae") is not None else None
     check_equal(
@@ -323,7 +330,8 @@ def _layout(
         )
         if not fits:
             raise ValueError(
-                f"{part['where']}: option 'max_sizes' is {part['max_sizes']}; here {list(sizes)} positions are needed"
+                f"{part['where']}: option 'max_sizes' is {part['max_sizes']}; here {list(sizes)} positions "
+                "are needed"
             )
         tables[at + "posembs"] = table
     config = TokenizerConfig(

@@ -22,9 +22,9 @@ from ..data.learned import learned_from
 class Pictures:
     "Pictures by number, and a name for exactly these pictures."
 
-    load: Callable[
-        [int, int], tuple
-    ]  # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that are left (m,), ascending; then, if they are known, their keys (m,), int64
+    # (start, stop) -> images (m 3 h w) uint8, labels (m,); then, if some items are unusable, the items that
+    # are left (m,), ascending; then, if they are known, their keys (m,), int64
+    load: Callable[[int, int], tuple]
     count: int  # items
     size: int  # side in pixels
     crop: str  # how pictures were made square
@@ -75,7 +75,8 @@ def pictures_of(data: ImageSet | Pictures) -> Pictures:
 def decoded_pictures(
     source,  # a source of sources
     size: int,  # side of the squares
-    decode: Callable,  # (item, size) -> image (3 size size) uint8, or a text that says why not: sources's `decode`
+    # (item, size) -> image (3 size size) uint8, or a text that says why not: sources's `decode`
+    decode: Callable,
     threads: int = 8,
 ) -> Pictures:  # cropped at the centre
     "The pictures of a source, decoded when they are asked for."
@@ -127,19 +128,20 @@ def _loaded(
     images, labels, *rest = found
     if not rest and len(images) != stop - start:
         raise ValueError(
-            f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be used, it must also return the items that are left"
+            f"the source gave {len(images)} images for items {start} .. {stop - 1}: if some cannot be "
+            "used, it must also return the items that are left"
         )
-    labels, items = (
-        torch.as_tensor(labels).long(),
-        torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop),
-    )
+    labels = torch.as_tensor(labels).long()
+    items = torch.as_tensor(rest[0]).long() if rest else torch.arange(start, stop)
     if not len(images) == len(labels) == len(items) or labels.ndim != 1:
         raise ValueError(
-            f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: they must be as many, labels (m,)"
+            f"the source gave {len(images)} images, labels {tuple(labels.shape)} and {len(items)} items: "
+            "they must be as many, labels (m,)"
         )
     if len(items) and not (items[0] >= start and items[-1] < stop and bool((items.diff() > 0).all())):
         raise ValueError(
-            f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, ascending, none twice"
+            f"the source gave items {items[:4].tolist()} … for {start} .. {stop - 1}: they must lie there, "
+            "ascending, none twice"
         )
     about = {"labels": labels, "items": items}
     if len(rest) < 2:
@@ -147,7 +149,8 @@ def _loaded(
     keys = torch.as_tensor(rest[1])
     if keys.shape != items.shape or keys.dtype != torch.int64:
         raise ValueError(
-            f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be as many, int64"
+            f"the source gave keys {tuple(keys.shape)}, {keys.dtype}, for {len(items)} items: they must be "
+            "as many, int64"
         )
     return images, about | {"keys": keys}
 
@@ -181,6 +184,8 @@ def encode_span(
                 )
             if part[name].is_floating_point() and not torch.isfinite(part[name]).all():
                 raise ValueError(
-                    f"encode gave NaN or infinity in {name!r}, {part[name].dtype}, among items {int(part['items'][0])} .. {int(part['items'][-1])}: a wider dtype (float32), or sound weights"
+                    f"encode gave NaN or infinity in {name!r}, {part[name].dtype}, among items "
+                    f"{int(part['items'][0])} .. {int(part['items'][-1])}: a wider dtype (float32), or "
+                    "sound weights"
                 )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -135,7 +135,8 @@ def _build_vae(
     _check_finite(tensors, where)
     state = {names[modern(n)]: flat(n, w).float() for n, w in tensors.items()}
     for theirs in absent:
-        ours, c = vae_names(config)[theirs], shapes[vae_names(config)[theirs] + ".weight"][0]
+        ours = vae_names(config)[theirs]
+        c = shapes[vae_names(config)[theirs] + ".weight"][0]
         state |= {ours + ".weight": torch.eye(c)[..., None, None], ours + ".bias": torch.zeros(c)}
     state |= {
         "latent_mean": torch.full((config.latent_channels,), float(shift)),
@@ -158,7 +159,9 @@ def _all(word: str):  # a shape: a list of this word alone
     return holds
 
 
-_VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the shape of its value (object: it has no effect on what it computes), and its default
+# option of diffusers' AutoencoderKL: the shape of its value (object: it has no effect on what it computes),
+# and its default
+_VAE_OPTIONS = {
     "block_out_channels": (_VAE["channels"], ...),
     "latent_channels": (_VAE["latent_channels"], ...),
     "layers_per_block": (_VAE["layers"], ...),
@@ -184,12 +187,15 @@ _VAE_OPTIONS = {  # option of diffusers' AutoencoderKL: the shape of its value (
 
 # %% ../../nbs/io/released.ipynb #13-8d6ca16f-1
 def load_vae(
-    path_or_repo_id: str
-    | Path,  # a folder in the layout of diffusers, its parent (with the VAE in `vae/`), or a hub repository
+    # a folder in the layout of diffusers, its parent (with the VAE in `vae/`), or a hub repository
+    path_or_repo_id: str | Path,
     device="cpu",  # where it goes; "auto" takes the GPU
     dtype: torch.dtype | None = None,  # dtype of weights and images; float32 by default
 ) -> VAE:  # our VAE, frozen, eval mode; its latents are scaled as the file says
-    "Read an `AutoencoderKL` (the released c4, c8, c16; SDXL's). Raises ValueError naming an option or tensor that we do not support, FileNotFoundError if there is no VAE."
+    """Read an `AutoencoderKL` (the released c4, c8, c16; SDXL's).
+
+    Raises ValueError naming an option or tensor that we do not support, FileNotFoundError if there is no VAE.
+    """
     source = Path(path_or_repo_id)
     for inside in (
         ("vae/", "")
@@ -203,7 +209,8 @@ def load_vae(
     given = read_json(place, "configuration", 2**22)
     if not isinstance(given, dict) or "block_out_channels" not in given:
         raise ValueError(
-            f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A FlexTok? Use load_flextok.)"
+            f"{place} does not describe an AutoencoderKL: option 'block_out_channels' is missing. (A "
+            "FlexTok? Use load_flextok.)"
         )
     for name, value in given.items():
         if name not in _VAE_OPTIONS:
@@ -220,12 +227,14 @@ def load_vae(
     for name in ("down_block_types", "up_block_types"):
         if o[name] and len(o[name]) != len(o["block_out_channels"]):
             raise ValueError(
-                f"{place}: option {name!r} has {len(o[name])} entries for {len(o['block_out_channels'])} levels"
+                f"{place}: option {name!r} has {len(o[name])} entries for {len(o['block_out_channels'])} "
+                "levels"
             )
     file = _find(path_or_repo_id, inside + "diffusion_pytorch_model.safetensors")
     if file is None:
         raise FileNotFoundError(
-            f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not read)"
+            f"{place.parent} holds no diffusion_pytorch_model.safetensors (a .bin is a pickle, and is not "
+            "read)"
         )
     config = VAEConfig(
         o["in_channels"],
@@ -240,7 +249,10 @@ def load_vae(
     vae, _ = _build_vae(
         read_tensors(file)[0], config, absent, o["shift_factor"] or 0.0, o["scaling_factor"], file
     )
-    vae.terms = "Released FlexTok VAEs, and whatever is fine-tuned from them, are for research use only. (Other VAEs: see their own licence.)"
+    vae.terms = (
+        "Released FlexTok VAEs, and whatever is fine-tuned from them, are for research use only. (Other "
+        "VAEs: see their own licence.)"
+    )
     print(vae.terms)
     return vae.to(pick_device(device), dtype)
 
@@ -256,7 +268,8 @@ def _vae_inside(
         raise ValueError(f"{where}: surplus tensors vae.…: the configuration describes no VAE")
     if len(first) != 1:
         raise ValueError(
-            f"{where}: the tensors vae.… are no VAE that we know: expected one …encoder.conv_in.weight, found {len(first)}"
+            f"{where}: the tensors vae.… are no VAE that we know: expected one …encoder.conv_in.weight, "
+            f"found {len(first)}"
         )
     prefix = first[0].removesuffix("encoder.conv_in.weight")
     for n in tensors:
@@ -288,15 +301,18 @@ def _vae_inside(
 
 # %% ../../nbs/io/released.ipynb #13-03fdba44
 def load_flextok(
-    path_or_repo_id: str
-    | Path,  # a folder, a .safetensors with the configuration in its metadata, or a hub repository
+    # a folder, a .safetensors with the configuration in its metadata, or a hub repository
+    path_or_repo_id: str | Path,
     device="cpu",  # where it goes; "auto" takes the GPU
-    dtype: torch.dtype
-    | None = None,  # dtype of the tokenizer's parameters; float32 by default. (A VAE stays float32)
+    # dtype of the tokenizer's parameters; float32 by default. (A VAE stays float32)
+    dtype: torch.dtype | None = None,
     vae: VAE | None = None,  # stage 0, if the file brings none: without it only the calls on latents work
     latent_size: int | None = None,  # side of the latents; by default as large as the position tables allow
 ) -> FlexTok:  # our FlexTok, eval mode; `tok.released` remembers the layout
-    "Read a released FlexTok. Raises ValueError naming what does not fit, FileNotFoundError if there is nothing to read."
+    """Read a released FlexTok.
+
+    Raises ValueError naming what does not fit, FileNotFoundError if there is nothing to read.
+    """
     path = Path(path_or_repo_id)
     file = path if path.is_file() else _find(path_or_repo_id, "model.safetensors")
     if file is None:
@@ -325,14 +341,17 @@ def load_flextok(
     if inside and vae is not None:
         raise ValueError(f"{file} brings its own VAE: do not pass another")
     vae = _vae_inside(inside, layout, file) if inside else _check_vae(vae, layout)
-    tok.vae, tok.released = vae.requires_grad_(False).eval() if vae is not None else None, layout
+    tok.vae = vae.requires_grad_(False).eval() if vae is not None else None
+    tok.released = layout
     tok.terms = TERMS
     print(TERMS)
     return tok.eval().to(pick_device(device))
 
 # %% ../../nbs/io/released.ipynb #13-c0e67f68
 def _fits(layout: Layout, header: dict, file: Path) -> FlexTok:  # on the meta device: shapes without memory
-    "Raises ValueError where the tensors of the file are not those of the tokenizer that its description means. Nothing is allocated."
+    """Raises ValueError where the tensors of the file are not those of the tokenizer that its description
+    means. Nothing is allocated.
+    """
     try:
         check_limits(layout.config)
     except ValueError as error:
@@ -369,18 +388,23 @@ def _from_metadata(metadata: dict[str, str], where) -> dict:  # the description
     )
     if len(texts) != 1:
         raise ValueError(
-            f"{where} holds no configuration in its metadata (of a folder with a config.json, pass the folder)"
+            f"{where} holds no configuration in its metadata (of a folder with a config.json, pass the "
+            "folder)"
         )
     return parse_json(texts[0], where, "configuration", 2**24)
 
 # %% ../../nbs/io/released.ipynb #13-c0e67f68-1
 def _check_vae(vae: VAE | None, layout: Layout) -> VAE | None:
-    "Raises ValueError for a VAE whose latents are others than those the tokenizer knows. (One with a measured scale per channel is taken at its word.)"
+    """Raises ValueError for a VAE whose latents are others than those the tokenizer knows.
+
+    (One with a measured scale per channel is taken at its word.)
+    """
     if vae is None:
         return None
     if vae.config.latent_channels != layout.config.latent_channels:
         raise ValueError(
-            f"the VAE has {vae.config.latent_channels} latent channels, the tokenizer {layout.config.latent_channels}"
+            f"the VAE has {vae.config.latent_channels} latent channels, the tokenizer "
+            f"{layout.config.latent_channels}"
         )
     std = vae.latent_std.float().cpu()
     if (
@@ -389,6 +413,8 @@ def _check_vae(vae: VAE | None, layout: Layout) -> VAE | None:
         and abs(1 / std[0].item() / layout.scaling - 1) > 1e-3
     ):
         raise ValueError(
-            f"the VAE scales its latents by {1 / std[0].item():.5g}, but the tokenizer was trained on {layout.scaling:.5g}: if it is the right VAE, set vae.latent_std.fill_(1 / {layout.scaling:.5g})"
+            f"the VAE scales its latents by {1 / std[0].item():.5g}, but the tokenizer was trained on "
+            f"{layout.scaling:.5g}: if it is the right VAE, set vae.latent_std.fill_(1 / "
+            f"{layout.scaling:.5g})"
         )
     return vae

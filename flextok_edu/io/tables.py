@@ -46,10 +46,9 @@ class Table:
         elif len(self.max_sizes) == 1:
             table = stored[0]  # 1 d k
         else:
-            rows, columns = (
-                stored[0][..., : self.max_sizes[0], None],
-                stored[1][..., None, : self.max_sizes[1]],
-            )  # 1 d h 1, 1 d 1 w
+            # 1 d h 1, 1 d 1 w
+            rows = stored[0][..., : self.max_sizes[0], None]
+            columns = stored[1][..., None, : self.max_sizes[1]]
             table = rows + columns if self.kind == "learnable_sum" else rows * columns  # 1 d h w
         if self.sizes != self.max_sizes:
             if self.scaling == "interpolate":
@@ -66,7 +65,10 @@ class Table:
     def stored(
         self, dense: Tensor, original: Tensor | None
     ) -> Tensor:  # the tensor to write: the inverse of `dense`
-        "Our table in the checkpoint's layout. Raises ValueError if it was trained into something that the layout cannot say."
+        """Our table in the checkpoint's layout.
+
+        Raises ValueError if it was trained into something that the layout cannot say.
+        """
         if original is not None and torch.equal(self.dense(original.float()).to(dense), dense):
             return original
         if (
@@ -76,7 +78,8 @@ class Table:
             and self.scaling == "interpolate"
         ):
             raise ValueError(
-                f"{self.ours} has changed and cannot be written as {self.kind}, {self.scaling}, {self.max_sizes} -> {self.sizes}"
+                f"{self.ours} has changed and cannot be written as {self.kind}, {self.scaling}, "
+                f"{self.max_sizes} -> {self.sizes}"
             )
         new = torch.zeros(self.shape).to(dense) if original is None else original.to(dense).clone()
         new[(..., *(slice(s) for s in self.sizes))] = dense if len(self.sizes) == 2 else dense.T
@@ -88,6 +91,8 @@ def check_tables(tables: dict[str, Table], bytes_of_file: int, where) -> None:
     for name, t in tables.items():
         if t.elements > 2**28 or 4 * t.elements > 64 * max(bytes_of_file, 2**20):
             raise ValueError(
-                f"{where}: tensor {name!r} would become a position table of {t.elements:,} numbers ({4 * t.elements / 2**30:.3g} GB), "
-                f"and the whole file has {bytes_of_file:,} bytes: it is not made. (latent_size= asks for a smaller one)"
+                f"{where}: tensor {name!r} would become a position table of {t.elements:,} numbers "
+                f"({4 * t.elements / 2**30:.3g} GB), "
+                f"and the whole file has {bytes_of_file:,} bytes: it is not made. (latent_size= asks for a "
+                "smaller one)"
             )

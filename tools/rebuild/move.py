@@ -317,20 +317,25 @@ def write(goal, cells, old_imports, titles, metadata):
     else:
         head = HEADS[goal]
         title, intro = f"# {head[0]}\n> {head[1]}", head[2]
-    md = lambda i, s: {
-        "cell_type": "markdown",
-        "id": f"{slug}-{i}",
-        "metadata": {},
-        "source": s.splitlines(keepends=True),
-    }
-    code = lambda i, s: {
-        "cell_type": "code",
-        "execution_count": None,
-        "id": f"{slug}-{i}",
-        "metadata": {},
-        "outputs": [],
-        "source": s.splitlines(keepends=True),
-    }
+
+    def md(i, s):
+        return {
+            "cell_type": "markdown",
+            "id": f"{slug}-{i}",
+            "metadata": {},
+            "source": s.splitlines(keepends=True),
+        }
+
+    def code(i, s):
+        return {
+            "cell_type": "code",
+            "execution_count": None,
+            "id": f"{slug}-{i}",
+            "metadata": {},
+            "outputs": [],
+            "source": s.splitlines(keepends=True),
+        }
+
     top = [md("title", title)]
     rest = [c for _, _, c in cells]
     kinds = [k for _, k, _ in cells]

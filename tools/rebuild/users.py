@@ -15,7 +15,10 @@ def main() -> None:
     for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "README.md"]:
         if path.name == "mini_ea3e120.py":
             continue
-        say = lambda text: print(f"{path.name}: {text}")
+
+        def say(text):
+            return print(f"{path.name}: {text}")
+
         text = path.read_text(encoding="utf-8")
         new = imports(objects(text, say), say)
         if "patch(monkeypatch" in new and path.name != "planting.py":
@@ -29,7 +32,10 @@ def main() -> None:
         if new != text:
             path.write_text(new, encoding="utf-8")
     for path in [*(ROOT / "nbs/solutions").glob("*.ipynb"), *(ROOT / "nbs/experiments").glob("*.ipynb")]:
-        say = lambda text: print(f"{path.name}: {text}")
+
+        def say(text):
+            return print(f"{path.name}: {text}")
+
         book = json.loads(path.read_text(encoding="utf-8"))
         for c in book["cells"]:
             s = "".join(c["source"])
