@@ -13,15 +13,17 @@ from functools import partial
 
 import torch
 
-from flextok_edu.ar import Tokens, train_ar
+from flextok_edu.ar_training import Tokens, train_ar
 from flextok_edu.engine.config import PRESETS, StageConfig, TrunkConfig, VAEConfig
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.tensors import seed_everything
 from flextok_edu.data.datasets import ImageSet
-from flextok_edu.tokenizer import FlexTok, train_tokenizer
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import train_tokenizer
 from flextok_edu.engine.distributed import Shares
 from flextok_edu.engine.long_run import LongRun
-from flextok_edu.vae import VAE, train_vae
+from flextok_edu.vae import VAE
+from flextok_edu.vae_training import train_vae
 
 TRUNK = dict(width=32, head_dim=16)
 SMALL = replace(

@@ -13,6 +13,7 @@ from planting import patch, randomize
 
 import flextok_edu.flow as flow
 import flextok_edu.tokenizer as tokenizer
+import flextok_edu.training as training
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data.datasets import ImageSet
 from flextok_edu.flow import (
@@ -24,7 +25,9 @@ from flextok_edu.flow import (
     loss_by_time,
     shift_time,
 )
-from flextok_edu.tokenizer import REPA, FlexTok, feature_map, fit_tokenizer, latent_batches
+from flextok_edu.objective import REPA, feature_map
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4, attention=False)
@@ -405,7 +408,7 @@ def test_statistics_measured_anew_are_caught(decay, monkeypatch):
         tok, log = fit(tok, data, *args, **named)
         tok.norm.updates.zero_()
         with torch.no_grad():
-            tok.norm.update(tok.encoder(tokenizer.cache_latents(tok.vae, data.images)[0]))
+            tok.norm.update(tok.encoder(training.cache_latents(tok.vae, data.images)[0]))
         return tok, log
 
     monkeypatch.setitem(globals(), "fit_tokenizer", anew)
@@ -421,7 +424,7 @@ def check_features_go_with_their_images():
     tok, data = FlexTok(replace(TOK_SMALL, sample_posterior=False), VAE(VAE_SMALL)), dataset()
     repa, seen = REPA(tok.config, Eyes()), []
     images = torch.cat([data.images, data.images.flip(-1)])
-    means, features = tokenizer.cache_latents(tok.vae, images)[0], repa.look(images)
+    means, features = training.cache_latents(tok.vae, images)[0], repa.look(images)
 
     def loss(self, latents, repa=None, features=None, draws=None):
         seen.append((latents, features))
@@ -447,10 +450,10 @@ def test_features_go_with_their_images():
 @pytest.mark.parametrize("bug", ("shuffled apart", "not mirrored"))
 def test_features_of_other_images_are_caught(bug, monkeypatch):
     if bug == "shuffled apart":
-        real = tokenizer.latent_batches
+        real = training.latent_batches
         patch(
             monkeypatch,
-            tokenizer,
+            training,
             "latent_batches",
             lambda latents, batch, seed=0, device="cpu", features=None, sample=True: real(
                 latents, batch, seed, device, features.roll(1, 0), sample
@@ -571,4 +574,4 @@ def test_repa_refuses_what_does_not_fit(tok):
     with pytest.raises(ValueError, match=r"\(b, d, 4, 4\)"):
         tok.loss(torch.randn(2, 4, 8, 8), repa, torch.randn(2, 3, 5, 5))
     with pytest.raises(ValueError, match="same images"):
-        next(latent_batches(tokenizer.Latents(torch.randn(4, 4, 8, 8)), 2, features=torch.randn(3, 3, 4, 4)))
+        next(latent_batches(training.Latents(torch.randn(4, 4, 8, 8)), 2, features=torch.randn(3, 3, 4, 4)))

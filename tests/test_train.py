@@ -34,7 +34,7 @@ from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.optim import EMA
 from flextok_edu.engine.trainer import Engine, Objective, fit
-from flextok_edu.tokenizer import TokenizerLoader
+from flextok_edu.training import TokenizerLoader
 from flextok_edu.engine.checkpoint import Checkpoints
 from flextok_edu.engine.claims import claimed
 from flextok_edu.engine.distributed import Shares, recomputed

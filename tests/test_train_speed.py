@@ -20,17 +20,12 @@ import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.engine.trainer as engine_trainer
 import flextok_edu.fsq as fsq
 import flextok_edu.tokenizer as tokenizer
+import flextok_edu.training as training
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig
 from flextok_edu.registers import BUDGET_DISTRIBUTIONS
-from flextok_edu.tokenizer import (
-    Condition,
-    FlexTok,
-    Latents,
-    REPA,
-    TokenizerLoader,
-    fit_tokenizer,
-    latent_batches,
-)
+from flextok_edu.tokenizer import Condition, FlexTok
+from flextok_edu.training import Latents, TokenizerLoader, fit_tokenizer, latent_batches
+from flextok_edu.objective import REPA
 
 CONFIG = TokenizerConfig(
     4,
@@ -242,7 +237,7 @@ def test_the_work_is_cut():
         seen["decoder"].append(registers.shape[1]),
         decode(x, m, registers, *rest, **named),
     )[1]
-    longest, lengths = [], tokenizer._lengths(32)
+    longest, lengths = [], training._lengths(32)
     for (latents, _, draws), _ in feed.micro_batches(STEP, micro=8):
         tok.loss(latents, draws=draws)
         kept = int((draws.budget * ~draws.null).max())  # a null sample keeps nothing
@@ -315,7 +310,7 @@ def check_null_samples_are_short():
     tok, _ = model(budget_distribution="half_full")
     feed = feed_of(tok, 16)
     for (_, _, d), _ in feed.micro_batches(STEP, micro=16):
-        assert d.longest == min(n for n in tokenizer._lengths(32) if n >= int((d.budget * ~d.null).max()))
+        assert d.longest == min(n for n in training._lengths(32) if n >= int((d.budget * ~d.null).max()))
 
 
 def no_bias(monkeypatch):

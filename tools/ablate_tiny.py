@@ -25,7 +25,8 @@ from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.evaluation.metrics import image_scores
 from flextok_edu.evaluation.report import versions
 from flextok_edu.data.features import AttributeClassifier, read_accuracy
-from flextok_edu.tokenizer import FlexTok, Latents, cache_latents, fit_tokenizer
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import Latents, cache_latents, fit_tokenizer
 from flextok_edu.vae import VAE
 
 VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its training

@@ -154,7 +154,10 @@ _RELATIONS = {"above": (0.0, -1.0), "left of": (-1.0, 0.1), "right of": (1.0, 0.
 def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Scene:  # a random scene
     "Draw a scene's ground truth; `odd` chooses the half of the position grid (validation uses the odd one)."
     u = rng.random(24)
-    pick = lambda r, options: options[min(int(r * len(options)), len(options) - 1)]
+
+    def pick(r, options):
+        return options[min(int(r * len(options)), len(options) - 1)]
+
     kind = pick(u[0], KINDS)
     home, others, favourites, stands, turn = _PREFERENCES[kind]
     place = home if u[1] < 0.67 else pick((u[1] - 0.67) / 0.33, others)

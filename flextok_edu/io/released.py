@@ -113,12 +113,15 @@ def _build_vae(
     except ValueError as error:
         raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
     vae = on_meta(VAE, config, where)
-    modern = lambda n: re.sub(
-        r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n
-    )
-    flat = lambda n, w: (
-        w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
-    )
+
+    def modern(n):
+        return re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n)
+
+    def flat(n, w):
+        return (
+            w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
+        )
+
     if len({modern(n) for n in tensors}) != len(tensors):
         raise ValueError(f"{where}: surplus tensors: the attention is there under its old and its new names")
     names = {
