@@ -372,7 +372,8 @@ def sample_images(
     choice = {k: named.pop(k) for k in ("temperature", "top_k", "top_p") if k in named}
     choice |= {"guidance": named.pop("ar_guidance")} if "ar_guidance" in named else {}
     s = SamplingConfig.of(sampling or SamplingConfig(steps=10), named)
-    ids = ar.generate(labels, budget, TokenSampling(**choice), s.seed or 0, first_index, seeds)
+    choice = TokenSampling(**choice)
+    ids = ar.generate(labels, budget, sampling=choice, seed=s.seed or 0, first_index=first_index, seeds=seeds)
     if seeds is not None:
         s = replace(s, seed=tuple(int(seed) for seed in seeds))
-    return tok.detokenize(ids, s, first_index=first_index)
+    return tok.detokenize(ids, sampling=s, first_index=first_index)

@@ -113,7 +113,7 @@ def train_ar(
         modules=[model],
     )
     with compiled(model.blocks, r.compile):
-        log = fit([objective], stream, config.steps, ema, "AR", trainer=trainer, runtime=r)
+        log = fit([objective], stream, config.steps, ema, label="AR", trainer=trainer, runtime=r)
     ema.apply()
     bind_tokenizer(model, tok)
     return model.eval(), log

@@ -211,7 +211,7 @@ def fit_tokenizer(
                 TokenizerLoader(tok, stream),
                 config.steps,
                 ema,
-                "tokenizer",
+                label="tokenizer",
                 trainer=trainer,
                 runtime=r,
             )
@@ -279,4 +279,6 @@ def train_tokenizer(
     "Train a new tokenizer on cached latents."
     torch.manual_seed(Runtime.of(None, named).seed)
     tok = FlexTok(preset.tokenizer, vae)
-    return fit_tokenizer(tok, data, preset.train_tokenizer, "both", terms, trainer, flip, **named)
+    return fit_tokenizer(
+        tok, data, preset.train_tokenizer, "both", terms=terms, trainer=trainer, flip=flip, **named
+    )

@@ -83,7 +83,7 @@ def train_vae(
     losses = VAELoss(vae, preset.vae_loss, feature_extractor).to(r.device)
     ema = EMA(vae, config.ema)
     feed = PosteriorLoader(data.feed(config.batch, r.seed, r.device, flip), preset.vae)
-    log = fit(losses.objectives(config), feed, config.steps, ema, "VAE", trainer=trainer, runtime=r)
+    log = fit(losses.objectives(config), feed, config.steps, ema, label="VAE", trainer=trainer, runtime=r)
     ema.apply()
     vae.requires_grad_(True).eval()
     if not frozen:

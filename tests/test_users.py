@@ -24,6 +24,7 @@ import flextok_edu.apps.training as apps_training
 import flextok_edu.tokenizer as tokenizer
 from flextok_edu.ar import tokenizer_identity
 from flextok_edu.apps.models import DataOptions
+from flextok_edu.objective import FlowObjective
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.learned import load_learned
@@ -649,14 +650,14 @@ def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
         "--minutes",
         "0",
     ]
-    real, count = FlexTok.loss, []
+    real, count = FlowObjective.__call__, []
 
     def loss(self, *a, **k):
         found, numbers = real(self, *a, **k)
         count.append(1)
         return found * (float("nan") if len(count) == 5 else 1.0), numbers
 
-    monkeypatch.setattr(FlexTok, "loss", loss)
+    monkeypatch.setattr(FlowObjective, "__call__", loss)
     argv = argv[: argv.index("--set")] + argv[-2:] + argv[argv.index("--set") : -2]
     capsys.readouterr()
     assert call("train", *argv) == 1
@@ -679,7 +680,7 @@ def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
 
 
 def test_nan_in_the_codes_is_no_index_error(models, tmp_path, monkeypatch, capsys):
-    from flextok_edu.tokenizer import Encoder
+    from flextok_edu.networks import Encoder
 
     real = Encoder.forward
     monkeypatch.setattr(Encoder, "forward", lambda self, *a, **k: real(self, *a, **k) * float("nan"))

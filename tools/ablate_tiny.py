@@ -48,7 +48,7 @@ def measure(tok: FlexTok, images: torch.Tensor, labels: torch.Tensor, reader: At
     for k in COUNTS:
         back = torch.cat(
             [
-                tok.detokenize(part[:, :k], e.steps, e.guidance, 0, first_index=250 * i)
+                tok.detokenize(part[:, :k], steps=e.steps, guidance=e.guidance, seed=0, first_index=250 * i)
                 for i, part in enumerate(ids.split(250))
             ]
         )
@@ -88,7 +88,7 @@ def main() -> None:
         tok = FlexTok(replace(p.tokenizer, **changes), vae)
         config = replace(p.train_tokenizer, steps=o.steps, batch=o.batch, ema=0.99, **stage)
         began = time.process_time()
-        tok, log = fit_tokenizer(tok, latents, config, use_compiler=compiler_works(), progress=True)
+        tok, log = fit_tokenizer(tok, latents, config, compile=compiler_works(), progress=True)
         seconds = time.process_time() - began
         done[name] = {
             "how": how,

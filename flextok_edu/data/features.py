@@ -221,7 +221,9 @@ def train_classifier(
         "classifier", loss, list(model.named_parameters()), config, list(model.named_buffers())
     )
     stream = batches(data, config.batch, r.seed, r.device)
-    log = fit([objective], stream, config.steps, ema, "classifier", every, trainer, runtime=r)
+    log = fit(
+        [objective], stream, config.steps, ema, label="classifier", every=every, trainer=trainer, runtime=r
+    )
     ema.apply()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:

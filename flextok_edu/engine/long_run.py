@@ -30,6 +30,12 @@ from flextok_edu.engine.resume import (
 from .trainer import Callback, SingleDevice, Trainer, Training
 
 # %% ../../nbs/engine/long_run.ipynb #11-b8450d93
+def _tracker_is_there(track: str) -> bool:
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track]()
+
+
 class Dashboard(Callback):
     "Learning rate, images a second, the share of this machine's matmul rate, memory; and what looks wrong."
 
@@ -41,6 +47,8 @@ class Dashboard(Callback):
     ):
         if track not in ("none", "tensorboard", "wandb"):
             raise ValueError(f"track={track!r}: use tensorboard, wandb or none")
+        if track != "none" and not _tracker_is_there(track):
+            raise ImportError(f"{track} is not installed: pip install {track}, or track='none'")
         self.folder = folder
         self.track = track
         self.settings = settings or {}
@@ -49,10 +57,7 @@ class Dashboard(Callback):
 
     def _start_tracker(self, device: torch.device) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-        if not {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[self.track]():
-            raise ImportError(f"{self.track} is not installed: pip install {self.track}, or track='none'")
         self.tracker = Accelerator(
             cpu=device.type == "cpu", log_with=self.track, project_dir=str(self.folder)
         )
@@ -91,7 +96,7 @@ class Dashboard(Callback):
                 self.tracker.log(numbers, step=row["step"])
         return more
 
-
+# %% ../../nbs/engine/long_run.ipynb #engine-long_run-count
 def count_step(training: Training, backend: SingleDevice) -> int:  # FLOPs of this process
     """The arithmetic of the next step, by a rehearsal that leaves no trace.
 

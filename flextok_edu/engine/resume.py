@@ -91,7 +91,7 @@ def settings_text(settings: dict) -> str:
 def changes_of(
     folder: str | Path,
 ) -> dict:  # dotted path -> present value; empty if nothing was changed, or there is no checkpoint
-    """What was changed while a run was under way (`LongRun(changes=…)`): its trainer must be built with these
+    """What was changed while a run was under way (`Recipe(changes=…)`): its trainer must be built with these
     settings to go on. Raises ValueError for a checkpoint that says something else.
     """
     found = Checkpoints(Path(folder) / "checkpoints").newest()

@@ -16,6 +16,7 @@ MOVED = {
         ),
         **dict.fromkeys("TrainingNoise REPA feature_map".split(), "objective"),
         **dict.fromkeys("GuidedVelocity runs_together".split(), "short_cuts"),
+        **dict.fromkeys("Encoder Decoder Condition".split(), "networks"),
     },
     "ar": {
         **dict.fromkeys(
