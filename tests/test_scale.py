@@ -291,7 +291,9 @@ PROOF = """
 import sys, time
 from flextok_edu.data.reading import SourceLoader, decode, survey
 from flextok_edu.data.sources import FolderSource
-def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
 source = FolderSource(sys.argv[1])
 decode(source.item(0), 32)
 before = peak()

@@ -186,13 +186,9 @@ def inside(out: str | Path, **inputs: str | None) -> None:
                 "another name: choose another --out"
             )
 
-
-_GO_ON = {
-    "lr": float,
-    "clip": float,
-    "weight_decay": float,
-    "precision": str,
-}  # what may change in the middle of a stage
+# %% ../../nbs/apps/run_config.ipynb #15-ea24427d-2
+# what may change in the middle of a stage
+_GO_ON = {"lr": float, "clip": float, "weight_decay": float, "precision": str}
 
 
 def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value

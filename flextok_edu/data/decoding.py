@@ -78,7 +78,7 @@ def _upright(image: Image.Image, asked: Image.Image) -> Image.Image:
         turn = None
     return image if turn is None else image.transpose(turn)
 
-
+# %% ../../nbs/data/decoding.ipynb #01-be88b01e-4
 def _flat(image: Image.Image) -> Image.Image:  # RGB
     "Bytes of any mode as RGB, transparency laid on white."
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
