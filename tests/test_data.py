@@ -365,6 +365,9 @@ def test_every_kind_has_its_own_functions(tmp_path):
         (None, "object"),
         ("x.tgz", None),
         ("https://host/x.tar", None),
+        ("", None),  # an unset variable of a shell
+        ("x" * 5000, None),
+        ("a\0b", None),
     ):
         if name is None:
             with pytest.raises((ValueError, FileNotFoundError)):

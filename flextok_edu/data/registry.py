@@ -7,7 +7,7 @@ __all__ = ['LOAD_OPENED', 'SOURCES', 'OpenOptions', 'LoadOptions', 'SourceKind',
            'register_source', 'unregister_source', 'find_kind', 'is_place']
 
 # %% ../../nbs/data/registry.ipynb #data-registry-imports
-import re
+import os, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -100,7 +100,7 @@ def _is_remote(spec) -> bool:
 
 
 def _is_folder(spec) -> bool:
-    return _is_text(spec) and Path(spec).expanduser().is_dir()
+    return _is_text(spec) and os.path.isdir(os.path.expanduser(spec))
 
 
 def _is_saved(spec) -> bool:
