@@ -16,10 +16,10 @@ from ..data.reading import decode
 from ..data.registry import find_kind
 from ..data.scenes import KINDS, ToyScenes
 from ..engine.config import Preset
+from ..engine.tokenizers import Tokenizer
 from ..io.build import build_cache, cache_plan, latent_recipe, token_recipe
 from ..io.cache import LatentCache, TokenCache
 from ..io.pictures import decoded_pictures, pictures_of
-from ..tokenizer import FlexTok
 from ..vae import VAE
 
 # %% ../../nbs/apps/pictures.ipynb #15-5f7ef69a
@@ -127,7 +127,7 @@ def encode_to(folder: str | Path, recipe, *options) -> None:  # options: shard, 
 
 def material(
     data: ImageSet | OnDisk,  # pictures
-    made_of: VAE | FlexTok,  # what encodes them
+    made_of: VAE | Tokenizer,  # what encodes them
     folder: Path,  # of the cache, if the pictures are on the disk
 ) -> ImageSet | LatentCache | TokenCache:
     "What the tokenizer (with a VAE) or the AR model (with a tokenizer) learns from."

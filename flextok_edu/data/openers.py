@@ -61,7 +61,7 @@ def _hub(spec: str, split: str, streaming: bool):
             f"{' '.join(str(error).split())[:300]})"
         ) from error
 
-
+# %% ../../nbs/data/openers.ipynb #01b-26997c23-1
 def _with_own_split(
     found,  # a data set of the package datasets
     name: str,

@@ -224,7 +224,7 @@ def find_columns(
     )
     return image, label, caption
 
-
+# %% ../../nbs/data/set_sources.ipynb #01b-bef32c01-2
 def _local(path, files: str | Path | None) -> str | Unreadable | bytes:
     """A row of a stranger's data set may name a file of this machine: only what `datasets` itself has put
     into its cache is read, and what lies in `files`.
