@@ -87,17 +87,17 @@ def bench_inference(
         for name in config.variants:
             seconds = times[name]
             rates = [floor[name][1] / s for s in times["matmul", name]]
-            flops = lambda v: (
-                [
+
+            def flops(v):
+                return [
                     config.batch
                     * (
                         encode_flops(c, k, VARIANTS[v][0])
                         if what == "encode"
                         else decode_flops(c, k, config.steps, True, VARIANTS[v][0], config.batch)
                     )
-                ]
-                * config.repeats
-            )
+                ] * config.repeats
+
             passes = (
                 [encode_positions(c, k, VARIANTS[name][0])]
                 if what == "encode"

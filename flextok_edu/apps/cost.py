@@ -41,9 +41,15 @@ def block_parameters(
 
 def tokenizer_parameters(c: TokenizerConfig) -> dict[str, int]:  # parameters of "encoder" and "decoder"
     "The lesson tokenizer, counted."
-    linear = lambda i, o: i * o + o
+
+    def linear(i, o):
+        return i * o + o
+
     e, d, l = c.encoder.width, c.decoder.width, len(c.levels)
-    pixels = lambda t: t.patch**2 * c.latent_channels
+
+    def pixels(t):
+        return t.patch**2 * c.latent_channels
+
     encoder = (
         linear(pixels(c.encoder), e)
         + c.registers * e
@@ -76,8 +82,12 @@ def ar_parameters(
 
 def vae_parameters(c: VAEConfig) -> dict[str, int]:  # parameters of "encoder" and "decoder"
     "The lesson vae, counted: convolutions, norms, one attention block."
-    conv = lambda i, o, side=3: side * side * i * o + o
-    res = lambda i, o: 2 * i + conv(i, o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
+
+    def conv(i, o, side=3):
+        return side * side * i * o + o
+
+    def res(i, o):
+        return 2 * i + conv(i, o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
 
     def side(widths, blocks, c_in, c_out):
         levels = sum(
@@ -294,7 +304,10 @@ def describe(p: Preset) -> str:  # a page of text
         f"({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})"
         for name, count in part.items()
     ]
-    image = lambda: torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
+
+    def image():
+        return torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
+
     with torch.device("meta"):
         vae = VAE(p.vae).requires_grad_(False)
         flops = {
@@ -324,7 +337,10 @@ def describe(p: Preset) -> str:  # a page of text
         f"{decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}"
         for k in some
     ]
-    latents = lambda b: torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
+
+    def latents(b):
+        return torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
+
     steps = {
         "VAE": (
             p.train_vae.batch,

@@ -52,10 +52,11 @@ def picture_rows(
     fig = Figure(figsize=(width / 100, height / 100), dpi=100)
     FigureCanvasAgg(fig)
     fig.figimage(sheet, left, 5)
+
     # pixels from the upper left corner; names are names, whatever dollar signs are in them
-    write = lambda text, x, y, size, **how: fig.text(
-        x / width, 1 - y / height, drawable(text), fontsize=size, parse_math=False, **how
-    )
+    def write(text, x, y, size, **how):
+        return fig.text(x / width, 1 - y / height, drawable(text), fontsize=size, parse_math=False, **how)
+
     write(title, width / 2, 6, 9, ha="center", va="top")
     for i, name in enumerate(names):
         write(name, left - 6, top + i * (cell + gap) + cell / 2, 8, ha="right", va="center")

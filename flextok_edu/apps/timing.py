@@ -58,7 +58,10 @@ def matmuls(
 ) -> tuple[Callable, int]:  # something to time, and its FLOPs
     "The matrix products of a few blocks, and nothing else."
     d, h = t.width, swiglu_width(t.width, t.mlp_ratio)
-    new = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+
+    def new(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
     x = new(rows, d)
     y = new(rows, h)
     weights = [[new(d, d) for _ in range(4)] + [new(h, d), new(h, d), new(d, h)] for _ in range(blocks)]

@@ -179,7 +179,9 @@ class CachePlan:
     margin: int  # bytes that shall stay free
 
     def __str__(self) -> str:
-        part = lambda n: f"{n:,} images, {_bytes(n * self.row_bytes)}"
+        def part(n):
+            return f"{n:,} images, {_bytes(n * self.row_bytes)}"
+
         return (
             f"{part(self.images)} in {self.shards:,} shards; to be made: {part(self.missing)}, "
             f"{_duration(self.missing / self.rate)} at {self.rate:,.{0 if self.rate >= 10 else 2}f} "

@@ -56,7 +56,10 @@ _NOTES = ("learned",)  # said, and not compared
 
 def refuse_other(there: dict, here: dict, what: str, advice: str = "") -> None:
     "Raises ValueError if any of `here` is otherwise `there`."
-    short = lambda value: text if len(text := json.dumps(value)) < 200 else text[:60] + " …"
+
+    def short(value):
+        return text if len(text := json.dumps(value)) < 200 else text[:60] + " …"
+
     differ = [
         f"{k}: {short(there.get(k))} there, {short(v)} here"
         for k, v in here.items()

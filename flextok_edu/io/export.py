@@ -58,7 +58,10 @@ def _describe_side(
 ) -> dict:  # descriptions by name
     "What both sides share: latents to patches, patches and registers through the blocks."
     dim, p = trunk.width, trunk.patch
-    shapes = lambda way: " ".join(f"{i}_packed_shapes_{way}_key={s}_shapes_{i}" for i in ("inner", "outer"))
+
+    def shapes(way):
+        return " ".join(f"{i}_packed_shapes_{way}_key={s}_shapes_{i}" for i in ("inner", "outer"))
+
     return {
         f"{s}_channels_to_last": _turn(latents, f"{s}_bhwc", "first_to_last"),
         f"{s}_patch_emb": _part_of(

@@ -10,10 +10,10 @@ import reprlib
 
 from ..engine.checks import Range, conform, one_of
 from ..engine.config import TokenizerConfig, TrunkConfig
-from ..engine.limits import LIMITS
+from ..engine.limits import configuration_of
 
 # %% ../../nbs/io/grammar.ipynb #13-d665546f
-_TOKENIZER, _TRUNK = LIMITS[TokenizerConfig], LIMITS[TrunkConfig]
+_TOKENIZER, _TRUNK = configuration_of(TokenizerConfig).limits, configuration_of(TrunkConfig).limits
 
 
 def _word(value) -> bool:
@@ -305,7 +305,10 @@ class Side:
         if len(dims) > 1:
             raise ValueError(f"{self.side}: option 'dim' differs between modules: {dims}")
         at = {name: i for i, name in enumerate(self.parts)}
-        wrong = lambda chain: [(a, b) for a, b in zip(chain, chain[1:]) if at[a["name"]] > at[b["name"]]]
+
+        def wrong(chain):
+            return [(a, b) for a, b in zip(chain, chain[1:]) if at[a["name"]] > at[b["name"]]]
+
         if not wrong(sure):
             for a, b in wrong(doubtful):
                 raise ValueError(

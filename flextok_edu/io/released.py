@@ -16,7 +16,7 @@ from ..engine.checks import Range, conform, one_of, parse_json, read_json
 from ..engine.config import VAEConfig
 from ..engine.files import fit_header, read_tensors, tensor_header
 from ..engine.hub import hub_folder
-from ..engine.limits import LIMITS, check_limits
+from ..engine.limits import check_limits, configuration_of
 from ..engine.models import on_meta
 from ..engine.tensors import pick_device
 from ..fsq import FSQ
@@ -113,12 +113,15 @@ def _build_vae(
     except ValueError as error:
         raise ValueError(f"{where}: sizes that our VAE cannot have: {error}") from error
     vae = on_meta(VAE, config, where)
-    modern = lambda n: re.sub(
-        r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n
-    )
-    flat = lambda n, w: (
-        w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
-    )
+
+    def modern(n):
+        return re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + _OLD[m[2]] + ".", n)
+
+    def flat(n, w):
+        return (
+            w.flatten(1) if ".attentions.0.to_" in modern(n) and w.ndim == 4 and w.shape[2:] == (1, 1) else w
+        )
+
     if len({modern(n) for n in tensors}) != len(tensors):
         raise ValueError(f"{where}: surplus tensors: the attention is there under its old and its new names")
     names = {
@@ -148,7 +151,7 @@ def _build_vae(
     }
 
 # %% ../../nbs/io/released.ipynb #13-8d6ca16f
-_VAE = LIMITS[VAEConfig]
+_VAE = configuration_of(VAEConfig).limits
 
 
 def _all(word: str):  # a shape: a list of this word alone
