@@ -163,11 +163,15 @@ def from_dict(cls: type, values: dict):  # an instance of `cls`
     return config
 
 # %% ../../nbs/engine/limits.ipynb #7a17fd3e
-def _setting(cls: type, key: str, value, where: str):  # the value of one setting, with what is inside it built
+def _setting(
+    cls: type, key: str, value, where: str
+):  # the value of one setting, with what is inside it built
     inside = configurations_inside(cls).get(key)
     if inside is None:
         if isinstance(value, dict) and isinstance(hint := _hints(cls)[key], str):
-            raise ValueError(f"{where} is an object, and nobody knows the class {hint!r}: annotate the class itself")
+            raise ValueError(
+                f"{where} is an object, and nobody knows the class {hint!r}: annotate the class itself"
+            )
         return tuple(value) if isinstance(value, list) else value
     if inside.many and isinstance(value, (list, tuple)):
         return tuple(_part(inside, one, f"{where}[{i}]") for i, one in enumerate(value))

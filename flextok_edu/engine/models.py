@@ -27,7 +27,8 @@ def save_model(
     model: nn.Module | dict,  # the weights: a module, or a state dict
     config,  # its configuration dataclass
     *,
-    kind: str | None = None,  # "vae", "ar", …; of a tokenizer its name in TOKENIZERS. None: the class knows it
+    kind: str
+    | None = None,  # "vae", "ar", …; of a tokenizer its name in TOKENIZERS. None: the class knows it
     **facts,  # anything json can hold: seed, losses, hashes, …
 ) -> None:
     """Weights and configuration side by side.

@@ -127,7 +127,7 @@ _TOKENIZER_IDENTITY = identity_keys(
     modulations=2,
 )
 
-
+# %% ../../nbs/engine/settings.ipynb #79db313a
 @configuration(
     "flextok",
     part="tokenizer",
