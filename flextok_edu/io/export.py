@@ -127,7 +127,11 @@ def _describe_encoder(c: TokenizerConfig) -> dict:  # descriptions by name
     names = _Names("enc", "vae_latents", "enc_registers", c.encoder_mask)
     return _describe_side(c, names, c.encoder, registers, {}, {}) | {
         "enc_to_latents": _part_of(
-            "LinearHead", "read_key=enc_registers write_key=enc_registers", dim=c.encoder.width, dim_out=len(c.levels), **_HEAD
+            "LinearHead",
+            "read_key=enc_registers write_key=enc_registers",
+            dim=c.encoder.width,
+            dim_out=len(c.levels),
+            **_HEAD,
         )
     }
 
@@ -137,7 +141,9 @@ def _describe_condition(c: TokenizerConfig) -> dict:  # descriptions by name
     d = c.decoder.width
     distributions = {ours: theirs for theirs, ours in RELEASED_DISTRIBUTIONS.items()}
     return {
-        "dec_from_latents": _part_of("LinearLayer", "read_key=quants write_key=dec_quants", dim_in=len(c.levels), dim=d),
+        "dec_from_latents": _part_of(
+            "LinearLayer", "read_key=quants write_key=dec_quants", dim_in=len(c.levels), dim=d
+        ),
         "dec_registers_posemb": _adder("dec_quants", d, [c.registers], "learnable_sum"),
         "dec_nested_dropout": _part_of(
             "MaskedNestedDropout",

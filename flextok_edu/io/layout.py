@@ -312,9 +312,7 @@ def _check_sizes(x: _Parts) -> None:
 
 def _trunk_config(side: dict) -> TrunkConfig:
     t = side["trunk"]
-    return TrunkConfig(
-        t["dim"], t["depth"], side["patches"]["patch_sizes"][0], t["head_dim"], t["mlp_ratio"]
-    )
+    return TrunkConfig(t["dim"], t["depth"], side["patches"]["patch_sizes"][0], t["head_dim"], t["mlp_ratio"])
 
 # %% ../../nbs/io/layout.ipynb #503173d7
 def _tables(x: _Parts, patches: tuple[int, int], registers: int) -> dict[str, Table]:  # by their names there

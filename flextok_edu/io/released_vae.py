@@ -90,7 +90,9 @@ def build_released_vae(
     vae = on_meta(VAE, config, where)
 
     def modern(n):
-        return re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + OLD_ATTENTION[m[2]] + ".", n)
+        return re.sub(
+            r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: m[1] + OLD_ATTENTION[m[2]] + ".", n
+        )
 
     def flat(n, w):
         return (
