@@ -54,7 +54,7 @@ class _Names:
     registers: str  # key of the registers
     mask: str
 
-
+# %% ../../nbs/io/export.ipynb #58e55ef7
 def _describe_side(
     c: TokenizerConfig,
     names: _Names,
@@ -186,7 +186,7 @@ def _describe_decoder(c: TokenizerConfig) -> dict:  # descriptions by name
         "dec_channels_to_first": _turn("dec_out", "reconst", "last_to_first"),
     }
 
-
+# %% ../../nbs/io/export.ipynb #fa7288b1
 def _describe(
     c: TokenizerConfig,  # a tokenizer of our own
     scaling: float,  # latents = scaling * what the VAE's encoder gives
