@@ -26,8 +26,11 @@ import flextok_edu.io.build as io_build
 import flextok_edu.io.cache_facts as io_cache_facts
 import flextok_edu.io.pictures as io_pictures
 from flextok_edu.engine.shards import DamagedShard, read_header, shard_path, write_shard
+from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.engine.tokenizers import Tokenizer
 from flextok_edu.io.build import (
     CachePlan,
+    Recipe,
     build_cache,
     cache_latents_to,
     cache_plan,
@@ -64,7 +67,9 @@ def slow(x):
 
 def every_build(folder, encode=halves, load=numbers, facts=FACTS, count=COUNT, **options):
     return build_cache(
-        folder, encode, count, load, facts, **{"shard": SHARD, "batch": 4, "progress": False, **options}
+        folder,
+        Recipe(encode, count, load, facts),
+        **{"shard": SHARD, "batch": 4, "progress": False, **options},
     )
 
 
@@ -338,7 +343,7 @@ def test_unwritable(tmp_path):
 
 
 def test_plan(tmp_path):
-    plan = cache_plan(tmp_path / "new" / "cache", halves, COUNT, numbers, FACTS, SHARD, 4)
+    plan = cache_plan(tmp_path / "new" / "cache", Recipe(halves, COUNT, numbers, FACTS), SHARD, 4)
     assert (
         (plan.images, plan.missing, plan.shards, plan.row_bytes) == (COUNT, COUNT, 12, 2016)
         and plan.free > 0
@@ -346,7 +351,7 @@ def test_plan(tmp_path):
     )
     every_build(tmp_path)
     shards(tmp_path)[-1].unlink()
-    assert cache_plan(tmp_path, halves, COUNT, numbers, FACTS, SHARD, 4).missing == 8
+    assert cache_plan(tmp_path, Recipe(halves, COUNT, numbers, FACTS), SHARD, 4).missing == 8
     imagenet = CachePlan(1_281_167, 1_281_167, 1252, 16 * 32 * 32 * 4, 1000.0, int(85e9), 0)
     imagenet.check()
     assert "84.0 GB in 1,252 shards" in str(imagenet) and "21 min at 1,000 images/s" in str(imagenet), str(
@@ -534,7 +539,9 @@ def test_latents(models, tmp_path):
             load_file(c.paths[0])["latents"].dtype == dtype
             and shard_path(c.folder, "latents", 3) == c.paths[-1]
         )
-    both = cache_latents_to(tmp_path / "both", vae, data, torch.float32, True, 16, 5, progress=False)
+    both = cache_latents_to(
+        tmp_path / "both", vae, data, torch.float32, True, shard=16, batch=5, progress=False
+    )
     assert len(both) == 100 and torch.equal(both.labels, data.labels[:, 0].repeat(2))
     assert torch.allclose(
         both.latents(torch.arange(50, 100))[0], cache_latents(vae, data.images.flip(-1))[0], atol=1e-5
@@ -547,9 +554,11 @@ def test_latents(models, tmp_path):
 
 def test_tokens(models, tmp_path):
     vae, tok, data = models
-    latents = cache_latents_to(tmp_path / "latents", vae, data, torch.float32, True, 16, 5, progress=False)
+    latents = cache_latents_to(
+        tmp_path / "latents", vae, data, torch.float32, True, shard=16, batch=5, progress=False
+    )
     one, two = (
-        cache_tokens_to(tmp_path / name, tok, source, True, 20, 6, progress=False)
+        cache_tokens_to(tmp_path / name, tok, source, True, shard=20, batch=6, progress=False)
         for name, source in (("images", data), ("again", latents))
     )
     ids = torch.cat([tok.tokenize(x.float() / 127.5 - 1) for x in (data.images, data.images.flip(-1))])
@@ -611,7 +620,7 @@ def test_what_is_refused(models, tmp_path):
             "shard: 16 there, 32 here",
         ),
         (
-            lambda: build_cache(tmp_path / "n", *latent_recipe(vae, like(size=64)), progress=False),
+            lambda: build_cache(tmp_path / "n", latent_recipe(vae, like(size=64)), progress=False),
             "says that they are",
         ),
     ]
@@ -875,7 +884,7 @@ def test_old_caches_are_recognised(models, tmp_path, monkeypatch):
     assert len(TokenCache(tmp_path / "t", tok, data, verify=True)) == 50
     cache_tokens_to(tmp_path / "again", tok, latents, progress=False)
     shard_path(tmp_path / "t", "tokens", 2).unlink()
-    assert build_cache(tmp_path / "t", *io_build.token_recipe(tok, data), shard=16, progress=False) == 1
+    assert build_cache(tmp_path / "t", io_build.token_recipe(tok, data), shard=16, progress=False) == 1
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="tokenizer: "):
         TokenCache(tmp_path / "t", FlexTok(tok.config, vae).eval())
@@ -1033,3 +1042,38 @@ def test_training_reads_caches(models, tmp_path):
     assert [r["ar"] for r in a] == pytest.approx(
         [r["ar"] for r in b], rel=1e-6
     ) and model.config.classes == len(data.classes)
+
+
+class Greys:
+    "A tokenizer that is no module: the mean grey of each of four stripes, in 16 steps."
+
+    kind, identity, vocabulary, length, token_counts, image_size = "greys", "greys-1", 16, 4, (4,), 32
+
+    def tokenize(self, images, budget=None):
+        return ((images.mean((1, 3)).unflatten(1, (4, 8)).mean(-1) + 1) * 7.999).long()
+
+    def detokenize(self, ids, sampling=None, *, first_index=0, **settings):
+        raise NotImplementedError
+
+
+def test_another_kind_of_tokenizer_is_cached_by_the_protocol(tmp_path, models):
+    vae, _, data = models
+    tok, other = Greys(), Greys()
+    assert isinstance(tok, Tokenizer)
+    tokens = cache_tokens_to(tmp_path / "t", tok, data, mirror=True, progress=False)
+    n = len(data.images)
+    assert torch.equal(tokens.ids(torch.arange(n)), tok.tokenize(from_uint8(data.images)))
+    assert torch.equal(tokens.ids(torch.arange(n) + n), tok.tokenize(from_uint8(data.images.flip(-1))))
+    assert tokens.facts["tokenizer_identity"] == "greys-1" and "tokenizer" not in tokens.facts
+    for change, says in (
+        ({"identity": "greys-2"}, "tokenizer_identity: "),
+        ({"vocabulary": 17}, "vocabulary: 16 there, 17 here"),
+        ({"length": 5}, "ids .4. there, .5. here"),
+    ):
+        vars(other).clear()
+        vars(other).update(change)
+        with pytest.raises(ValueError, match=says):
+            TokenCache(tmp_path / "t", other)
+    latents = cache_latents_to(tmp_path / "l", vae, data, progress=False)
+    with pytest.raises(ValueError, match="kind 'greys' reads pictures, not latents"):
+        cache_tokens_to(tmp_path / "x", tok, latents, progress=False)

@@ -15,17 +15,14 @@ from flextok_edu.ar import ARModel
 from flextok_edu.engine.config import AR_SIZES, PRESETS, TokenizerConfig, TrunkConfig, VAEConfig, preset
 from flextok_edu.apps.bench import bench
 from flextok_edu.apps.cost import (
-    PeakMemory,
     ar_parameters,
     decode_positions,
     describe,
     encode_positions,
-    on_meta,
-    peak_bytes,
     tokenizer_parameters,
-    training_bytes,
     vae_parameters,
 )
+from flextok_edu.apps.memory import PeakMemory, on_meta, peak_bytes, training_bytes
 from flextok_edu.apps.timing import BenchConfig, bench_tokenizer, in_turns, matmuls, variant
 from flextok_edu.engine.marks import is_ours
 from flextok_edu.tokenizer import FlexTok

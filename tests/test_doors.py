@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ from flextok_edu.ar import (
 from flextok_edu.engine.checks import Range, conform, one_of, parse_json, read_json
 from flextok_edu.engine.config import (
     ARConfig,
+    EvalConfig,
     PRESETS,
     Preset,
     StageConfig,
@@ -39,11 +40,12 @@ from flextok_edu.engine.config import (
     preset,
     TrunkConfig,
     VAEConfig,
+    VAELossConfig,
 )
 from flextok_edu.engine.files import atomic, weights_hash, write_text
 from flextok_edu.engine.identity import identity
 from flextok_edu.engine.limits import check_limits, from_dict, to_json
-from flextok_edu.engine.models import load_model, save_model
+from flextok_edu.engine.models import load_model, model_kind, save_model
 from flextok_edu.engine.text import drawable, plain
 from flextok_edu.tokenizer import FlexTok, load_tokenizer, save_tokenizer
 from flextok_edu.vae import VAE
@@ -53,6 +55,16 @@ VAE_SMALL = VAEConfig(latent_channels=4, channels=(16, 32), layers=1, stem=2, gr
 TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 2))
 AR_SMALL = ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=1)
 MODELS = {"vae": (VAE, VAE_SMALL), "tokenizer": (FlexTok, TOK_SMALL), "ar": (ARModel, AR_SMALL)}
+CLASSES = (
+    VAEConfig,
+    TrunkConfig,
+    TokenizerConfig,
+    ARConfig,
+    StageConfig,
+    VAELossConfig,
+    EvalConfig,
+    Preset,
+)
 
 
 # --- json --------------------------------------------------------------------------------------------------
@@ -162,8 +174,127 @@ def test_presets_are_within_their_limits():
     for p in PRESETS.values():
         check_limits(p)
         assert from_dict(Preset, json.loads(to_json(p))) == p
-    for kind, shapes in engine_limits.LIMITS.items():
-        assert shapes.keys() == {f.name for f in fields(kind)}, "every setting has a limit"
+    for kind in CLASSES:
+        limited = engine_limits.configuration_of(kind).limits.keys()
+        inside = engine_limits.configurations_inside(kind).keys()
+        assert limited | inside == {f.name for f in fields(kind)}, "every setting has a limit"
+        assert not limited & inside
+
+
+@dataclass(frozen=True)
+class Inner:  # nobody registered it
+    act: str = "gelu"
+    trunk: TrunkConfig = TrunkConfig()
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    maybe: "Inner | None" = None
+    many: tuple[Inner, ...] = ()
+    notes: dict = field(default_factory=dict)
+
+
+def test_configurations_inside_are_built_by_their_annotation():
+    one = Outer(Inner("silu", TrunkConfig(64)), Inner("a"), (Inner("b"), Inner("c")), {"a": 1})
+    back = from_dict(Outer, json.loads(to_json(one)))
+    assert back == one and type(back.maybe) is Inner and type(back.many[1].trunk) is TrunkConfig
+    assert from_dict(Outer, {"maybe": None}) == from_dict(Outer, {"inner": Inner()}) == Outer()
+    for values, says in (
+        ({"inner": {"atc": "gelu"}}, "Inner has no setting 'atc'"),
+        ({"inner": 3}, r"Outer.inner is 3; it must be an object"),
+        ({"inner": None}, "Outer.inner is None"),
+        ({"many": [{"trunk": {"width": 10**9}}]}, r"Outer.many\[0\].trunk.width is 1000000000"),
+        ({"maybe": {"trunk": {"width": 66}}}, "Outer.maybe.trunk: width 66 is not a multiple"),
+        ({"many": [[]]}, r"Outer.many\[0\] is \[\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            from_dict(Outer, values)
+    with pytest.raises(ValueError, match="Outer.inner is {'act': 'gelu'}; it must be a Inner"):
+        check_limits(Outer(inner={"act": "gelu"}))
+
+
+def test_an_annotation_that_says_no_class_is_an_error():
+    @dataclass
+    class Lost:
+        inner: "NobodyKnows" = None  # noqa: F821
+
+    with pytest.raises(ValueError, match="Lost.inner is an object, and nobody knows the class 'NobodyKnows'"):
+        from_dict(Lost, {"inner": {"a": 1}})
+
+    @dataclass
+    class Either:
+        inner: "Inner | TrunkConfig" = None
+
+    with pytest.raises(TypeError, match="may be several configurations"):
+        from_dict(Either, {"inner": {}})
+
+
+def test_a_configuration_registers_itself_from_outside(tmp_path):
+    @engine_limits.configuration(
+        "toy",
+        limits={"width": Range(1, 100)},
+        identity=engine_limits.identity_keys("inner.act", width=4),
+        misfit=lambda c: "13 is no width" if c.width == 13 else None,
+    )
+    @dataclass(frozen=True)
+    class ToyConfig:
+        width: int = 4
+        inner: Inner = Inner()
+
+    class Toy(torch.nn.Linear):
+        def __init__(self, config):
+            super().__init__(config.width, 2)
+            self.config = config
+
+    toy = Toy(ToyConfig(5, Inner("silu")))
+    save_model(tmp_path, toy, toy.config, seed=3)
+    assert json.loads((tmp_path / "config.json").read_text())["kind"] == "toy" == model_kind(tmp_path)
+    back, facts = load_model(tmp_path, Toy, ToyConfig)
+    assert back.config == toy.config and facts["seed"] == 3 and identity(back) == identity(toy)
+    assert engine_identity.canonical(toy.config) == {"toy": {"width": 5, "inner.act": "silu"}}
+    assert engine_identity.canonical(ToyConfig()) == {"toy": {"inner.act": "gelu"}}
+    for width, says in ((101, "width is 101"), (13, "13 is no width")):
+        with pytest.raises(ValueError, match=says):
+            check_limits(ToyConfig(width))
+    with pytest.raises(ValueError, match="kind 'toy', not 'ar'"):
+        load_model(tmp_path, Toy, ARConfig)
+    for wrong in ({"limits": {"widht": int}}, {"identity": engine_limits.identity_keys("a.b"), "part": "p"}):
+        with pytest.raises(TypeError, match="Inner has no setting"):
+            engine_limits.configuration(**wrong)(Inner)
+
+
+def test_config_json_says_its_kind(tmp_path):
+    cases = {
+        "vae": (VAE(VAE_SMALL), VAE_SMALL, "vae"),
+        "tokenizer": (FlexTok(TOK_SMALL), TOK_SMALL, "flextok"),
+        "ar": (ARModel(AR_SMALL), AR_SMALL, "ar"),
+        "classifier": (torch.nn.Linear(2, 2), StageConfig(), "classifier"),
+    }
+    for kind, (model, config, written) in cases.items():
+        place = tmp_path / kind
+        save_model(place, model, config)
+        facts = json.loads((place / "config.json").read_text())
+        assert facts["kind"] == written and model_kind(place) == kind
+        del facts["kind"]  # a file of before
+        (place / "config.json").write_text(json.dumps(facts))
+        assert model_kind(place) == kind and load_model(place, lambda c: model, type(config))
+    save_model(tmp_path / "mine", torch.nn.Linear(2, 2), StageConfig(), kind="mine")
+    assert model_kind(tmp_path / "mine") == "mine" and model_kind(str(tmp_path / "vae")) == "vae"
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"config": 3}',
+        '{"config": {}}',
+        '{"config": {}, "kind": 3}',
+        '{"kind": "ar"}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert model_kind(tmp_path) is None
+    assert model_kind(tmp_path / "nowhere") is None
+    for folder in sorted((ROOT / "flextok_edu" / "zoo").glob("*/*/")):
+        assert model_kind(folder) == folder.name
 
 
 HUGE = {
@@ -456,15 +587,17 @@ def test_identity_says_what_weights_mean():
     assert identity(ARModel(AR_SMALL)) != identity(ARModel(AR_SMALL)), "other weights"
 
 
-def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
+def test_renaming_a_setting_and_adding_one_keep_identities():
     """`levels` is called `digits` one day, and `register_kind` is new: the frozen list says where the old
     name is found, and what is neutral stays unsaid.
     """
     old = FlexTok(TOK_SMALL)
-    name, settings = engine_identity.IDENTITY[TokenizerConfig]
+    settings = engine_limits.configuration_of(TokenizerConfig).identity
 
+    @dataclass
     class Renamed:
-        digits, register_kind = TOK_SMALL.levels, "one"
+        digits: tuple = TOK_SMALL.levels
+        register_kind: str = "one"
 
         def __getattr__(self, key):
             if key == "levels":
@@ -472,18 +605,14 @@ def test_renaming_a_setting_and_adding_one_keep_identities(monkeypatch):
             return getattr(TOK_SMALL, key)
 
     before = identity(old)
-    monkeypatch.setitem(
-        engine_identity.IDENTITY,
-        Renamed,
-        (
-            name,
-            settings
-            | {"levels": ("digits", settings["levels"][1]), "register_kind": ("register_kind", "one")},
-        ),
+    Renamed.__configuration__ = engine_limits.ConfigurationFacts(
+        part="tokenizer",
+        identity=settings
+        | {"levels": ("digits", settings["levels"][1]), "register_kind": ("register_kind", "one")},
     )
     old.config = Renamed()
     assert identity(old) == before
-    Renamed.register_kind = "two"
+    old.config.register_kind = "two"
     assert identity(old) != before
 
 
@@ -494,11 +623,12 @@ def test_the_frozen_list():
     """
     says = {
         kind.__name__: (
-            name,
-            {key: place for key, (place, _) in settings.items()},
-            {key: v for key, (_, v) in settings.items() if v is not engine_identity._ALWAYS},
+            facts.part,
+            {key: place for key, (place, _) in facts.identity.items()},
+            {key: v for key, (_, v) in facts.identity.items() if v is not engine_limits.ALWAYS},
         )
-        for kind, (name, settings) in engine_identity.IDENTITY.items()
+        for kind in CLASSES
+        if (facts := engine_limits.configuration_of(kind)).identity is not None
     }
 
     def same(*keys):

@@ -206,7 +206,7 @@ def door_of_released(folder: Path):
 
 
 def door_of_vaes(folder: Path):
-    from flextok_edu.io.released import vae_names
+    from flextok_edu.io.released_vae import vae_names
 
     config = VAEConfig(3, 4, (8, 16), 1, 1, 4)
     state = VAE(config).state_dict()

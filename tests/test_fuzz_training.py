@@ -20,7 +20,7 @@ import fuzzing
 import flextok_edu.engine.checkpoint as engine_checkpoint
 import flextok_edu.engine.files as engine_files
 from flextok_edu.engine.shards import read_header, shard_path
-from flextok_edu.io.build import build_cache
+from flextok_edu.io.build import Recipe, build_cache
 from flextok_edu.io.cache import Cache
 from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.loader import Loader
@@ -164,12 +164,13 @@ def cached(tmp_path_factory):
         "mirror": False,
         "tokenizer": "0" * 16,
     }
+
+    def encode(x):
+        return {"ids": (x[:, None, None] * torch.arange(4)).to(torch.uint16)}
+
     build_cache(
         folder,
-        lambda x: {"ids": (x[:, None, None] * torch.arange(4)).to(torch.uint16)},
-        16,
-        load,
-        facts,
+        Recipe(encode, 16, load, facts),
         shard=8,
         batch=8,
         progress=False,

@@ -868,7 +868,7 @@ def test_vae(tmp_path, shape, names):
 
 def test_vae_of_full_size():
     """84 million parameters: every name and shape of the released VAEs' layout is one of ours."""
-    from flextok_edu.io.released import vae_names
+    from flextok_edu.io.released_vae import vae_names
 
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):

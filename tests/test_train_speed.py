@@ -488,7 +488,8 @@ def test_the_arithmetic_of_a_micro_batch(longest, images):
     sequences.
     """
     from flextok_edu.apps.bench_training import loss_flops, loss_positions
-    from flextok_edu.apps.cost import counted_flops, on_meta
+    from flextok_edu.apps.cost import counted_flops
+    from flextok_edu.apps.memory import on_meta
 
     tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.0))).requires_grad_(
         False

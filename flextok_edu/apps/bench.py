@@ -7,14 +7,18 @@ __all__ = ['bench_inference', 'bench', 'bench_main']
 
 # %% ../../nbs/apps/bench.ipynb #apps-bench-imports
 import json, sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from .bench_training import bench_train
 from .cost import decode_flops, decode_positions, encode_flops, encode_positions
 from flextok_edu.apps.timing import (
     BenchConfig,
+    Measured,
     VARIANTS,
     peak_of,
     bench_row,
@@ -27,8 +31,73 @@ from flextok_edu.apps.timing import (
 from ..engine.files import write_text
 from ..engine.marks import MARK, any_terminal, may_replace
 from ..engine.tensors import pick_device
+from ..tokenizer import FlexTok
 
 # %% ../../nbs/apps/bench.ipynb #16-9c2aae77
+@dataclass
+class _Case:
+    "Encoding, or guided decoding with APG, at one budget."
+
+    what: str  # "encode" or "decode"
+    config: BenchConfig
+    tok: FlexTok
+    budget: int
+    latents: Tensor  # b c h w
+    ids: Tensor  # b k
+    steps: int  # of a decode, that are timed
+
+    def call(self, name: str) -> Tensor:  # what is timed
+        with variant(self.tok, name) as tok:
+            if self.what == "encode":
+                return tok.encoder(self.latents, self.budget if tok.short_cuts else None)[:, : self.budget]
+            return tok.decode_latents(
+                self.ids[:, : self.budget], self.latents, steps=self.steps, guidance=7.5, apg=True
+            )
+
+    def passes(self, name: str) -> tuple[int, ...]:  # positions of each pass of a step, of one image
+        c, short = self.tok.config, VARIANTS[name][0]
+        if self.what == "encode":
+            return (encode_positions(c, self.budget, short),)
+        return decode_positions(c, self.budget, True, short)
+
+    def flops(self, name: str) -> int:  # of the whole batch, all steps
+        c, short, batch = self.tok.config, VARIANTS[name][0], self.config.batch
+        if self.what == "encode":
+            return batch * encode_flops(c, self.budget, short)
+        return batch * decode_flops(c, self.budget, self.config.steps, True, short, batch)
+
+    def floor(self, name: str) -> tuple[Callable, int]:  # the matrix products that take their turn beside it
+        c = self.tok.config
+        trunk = c.encoder if self.what == "encode" else c.decoder
+        dtype = torch.bfloat16 if VARIANTS[name][2] else torch.float32
+        return matmuls(trunk, self.config.batch * max(self.passes(name)), self.tok.device, dtype)
+
+    def measure(self) -> Iterator[tuple[str, Measured]]:  # variant by variant; all were timed in turns before
+        names, repeats = self.config.variants, self.config.repeats
+        floor = {name: self.floor(name) for name in names}
+        times = in_turns(
+            {name: partial(self.call, name) for name in names}
+            | {("matmul", name): run for name, (run, _) in floor.items()},
+            repeats,
+            self.tok.device,
+        )
+        first = self.call(names[0]).float()
+        decoding = self.what == "decode"
+        scale = self.config.steps / self.steps if decoding else 1
+        for name in names:
+            yield (
+                name,
+                Measured(
+                    [s * scale for s in times[name]],
+                    [self.flops(name)] * repeats,
+                    [floor[name][1] / s for s in times["matmul", name]],
+                    self.config.batch * sum(self.passes(name)) * (self.config.steps if decoding else 1),
+                    float((self.call(name).float() - first).abs().max()),
+                    peak_of(self.tok, partial(self.call, name), name),
+                ),
+            )
+
+# %% ../../nbs/apps/bench.ipynb #2c9c04fd
 @torch.no_grad()
 def bench_inference(
     what: str,  # "encode" or "decode"
@@ -41,7 +110,7 @@ def bench_inference(
     """
     tok = bench_tokenizer(config)
     c, device = tok.config, tok.device
-    if not config.variants or (bad := [v for v in config.variants if v not in VARIANTS]):
+    if not config.variants or any(v not in VARIANTS for v in config.variants):
         raise ValueError(f"variants {config.variants}: use {', '.join(VARIANTS)}")
     budgets = [k for k in config.budgets if 1 <= k <= c.registers]
     if not budgets or config.batch < 1 or config.repeats < 1:
@@ -49,76 +118,12 @@ def bench_inference(
     steps = min(config.steps, config.timed_steps or (config.steps if device.type == "cuda" else 2))
     latents = torch.randn(config.batch, c.latent_channels, c.latent_size, c.latent_size, device=device)
     ids = torch.randint(c.vocabulary, (config.batch, c.registers), device=device)
-    trunk, rows = c.encoder if what == "encode" else c.decoder, []
+    rows = []
     for k in budgets:
-
-        def call(name):
-            with variant(tok, name):
-                return (
-                    tok.encoder(latents, k if tok.short_cuts else None)[:, :k]
-                    if what == "encode"
-                    else tok.decode_latents(ids[:, :k], latents, steps, 7.5, True)
-                )
-
-        def length(name):
-            return max(
-                [encode_positions(c, k, VARIANTS[name][0])]
-                if what == "encode"
-                else decode_positions(c, k, True, VARIANTS[name][0])
-            )
-
-        floor = {
-            name: matmuls(
-                trunk,
-                config.batch * length(name),
-                device,
-                torch.bfloat16 if VARIANTS[name][2] else torch.float32,
-            )
-            for name in config.variants
-        }
-        times = in_turns(
-            {name: lambda name=name: call(name) for name in config.variants}
-            | {("matmul", name): run for name, (run, _) in floor.items()},
-            config.repeats,
-            device,
-        )
-        first = call(config.variants[0]).float()
-        scale = config.steps / steps if what == "decode" else 1
-        for name in config.variants:
-            seconds = times[name]
-            rates = [floor[name][1] / s for s in times["matmul", name]]
-
-            def flops(v):
-                return [
-                    config.batch
-                    * (
-                        encode_flops(c, k, VARIANTS[v][0])
-                        if what == "encode"
-                        else decode_flops(c, k, config.steps, True, VARIANTS[v][0], config.batch)
-                    )
-                ] * config.repeats
-
-            passes = (
-                [encode_positions(c, k, VARIANTS[name][0])]
-                if what == "encode"
-                else decode_positions(c, k, True, VARIANTS[name][0])
-            )
-            rows.append(
-                bench_row(
-                    config,
-                    what,
-                    name,
-                    k,
-                    [s * scale for s in seconds],
-                    [s * scale for s in times[config.variants[0]]],
-                    flops(name),
-                    flops(config.variants[0]),
-                    config.batch * sum(passes) * (config.steps if what == "decode" else 1),
-                    rates,
-                    float((call(name).float() - first).abs().max()),
-                    peak_of(tok, lambda: call(name), name),
-                )
-            )
+        base = None
+        for name, found in _Case(what, config, tok, k, latents, ids, steps).measure():
+            base = base or found
+            rows.append(bench_row(config, what, name, k, found, base))
             say(bench_line(rows[-1]))
     return rows
 

@@ -7,8 +7,9 @@ __all__ = ['TRAINING', 'loss_flops', 'loss_positions', 'loss_bytes', 'training_f
 
 # %% ../../nbs/apps/bench_training.ipynb #apps-bench_training-imports
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from flextok_edu.apps.cost import (
     decode_positions,
     encode_flops,
     encode_positions,
-    training_bytes,
 )
+from .memory import training_bytes
 from flextok_edu.apps.timing import (
     BenchConfig,
+    Measured,
     peak_of,
     bench_row,
     bench_line,
@@ -147,6 +149,106 @@ def sorting_allows(
     return steps * loss_flops(c, batch, None) / sum(loss_flops(c, *part) for part in parts)
 
 # %% ../../nbs/apps/bench_training.ipynb #16-549b47e2
+@dataclass
+class _Steps:
+    "Whole training steps under one distribution of the budget, in any variant, on the same images and dice."
+
+    config: BenchConfig
+    tok: FlexTok
+    names: list[str]  # of the variants
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the last round, by variant
+
+    def __post_init__(self):
+        # all of the optimiser's work, but the weights stay what they are: all rounds are of one model
+        self.optimizer = torch.optim.AdamW(self.tok.parameters(), lr=0.0)
+        self.feeds = {how: training_feed(self.tok, self.config.batch, how) for how in (False, True)}
+        self.turns = {name: iter(range(self.config.repeats)) for name in self.names}
+
+    def parts(self, name: str, step: int) -> Iterator:  # its micro-batches
+        return self.feeds[TRAINING[name][0]].micro_batches(step, micro=self.config.micro)
+
+    def sizes(self, name: str, step: int) -> list[tuple[int, int | None]]:  # images, longest budget of each
+        cut = TRAINING[name][0]
+        return [(len(batch[0]), batch[2].longest if cut else None) for batch, _ in self.parts(name, step)]
+
+    def wake(self, name: str) -> None:
+        "A compiler must have seen every shape; else one image is enough to wake up."
+        compiling, seen = TRAINING[name][2], {}
+        for step in range(self.config.repeats if compiling else 1):
+            for (latents, _, draws), weight in self.parts(name, step):
+                seen[len(latents), draws.longest] = ((latents, None, draws), weight)
+        if not compiling:
+            (latents, _, draws), _ = list(seen.values())[-1]
+            few = torch.tensor([0])
+            seen = {0: ((latents[few], None, draws.of(few)), 1.0)}
+        _backward(self.tok, seen.values(), name)
+
+    def call(self, name: str, step: int | None = None) -> None:  # what is timed
+        step = next(self.turns[name]) if step is None else step
+        self.optimizer.zero_grad(set_to_none=True)
+        _backward(self.tok, self.parts(name, step), name)
+        if self.config.adamw:
+            self.optimizer.step()
+        if step == self.config.repeats - 1:
+            self.gradients[name] = self.gradient()
+
+    def gradient(self) -> Tensor:  # of all parameters, flat
+        return torch.cat(
+            [
+                torch.zeros(w.numel(), device=self.tok.device) if w.grad is None else w.grad.flatten()
+                for w in self.tok.parameters()
+            ]
+        )
+
+    def memory(self, name: str, longest: tuple[int, int | None]) -> float:  # bytes of a step, at the peak
+        if self.tok.device.type == "cuda":
+            return peak_of(self.tok, partial(self.call, name, 0), name)
+        if "bf16" in name or "compile" in name:
+            return math.nan
+        return loss_bytes(self.tok.config, *longest, self.config.micro)
+
+    def difference(self, name: str) -> float:  # of the gradients of the last round
+        first = self.gradients[self.names[0]]
+        return (
+            math.nan if name == self.names[0] else float((self.gradients[name] - first).norm() / first.norm())
+        )
+
+    def measure(self) -> Iterator[tuple[str, Measured]]:  # variant by variant; all were timed in turns before
+        c, config, names = self.tok.config, self.config, self.names
+        for name in names:
+            self.wake(name)
+        at = {name: [self.sizes(name, step) for step in range(config.repeats)] for name in names}
+        floor, positions = {}, {}
+        for name in names:
+            every = [loss_positions(c, *part) for step in at[name] for part in step]
+            positions[name] = sum(every) // config.repeats
+            dtype = torch.bfloat16 if TRAINING[name][1] else torch.float32
+            rows = max(1, positions[name] // 2 // config.micro)
+            floor[name] = matmuls(c.decoder, rows, self.tok.device, dtype)
+        for run, _ in floor.values():
+            run()
+        times = in_turns(
+            {name: partial(self.call, name) for name in names}
+            | {("matmul", name): run for name, (run, _) in floor.items()},
+            config.repeats,
+            self.tok.device,
+            warm=0,
+        )
+        for name in names:
+            longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
+            yield (
+                name,
+                Measured(
+                    times[name],
+                    [sum(loss_flops(c, *part) for part in step) for step in at[name]],
+                    [floor[name][1] / s for s in times["matmul", name]],
+                    positions[name],
+                    self.difference(name),
+                    self.memory(name, longest),
+                ),
+            )
+
+# %% ../../nbs/apps/bench_training.ipynb #9562b797
 def bench_train(
     config: BenchConfig, say: Callable = print
 ) -> list[dict]:  # one row a distribution and variant
@@ -162,108 +264,13 @@ def bench_train(
     if bad := [distribution for distribution in config.laws if distribution not in BUDGET_DISTRIBUTIONS]:
         raise ValueError(f"budget distribution {bad[0]!r}: use {', '.join(BUDGET_DISTRIBUTIONS)}")
     tok = bench_tokenizer(config).train()
-    plain, device, rows = tok.config, tok.device, []
+    plain, rows = tok.config, []
     for distribution in config.laws or (plain.budget_distribution,):
-        tok.config = c = replace(plain, budget_distribution=distribution)
-        optimizer = torch.optim.AdamW(
-            tok.parameters(), lr=0.0
-        )  # all of its work, but the weights stay what they are: all rounds are of one model
-        feeds = {how: training_feed(tok, config.batch, how) for how in (False, True)}
-        gradients = {}
-        turns = {name: iter(range(config.repeats)) for name in names}
-
-        def sizes(name, step):
-            return [
-                (len(batch[0]), batch[2].longest if TRAINING[name][0] else None)
-                for batch, _ in feeds[TRAINING[name][0]].micro_batches(step, micro=config.micro)
-            ]
-
-        def call(name, step=None):
-            step = next(turns[name]) if step is None else step
-            optimizer.zero_grad(set_to_none=True)
-            _backward(tok, feeds[TRAINING[name][0]].micro_batches(step, micro=config.micro), name)
-            if config.adamw:
-                optimizer.step()
-            if step == config.repeats - 1:
-                gradients[name] = torch.cat(
-                    [
-                        torch.zeros(w.numel(), device=device) if w.grad is None else w.grad.flatten()
-                        for w in tok.parameters()
-                    ]
-                )
-
-        for name in names:  # a compiler must have seen every shape; else one image is enough to wake up
-            seen = {}
-            for step in range(config.repeats if TRAINING[name][2] else 1):
-                for (latents, _, draws), weight in feeds[TRAINING[name][0]].micro_batches(
-                    step, micro=config.micro
-                ):
-                    seen[len(latents), draws.longest] = ((latents, None, draws), weight)
-            few = torch.tensor([0])
-            _backward(
-                tok,
-                seen.values()
-                if TRAINING[name][2]
-                else [
-                    ((latents[few], None, draws.of(few)), 1.0)
-                    for (latents, _, draws), _ in list(seen.values())[-1:]
-                ],
-                name,
-            )
-        at = {name: [sizes(name, step) for step in range(config.repeats)] for name in names}
-        flops = {name: [sum(loss_flops(c, *part) for part in step) for step in at[name]] for name in names}
-        positions = {
-            name: sum(loss_positions(c, *part) for step in at[name] for part in step) // config.repeats
-            for name in names
-        }
-        floor = {
-            name: matmuls(
-                c.decoder,
-                max(1, positions[name] // 2 // config.micro),
-                device,
-                torch.bfloat16 if TRAINING[name][1] else torch.float32,
-            )
-            for name in names
-        }
-        for run, _ in floor.values():
-            run()
-        times = in_turns(
-            {name: lambda name=name: call(name) for name in names}
-            | {("matmul", name): run for name, (run, _) in floor.items()},
-            config.repeats,
-            device,
-            warm=0,
-        )
-        for name in names:
-            rates = [floor[name][1] / s for s in times["matmul", name]]
-            first = gradients[names[0]]
-            longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
-            memory = (
-                peak_of(tok, lambda: call(name, 0), name)
-                if device.type == "cuda"
-                else math.nan
-                if "bf16" in name or "compile" in name
-                else loss_bytes(c, *longest, config.micro)
-            )
-            difference = (
-                math.nan if name == names[0] else float((gradients[name] - first).norm() / first.norm())
-            )
-            rows.append(
-                bench_row(
-                    config,
-                    "train",
-                    name,
-                    c.registers,
-                    times[name],
-                    times[names[0]],
-                    flops[name],
-                    flops[names[0]],
-                    positions[name],
-                    rates,
-                    difference,
-                    memory,
-                )
-                | {"distribution": distribution, "micro": config.micro}
-            )
+        tok.config = replace(plain, budget_distribution=distribution)
+        base = None
+        for name, found in _Steps(config, tok, names).measure():
+            base = base or found
+            row = bench_row(config, "train", name, plain.registers, found, base)
+            rows.append(row | {"distribution": distribution, "micro": config.micro})
             say(bench_line(rows[-1]))
     return rows

@@ -137,11 +137,9 @@ def _measured(folder: Path) -> str:  # the results, with the weights that they a
     these = report.card["weights"].get("tokenizer") == tokenizer_hash(tok)
     table = str(report)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", table)), default=0))  # longer than any inside
-    return f"""On {report.card["images"]:,} held-out pictures, {report.card["steps"]} steps, guidance {report.card["guidance"]:g}, of {"these weights" if these else "the same weights before rounding"}. All conditions: `table.json`.
-
-{fence}
-{table}
-{fence}"""
+    card, whose = report.card, "these weights" if these else "the same weights before rounding"
+    how = f"{card['images']:,} held-out pictures, {card['steps']} steps, guidance {card['guidance']:g}"
+    return f"On {how}, of {whose}. All conditions: `table.json`.\n\n{fence}\n{table}\n{fence}"
 
 # %% ../../nbs/apps/card.ipynb #17-120a5810
 def _texts(value) -> bool:
@@ -189,6 +187,77 @@ def read_facts(
     return facts
 
 # %% ../../nbs/apps/card.ipynb #17-bda5d148
+_CARD = """---
+license: apache-2.0
+library_name: flextok_edu
+tags: [flextok, image-tokenizer]
+---
+# {name}
+
+{text}
+
+## Intended use
+
+{use}
+
+## How it was trained
+
+{trained}
+
+| part | parameters | data | seed | steps x images | hours | file | weights in memory |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+What each part learned from (a picture of these is not held out, whatever split is made today):
+
+{learned}
+
+{weights}
+
+## Measured
+
+{measured}
+
+## Limits
+
+{limits}It has seen only the data named above: anything else comes back as what it knows.
+
+Licence: Apache-2.0, like the code.
+"""
+
+# %% ../../nbs/apps/card.ipynb #5b44dbbc
+def _use(folder: Path, name: str, p: Preset | None) -> str:
+    ways = [f'`FlexTok.from_pretrained("{name}")`', f"`flextok_reconstruct photo.jpg --model {name}`"]
+    if all((folder / part).is_dir() for part in PARTS):
+        ways.append(f"`flextok_demo --model {name}`")
+    return (
+        f"For learning, for tests, and as a small baseline: {', '.join(ways)}. "
+        f"{_decoding(p, (folder / 'ar').is_dir())}Nothing that matters to anybody should be decided by it."
+    )
+
+
+def _weights(facts: dict) -> str:  # what is stored, what rounding changed, with which versions it was made
+    def said(v):
+        return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
+
+    of = next((m["versions"] for m in facts["made"].values() if m.get("versions")), None)
+    changes = "; ".join(
+        f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < 0.1 else '.4f'}}"
+        for k, v in facts.get("rounding", {}).items()
+    )
+    averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(
+        facts.get("weights_are"), markdown(facts.get("weights_are", "unknown"))
+    )
+    begun = f"Trained with {said(of)}; packed" if of else "Packed"
+    return (
+        f"The weights are {averaged}, stored in float16 (buffers in float32). "
+        f"What the rounding changes: {changes}.\n"
+        f"{begun} with {said(facts.get('packed_with', {}))}. "
+        "The rest of what decides the result is in `model.json` and in each part's `config.json` and "
+        "`log.json`."
+    )
+
+# %% ../../nbs/apps/card.ipynb #dc7386a9
 def model_card(
     folder: Path,  # of a packed model, with model.json
     name: str,
@@ -198,54 +267,17 @@ def model_card(
     "What it is, how it was made, how good it is, what it may be used for."
     facts = read_facts(folder)
     p = from_dict(Preset, facts["preset"]) if facts["preset"] else None
-    made = facts["made"]
-    of = next((m["versions"] for m in made.values() if m.get("versions")), None)
-
-    def said(v):
-        return ", ".join(f"{markdown(k)} {markdown(x)}" for k, x in v.items())
-
-    changes = "; ".join(
-        f"{markdown(k.replace('_', ' '))} {v:{'.2g' if v < 0.1 else '.4f'}}"
-        for k, v in facts.get("rounding", {}).items()
+    there = [part for part in PARTS if (folder / part / "config.json").exists()]
+    against = markdown(facts.get("vae_trained_against", "unknown"))
+    return _CARD.format(
+        name=name,
+        text=text or "A small FlexTok, trained from scratch.",
+        use=_use(folder, name, p),
+        trained=f"Preset {known(p and p.name)}, {known(p and p.image_size)} px. "
+        f"The VAE was trained against {against}.",
+        rows="\n".join(_row(folder, part, facts["made"]) for part in there),
+        learned=_learned_from(folder),
+        weights=_weights(facts),
+        measured=_measured(folder),
+        limits=limits + "\n\n" if limits else "",
     )
-    averaged = {"EMA": "exponential averages", "of the last step": "those of the last step"}.get(
-        facts.get("weights_are"), markdown(facts.get("weights_are", "unknown"))
-    )
-    return f"""---
-license: apache-2.0
-library_name: flextok_edu
-tags: [flextok, image-tokenizer]
----
-# {name}
-
-{text or "A small FlexTok, trained from scratch."}
-
-## Intended use
-
-For learning, for tests, and as a small baseline: `FlexTok.from_pretrained("{name}")`, `flextok_reconstruct photo.jpg --model {name}`{f", `flextok_demo --model {name}`" if all((folder / part).is_dir() for part in PARTS) else ""}. {_decoding(p, (folder / "ar").is_dir())}Nothing that matters to anybody should be decided by it.
-
-## How it was trained
-
-Preset {known(p and p.name)}, {known(p and p.image_size)} px. The VAE was trained against {markdown(facts.get("vae_trained_against", "unknown"))}.
-
-| part | parameters | data | seed | steps x images | hours | file | weights in memory |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(_row(folder, part, made) for part in PARTS if (folder / part / "config.json").exists())}
-
-What each part learned from (a picture of these is not held out, whatever split is made today):
-
-{_learned_from(folder)}
-
-The weights are {averaged}, stored in float16 (buffers in float32). What the rounding changes: {changes}.
-{f"Trained with {said(of)}; packed" if of else "Packed"} with {said(facts.get("packed_with", {}))}. The rest of what decides the result is in `model.json` and in each part's `config.json` and `log.json`.
-
-## Measured
-
-{_measured(folder)}
-
-## Limits
-
-{limits + chr(10) + chr(10) if limits else ""}It has seen only the data named above: anything else comes back as what it knows.
-
-Licence: Apache-2.0, like the code.
-"""

@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['swiglu_width', 'block_parameters', 'tokenizer_parameters', 'ar_parameters', 'vae_parameters', 'trunk_flops',
-           'encode_positions', 'encode_flops', 'decode_positions', 'decode_flops', 'counted_flops', 'PeakMemory',
-           'on_meta', 'faked', 'peak_bytes', 'training_bytes', 'training_line', 'decoding_bytes', 'describe',
-           'info_main']
+           'encode_positions', 'encode_flops', 'decode_positions', 'decode_flops', 'counted_flops', 'training_line',
+           'decoding_bytes', 'describe', 'info_main']
 
 # %% ../../nbs/apps/cost.ipynb #apps-cost-imports
-import sys, weakref
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .memory import faked, on_meta, peak_bytes, training_bytes
 from ..ar import ARModel
 from ..engine.config import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, preset
 from ..engine.marks import any_terminal
@@ -177,82 +175,6 @@ def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and con
         run()
     return counter.get_total_flops()
 
-# %% ../../nbs/apps/cost.ipynb #16-d796ece8
-class PeakMemory(TorchDispatchMode):
-    """Inside `with PeakMemory() as peak:`, `peak.most` is the largest number of bytes in tensors alive at
-    once.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.most = 0
-        self.sizes: dict[int, int] = {}
-
-    def hold(self, tensor: Tensor) -> None:
-        "Count a tensor's storage until it dies."
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.live += self.sizes[key]
-        self.most = max(self.most, self.live)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, 0)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.hold(tensor)
-        return out
-
-
-def on_meta(build: Callable) -> nn.Module:  # a module whose tensors have shapes and no memory
-    "Build a module of any size in no time."
-    with torch.device("meta"):
-        return build()
-
-
-def faked(
-    module: nn.Module,  # from `on_meta`
-) -> nn.Module:  # the same, pretending to be on the CPU; call it inside FakeTensorMode
-    "Replace the tensors of a module by fake ones."
-    for m in module.modules():
-        for name, w in m._parameters.items():
-            if w is not None:
-                m._parameters[name] = nn.Parameter(
-                    torch.empty(w.shape, dtype=w.dtype), requires_grad=w.requires_grad
-                )
-        for name, w in m._buffers.items():
-            if w is not None:
-                m._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
-    return module
-
-# %% ../../nbs/apps/cost.ipynb #16-87c55d2a
-def peak_bytes(module: nn.Module, run: Callable) -> int:  # bytes
-    "The module's weights, and the most that lives during run()."
-    with PeakMemory() as peak:
-        for w in [*module.parameters(), *module.buffers()]:
-            peak.hold(w)
-        run()
-    return peak.most
-
-
-def training_bytes(
-    build: Callable,  # builds a model
-    loss: Callable,  # (model) -> scalar
-) -> int:  # bytes of a float32 training step, run eagerly
-    "Weights, gradients, activations; two moments of AdamW; averaged weights."
-    model = on_meta(build)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        faked(model)
-        return peak_bytes(model, lambda: loss(model).backward()) + 3 * sum(
-            4 * w.numel() for w in model.parameters()
-        )
-
 # %% ../../nbs/apps/cost.ipynb #16-d96fbf9a
 def training_line(
     build: Callable,
@@ -286,99 +208,106 @@ def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
         return peak_bytes(both, run)
 
 # %% ../../nbs/apps/cost.ipynb #16-a5228e41
-def describe(p: Preset) -> str:  # a page of text
-    "Parameters, FLOPs per image and memory of everything in a preset. Nothing is allocated."
-    c, e, giga = p.tokenizer, p.evaluate, 1e9
-    part = {
+def _describe_parameters(p: Preset) -> list[str]:
+    parts = {
         "VAE": vae_parameters(p.vae),
-        "tokenizer": tokenizer_parameters(c),
+        "tokenizer": tokenizer_parameters(p.tokenizer),
         "AR model": ar_parameters(p.ar),
     }
-    lines = [
-        f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x "
-        f"{c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words",
-        "",
-        "parameters",
-    ] + [
+    return ["", "parameters"] + [
         f"  {name:10} {sum(count.values()) / 1e6:9.2f} M   "
         f"({', '.join(f'{n} {v / 1e6:.2f}' for n, v in count.items())})"
-        for name, count in part.items()
+        for name, count in parts.items()
     ]
 
-    def image():
-        return torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
 
+def _fixed_flops(p: Preset) -> dict[str, int]:  # FLOPs an image of what has no budget
+    c, ar = p.tokenizer, p.ar
     with torch.device("meta"):
         vae = VAE(p.vae).requires_grad_(False)
-        flops = {
-            "VAE, encode": counted_flops(lambda: vae.encode(image())),
-            "VAE, decode": counted_flops(
-                lambda: vae.decode(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))
-            ),
-            f"AR model (guidance {e.ar_guidance:g})": 2
-            * (
-                p.ar.length * (ar_parameters(p.ar)["blocks"] + p.ar.width * p.ar.vocabulary)
-                + p.ar.depth * p.ar.width * p.ar.length * (p.ar.length + 1)
-            )
-            * (1 + (e.ar_guidance != 1)),
+        images = torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
+        latents = torch.empty(1, c.latent_channels, c.latent_size, c.latent_size)
+        tokens = ar.length * (ar_parameters(ar)["blocks"] + ar.width * ar.vocabulary)
+        attention = ar.depth * ar.width * ar.length * (ar.length + 1)
+        return {
+            "VAE, encode": counted_flops(lambda: vae.encode(images)),
+            "VAE, decode": counted_flops(lambda: vae.decode(latents)),
+            f"AR model (guidance {p.evaluate.ar_guidance:g})": 2
+            * (tokens + attention)
+            * (1 + (p.evaluate.ar_guidance != 1)),
         }
-    some = sorted({1, c.registers // 8, c.registers})
-    lines += [
+
+
+def _describe_flops(p: Preset) -> list[str]:
+    c, e = p.tokenizer, p.evaluate
+    lines = [
         "",
         f"GFLOPs an image (decode: {e.steps} steps, guidance {e.guidance:g}; plain / with the short cuts)",
-    ] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in flops.items()]
-    lines += [
-        f"  encode, {k:3} tokens     {encode_flops(c, k, False) / 1e9:12,.2f}  / "
-        f"{encode_flops(c, k) / 1e9:12,.2f}"
+    ] + [f"  {name:22} {value / 1e9:12,.2f}" for name, value in _fixed_flops(p).items()]
+    some = sorted({1, c.registers // 8, c.registers})
+
+    def line(what, k, plain, short):
+        return f"  {what}, {k:3} tokens     {plain / 1e9:12,.2f}  / {short / 1e9:12,.2f}"
+
+    lines += [line("encode", k, *(encode_flops(c, k, short) for short in (False, True))) for k in some]
+    return lines + [
+        line("decode", k, *(decode_flops(c, k, e.steps, e.guidance != 1, short) for short in (False, True)))
         for k in some
     ]
-    lines += [
-        f"  decode, {k:3} tokens     {decode_flops(c, k, e.steps, e.guidance != 1, False) / 1e9:12,.2f}  / "
-        f"{decode_flops(c, k, e.steps, e.guidance != 1) / 1e9:12,.2f}"
-        for k in some
-    ]
+
+# %% ../../nbs/apps/cost.ipynb #5012a44b
+def _vae_loss(vae: VAE, images: Tensor) -> Tensor:  # as much work as the reconstruction term
+    return vae.decoder(vae.encoder(images).chunk(2, 1)[0]).square().mean()
+
+
+def _training_steps(p: Preset) -> dict[str, tuple]:  # stage: batch of the preset, model, (model, b) -> loss
+    c = p.tokenizer
+
+    def images(b):
+        return torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)
 
     def latents(b):
         return torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
 
-    steps = {
-        "VAE": (
-            p.train_vae.batch,
-            lambda: VAE(p.vae),
-            lambda m, b: (
-                m.decoder(
-                    m.encoder(torch.empty(b, p.vae.in_channels, p.image_size, p.image_size)).chunk(2, 1)[0]
-                )
-                .square()
-                .mean()
-            ),
-        ),
+    def ids(b):  # and classes
+        return torch.zeros(b, p.ar.length, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+
+    return {
+        "VAE": (p.train_vae.batch, lambda: VAE(p.vae), lambda m, b: _vae_loss(m, images(b))),
         "tokenizer": (p.train_tokenizer.batch, lambda: FlexTok(c), lambda m, b: m.loss(latents(b))[0]),
-        "AR model": (
-            p.train_ar.batch,
-            lambda: ARModel(p.ar),
-            lambda m, b: m.loss(
-                torch.zeros(b, p.ar.length, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
-            )[0],
-        ),
+        "AR model": (p.train_ar.batch, lambda: ARModel(p.ar), lambda m, b: m.loss(*ids(b))[0]),
     }
-    lines += [
+
+
+def _describe_memory(p: Preset) -> list[str]:
+    giga = 1e9
+    lines = [
         "",
         "memory of a training step, float32, eager (weights, gradients, AdamW, EMA, activations; the VAE "
         "without its critic and perceptual network)",
     ]
-    for name, (batch, build, loss) in steps.items():
+    for name, (batch, build, loss) in _training_steps(p).items():
         fixed, each = training_line(build, loss)
         lines.append(
             f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; "
             f"{fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}"
         )
-    lines += [
+    decoding = decoding_bytes(p, p.tokenizer.registers, p.evaluate.steps)
+    return lines + [
         "",
-        f"memory of decoding one image, float32: {decoding_bytes(p, c.registers, e.steps) / giga:.2f} GB "
+        f"memory of decoding one image, float32: {decoding / giga:.2f} GB "
         "(weights of tokenizer and VAE included)",
     ]
-    return "\n".join(lines)
+
+
+def describe(p: Preset) -> str:  # a page of text
+    "Parameters, FLOPs per image and memory of everything in a preset. Nothing is allocated."
+    c = p.tokenizer
+    title = (
+        f"{p.name}: {p.image_size} px, f{p.vae.factor}, latents {c.latent_channels} x {c.latent_size} x "
+        f"{c.latent_size}, {c.patches('encoder')} patches, {c.registers} tokens of {c.vocabulary:,} words"
+    )
+    return "\n".join([title, *_describe_parameters(p), *_describe_flops(p), *_describe_memory(p)])
 
 # %% ../../nbs/apps/cost.ipynb #16-a5228e41-1
 def info_main() -> None:

@@ -228,7 +228,7 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     tok = FlexTok(p.tokenizer, vae).to(device).eval()
     two = ImageSet(few.images[:2], few.labels[:2], few.classes, few.source)
     for what, recipe in (("latents", latent_recipe(vae, two)), ("tokens", token_recipe(tok, two))):
-        plan = cache_plan(Path.cwd() / ".no_such_cache", *recipe, batch=1)
+        plan = cache_plan(Path.cwd() / ".no_such_cache", recipe, batch=1)
         all_ = (
             f"; all {count:,}: {count * plan.row_bytes / 1e9:,.2f} GB, {count / plan.rate / 3600:,.2f} h"
             if count

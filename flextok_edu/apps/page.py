@@ -17,16 +17,15 @@ from torch import Tensor
 
 from .run_config import STAGES
 from ..ar import ARModel, sample_images
-from ..engine.config import Preset
+from ..engine.config import EvalConfig, Preset
 from ..engine.files import atomic, write_text
 from ..engine.limits import from_dict
 from ..engine.marks import MARK
 from ..engine.tensors import grid
 from ..engine.text import drawable, plain
+from ..engine.tokenizers import Tokenizer
 from ..engine.trainer import plot_log
-from ..evaluation.metrics import token_counts
 from ..evaluation.report import Report, plot_report
-from ..tokenizer import FlexTok
 
 # %% ../../nbs/apps/page.ipynb #15-53b5d62f
 def picture_rows(
@@ -65,20 +64,29 @@ def picture_rows(
     with atomic(path) as temporary:
         fig.savefig(temporary, format="png", metadata={"Software": MARK})
 
+# %% ../../nbs/apps/page.ipynb #26954b4d
+def _tokens(k: int) -> str:
+    return f"{k} token{'s' * (k > 1)}"
+
 
 @torch.no_grad()
 def picture_reconstructions(
-    tok: FlexTok, images: Tensor, path: Path, steps: int, guidance: float, seed: int
+    tok: Tokenizer,  # of whatever kind
+    images: Tensor,  # b 3 h w, in [-1, 1]
+    path: Path,
+    steps: int,
+    guidance: float,
+    seed: int,
 ) -> None:
-    "Originals, VAE, and reconstructions from 1, 2, 4, … tokens."
-    images = images.to(tok.device)
-    ids, counts = tok.tokenize(images), token_counts(tok.config.registers)
-    rows = [images, tok.vae.decode(tok.vae.encode(images))] + [
-        tok.detokenize(ids[:, :k], steps, guidance, seed) for k in counts
-    ]
+    "Originals, what the VAE alone makes of them (if there is one), reconstructions from 1, 2, 4, … tokens."
+    images = images.to(getattr(tok, "device", "cpu"))
+    ids, vae = tok.tokenize(images), getattr(tok, "vae", None)
+    rows = {"original": images} | ({} if vae is None else {"VAE alone": vae.decode(vae.encode(images))})
+    for k in tok.token_counts:
+        rows[_tokens(k)] = tok.detokenize(ids[:, :k], steps=steps, guidance=guidance, seed=seed)
     picture_rows(
-        rows,
-        ["original", "VAE alone"] + [f"{k} token{'s' * (k > 1)}" for k in counts],
+        list(rows.values()),
+        list(rows),
         path,
         "Held-out pictures through ever more tokens",
     )
@@ -87,24 +95,21 @@ def picture_reconstructions(
 @torch.no_grad()
 def picture_samples(
     ar: ARModel,
-    tok: FlexTok,
+    tok: Tokenizer,  # whose ids it writes
     classes: tuple[str, ...],
     path: Path,
-    steps: int,
-    guidance: float,
-    ar_guidance: float,
-    temperature: float,
-    seed: int,
+    how: EvalConfig,  # steps, guidance, ar_guidance, temperature
+    seed: int = 0,  # names ids and noise
 ) -> None:
     "One new picture per class (at most 12), at growing token counts."
     shown = torch.arange(min(12, len(classes)))
-    counts = token_counts(tok.config.registers)
     if len(shown) < 4:
         shown = shown.repeat(8 // len(shown))  # few classes: several pictures of each
-    rows = [sample_images(ar, tok, shown, k, steps, guidance, ar_guidance, temperature, seed) for k in counts]
+    settings = ("steps", "guidance", "ar_guidance", "temperature")
+    named = {name: getattr(how, name) for name in settings} | {"seed": seed}
     picture_rows(
-        rows,
-        [f"{k} token{'s' * (k > 1)}" for k in counts],
+        [sample_images(ar, tok, shown, k, **named) for k in tok.token_counts],
+        [_tokens(k) for k in tok.token_counts],
         path,
         "New pictures: the AR model writes the tokens",
         [classes[i][:12] for i in shown],
@@ -253,43 +258,79 @@ PICTURES = {
     "losses.png": "Training losses (logarithmic axes).",
 }
 
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222;"
+    "background:#fff}h1{margin-bottom:0}h2{margin-top:2.2rem}\n"
+    "pre{background:#f5f5f2;padding:1rem;overflow-x:auto;font-size:12.5px;line-height:1.35}"
+    "figure{margin:1.2rem 0}img{max-width:100%}figcaption,.small{color:#555;font-size:14px}\n"
+    "table{border-collapse:collapse}td,th{padding:.2rem .9rem .2rem 0;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}th{border-bottom:1px solid #999}"
+)
+_HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta name="generator" content="{mark}"><title>FlexTok: {title}</title>\n<style>{style}</style>\n'
+)
+_INTRO = (
+    '<h1>FlexTok, {title}</h1><p class="small">{subtitle}</p>\n'
+    "<p>A picture becomes a short list of tokens, coarse to fine; any number of them, from the first, gives "
+    "a picture back. Below: how good it is after how many tokens.</p>\n"
+)
+_NOTE = (
+    '<p class="small">± is one standard error. “tokens” are reconstructions of held-out pictures, with the '
+    "same noise at every count; “samples” are new pictures of the AR model. The Fréchet distances use "
+    "{extractors} and are no FID: compare them only with distances of the same extractor, reference and "
+    "count.</p>\n"
+)
+_COLUMNS = "".join(f"<th>{c}</th>" for c in ("stage", "steps", "images / s", "seconds", "parameters (M)"))
+
+# %% ../../nbs/apps/page.ipynb #b051b1cf
+def _escaped(text: str) -> str:
+    return html.escape(plain(text))
+
+
+def _block(text: str) -> str:
+    return f"<pre>{html.escape(chr(10).join(map(plain, text.splitlines())))}</pre>"
+
+
+def _figure(path: Path, caption: str) -> str:  # with the picture in it
+    data, said = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+    picture = f'<img src="data:image/png;base64,{data}" alt="{said}">'
+    return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
+
+
+def _stage_row(s: dict) -> str:  # of the table of stages
+    def cell(value, form):
+        return format(value, form) if value else ""
+
+    cells = (
+        html.escape(s["stage"]),
+        cell(s["steps"], ","),
+        cell(s["images_per_second"], ",.0f"),
+        f"{s['seconds']:,.0f}",
+        cell(s["parameters"] / 1e6, ".2f"),
+    )
+    return f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+
 
 def write_report(
     folder: Path, report: Report, facts: dict, pictures: dict[str, str]
 ) -> Path:  # path of report.html
     "Everything about a run on one page."
-
-    def said(text):
-        return html.escape(plain(text))
-
-    def block(text):
-        return f"<pre>{html.escape(chr(10).join(map(plain, text.splitlines())))}</pre>"
-
-    def image(name, caption):
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        return (
-            f'<figure><img src="data:image/png;base64,{data}" '
-            f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-        )
-
-    def cell(value, form):
-        return format(value, form) if value else ""
-
-    stages = "".join(
-        f"<tr><td>{html.escape(s['stage'])}</td><td>{cell(s['steps'], ',')}</td><td>{cell(s['images_per_second'], ',.0f')}</td><td>{s['seconds']:,.0f}</td><td>{cell(s['parameters'] / 1e6, '.2f')}</td></tr>"
-        for s in facts["stages"]
-    )
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="generator" content="{MARK}"><title>FlexTok: {said(facts["title"])}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}h1{{margin-bottom:0}}h2{{margin-top:2.2rem}}
-pre{{background:#f5f5f2;padding:1rem;overflow-x:auto;font-size:12.5px;line-height:1.35}}figure{{margin:1.2rem 0}}img{{max-width:100%}}figcaption,.small{{color:#555;font-size:14px}}
-table{{border-collapse:collapse}}td,th{{padding:.2rem .9rem .2rem 0;text-align:right}}td:first-child,th:first-child{{text-align:left}}th{{border-bottom:1px solid #999}}</style>
-<h1>FlexTok, {said(facts["title"])}</h1><p class="small">{said(facts["subtitle"])}</p>
-<p>A picture becomes a short list of tokens, coarse to fine; any number of them, from the first, gives a picture back. Below: how good it is after how many tokens.</p>
-<h2>Pictures</h2>{"".join(image(name, caption) for name, caption in pictures.items() if name in ("reconstructions.png", "samples.png"))}
-<h2>Quality against token count</h2>{image("quality.png", pictures["quality.png"])}{block(str(report))}
-<p class="small">± is one standard error. “tokens” are reconstructions of held-out pictures, with the same noise at every count; “samples” are new pictures of the AR model. The Fréchet distances use {html.escape(", ".join(report.card["extractors"]))} and are no FID: compare them only with distances of the same extractor, reference and count.</p>
-<h2>Training</h2>{image("losses.png", pictures["losses.png"])}
-<table><tr><th>stage</th><th>steps</th><th>images / s</th><th>seconds</th><th>parameters (M)</th></tr>{stages}</table>
-<h2>Conditions</h2>{block(facts["about"]) if facts.get("about") else ""}{block(json.dumps(report.card, indent=1))}{block(json.dumps(facts["run"], indent=1))}</html>"""
-    write_text(folder / "report.html", page)
+    shown = {name: _figure(folder / name, caption) for name, caption in pictures.items()}
+    title, card = _escaped(facts["title"]), report.card
+    about = _block(facts["about"]) if facts.get("about") else ""
+    first = "".join(shown[name] for name in pictures if name in ("reconstructions.png", "samples.png"))
+    page = [
+        _HEAD.format(mark=MARK, title=title, style=_STYLE),
+        _INTRO.format(title=title, subtitle=_escaped(facts["subtitle"])),
+        f"<h2>Pictures</h2>{first}\n",
+        f"<h2>Quality against token count</h2>{shown['quality.png']}{_block(str(report))}\n",
+        _NOTE.format(extractors=html.escape(", ".join(card["extractors"]))),
+        f"<h2>Training</h2>{shown['losses.png']}\n",
+        f"<table><tr>{_COLUMNS}</tr>{''.join(map(_stage_row, facts['stages']))}</table>\n",
+        f"<h2>Conditions</h2>{about}{_block(json.dumps(card, indent=1))}",
+        f"{_block(json.dumps(facts['run'], indent=1))}</html>",
+    ]
+    write_text(folder / "report.html", "".join(page))
     return folder / "report.html"

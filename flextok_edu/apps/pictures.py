@@ -121,8 +121,8 @@ def numbered(data: ImageSet | OnDisk):  # what a cache is made of
 def encode_to(folder: str | Path, recipe, *options) -> None:  # options: shard, batch, verify
     "`build_cache`, which says what it will cost; with a bar only if somebody looks on."
     if not watched():
-        print(cache_plan(folder, *recipe, *options[:2]), flush=True)
-    build_cache(folder, *recipe, *options, progress=watched())
+        print(cache_plan(folder, recipe, *options[:2]), flush=True)
+    build_cache(folder, recipe, *options, progress=watched())
 
 
 def material(

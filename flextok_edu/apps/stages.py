@@ -276,17 +276,7 @@ def evaluate_all(
     picture_reconstructions(
         models.tok, from_uint8(val.head(12)), out / "reconstructions.png", e.steps, e.guidance, seed
     )
-    picture_samples(
-        models.ar,
-        models.tok,
-        job.train.classes,
-        out / "samples.png",
-        e.steps,
-        e.guidance,
-        e.ar_guidance,
-        e.temperature,
-        seed,
-    )
+    picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", e, seed)
     picture_losses(models.logs, out / "losses.png", expected_curves(p, job.config.data))
     picture_quality(report, out / "quality.png")
     stages = models.stages + [

@@ -18,6 +18,7 @@ from ..data.datasets import ImageSet
 from ..data.learned import Learned, learned_from
 from ..engine.files import read_tensors, weights_hash
 from ..engine.shards import DamagedShard, check_content, read_header, shard_path
+from ..engine.tokenizers import Tokenizer
 from flextok_edu.io.cache_facts import (
     BESIDE_ROWS,
     check_shard,
@@ -28,7 +29,6 @@ from flextok_edu.io.cache_facts import (
     token_facts,
 )
 from .pictures import Pictures, pictures_of
-from ..tokenizer import FlexTok
 from ..vae import VAE
 
 # %% ../../nbs/io/cache.ipynb #11b-d8c20f96
@@ -316,7 +316,7 @@ def _shaped(cache: Cache, name: str, row: list[int]) -> None:
             "open it with what made it, or build another one in a new folder"
         )
 
-
+# %% ../../nbs/io/cache.ipynb #856862bc
 class LatentCache(LearnedCache):
     """Latents on the disk.
 
@@ -343,7 +343,7 @@ class LatentCache(LearnedCache):
         "The posterior of some rows."
         return self.take("latents", rows).float().unbind(1)
 
-
+# %% ../../nbs/io/cache.ipynb #e2a2f666
 class TokenCache(LearnedCache):
     """Ids on the disk.
 
@@ -353,12 +353,12 @@ class TokenCache(LearnedCache):
     def __init__(
         self,
         folder: str | Path,
-        tok: FlexTok,
+        tok: Tokenizer,
         data: ImageSet | Pictures | None = None,  # the pictures it should be of
         verify: bool = False,
     ):
         super().__init__(folder, token_facts(tok) | _of(data), verify)
-        _shaped(self, "ids", [tok.config.registers])
+        _shaped(self, "ids", [tok.length])
 
     def ids(self, rows: Tensor) -> Tensor:  # rows (m,) -> ids (m k), int64
         "The tokens of some rows."

@@ -9,14 +9,13 @@ __all__ = ['CACHE_SHAPE', 'BESIDE_ROWS', 'latent_facts', 'token_facts', 'refuse_
 import json, re
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ar import tokenizer_hash
 from ..engine.checks import Range, conform, read_json
 from ..engine.files import weights_hash
 from ..engine.identity import identity
+from ..engine.tokenizers import Tokenizer
 from ..engine.shards import DamagedShard, SHARD_FORMAT, read_header
-from ..tokenizer import FlexTok
 from ..vae import VAE
 
 # %% ../../nbs/io/cache_facts.ipynb #11b-5f34a6a3-1
@@ -34,16 +33,16 @@ def latent_facts(vae: VAE) -> dict:
     }
 
 
-def token_facts(tok: FlexTok) -> dict:
-    """Whose ids: the hash of the tokenizer's weights, and its identity: other FSQ levels are other ids of
-    equal weights.
+def token_facts(tok: Tokenizer) -> dict:
+    """Whose ids: the tokenizer's identity (other FSQ levels are other ids of equal weights), and the hash of
+    its weights, if it has any.
     """
-    weights = tokenizer_hash(tok)
+    weights = {"tokenizer": weights_hash(tok)} if isinstance(tok, nn.Module) else {}
     return {
         "kind": "tokens",
-        "tokenizer": weights,
-        "tokenizer_identity": identity(tok, weights),
-        "vocabulary": tok.fsq.vocabulary,
+        **weights,
+        "tokenizer_identity": tok.identity,
+        "vocabulary": tok.vocabulary,
     }
 
 # %% ../../nbs/io/cache_facts.ipynb #11b-54711362

@@ -7,7 +7,7 @@ __all__ = ['save_released']
 
 # %% ../../nbs/io/export.ipynb #io-export-imports
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ..engine.config import TokenizerConfig, TrunkConfig
 from ..engine.files import atomic, write_text
 from .grammar import PARTS, RELEASED_DISTRIBUTIONS, RESHAPES
 from .layout import Layout, read_description
-from .released import vae_names
+from .released_vae import vae_names
 from ..tokenizer import FlexTok
 
 # %% ../../nbs/io/export.ipynb #13-05e23868
@@ -45,25 +45,32 @@ def _adder(key: str, dim: int, sizes: list[int], kind: str) -> dict:
     )
 
 # %% ../../nbs/io/export.ipynb #13-05e23868-1
+@dataclass(frozen=True)
+class _Names:
+    "What differs between the sides."
+
+    side: str  # "enc" or "dec": begins every name
+    latents: str  # key of the latents
+    registers: str  # key of the registers
+    mask: str
+
+# %% ../../nbs/io/export.ipynb #58e55ef7
 def _describe_side(
     c: TokenizerConfig,
-    s: str,  # "enc" or "dec": begins every name
-    latents: str,  # key of the latents
-    registers: str,  # key of the registers
+    names: _Names,
     trunk: TrunkConfig,
-    mask: str,
     first: dict,  # modules that make the registers, and the clock
     pack: dict,  # further options of the packer
     clock: dict,  # further options of the transformer
 ) -> dict:  # descriptions by name
     "What both sides share: latents to patches, patches and registers through the blocks."
-    dim, p = trunk.width, trunk.patch
+    dim, p, s = trunk.width, trunk.patch, names.side
 
     def shapes(way):
         return " ".join(f"{i}_packed_shapes_{way}_key={s}_shapes_{i}" for i in ("inner", "outer"))
 
     return {
-        f"{s}_channels_to_last": _turn(latents, f"{s}_bhwc", "first_to_last"),
+        f"{s}_channels_to_last": _turn(names.latents, f"{s}_bhwc", "first_to_last"),
         f"{s}_patch_emb": _part_of(
             "PatchEmbedder",
             f"input_tensor_list_read_key={s}_bhwc patches_list_write_key={s}_patches "
@@ -78,8 +85,8 @@ def _describe_side(
         f"{s}_seq_packer": _part_of(
             "BlockWiseSequencePacker",
             f"packed_seq_write_key={s}_seq block_mask_write_key={s}_mask {shapes('write')}",
-            input_list_read_keys=[f"{s}_patches", registers],
-            mask_mode=mask,
+            input_list_read_keys=[f"{s}_patches", names.registers],
+            mask_mode=names.mask,
             pad_to_multiple=128,
             **pack,
         ),
@@ -95,51 +102,54 @@ def _describe_side(
         f"{s}_unpacker": _part_of(
             "SequenceUnpacker",
             f"packed_seq_read_key={s}_seq {shapes('read')}",
-            inner_seq_write_keys=[f"{s}_patches", registers],
+            inner_seq_write_keys=[f"{s}_patches", names.registers],
         ),
     }
 
 # %% ../../nbs/io/export.ipynb #13-5ffc71d4
-def _describe(
-    c: TokenizerConfig,  # a tokenizer of our own
-    scaling: float,  # latents = scaling * what the VAE's encoder gives
-) -> dict:  # a description in the released layout
-    "What tokenizer builds, said in the words of the released files."
-    e = c.encoder.width
-    d = c.decoder.width
-    l = len(c.levels)
-    k = c.registers
-    head = dict(use_mup_readout=False, weight_init_style="zero")
-    distribution = {ours: theirs for theirs, ours in RELEASED_DISTRIBUTIONS.items()}.get(
-        c.budget_distribution, "uniform"
-    )
+_HEAD = dict(use_mup_readout=False, weight_init_style="zero")
+
+
+def _describe_encoder(c: TokenizerConfig) -> dict:  # descriptions by name
+    "Latents to registers."
     registers = {
         "enc_registers": _part_of(
             "Registers1D",
             "input_tensor_list_read_key=enc_patches register_sizes_read_write_key=register_sizes "
             "registers_write_key=enc_registers",
-            dim=e,
-            n_min=k,
-            n_max=k,
+            dim=c.encoder.width,
+            n_min=c.registers,
+            n_max=c.registers,
             size_sampling_mode="uniform",
             ordering_mode="nested",
         )
     }
-    encoder = _describe_side(
-        c, "enc", "vae_latents", "enc_registers", c.encoder, c.encoder_mask, registers, {}, {}
-    ) | {
+    names = _Names("enc", "vae_latents", "enc_registers", c.encoder_mask)
+    return _describe_side(c, names, c.encoder, registers, {}, {}) | {
         "enc_to_latents": _part_of(
-            "LinearHead", "read_key=enc_registers write_key=enc_registers", dim=e, dim_out=l, **head
+            "LinearHead",
+            "read_key=enc_registers write_key=enc_registers",
+            dim=c.encoder.width,
+            dim_out=len(c.levels),
+            **_HEAD,
         )
     }
-    told = {
-        "dec_from_latents": _part_of("LinearLayer", "read_key=quants write_key=dec_quants", dim_in=l, dim=d),
-        "dec_registers_posemb": _adder("dec_quants", d, [k], "learnable_sum"),
+
+
+def _describe_condition(c: TokenizerConfig) -> dict:  # descriptions by name
+    "What the decoder makes of the codes, and of the time."
+    d = c.decoder.width
+    distributions = {ours: theirs for theirs, ours in RELEASED_DISTRIBUTIONS.items()}
+    return {
+        "dec_from_latents": _part_of(
+            "LinearLayer", "read_key=quants write_key=dec_quants", dim_in=len(c.levels), dim=d
+        ),
+        "dec_registers_posemb": _adder("dec_quants", d, [c.registers], "learnable_sum"),
         "dec_nested_dropout": _part_of(
             "MaskedNestedDropout",
             "read_write_key=dec_quants eval_keep_k_read_key=eval_keep_k train_keep_k_write_key=train_keep_k",
             dim=d,
-            size_sampling_mode=distribution,
+            size_sampling_mode=distributions.get(c.budget_distribution, "uniform"),
         ),
         "dec_null": _part_of(
             "LearnedNullCond",
@@ -155,31 +165,33 @@ def _describe(
             max_timestep=c.max_timestep,
         ),
     }
-    decoder = _describe_side(
-        c,
-        "dec",
-        "noised",
-        "dec_quants",
-        c.decoder,
-        "full",
-        told,
-        dict(emb_packing_fn_write_key="dec_emb_fn", per_subseq_embs=c.modulations == 2),
-        dict(
-            adaLN_emb_read_key="dec_temb",
-            adaLN_packing_fn_read_key="dec_emb_fn",
-            adaLN_expansion=c.modulations,
-        ),
-    ) | {
+
+# %% ../../nbs/io/export.ipynb #ed0ce58b
+def _describe_decoder(c: TokenizerConfig) -> dict:  # descriptions by name
+    "Codes and noised latents to the velocity."
+    pack = dict(emb_packing_fn_write_key="dec_emb_fn", per_subseq_embs=c.modulations == 2)
+    clock = dict(
+        adaLN_emb_read_key="dec_temb", adaLN_packing_fn_read_key="dec_emb_fn", adaLN_expansion=c.modulations
+    )
+    names = _Names("dec", "noised", "dec_quants", "full")
+    return _describe_side(c, names, c.decoder, _describe_condition(c), pack, clock) | {
         "dec_to_patches": _part_of(
             "ToPatchesLinearHead",
             "read_key=dec_patches write_key=dec_out adaLN_emb_read_key=dec_temb",
-            dim=d,
+            dim=c.decoder.width,
             channels_out=c.latent_channels,
             patch_sizes=[c.decoder.patch] * 2,
-            **head,
+            **_HEAD,
         ),
         "dec_channels_to_first": _turn("dec_out", "reconst", "last_to_first"),
     }
+
+# %% ../../nbs/io/export.ipynb #fa7288b1
+def _describe(
+    c: TokenizerConfig,  # a tokenizer of our own
+    scaling: float,  # latents = scaling * what the VAE's encoder gives
+) -> dict:  # a description in the released layout
+    "What tokenizer builds, said in the words of the released files."
     return {
         "vae": _part_of(
             "StableDiffusionVAE",
@@ -190,8 +202,8 @@ def _describe(
             sample_posterior=c.sample_posterior,
             frozen=True,
         ),
-        "encoder": _part_of("SequentialModuleDictWrapper", module_dict=encoder),
-        "decoder": _part_of("SequentialModuleDictWrapper", module_dict=decoder),
+        "encoder": _part_of("SequentialModuleDictWrapper", module_dict=_describe_encoder(c)),
+        "decoder": _part_of("SequentialModuleDictWrapper", module_dict=_describe_decoder(c)),
         "regularizer": _part_of(
             "FSQ",
             "latents_read_key=enc_registers quants_write_key=quants tokens_write_key=tokens",
@@ -263,7 +275,9 @@ def save_released(
         n: t.stored(state[t.ours], layout.originals.get(n)) for n, t in layout.tables.items()
     }
     if layout.vae:
-        inner = {n: w.detach().cpu() for n, w in tok._need_vae("save_released").state_dict().items()}
+        if tok.vae is None:
+            raise ValueError("save_released needs the VAE that this layout brings, and there is no VAE")
+        inner = {n: w.detach().cpu() for n, w in tok.vae.state_dict().items()}
         tensors |= {n: inner[ours].reshape(shape) for n, (ours, shape) in layout.vae.items()}
     elif tok.vae is not None:
         print("The VAE is not part of this checkpoint: pass it to load_flextok again.")

@@ -10,10 +10,10 @@ import reprlib
 
 from ..engine.checks import Range, conform, one_of
 from ..engine.config import TokenizerConfig, TrunkConfig
-from ..engine.limits import LIMITS
+from ..engine.limits import configuration_of
 
 # %% ../../nbs/io/grammar.ipynb #13-d665546f
-_TOKENIZER, _TRUNK = LIMITS[TokenizerConfig], LIMITS[TrunkConfig]
+_TOKENIZER, _TRUNK = configuration_of(TokenizerConfig).limits, configuration_of(TrunkConfig).limits
 
 
 def _word(value) -> bool:

@@ -274,53 +274,54 @@ def read_description(
         pipe["timesteps_read_key"],
         pipe["reconst_write_key"],
     )
-    return _layout(d, e, p, enc, dec, fsq, noise, vae, pipe, latent_size)
+    return _layout(d, _Parts(e, p, enc, dec, fsq, noise, vae, pipe), latent_size)
 
 # %% ../../nbs/io/layout.ipynb #13-43f36267
-def _layout(
-    description: dict,
-    e: dict,
-    p: dict,  # the parts of encoder and decoder, by role
-    enc: dict,
-    dec: dict,  # where their tensors are: prefixes
-    fsq: dict,
-    noise: dict,
-    vae: dict | None,
-    pipe: dict,  # the other sections
-    latent_size: int | None,
-) -> Layout:
-    "The parts as a Layout."
+@dataclass(frozen=True)
+class _Parts:
+    "What `read_description` found, section by section."
+
+    e: dict  # parts of the encoder by role
+    p: dict  # parts of the decoder by role
+    enc: dict  # where the encoder's tensors are: prefixes by role
+    dec: dict
+    fsq: dict
+    noise: dict
+    vae: dict | None
+    pipe: dict
+
+
+def _check_sizes(x: _Parts) -> None:
+    "Raises ValueError where sizes that our classes hold once differ between the modules."
+    e, p, vae = x.e, x.p, x.vae
     channels = [
         e["patches"]["channels_in"],
         p["patches"]["channels_in"],
         p["head"]["channels_out"],
-        pipe["out_channels"],
+        x.pipe["out_channels"],
     ]
     check_equal("the number of latent channels", *channels, *([vae["latent_channels"]] if vae else []))
     for parts in ([e["patches"]], [p["patches"], p["head"]]):
         check_equal("'patch_sizes'", *(s for part in parts for s in part["patch_sizes"]))
     check_equal(
-        "the number of FSQ dimensions", len(fsq["levels"]), e["head"]["dim_out"], p["codes_in"]["dim_in"]
+        "the number of FSQ dimensions", len(x.fsq["levels"]), e["head"]["dim_out"], p["codes_in"]["dim_in"]
     )
     if p["time"]["frequency_embedding_size"] % 2:
         raise ValueError(f"{p['time']['where']}: option 'frequency_embedding_size' must be even")
-    k = e["registers"]["n_max"]
-    trunks = [
-        TrunkConfig(
-            side["trunk"]["dim"],
-            side["trunk"]["depth"],
-            side["patches"]["patch_sizes"][0],
-            side["trunk"]["head_dim"],
-            side["trunk"]["mlp_ratio"],
-        )
-        for side in (e, p)
-    ]
-    size = _latent_size([(t.patch, side["positions"]) for t, side in zip(trunks, (e, p))], latent_size)
-    tables = {}
+
+
+def _trunk_config(side: dict) -> TrunkConfig:
+    t = side["trunk"]
+    return TrunkConfig(t["dim"], t["depth"], side["patches"]["patch_sizes"][0], t["head_dim"], t["mlp_ratio"])
+
+# %% ../../nbs/io/layout.ipynb #503173d7
+def _tables(x: _Parts, patches: tuple[int, int], registers: int) -> dict[str, Table]:  # by their names there
+    "The position tables. Raises ValueError for one that is too small for so many positions."
+    e, p, tables = x.e, x.p, {}
     for ours, part, at, sizes in (
-        ("encoder.positions", e["positions"], enc["positions"], (size // trunks[0].patch,) * 2),
-        ("decoder.positions", p["positions"], dec["positions"], (size // trunks[1].patch,) * 2),
-        ("decoder.register_positions", p["register_positions"], dec["register_positions"], (k,)),
+        ("encoder.positions", e["positions"], x.enc["positions"], (patches[0],) * 2),
+        ("decoder.positions", p["positions"], x.dec["positions"], (patches[1],) * 2),
+        ("decoder.register_positions", p["register_positions"], x.dec["register_positions"], (registers,)),
     ):
         table = Table(
             ours, part["posemb_type"], part["posemb_scaling"], part["dim"], tuple(part["max_sizes"]), sizes
@@ -334,11 +335,22 @@ def _layout(
                 "are needed"
             )
         tables[at + "posembs"] = table
+    return tables
+
+
+def _layout(description: dict, x: _Parts, latent_size: int | None) -> Layout:
+    "The parts as a Layout."
+    _check_sizes(x)
+    e, p, noise, vae = x.e, x.p, x.noise, x.vae
+    k = e["registers"]["n_max"]
+    trunks = [_trunk_config(e), _trunk_config(p)]
+    size = _latent_size([(t.patch, side["positions"]) for t, side in zip(trunks, (e, p))], latent_size)
+    tables = _tables(x, (size // trunks[0].patch, size // trunks[1].patch), k)
     config = TokenizerConfig(
-        latent_channels=channels[0],
+        latent_channels=e["patches"]["channels_in"],
         latent_size=size,
         registers=k,
-        levels=tuple(fsq["levels"]),
+        levels=tuple(x.fsq["levels"]),
         encoder=trunks[0],
         decoder=trunks[1],
         modulations=int(p["trunk"]["adaLN_expansion"]),
@@ -354,7 +366,7 @@ def _layout(
     return Layout(
         description,
         config,
-        _names(enc, dec, (config.encoder.depth, config.decoder.depth)),
+        _names(x.enc, x.dec, (config.encoder.depth, config.decoder.depth)),
         tables,
         vae["scaling_factor"] if vae else 1.0,
     )
