@@ -131,8 +131,8 @@ def measure_samples(
     counts, rows = counts_of(tok), []
     wanted = torch.arange(config.samples) % ar.config.classes
     parts = list(enumerate(wanted.split(m.batch)))
-    how = config.ar_guidance, config.temperature, m.runtime.seed
-    written = [ar.generate(part, max(counts), *how, i * m.batch) for i, part in parts]
+    how = dict(guidance=config.ar_guidance, temperature=config.temperature, seed=m.runtime.seed)
+    written = [ar.generate(part, max(counts), first_index=i * m.batch, **how) for i, part in parts]
     for count in tqdm(counts, desc="samples", disable=not m.runtime.progress):
         seen = reference.see(
             _pictures(tok, ids[:, :count], m.sampling, i * m.batch).cpu() for i, ids in enumerate(written)
