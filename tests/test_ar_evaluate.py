@@ -808,8 +808,8 @@ def test_the_protocol_is_enough(tmp_path):
 def test_settings_by_name():
     """One object or keywords; what is no setting is refused, and not swallowed."""
     m = evaluation_evaluate.Measurement(Eyes(), CONFIG, runtime=Runtime(seed=3))
-    assert m.of({"seed": 4}).runtime.seed == 4 and m.of({"batch": 7}).runtime.seed == 3
-    assert m.of({"progress": False}).runtime == Runtime(seed=3, progress=False)
+    assert m.with_settings({"seed": 4}).runtime.seed == 4 and m.with_settings({"batch": 7}).runtime.seed == 3
+    assert m.with_settings({"progress": False}).runtime == Runtime(seed=3, progress=False)
     with pytest.raises(TypeError, match="no setting 'guidance'"):
         measured(guidance=2.0)
     one = evaluation_evaluate.measure_tokenizer(Fade(), images(), None, m)

@@ -61,7 +61,7 @@ class Measurement:
     # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
     facts: dict | None = None
 
-    def of(self, named: dict) -> "Measurement":  # named: its fields, and "seed" and "progress"
+    def with_settings(self, named: dict) -> "Measurement":  # its fields, and "seed" and "progress"
         "The same with other settings. Raises TypeError for a name that is no setting."
         where = {name: value for name, value in named.items() if name in ("seed", "progress")}
         found = fold(Measurement, self, {k: v for k, v in named.items() if k not in where})
@@ -248,13 +248,15 @@ def evaluate_tokenizer(
     feature_extractor: nn.Module,  # frozen extractor, with a name, for the distances of sets
     config: EvalConfig,  # counts, steps, guidance
     reader: AttributeClassifier | None = None,  # reads attributes; None for images that have none
-    **settings,  # of a `Measurement`: ar, batch, other_is, facts, runtime; also seed and progress
+    ar: ARModel | None = None,  # also measure its samples
+    **settings,  # of a `Measurement`: batch, other_is, facts, runtime; also seed and progress
 ) -> Report:  # the table
     """Quality of reconstructions (and samples) against token count: `measure_tokenizer`, settings by name.
 
     Raises ValueError if there are too few images, TypeError for a setting that does not exist.
     """
-    return measure_tokenizer(tok, data, other, Measurement(feature_extractor, config, reader).of(settings))
+    measurement = Measurement(feature_extractor, config, reader, ar).with_settings(settings)
+    return measure_tokenizer(tok, data, other, measurement)
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-144f7ed3
 RULES = (
