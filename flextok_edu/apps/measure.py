@@ -137,7 +137,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = (
         load_model(
-            find_model(o.classifier, "classifier", "--classifier", "steps", "classifier"),
+            find_model(o.classifier, "classifier"),
             lambda c: AttributeClassifier(),
             type(p.train_classifier),
         )[0].to(device)
@@ -147,7 +147,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     known = all_learned(o.tokenizer, o.ar) | (
         {
             "classifier": load_learned(
-                find_model(o.classifier, "classifier", "--classifier", "steps", "classifier")
+                find_model(o.classifier, "classifier")
             )
         }
         if o.classifier
