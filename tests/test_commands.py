@@ -20,6 +20,7 @@ from PIL import Image
 
 import flextok_edu.apps.cli as apps_cli
 import flextok_edu.apps.estimate as apps_estimate
+import flextok_edu.apps.generate as apps_generate
 import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.training as apps_training
@@ -32,6 +33,8 @@ from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
 from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
+
+from planting import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--train-images", "40", "--device", "cpu"]
@@ -1103,6 +1106,28 @@ def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):
     assert len(list((tmp_path / "a").iterdir())) == 9
     for k in ("002", "016"):
         a, b = (np.asarray(Image.open(tmp_path / f / f"002_boat_seed7_{k}.png"), dtype=int) for f in "ab")
+        assert np.abs(a - b).max() <= 1, "a batch of another size may round otherwise"
+
+
+def test_many_pictures_are_decoded_in_batches(trained, tmp_path, monkeypatch):
+    """No batch is larger than `BATCH`, and the pictures are those of one large batch."""
+    argv = ["boat", "3", "0", "--ar", trained / "ar", "--device", "cpu", "--steps", 2, "--budgets", 1, 16]
+    argv += ["--seeds", *range(4)]
+    assert call("generate", *argv, "--out", tmp_path / "whole") == 0
+    real, sizes = apps_generate.sample_images, []
+
+    def sample_images(ar, tok, labels, *rest, **more):
+        sizes.append(len(labels))
+        return real(ar, tok, labels, *rest, **more)
+
+    patch(monkeypatch, apps_generate, "sample_images", sample_images)
+    monkeypatch.setattr(apps_generate, "BATCH", 5)
+    assert call("generate", *argv, "--out", tmp_path / "parts") == 0
+    assert sizes == [5, 5, 2] * 2
+    files = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert files == sorted(f.name for f in (tmp_path / "parts").iterdir()) and len(files) == 25
+    for file in files:
+        a, b = (np.asarray(Image.open(tmp_path / f / file), dtype=int) for f in ("whole", "parts"))
         assert np.abs(a - b).max() <= 1, "a batch of another size may round otherwise"
 
 

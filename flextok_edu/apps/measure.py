@@ -145,13 +145,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         else None
     )
     known = all_learned(o.tokenizer, o.ar) | (
-        {
-            "classifier": load_learned(
-                find_model(o.classifier, "classifier")
-            )
-        }
-        if o.classifier
-        else {}
+        {"classifier": load_learned(find_model(o.classifier, "classifier"))} if o.classifier else {}
     )
     train, val = _to_measure_on(o, p, known)
     val, learned = leave_out_learned(val, known)

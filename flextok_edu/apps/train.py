@@ -68,7 +68,9 @@ def _check(o: TrainOptions, p: Preset, out: Path) -> None:
         raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
 
 
-def _models(o: TrainOptions, p: Preset, device) -> tuple:  # the one to go on with; the one of the stage before
+def _models(
+    o: TrainOptions, p: Preset, device
+) -> tuple:  # the one to go on with; the one of the stage before
     "What the stage begins with, either may be None. Raises ValueError or UsageError for what does not fit."
     old = model_to_go_on_with(o, p, device)
     if o.stage == "ar":
@@ -197,7 +199,9 @@ def _seen(o: TrainOptions, now: Learned) -> tuple[Learned, Learned | None]:  # i
     return with_earlier(now, load_learned(find_model(whose, o.stage))) if whose else now, None
 
 # %% ../../nbs/apps/train.ipynb #15b-9684b091
-def _changes(o: TrainOptions, out: Path, stored: dict | None, finished: bool) -> list[dict]:  # the oldest first
+def _changes(
+    o: TrainOptions, out: Path, stored: dict | None, finished: bool
+) -> list[dict]:  # the oldest first
     "With which settings the run went on, and does now. Raises UsageError if there is nothing to go on from."
     went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
     now = parse_go_on(o.go_on)
