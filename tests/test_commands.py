@@ -1,5 +1,6 @@
 """The commands: end to end at micro, stopped and started again, and given nonsense."""
 
+import ast
 import importlib
 import json
 import os
@@ -1250,3 +1251,21 @@ def test_a_whole_run_from_its_own_json(tmp_path, capsys):
         == 0
     ), "the folder of a run holds all models"
     refused(capsys, 1, "must be a positive number", "run", "--minutes", -3)
+
+
+# Who may look at the arguments of the process. (claims: to say which process works in a folder.)
+READS_ARGUMENTS = {"apps/cli.py", "engine/claims.py"}
+STILL_TO_GO = {"apps/bench.py", "apps/cost.py"}  # through `command`, like the others
+
+
+def test_arguments_are_parsed_in_one_place():
+    """Options, files, signals, exit statuses: whatever is a command goes through `command` of cli."""
+    found = set()
+    for file in sorted((ROOT / "flextok_edu").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+            if {"argparse", "getopt", "sys.argv", "tyro.cli", "tyro"} & set(names):
+                found.add(file.relative_to(ROOT / "flextok_edu").as_posix())
+    assert found - STILL_TO_GO == READS_ARGUMENTS

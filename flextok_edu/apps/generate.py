@@ -246,8 +246,6 @@ def _class_numbers(classes: tuple[str, ...], names: list[str]) -> list[int]:  # 
     found = range(len(names)) if list(classes) == ["all"] else map(number, classes)
     return list(dict.fromkeys(found))
 
-
-
 # %% ../../nbs/apps/generate.ipynb #20242c2a
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     "Write ids, decode, write pictures."
