@@ -89,7 +89,7 @@ def _kind(folder: Path) -> str | None:  # a part of _NAMES, or whatever else cal
         return "tokenizer" if kind in TOKENIZERS else kind
     return next((part for field, part in _OLD_FILES.items() if field in config), None)
 
-
+# %% ../../nbs/apps/models.ipynb #cc2d2266
 def find_model(
     folder: str | None,  # of the model, or of a run with one in it; or the name of a shipped model
     part: str,  # "vae", "tokenizer", "ar", "classifier"; the option that names the folder has the same name
@@ -130,7 +130,7 @@ def open_tokenizer(folder: str | None, device="cpu") -> FlexTok:
         )
     return FlexTok.from_pretrained(place, vae=VAE.from_pretrained(vae), device=device)
 
-
+# %% ../../nbs/apps/models.ipynb #7d70655a
 def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(find_model(folder, "ar"), tok)
@@ -183,7 +183,7 @@ def sampling_defaults(model: str) -> EvalConfig:  # model: as above
     p = training_preset(model)
     return p.evaluate if p else EvalConfig(guidance=1.0)
 
-
+# %% ../../nbs/apps/models.ipynb #61bf49a4
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
     """The preset of --config; else --preset; else that with which one of these folders (or shipped models)
     was made; else micro. Then --set.

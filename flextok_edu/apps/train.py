@@ -81,7 +81,7 @@ def _models(
     check_latents_fit(vae, p, o.vae)
     return old, vae
 
-
+# %% ../../nbs/apps/train.ipynb #a3291afa
 def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     """Train one stage, or go on with it.
 

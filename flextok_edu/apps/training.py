@@ -166,7 +166,7 @@ def check_latents_fit(
             f"{c.latent_size} x {c.latent_size}: {advice}"
         )
 
-
+# %% ../../nbs/apps/training.ipynb #3c4985e7
 def model_to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | ARModel | None:
     """The trained model of the same stage that the options name.
 
