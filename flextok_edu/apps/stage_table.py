@@ -49,7 +49,7 @@ class Task:
     vae_learned: Learned | None = None  # and what that had learned from
     # more for the trainer: micro, sharded, recompute, minutes, keep, track
     machine: dict = field(default_factory=dict)
-    callbacks: tuple[Callable, ...] = ()  # each is called with the trainer and a row of its log
+    callbacks: tuple = ()  # of the trainer: who looks on
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Stage:
     after: str | None  # the stage whose model it needs
     encoded: str | None  # what that model makes of pictures: "latents" or "tokens"
     settings: tuple[str, ...]  # groups of the preset that decide it, besides the sizes that all share
-    train: Callable  # (task, data, trainer) -> model, log
+    train: Callable  # (task, what it learns from, trainer) -> model, log
     save: Callable  # (folder, model, task, **facts)
     load: Callable  # (folder, model of the stage before or None) -> model, what config.json says
     only_scenes: bool = False  # other pictures have nothing that it could learn
@@ -70,33 +70,38 @@ class Stage:
         return getattr(preset, f"train_{self.name}")
 
 # %% ../../nbs/apps/stage_table.ipynb #apps-stage_table-training
-def _train_vae(task: Task, data, trainer):  # model, log
-    r, eyes = task.runtime, task.feature_extractor
-    if eyes is None and task.preset.vae_loss.perceptual:
-        eyes = extractor(device=trainer.device)
-    flip = not data.scenes  # scenes have a left and a right; photographs may be mirrored
-    more = {"vae": task.old, "part": task.part, "precision": r.precision, "progress": r.progress}
-    return train_vae(data, task.preset, eyes, r.seed, trainer.device, flip, engine=trainer, **more)
-
-
-def _train_classifier(task: Task, data, trainer):
-    r, config = task.runtime, task.preset.train_classifier
-    return train_classifier(data, config, r.seed, trainer.device, r.progress, engine=trainer)
-
-
-def _train_tokenizer(task: Task, data, trainer):
-    r, p = task.runtime, task.preset
-    flip = not getattr(data, "scenes", True)  # a cache has its mirrored pictures in it, if any
-    how = (r.seed, trainer.device, flip, r.precision, r.compile, r.progress)
-    if task.old is not None:
-        return fit_tokenizer(task.old, data, p.train_tokenizer, task.part, *how, engine=trainer)
-    return train_tokenizer(data, task.after, p, *how, engine=trainer)
-
-
-def _train_ar(task: Task, data, trainer):
+def _how(task: Task, trainer, *without: str) -> dict:
+    "What all trainers of models take, by their names."
     r = task.runtime
-    how = (r.seed, trainer.device, r.precision, r.compile, r.progress)
-    return train_ar(data, task.after, task.preset, *how, engine=trainer, ar=task.old)
+    named = {"seed": r.seed, "device": r.device, "precision": r.precision, "use_compiler": r.compile}
+    named |= {"progress": r.progress, "engine": trainer}
+    return {name: value for name, value in named.items() if name not in without}
+
+
+def _train_vae(task: Task, data, trainer) -> tuple[VAE, list[dict]]:
+    p, eyes = task.preset, task.feature_extractor
+    if eyes is None and p.vae_loss.perceptual:
+        eyes = extractor(device=task.runtime.device)
+    flip = not data.scenes  # scenes have a left and a right; photographs may be mirrored
+    how = _how(task, trainer, "use_compiler")
+    return train_vae(data, p, eyes, vae=task.old, part=task.part, flip=flip, **how)
+
+
+def _train_classifier(task: Task, data, trainer) -> tuple[AttributeClassifier, list[dict]]:
+    how = _how(task, trainer, "precision", "use_compiler")
+    return train_classifier(data, task.preset.train_classifier, **how)
+
+
+def _train_tokenizer(task: Task, data, trainer) -> tuple[FlexTok, list[dict]]:
+    p, how = task.preset, _how(task, trainer)
+    flip = not getattr(data, "scenes", True)  # a cache has its mirrored pictures in it, if any
+    if task.old is not None:
+        return fit_tokenizer(task.old, data, p.train_tokenizer, task.part, flip=flip, **how)
+    return train_tokenizer(data, task.after, p, flip=flip, **how)
+
+
+def _train_ar(task: Task, data, trainer) -> tuple[ARModel, list[dict]]:
+    return train_ar(data, task.after, task.preset, ar=task.old, **_how(task, trainer))
 
 # %% ../../nbs/apps/stage_table.ipynb #apps-stage_table-saving
 def _save_tokenizer(folder: Path, tok: FlexTok, task: Task, **facts) -> None:

@@ -7,8 +7,7 @@ __all__ = ['LineAMinute', 'stage_trainer', 'Finished', 'run_stage', 'Models', 't
 
 # %% ../../nbs/apps/stages.ipynb #apps-stages-imports
 import json, shutil, sys, time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,29 +46,32 @@ class LineAMinute:
 
     said = 0.0
 
-    def __call__(self, trainer, row: dict) -> None:  # row: of the training log
-        if trainer.rank or sys.stderr.isatty() or time.monotonic() - self.said <= 60:
-            return
+    def row(self, training, backend, row: dict) -> dict:  # more numbers for the row: none
+        "A row of the training's log is about to be written."
+        if backend.rank or sys.stderr.isatty() or time.monotonic() - self.said <= 60:
+            return {}
         if self.said:
-            hours = (trainer.steps - row["step"]) * trainer.batches.batch / row["images_per_second"] / 3600
+            first = training.objectives[0]
+            left = (training.steps - row["step"]) * first.config.batch
             print(
-                f"{trainer.label}: step {row['step']:,} of {trainer.steps:,}, loss "
-                f"{row[trainer.objectives[0].name]:.4f}, {row['images_per_second']:.1f} images a second, "
-                f"{hours:.1f} h to go",
+                f"{training.label}: step {row['step']:,} of {training.steps:,}, loss {row[first.name]:.4f}, "
+                f"{row['images_per_second']:.1f} images a second, "
+                f"{left / row['images_per_second'] / 3600:.1f} h to go",
                 flush=True,
             )
         self.said = time.monotonic()
+        return {}
 
 
 class _Told(LongRun):
-    "A long run that tells others of each row of its log."
+    "A long run that others look on."
 
-    callbacks: tuple[Callable, ...] = ()
+    callbacks: tuple = ()
 
     def note(self, row: dict) -> dict:
         row = super().note(row)
-        for tell in self.callbacks:
-            tell(self, row)
+        for c in self.callbacks:
+            row |= c.row(self, self, row)
         return row
 
 
@@ -77,7 +79,12 @@ def stage_trainer(task: Task) -> LongRun:
     "The trainer of a stage: whatever it is told in this package, it is told here."
     r = task.runtime
     trainer = _Told(
-        *(task.folder, r.device, r.precision), recipe=task.recipe, changes=task.changes, **task.machine
+        task.folder,
+        device=r.device,
+        precision=r.precision,
+        recipe=task.recipe,
+        changes=task.changes,
+        **task.machine,
     )
     trainer.callbacks = task.callbacks
     return trainer
@@ -92,8 +99,9 @@ class Finished:
     facts: dict  # steps, seconds, parameters, …
 
 
-def _facts(stage: Stage, task: Task, found: tuple, trainer, seconds: float) -> dict:  # found: model, log
-    (model, log), config = found, stage.config(task.preset)
+def _facts(stage: Stage, task: Task, model: nn.Module, log: list[dict], seconds: float) -> dict:
+    "How it went."
+    config, r = stage.config(task.preset), task.runtime
     own = own_state(model)
     return {
         "stage": stage.name,
@@ -103,8 +111,8 @@ def _facts(stage: Stage, task: Task, found: tuple, trainer, seconds: float) -> d
         "training_seconds": log[-1]["seconds"],
         "images_per_second": config.steps * config.batch / log[-1]["seconds"],
         "parameters": sum(w.numel() for name, w in model.named_parameters() if name in own),
-        "device": str(trainer.device),
-        "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
+        "device": str(r.device),
+        "precision": str(r.precision or torch.float32).removeprefix("torch."),
     }
 
 
@@ -127,12 +135,13 @@ def run_stage(stage: Stage, task: Task) -> Finished:
     if (task.folder / "config.json").exists():
         return _load(stage, task)
     trainer, began = stage_trainer(task), time.perf_counter()
+    task = replace(task, runtime=replace(task.runtime, device=trainer.device))
     try:
         model, log = stage.train(task, material_of(stage, task), trainer)
     except Stopped as stop:
         stop.number = trainer.asked
         raise
-    facts = _facts(stage, task, (model, log), trainer, time.perf_counter() - began)
+    facts = _facts(stage, task, model, log, time.perf_counter() - began)
     if trainer.rank == 0:
         write_text(task.folder / "log.json", json.dumps(log))
         save_learned(task.folder, task.learned)
