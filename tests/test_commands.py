@@ -22,6 +22,7 @@ from PIL import Image
 import flextok_edu.apps.cli as apps_cli
 import flextok_edu.apps.estimate as apps_estimate
 import flextok_edu.apps.generate as apps_generate
+import flextok_edu.apps.models as apps_models
 import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.training as apps_training
@@ -180,6 +181,26 @@ def test_models_open_as_a_user_opens_them(trained):
     assert weights_hash(tok.vae) == weights_hash(vae) == weights(trained / "vae")
     ARModel.from_pretrained(trained / "ar", tokenizer=tok)
     assert not list(trained.rglob("checkpoints")) and not list(trained.rglob(".*")), "nothing is left over"
+
+
+@pytest.mark.parametrize("part, place", (("vae", "vae"), ("tokenizer", "tok"), ("ar", "ar")))
+def test_models_are_known_by_their_kind(trained, tmp_path, part, place):
+    """By the kind that config.json names, whatever its settings are called; an older file names none."""
+    facts = json.loads((trained / place / "config.json").read_text())
+    facts.pop("kind", None)
+
+    def found(**says):
+        (tmp_path / "config.json").write_text(json.dumps(says))
+        try:
+            return apps_models.find_model(str(tmp_path), part) == tmp_path
+        except FileNotFoundError:
+            return False
+
+    kind = "flextok" if part == "tokenizer" else part
+    assert found(**facts), "an older file"
+    assert found(**facts, kind=kind) and found(weights=facts["weights"], config={"size": 3}, kind=kind)
+    assert not found(**facts, kind="another") and not found(weights=facts["weights"], config={"size": 3})
+    assert not found(kind=kind), "a configuration belongs to it"
 
 
 @pytest.mark.parametrize("stage", ("vae", "tok", "ar"))
