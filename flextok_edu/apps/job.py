@@ -55,10 +55,6 @@ class RunContext:
         return Path(self.config.out).expanduser()
 
     @property
-    def flip(self) -> bool:
-        return not self.train.scenes  # scenes have a left and a right; photographs may be mirrored
-
-    @property
     def asked(self) -> dict:
         return _asked(self.config)
 
@@ -86,6 +82,7 @@ def _asked(config: RunConfig) -> dict:
 
 # %% ../../nbs/apps/job.ipynb #15-d8545b18-1
 def differences(a: dict, b: dict, path: str = "") -> list[tuple]:  # (dotted name, value in a, value in b)
+    "Where two nested dictionaries differ."
     return [
         found
         for k in {**a, **b}
@@ -100,7 +97,8 @@ def differences(a: dict, b: dict, path: str = "") -> list[tuple]:  # (dotted nam
 
 
 def as_json(p: Preset) -> dict:
-    return json.loads(json.dumps(asdict(p)))  # as json gives it back
+    "A preset as json gives it back: lists for tuples."
+    return json.loads(json.dumps(asdict(p)))
 
 
 def _stored(

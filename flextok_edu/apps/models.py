@@ -207,4 +207,5 @@ def all_learned(
 
 
 def size_of(tok: FlexTok) -> int:
-    return tok.config.latent_size * tok.vae.config.factor  # side of its images
+    "Side of a tokenizer's images, in pixels."
+    return tok.config.latent_size * tok.vae.config.factor

@@ -205,8 +205,10 @@ def model_to_go_on_with(o: TrainOptions, p: Preset, device) -> VAE | FlexTok | A
 
 # %% ../../nbs/apps/training.ipynb #15b-5131712f-1
 def begun_from(
-    o: TrainOptions, old
-) -> dict:  # what a run that goes on with a trained model has in its recipe besides
+    o: TrainOptions,
+    old: VAE | FlexTok | ARModel | None,  # the trained model that goes on
+) -> dict:
+    "What a run that goes on with a trained model has in its recipe besides."
     if isinstance(old, ARModel):
         return {"begun_from": weights_hash(old)}
     if isinstance(old, FlexTok):
