@@ -415,7 +415,10 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatc
         monkeypatch,
         ar,
         "sample_images",
-        lambda ar, tok, labels, k, *how, **rest: asked.append(how) or torch.zeros(len(labels), 3, 32, 32),
+        lambda ar, tok, labels, k, **how: (
+            asked.append(tuple(how[x] for x in ("steps", "guidance", "ar_guidance", "temperature")))
+            or torch.zeros(len(labels), 3, 32, 32)
+        ),
     )
     for more in ([], ["--steps", "1", "--ar-guidance", "1"], ["--guidance", "1", "--temperature", "0"]):
         assert (

@@ -146,7 +146,8 @@ class Stopwatch(Shares):
         )
 
 # %% ../../nbs/apps/pace.ipynb #15-9bf5516d
-def with_steps(p: Preset, steps: dict[str, int]) -> Preset:
+def with_steps(p: Preset, steps: dict[str, int]) -> Preset:  # steps: of each stage
+    "A preset that trains for other numbers of steps."
     return replace(
         p,
         **{
