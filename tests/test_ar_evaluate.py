@@ -13,22 +13,14 @@ from torch import nn
 
 import flextok_edu.apps.measure as apps_measure
 import flextok_edu.ar as ar
+import flextok_edu.sampling as sampling
 import flextok_edu.evaluation.compare as evaluation_compare
 import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
 import flextok_edu.evaluation.report as evaluation_report
-from flextok_edu.ar import (
-    ARModel,
-    CachedGPT,
-    sample_token,
-    guidance_at,
-    filter_top_k_top_p,
-    position_losses,
-    sample_images,
-    token_uniforms,
-    tokenizer_hash,
-    unigram_entropies,
-)
+from flextok_edu.ar import ARModel, CachedGPT, sample_images, tokenizer_hash
+from flextok_edu.sampling import sample_token, guidance_per_token, filter_top_k_top_p, token_uniforms
+from flextok_edu.ar_training import position_losses, unigram_entropies
 from flextok_edu.engine.config import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data.datasets import ImageSet
 from flextok_edu.engine.runtime import Runtime
@@ -95,10 +87,10 @@ def test_written_samples(model, check, options):
 
 
 def numbers_of_the_batch(monkeypatch):
-    real = ar.token_uniforms
+    real = sampling.token_uniforms
     patch(
         monkeypatch,
-        ar,
+        sampling,
         "token_uniforms",
         lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds),
     )
@@ -112,7 +104,7 @@ def numbers_for_the_asked_length(monkeypatch):
             labels,
             [1.0] * (length or 10),
             (lambda u: lambda j, logits: sample_token(logits, u[:, j : j + 1]))(
-                ar.token_uniforms(10, range(len(labels)), seed + (length or 10))
+                sampling.token_uniforms(10, range(len(labels)), seed + (length or 10))
             ),
         ),
     )
@@ -121,7 +113,7 @@ def numbers_for_the_asked_length(monkeypatch):
 def seeds_number_the_samples_too(monkeypatch):
     patch(
         monkeypatch,
-        ar,
+        sampling,
         "token_uniforms",
         lambda length, indices, seed=0, seeds=None: (
             token_uniforms(length, indices, seed)
@@ -265,7 +257,7 @@ def test_kept():
 
 
 def test_kept_one_too_many_is_caught(monkeypatch):
-    real = ar.filter_top_k_top_p
+    real = sampling.filter_top_k_top_p
     monkeypatch.setitem(
         globals(),
         "filter_top_k_top_p",
@@ -293,9 +285,9 @@ def test_edges_of_the_chance():
 
 def test_guidance_list():
     assert (
-        guidance_at(2, 2) == [2.0, 2.0]
-        and guidance_at(torch.tensor([1.0, 2.0, 3.0]), 2) == [1.0, 2.0]
-        and guidance_at(lambda j: -j, 2) == [0.0, -1.0]
+        guidance_per_token(2, 2) == [2.0, 2.0]
+        and guidance_per_token(torch.tensor([1.0, 2.0, 3.0]), 2) == [1.0, 2.0]
+        and guidance_per_token(lambda j: -j, 2) == [0.0, -1.0]
     )
 
 

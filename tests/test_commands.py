@@ -335,11 +335,11 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
     changed = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
     assert changed and all(n.startswith("decoder.") for n in changed)
     tok, images = FlexTok.from_pretrained(trained / "tok"), torch.rand(2, 3, 32, 32) * 2 - 1
-    ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), 2)
+    ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), steps=2)
     with pytest.raises(ValueError, match="its tokens would mean nothing"):
         FlexTok.from_pretrained(trained / "tok", vae=new)
     assert torch.equal(with_decoder(tok, new).tokenize(images), ids) and not torch.equal(
-        tok.detokenize(ids, 2), picture
+        tok.detokenize(ids, steps=2), picture
     )
     tok.save_pretrained(tmp_path / "tok")
     assert torch.equal(FlexTok.from_pretrained(tmp_path / "tok", vae=new).tokenize(images), ids)
@@ -455,7 +455,7 @@ def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path
     before, after = FlexTok.from_pretrained(trained / "tok"), FlexTok.from_pretrained(tmp_path / "decoder")
     assert torch.equal(before.tokenize(images), after.tokenize(images)), "the decoder alone: ids stay"
     assert not torch.equal(
-        before.detokenize(before.tokenize(images), 2), after.detokenize(after.tokenize(images), 2)
+        before.detokenize(before.tokenize(images), steps=2), after.detokenize(after.tokenize(images), steps=2)
     )
     refused(
         capsys,

@@ -976,7 +976,7 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     from flextok_edu.engine.config import PRESETS, StageConfig, VAEConfig
     from flextok_edu.data.opening import OnDisk
     from flextok_edu.engine.long_run import LongRun, Stopped
-    from flextok_edu.vae import train_vae
+    from flextok_edu.vae_training import train_vae
 
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -999,7 +999,7 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
             super().end(step, log)
 
     def losses(data, engine=None):
-        model, log = train_vae(data, p, progress=False, engine=engine)
+        model, log = train_vae(data, p, progress=False, trainer=engine)
         return [row["vae"] for row in log], model
 
     memory, _ = losses(as_image_set(source, 16))

@@ -600,7 +600,12 @@ def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
         wanted = [
             original,
             tok.vae.decode(tok.vae.encode(original)),
-            *(tok.detokenize(tok.tokenize(original)[:, :k], usual.steps, usual.guidance, 4) for k in (1, 16)),
+            *(
+                tok.detokenize(
+                    tok.tokenize(original)[:, :k], steps=usual.steps, guidance=usual.guidance, seed=4
+                )
+                for k in (1, 16)
+            ),
         ]
     torch.testing.assert_close(pictures, torch.cat(wanted), atol=1e-5, rtol=0)
     assert (

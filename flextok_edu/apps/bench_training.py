@@ -35,7 +35,9 @@ from ..engine.compiler import compiled
 from ..engine.config import TokenizerConfig, TrunkConfig
 from ..engine.loader import Loader
 from ..registers import BUDGET_DISTRIBUTIONS
-from ..tokenizer import TrainingNoise, FlexTok, Latents, TokenizerLoader, latent_batches
+from ..objective import TrainingNoise
+from ..tokenizer import FlexTok
+from ..training import Latents, TokenizerLoader, latent_batches
 
 # %% ../../nbs/apps/bench_training.ipynb #16-41b93d6c
 def loss_flops(

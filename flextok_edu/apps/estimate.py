@@ -197,7 +197,7 @@ def _say_caches(p: Preset, few: ImageSet, device: torch.device, count: int) -> N
     tok = FlexTok(p.tokenizer, vae).to(device).eval()
     two = ImageSet(few.images[:2], few.labels[:2], few.classes, few.source)
     for what, recipe in (("latents", latent_recipe(vae, two)), ("tokens", token_recipe(tok, two))):
-        plan = cache_plan(Path.cwd() / ".no_such_cache", *recipe, batch=1)
+        plan = cache_plan(Path.cwd() / ".no_such_cache", recipe, batch=1)
         gigabytes, hours = count * plan.row_bytes / 1e9, count / plan.rate / 3600
         _say(
             f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a "

@@ -157,7 +157,9 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
             [noise_like(_latent_shape(tok), o.seed, [i]) for i, _ in part]
         )  # that of the picture's number, whatever the batch
         found.append(
-            tok.detokenize([row for _, row in part], steps, guidance, noise=noise.to(tok.device)).cpu()
+            tok.detokenize(
+                [row for _, row in part], steps=steps, guidance=guidance, noise=noise.to(tok.device)
+            ).cpu()
         )
     rows = torch.cat(found).split([len(ks) for ks in counts])
     _write_pictures(folder, names, list(rows), counts, max(map(len, counts)))

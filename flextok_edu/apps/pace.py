@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .pictures import some
 from .run_config import STAGES
-from ..ar import Tokens, train_ar
+from ..ar_training import Tokens, train_ar
 from ..data.datasets import ImageSet
 from ..data.extractors import extractor
 from ..data.features import train_classifier
@@ -27,8 +27,10 @@ from ..engine.distributed import Shares
 from ..engine.monitor import matmul_rate
 from ..engine.tensors import from_uint8
 from ..evaluation.metrics import token_counts
-from ..tokenizer import FlexTok, Latents, train_tokenizer
-from ..vae import VAE, train_vae
+from ..tokenizer import FlexTok
+from ..training import Latents, train_tokenizer
+from ..vae import VAE
+from ..vae_training import train_vae
 
 # %% ../../nbs/apps/pace.ipynb #15-ef6fe9e2-1
 SUSTAINED = 1.2  # minutes of training run so much slower than a probe's first steps (measured on 2 CPU cores)
@@ -174,15 +176,15 @@ def dummy_stages(
     noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
     stages = {
         "vae": lambda engine: train_vae(
-            few, q, feature_extractor, device=device, progress=False, engine=engine
+            few, q, feature_extractor, device=device, progress=False, trainer=engine
         )
     }
     if few.scenes:
         stages["classifier"] = lambda engine: train_classifier(
-            few, q.train_classifier, device=device, progress=False, engine=engine
+            few, q.train_classifier, device=device, progress=False, trainer=engine
         )
     stages["tokenizer"] = lambda engine: train_tokenizer(
-        noise, vae, q, device=device, progress=False, engine=engine
+        noise, vae, q, device=device, progress=False, trainer=engine
     )
 
     def ar(engine):
@@ -192,7 +194,7 @@ def dummy_stages(
             q,
             device=device,
             progress=False,
-            engine=engine,
+            trainer=engine,
         )
 
     return stages | {"ar": ar}
@@ -218,7 +220,7 @@ def probe(
     e, few_ids, spent = p.evaluate, tok.tokenize(from_uint8(few.images[:64])), 0.0
     for k in token_counts(p.tokenizer.registers):
         began = time.perf_counter()
-        tok.detokenize(few_ids[:, :k], e.steps, e.guidance).cpu()
+        tok.detokenize(few_ids[:, :k], steps=e.steps, guidance=e.guidance).cpu()
         spent += (time.perf_counter() - began) / len(few_ids)
     rates["evaluate"] = (
         1.5 * spent * (min(e.images, held_out) + e.samples)

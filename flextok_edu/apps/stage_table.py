@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from .pictures import material
-from ..ar import ARModel, load_ar, save_ar, train_ar
+from ..ar import ARModel, load_ar, save_ar
+from ..ar_training import train_ar
 from ..data.datasets import ImageSet
 from ..data.extractors import extractor
 from ..data.features import AttributeClassifier, train_classifier
@@ -23,8 +24,10 @@ from ..engine.config import Preset, StageConfig, VAEConfig
 from ..engine.models import load_model, save_model
 from ..engine.runtime import Runtime
 from ..io.cache import LatentCache, TokenCache
-from ..tokenizer import FlexTok, fit_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from ..vae import VAE, train_vae
+from ..tokenizer import FlexTok, load_tokenizer, save_tokenizer
+from ..training import fit_tokenizer, train_tokenizer
+from ..vae import VAE
+from ..vae_training import train_vae
 
 # %% ../../nbs/apps/stage_table.ipynb #apps-stage_table-task
 @dataclass(frozen=True)

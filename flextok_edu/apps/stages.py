@@ -298,7 +298,7 @@ def evaluate_all(
     pictures = from_uint8(val.head(12)), out / "reconstructions.png"
     picture_reconstructions(models.tok, *pictures, e.steps, e.guidance, seed)
     how = (e.steps, e.guidance, e.ar_guidance, e.temperature, seed)
-    picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", *how)
+    picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", e, seed)
     picture_losses(models.logs, out / "losses.png", expected_curves(p, job.config.data))
     picture_quality(report, out / "quality.png")
     seconds = time.perf_counter() - began

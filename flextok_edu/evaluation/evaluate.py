@@ -80,8 +80,10 @@ def counts_of(tok: Tokenizer) -> tuple[int, ...]:  # 1, 2, 4, … k
 
 def _pictures(tok: Tokenizer, ids: Tensor, sampling: SamplingConfig, first: int) -> Tensor:  # (b 3 h w)
     if "sampling" in inspect.signature(tok.detokenize).parameters:
-        return tok.detokenize(ids, sampling, first_index=first)
-    return tok.detokenize(ids, sampling.steps, sampling.guidance, sampling.seed, first_index=first)
+        return tok.detokenize(ids, sampling=sampling, first_index=first)
+    return tok.detokenize(
+        ids, sampling=sampling.steps, guidance=sampling.guidance, seed=sampling.seed, first_index=first
+    )
 
 
 @torch.no_grad()
