@@ -34,6 +34,7 @@ from ..engine.tensors import pick_device, seed_everything
 from ..io.build import cache_plan, latent_recipe, token_recipe
 from ..tokenizer import FlexTok
 from ..vae import VAE
+from ..objective import FlowObjective
 
 # %% ../../nbs/apps/estimate.ipynb #15b-2e5def01
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
     if stage == "tokenizer":
         return training_line(
             lambda: FlexTok(c),
-            lambda m, b: m.loss(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
+            lambda m, b: FlowObjective(m)(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
         )
     return training_line(
         lambda: ARModel(replace(p.ar, vocabulary=c.vocabulary, length=c.registers)),

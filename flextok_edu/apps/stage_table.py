@@ -76,8 +76,8 @@ class Stage:
 def _how(task: Task, trainer, *without: str) -> dict:
     "What all trainers of models take, by their names."
     r = task.runtime
-    named = {"seed": r.seed, "device": r.device, "precision": r.precision, "use_compiler": r.compile}
-    named |= {"progress": r.progress, "engine": trainer}
+    named = {"seed": r.seed, "device": r.device, "precision": r.precision, "compile": r.compile}
+    named |= {"progress": r.progress, "trainer": trainer}
     return {name: value for name, value in named.items() if name not in without}
 
 
@@ -86,12 +86,12 @@ def _train_vae(task: Task, data, trainer) -> tuple[VAE, list[dict]]:
     if eyes is None and p.vae_loss.perceptual:
         eyes = extractor(device=task.runtime.device)
     flip = not data.scenes  # scenes have a left and a right; photographs may be mirrored
-    how = _how(task, trainer, "use_compiler")
+    how = _how(task, trainer, "compile")
     return train_vae(data, p, eyes, vae=task.old, part=task.part, flip=flip, **how)
 
 
 def _train_classifier(task: Task, data, trainer) -> tuple[AttributeClassifier, list[dict]]:
-    how = _how(task, trainer, "precision", "use_compiler")
+    how = _how(task, trainer, "precision", "compile")
     return train_classifier(data, task.preset.train_classifier, **how)
 
 

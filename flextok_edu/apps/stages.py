@@ -32,7 +32,8 @@ from ..data.features import AttributeClassifier
 from ..data.learned import Learned, learned_from, leave_out_learned, load_learned, save_learned
 from ..engine.checks import conform, read_json
 from ..engine.files import weights_hash, write_text
-from ..engine.long_run import LongRun, Stopped
+from ..engine.long_run import Stopped, long_run
+from ..engine.trainer import Callback, SingleDevice, Trainer, Training
 from ..engine.runtime import Runtime
 from ..engine.tensors import from_uint8, pick_device
 from ..evaluation.evaluate import evaluate_tokenizer
@@ -41,12 +42,14 @@ from ..tokenizer import FlexTok
 from ..vae import VAE
 
 # %% ../../nbs/apps/stages.ipynb #ae7ab5a4
-class LineAMinute:
+class LineAMinute(Callback):
     "Says in a log, once a minute, how far a training is: for queues, where no progress bar is seen."
 
     said = 0.0
 
-    def row(self, training, backend, row: dict) -> dict:  # more numbers for the row: none
+    def row(
+        self, training: Training, backend: SingleDevice, row: dict
+    ) -> dict:  # more numbers for the row: none
         "A row of the training's log is about to be written."
         if backend.rank or sys.stderr.isatty() or time.monotonic() - self.said <= 60:
             return {}
@@ -63,31 +66,18 @@ class LineAMinute:
         return {}
 
 
-class _Told(LongRun):
-    "A long run that others look on."
-
-    callbacks: tuple = ()
-
-    def note(self, row: dict) -> dict:
-        row = super().note(row)
-        for c in self.callbacks:
-            row |= c.row(self, self, row)
-        return row
-
-
-def stage_trainer(task: Task) -> LongRun:
+def stage_trainer(task: Task) -> Trainer:
     "The trainer of a stage: whatever it is told in this package, it is told here."
     r = task.runtime
-    trainer = _Told(
+    return long_run(
         task.folder,
         device=r.device,
         precision=r.precision,
         recipe=task.recipe,
         changes=task.changes,
+        callbacks=task.callbacks,
         **task.machine,
     )
-    trainer.callbacks = task.callbacks
-    return trainer
 
 # %% ../../nbs/apps/stages.ipynb #18dfc924
 @dataclass(frozen=True)
@@ -135,17 +125,18 @@ def run_stage(stage: Stage, task: Task) -> Finished:
     if (task.folder / "config.json").exists():
         return _load(stage, task)
     trainer, began = stage_trainer(task), time.perf_counter()
-    task = replace(task, runtime=replace(task.runtime, device=trainer.device))
+    task = replace(task, runtime=replace(task.runtime, device=trainer.backend.device))
     try:
         model, log = stage.train(task, material_of(stage, task), trainer)
     except Stopped as stop:
-        stop.number = trainer.asked
+        stop.number = trainer.checkpointer.asked
         raise
     facts = _facts(stage, task, model, log, time.perf_counter() - began)
-    if trainer.rank == 0:
+    if trainer.backend.rank == 0:
         write_text(task.folder / "log.json", json.dumps(log))
         save_learned(task.folder, task.learned)
-        more = {"changes": trainer.changed} if trainer.changed else {}
+        changed = trainer.checkpointer.recipe.changed
+        more = {"changes": changed} if changed else {}
         stage.save(task.folder, model, task, stage=facts, **more)
         shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
         print(
@@ -154,8 +145,7 @@ def run_stage(stage: Stage, task: Task) -> Finished:
             f"parameters, weights {weights_hash(own_state(model))}; saved in {task.folder}",
             flush=True,
         )
-    if trainer.world > 1:
-        trainer.accelerator.wait_for_everyone()
+    trainer.backend.wait()
     return Finished(model, log, facts)
 
 # %% ../../nbs/apps/stages.ipynb #15-09f31043
