@@ -321,7 +321,7 @@ def check_tokenizer(ar: ARModel, tok: Tokenizer) -> None:
             f"of {v}: a configuration was changed"
         )
 
-
+# %% ../nbs/13_ar.ipynb #13_ar-save
 def save_ar(folder: str | Path, model: ARModel, **facts) -> None:
     "Weights, configuration, and whose ids they are."
     save_model(

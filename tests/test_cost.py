@@ -25,6 +25,7 @@ from flextok_edu.apps.cost import (
 from flextok_edu.apps.memory import PeakMemory, on_meta, peak_bytes, training_bytes
 from flextok_edu.apps.timing import BenchConfig, bench_tokenizer, in_turns, matmuls, variant
 from flextok_edu.engine.marks import is_ours
+from flextok_edu.objective import FlowObjective
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
 
@@ -126,7 +127,7 @@ def test_peak_memory_counts_storages():
 @pytest.mark.parametrize(
     "build,loss",
     (
-        (lambda: FlexTok(PRESETS["micro"].tokenizer), lambda m: m.loss(torch.randn(3, 4, 8, 8))[0]),
+        (lambda: FlexTok(PRESETS["micro"].tokenizer), lambda m: FlowObjective(m)(torch.randn(3, 4, 8, 8))[0]),
         (
             lambda: VAE(PRESETS["micro"].vae),
             lambda m: m.decode(m.encode(torch.randn(2, 3, 32, 32))).square().mean(),
@@ -282,11 +283,11 @@ def test_in_turns_takes_turns():
 def test_memory_on_cuda():
     tok = FlexTok(PRESETS["small"].tokenizer).cuda()
     latents = torch.randn(2, 8, 16, 16, device="cuda")
-    tok.loss(latents)[0].backward()
+    FlowObjective(tok)(latents)[0].backward()
     nn.Module.zero_grad(tok)
     torch.cuda.reset_peak_memory_stats()
-    tok.loss(latents)[0].backward()
+    FlowObjective(tok)(latents)[0].backward()
     predicted = training_bytes(
-        lambda: FlexTok(PRESETS["small"].tokenizer), lambda m: m.loss(torch.randn(2, 8, 16, 16))[0]
+        lambda: FlexTok(PRESETS["small"].tokenizer), lambda m: FlowObjective(m)(torch.randn(2, 8, 16, 16))[0]
     ) - 12 * sum(w.numel() for w in tok.parameters())
     assert abs(torch.cuda.max_memory_allocated() / predicted - 1) < 0.2

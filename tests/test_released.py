@@ -22,6 +22,7 @@ from flextok_edu.io.export import save_released
 from flextok_edu.io.layout import Layout
 from flextok_edu.io.released import load_flextok, load_vae
 from flextok_edu.io.tables import Table
+from flextok_edu.objective import FlowObjective
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.training import fit_tokenizer, train_tokenizer
 from flextok_edu.vae import VAE
@@ -177,7 +178,7 @@ def test_what_a_loaded_tokenizer_is(capsys):
     with pytest.raises(ValueError, match="no VAE: pass vae="):
         tok.tokenize(torch.zeros(1, 3, 64, 64))
     tok.train()
-    loss, _ = tok.loss(torch.randn(2, 8, 8, 8))
+    loss, _ = FlowObjective(tok)(torch.randn(2, 8, 8, 8))
     loss.backward()
     assert all(
         w.grad is not None
@@ -722,7 +723,7 @@ def test_round_trip(tmp_path, name, single):
 def test_round_trip_after_training(tmp_path):
     tok = load_flextok(FIXTURES / "released_tiny").train()
     optimizer = torch.optim.SGD(tok.parameters(), lr=0.1)
-    loss, _ = tok.loss(torch.randn(2, 16, 16, 16))
+    loss, _ = FlowObjective(tok)(torch.randn(2, 16, 16, 16))
     loss.backward()
     optimizer.step()
     save_released(tok, tmp_path)
@@ -1248,9 +1249,9 @@ def test_small_integers_are_ids(dressed):
 
 
 def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
-    import flextok_edu.tokenizer as tokenizer
+    import flextok_edu.engine.inputs as engine_inputs
 
-    patch(monkeypatch, tokenizer, "_said", set())
+    patch(monkeypatch, engine_inputs, "_warned", set())
     x = torch.rand(2, 3, 32, 32)
     for quiet in (x * 2 - 1, torch.ones(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.cat([x, -x])):
         dressed.tokenize(quiet)
@@ -1282,6 +1283,6 @@ def test_nan_reaches_the_loss(dressed):
     for norm in (False, True):
         tok = FlexTok(replace(OWN, norm_before_fsq=norm)).train()
         for bad in (float("nan"), float("inf")):
-            loss, numbers = tok.loss(torch.full((4, 4, 8, 8), bad))
+            loss, numbers = FlowObjective(tok)(torch.full((4, 4, 8, 8), bad))
             assert not torch.isfinite(loss)
             loss.backward()

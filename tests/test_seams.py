@@ -57,7 +57,7 @@ def test_settings_by_name_and_by_object():
     with pytest.raises(ValueError, match="steps was given twice"):
         SamplingConfig.of(None, {"steps": 3, "timesteps": 4})
     with pytest.raises(TypeError, match="4 is no SamplingConfig: give its settings by name, steps="):
-        FlexTok(SMALL, VAE(preset("micro").vae)).detokenize(torch.zeros(1, 2, dtype=torch.int64), steps=4)
+        FlexTok(SMALL, VAE(preset("micro").vae)).detokenize(torch.zeros(1, 2, dtype=torch.int64), sampling=4)
     with pytest.raises(ValueError, match="solver 'rk4': use one of"):
         SamplingConfig(solver="rk4")
     assert fold(Runtime, None, {}) == Runtime()

@@ -144,7 +144,7 @@ class Stopwatch(Distributed):
             self.flops / seconds / matmul_rate(self.device, self.precision or torch.float32),
         )
 
-
+# %% ../../nbs/apps/pace.ipynb #apps-pace-stop
 class _Stop(Callback):
     def __init__(self, watch: Stopwatch):
         self.stopwatch = watch

@@ -69,7 +69,7 @@ def check_sizes(asked, side: int, factor: int) -> None:
 
 _warned: set[str] = set()  # warnings that one process gives once
 
-
+# %% ../../nbs/engine/inputs.ipynb #engine-inputs-images
 def check_images(
     images: Tensor,  # (b c side side) in [-1, 1]
     side: int,  # what the model takes

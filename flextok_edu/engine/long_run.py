@@ -30,12 +30,6 @@ from flextok_edu.engine.resume import (
 from .trainer import Callback, SingleDevice, Trainer, Training
 
 # %% ../../nbs/engine/long_run.ipynb #11-b8450d93
-def _tracker_is_there(track: str) -> bool:
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
-
-    return {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track]()
-
-
 class Dashboard(Callback):
     "Learning rate, images a second, the share of this machine's matmul rate, memory; and what looks wrong."
 
@@ -95,6 +89,12 @@ class Dashboard(Callback):
                 numbers = {k: v for k, v in (row | more).items() if k != "step"}
                 self.tracker.log(numbers, step=row["step"])
         return more
+
+# %% ../../nbs/engine/long_run.ipynb #engine-long_run-tracker
+def _tracker_is_there(track: str) -> bool:
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[track]()
 
 # %% ../../nbs/engine/long_run.ipynb #engine-long_run-count
 def count_step(training: Training, backend: SingleDevice) -> int:  # FLOPs of this process
