@@ -29,7 +29,7 @@ import flextok_edu.apps.training as apps_training
 from flextok_edu.ar import ARModel, check_tokenizer
 from flextok_edu.apps.cli import read_settings
 from flextok_edu.apps.options import UsageError, override, parse_settings
-import flextok_edu.engine.long_run as engine_long_run
+import flextok_edu.engine.distributed as engine_distributed
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
@@ -229,12 +229,12 @@ PROGRAM = "import sys; from flextok_edu.apps.train import train_main; train_main
 LOUD = """
 import sys
 import flextok_edu.apps.train as apps_train
-import flextok_edu.engine.long_run as engine_long_run
-real = engine_long_run.LongRun.micro_batches
+from flextok_edu.engine.distributed import Distributed
+real = Distributed.micro_batches
 def parts(self, step):
     print("in training", flush=True)
     return real(self, step)
-engine_long_run.LongRun.micro_batches = parts
+Distributed.micro_batches = parts
 apps_train.train_main(sys.argv[1:])
 """
 
@@ -285,7 +285,7 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
 def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
     """In the third step, from inside: the signal arrives while the loop runs."""
-    real, count = engine_long_run.LongRun.micro_batches, []
+    real, count = engine_distributed.Distributed.micro_batches, []
 
     def micro_batches(self, step):
         count.append(step)
@@ -293,7 +293,7 @@ def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, 
             os.kill(os.getpid(), number)
         return real(self, step)
 
-    monkeypatch.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
+    monkeypatch.setattr(engine_distributed.Distributed, "micro_batches", micro_batches)
     argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
     refused(capsys, status, "the same command goes on", "train", *argv)
     monkeypatch.undo()

@@ -25,9 +25,9 @@ from flextok_edu.io.cache import Cache
 from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.optim import EMA
-from flextok_edu.engine.trainer import Objective, fit
-from flextok_edu.engine.long_run import LongRun
-from flextok_edu.engine.resume import changes_of
+from flextok_edu.engine.trainer import Callback, Objective, fit
+from flextok_edu.engine.long_run import long_run
+from flextok_edu.engine.resume import changes_of, restore_training
 
 
 def put(path: Path, content: bytes) -> None:
@@ -40,14 +40,15 @@ def put(path: Path, content: bytes) -> None:
 def run(tmp_path_factory):
     """A run in its session, with two checkpoints: the file of the newest is what is changed."""
     folder = tmp_path_factory.mktemp("run")
-    x, seen = torch.rand(40, 2), []
+    x = torch.rand(40, 2)
 
-    class Open(LongRun):
-        def end(self, step, log):
-            super().end(step, log)
-            if step == 3:
-                seen.append(self)
+    class Open(Callback):
+        def step(self, training, backend, looked):
+            self.training, self.backend = training, backend
 
+    opened = Open()
+    recipe = {"stage": "net", "preset": {"lr": 0.01, "train_net": {"lr": 0.01}}}
+    trainer = long_run(folder, device="cpu", steps=2, recipe=recipe, callbacks=[opened])
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     objective = Objective(
         "net",
@@ -62,11 +63,10 @@ def run(tmp_path_factory):
         4,
         EMA(net),
         progress=False,
-        trainer=Open(
-            folder, "cpu", steps=2, recipe={"stage": "net", "preset": {"lr": 0.01, "train_net": {"lr": 0.01}}}
-        ),
+        trainer=trainer,
     )
-    return seen[0]
+    opened.store, opened.recipe = trainer.checkpointer.store, trainer.checkpointer.recipe
+    return opened
 
 
 def test_checkpoints(run):
@@ -132,8 +132,8 @@ def test_checkpoints(run):
         found = run.store.newest()
         if found:
             steps.add(str(found[1].get("step")))
-            run._agree(found[1], run.objectives)
-            run._restore(*found)
+            run.recipe.agree(found[1], run.store.folder)
+            restore_training(run.training, run.backend, *found, str(run.store.folder))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def test_checkpoints(run):
         and heard["ValueError"] > 0.1 * fuzzing.CASES
         and {"2", "4"} <= steps
     )
-    run._restore(*run.store.newest())
+    restore_training(run.training, run.backend, *run.store.newest(), str(run.store.folder))
     assert set(load_file(run.store.files()[-1])) == set(tensors)
 
 

@@ -24,6 +24,7 @@ import flextok_edu.ar_training as ar_training
 import flextok_edu.training as training
 import flextok_edu.engine.config as engine_config
 import flextok_edu.engine.limits as engine_limits
+import flextok_edu.engine.distributed as engine_distributed
 import flextok_edu.engine.long_run as engine_long_run
 from flextok_edu.engine.config import StageConfig, preset
 from flextok_edu.engine.tensors import to_uint8
@@ -120,17 +121,16 @@ def test_stopped_in_the_middle_of_a_stage(tmp_path, monkeypatch, capsys, name, a
     """A signal while a stage trains; the same run goes on there, and ends with the same weights."""
     if not whole:
         whole.append(run(RunConfig(out=str(tmp_path / "whole"), **FAST)))
-    real = engine_long_run.LongRun.micro_batches
+    real = engine_distributed.Distributed.micro_batches
 
-    def micro_batches(self, step):
-        if (
-            self.store.folder.parent.name == name and step == at and self.flops
-        ):  # not in the rehearsal that counts arithmetic
+    def micro_batches(self, training):
+        # (not in the rehearsal that counts the arithmetic: it does not begin with this step)
+        if training.objectives[0].name == name and training.done == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, step)
+        return real(self, training)
 
     with monkeypatch.context() as m:
-        m.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
+        m.setattr(engine_distributed.Distributed, "micro_batches", micro_batches)
         with pytest.raises(engine_long_run.Stopped) as stop:
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert (

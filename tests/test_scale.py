@@ -975,7 +975,8 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
 
     from flextok_edu.engine.config import PRESETS, StageConfig, VAEConfig
     from flextok_edu.data.opening import OnDisk
-    from flextok_edu.engine.long_run import LongRun, Stopped
+    from flextok_edu.engine.long_run import Stopped, long_run
+    from flextok_edu.engine.trainer import Callback
     from flextok_edu.vae_training import train_vae
 
     rng = np.random.default_rng(0)
@@ -993,13 +994,13 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     p = replace(p, vae_loss=replace(p.vae_loss, perceptual=0.0, adversarial=0.0))
     source = FolderSource(tmp_path)
 
-    class Stop(LongRun):
-        def end(self, step, log):
-            self.asked = 15 if step == 4 else None
-            super().end(step, log)
+    class Stop(Callback):
+        def step(self, training, backend, looked):
+            if training.done == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def losses(data, engine=None):
-        model, log = train_vae(data, p, progress=False, trainer=engine)
+    def losses(data, trainer=None):
+        model, log = train_vae(data, p, progress=False, trainer=trainer)
         return [row["vae"] for row in log], model
 
     memory, _ = losses(as_image_set(source, 16))
@@ -1015,8 +1016,8 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     for name, data in kinds.items():
         whole, model = losses(data())
         with pytest.raises(Stopped):
-            losses(data(), Stop(tmp_path / f"run_{name}", "cpu"))
-        resumed, again = losses(data(), LongRun(tmp_path / f"run_{name}", "cpu"))
+            losses(data(), long_run(tmp_path / f"run_{name}", device="cpu", callbacks=[Stop()]))
+        resumed, again = losses(data(), long_run(tmp_path / f"run_{name}", device="cpu"))
         assert resumed == whole and all(
             torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters())
         ), name

@@ -24,7 +24,7 @@ import flextok_edu.data.features as data_features
 import flextok_edu.data.scenes as data_scenes
 import flextok_edu.data.sets as data_sets
 from flextok_edu.engine.config import StageConfig
-from flextok_edu.engine.trainer import Engine, Objective, fit
+from flextok_edu.engine.trainer import Objective, SingleDevice, Trainer, fit
 from flextok_edu.data.datasets import load_data
 from flextok_edu.data.decoding import check_memory
 from flextok_edu.data.folders import SETS, evenly, read_squares
@@ -403,18 +403,18 @@ def test_the_classifiers_log_starts_at_chance():
 # ------------------------------------------------------------------------------------------------------------
 
 
-class InParts(Engine):
+class InParts(SingleDevice):
     """Every batch in three uneven parts."""
 
-    def micro_batches(self, step):
-        whole = next(self.batches)
+    def micro_batches(self, training):
+        whole = next(training.loader)
         return [(rows, len(rows) / len(whole)) for rows in whole.split([7, 4, 5])]
 
 
 def test_parts_of_a_batch_are_the_batch():
     x = torch.linspace(-1, 1, 16)[:, None]
 
-    def run(engine):
+    def run(backend):
         torch.manual_seed(0)
         line, seen = nn.Linear(1, 1), []
 
@@ -428,9 +428,13 @@ def test_parts_of_a_batch_are_the_batch():
             }
 
         objective = Objective("line", loss, list(line.named_parameters()), StageConfig(lr=0.1, warmup=2))
-        return fit([objective], iter([x] * 6), 6, every=2, progress=False, trainer=engine), line, seen
+        return (
+            fit([objective], iter([x] * 6), 6, every=2, progress=False, trainer=Trainer(backend)),
+            line,
+            seen,
+        )
 
-    (log, a, whole), (log_parts, b, parts) = run(Engine()), run(InParts())
+    (log, a, whole), (log_parts, b, parts) = run(SingleDevice()), run(InParts())
     assert whole == [16] * 6 and parts == [7, 4, 5] * 6
     assert (
         torch.allclose(a.weight, b.weight, atol=1e-6)

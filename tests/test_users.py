@@ -24,7 +24,7 @@ import flextok_edu.tokenizer as tokenizer
 from flextok_edu.ar import tokenizer_identity
 from flextok_edu.apps.models import DataOptions
 from flextok_edu.objective import FlowObjective
-import flextok_edu.engine.long_run as engine_long_run
+import flextok_edu.engine.distributed as engine_distributed
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.learned import load_learned
@@ -825,8 +825,8 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
     """SIGHUP saves like SIGTERM does."""
     loud = GO.replace(
         "import sys;",
-        "import sys; import flextok_edu.engine.long_run as c; real = c.LongRun.micro_batches; "
-        "c.LongRun.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
+        "import sys; import flextok_edu.engine.distributed as c; real = c.Distributed.micro_batches; "
+        "c.Distributed.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
     )
     argv = [
         "vae",
@@ -975,7 +975,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
         "0",
         *[a if a != "2" else "6" for a in SMALL],
     ]
-    real, count = engine_long_run.LongRun.micro_batches, []
+    real, count = engine_distributed.Distributed.micro_batches, []
 
     def micro_batches(self, step):
         count.append(step)
@@ -983,7 +983,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, step)
 
-    monkeypatch.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
+    monkeypatch.setattr(engine_distributed.Distributed, "micro_batches", micro_batches)
     assert call("train", *argv) == 143
     count.clear()
     assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 143, "stopped once more"
