@@ -230,11 +230,15 @@ class SamplingConfig:
     apg: APG | bool = False  # adaptive projected guidance; True takes the paper's settings
     solver: str = "euler"  # a name in SOLVERS
     shift: float = 1.0  # of the times; above 1 walks slower near noise
-    seed: int | None = 0  # names the noise; None draws fresh noise
+    seed: int | tuple[int, ...] | None = 0  # names the noise, or one for each image; None draws fresh noise
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+
+    @property
+    def nfe(self) -> int:  # evaluations of the network, with guidance each twice
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
     @classmethod
     def of(cls, sampling: "SamplingConfig | None", named: dict) -> "SamplingConfig":

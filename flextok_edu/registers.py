@@ -87,7 +87,10 @@ def sample_budget(
 ) -> Tensor:  # budgets (b,), int64 in 1 .. k, independent
     "Draw one budget per sample. Raises ValueError for an unknown distribution."
     powers = torch.tensor([2**i for i in range(k.bit_length()) if 2**i < k] + [k], device="cpu")
-    draw = lambda high: torch.randint(high, (b,), generator=generator, device="cpu")
+
+    def draw(high):
+        return torch.randint(high, (b,), generator=generator, device="cpu")
+
     if distribution == "uniform":
         budget = draw(k) + 1
     elif distribution == "powers_of_two":

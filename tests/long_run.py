@@ -13,15 +13,18 @@ from functools import partial
 
 import torch
 
-from flextok_edu.ar import Tokens, train_ar
+from flextok_edu.ar_training import Tokens, train_ar
 from flextok_edu.engine.config import PRESETS, StageConfig, TrunkConfig, VAEConfig
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.tensors import seed_everything
 from flextok_edu.data.datasets import ImageSet
-from flextok_edu.tokenizer import FlexTok, train_tokenizer
-from flextok_edu.engine.distributed import Shares
-from flextok_edu.engine.long_run import LongRun
-from flextok_edu.vae import VAE, train_vae
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import train_tokenizer
+from flextok_edu.engine.distributed import Distributed
+from flextok_edu.engine.long_run import long_run
+from flextok_edu.engine.trainer import Callback, Trainer
+from flextok_edu.vae import VAE
+from flextok_edu.vae_training import train_vae
 
 TRUNK = dict(width=32, head_dim=16)
 SMALL = replace(
@@ -43,7 +46,7 @@ SMALL = replace(
 )
 
 
-def stage(name, steps=20, batch=8, optimizer="adamw", engine=None, precision=None):
+def stage(name, steps=20, batch=8, optimizer="adamw", trainer=None, precision=None):
     """Train it on noise: (model, log)."""
     config = StageConfig(steps=steps, batch=batch, lr=3e-3, warmup=3, ema=0.9, optimizer=optimizer)
     p = replace(SMALL, train_vae=config, train_tokenizer=config, train_ar=config)
@@ -56,13 +59,13 @@ def stage(name, steps=20, batch=8, optimizer="adamw", engine=None, precision=Non
     )
     seed_everything(0)
     if name == "vae":
-        return train_vae(data, p, progress=False, engine=engine, precision=precision)
+        return train_vae(data, p, progress=False, trainer=trainer, precision=precision)
     vae = VAE(p.vae).eval()
     if name == "tokenizer":
-        return train_tokenizer(data, vae, p, progress=False, engine=engine, precision=precision)
+        return train_tokenizer(data, vae, p, progress=False, trainer=trainer, precision=precision)
     tokens = Tokens(torch.randint(0, 1000, (40, 8), generator=g), data.labels[:, 0], data.classes)
     return train_ar(
-        tokens, FlexTok(p.tokenizer, vae).eval(), p, progress=False, engine=engine, precision=precision
+        tokens, FlexTok(p.tokenizer, vae).eval(), p, progress=False, trainer=trainer, precision=precision
     )
 
 
@@ -76,20 +79,26 @@ def main(name, folder, *options):
     if "save" in options:
         options["steps"] = options.pop("save")
     torch.set_num_threads(1)
-    engine = (
-        Shares("cpu", **options)
-        if folder == "-"
-        else LongRun(folder, "cpu", recipe={"stage": name} | plan, **options)
-    )
-    model, log = stage(name, engine=engine, **plan)
-    if engine.rank == 0:
+
+    class Looking(Callback):
+        def step(self, training, backend, looked):
+            self.optimizers = training.optimizers
+
+    looking = Looking()
+    if folder == "-":
+        trainer = Trainer(Distributed("cpu", **options), callbacks=[looking])
+    else:
+        plan_ = {"stage": name} | plan
+        trainer = long_run(folder, device="cpu", recipe=plan_, callbacks=[looking], **options)
+    model, log = stage(name, trainer=trainer, **plan)
+    if trainer.backend.rank == 0:
         dealt = any(
             isinstance(getattr(o, "divided", None), partial)
-            for opts in engine.optimizers.values()
+            for opts in looking.optimizers.values()
             for o in opts
         )  # does Muon share its work?
         print(
-            json.dumps({"world": engine.world, "dealt": dealt, "log": log, "hash": own_hash(model)}),
+            json.dumps({"world": trainer.backend.world, "dealt": dealt, "log": log, "hash": own_hash(model)}),
             flush=True,
         )
 

@@ -4,7 +4,6 @@ each test catches.
 
 import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,23 +13,17 @@ from torch import nn
 
 import flextok_edu.apps.measure as apps_measure
 import flextok_edu.ar as ar
+import flextok_edu.sampling as sampling
 import flextok_edu.evaluation.compare as evaluation_compare
 import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
-from flextok_edu.ar import (
-    ARModel,
-    CachedGPT,
-    sample_token,
-    guidance_at,
-    filter_top_k_top_p,
-    position_losses,
-    sample_images,
-    token_uniforms,
-    tokenizer_hash,
-    unigram_entropies,
-)
+import flextok_edu.evaluation.report as evaluation_report
+from flextok_edu.ar import ARModel, CachedGPT, sample_images, tokenizer_hash
+from flextok_edu.sampling import sample_token, guidance_per_token, filter_top_k_top_p, token_uniforms
+from flextok_edu.ar_training import position_losses, unigram_entropies
 from flextok_edu.engine.config import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data.datasets import ImageSet
+from flextok_edu.engine.runtime import Runtime
 from flextok_edu.evaluation.compare import compare, conditions
 from flextok_edu.evaluation.metrics import column
 from flextok_edu.evaluation.report import Report, load_report
@@ -94,10 +87,10 @@ def test_written_samples(model, check, options):
 
 
 def numbers_of_the_batch(monkeypatch):
-    real = ar.token_uniforms
+    real = sampling.token_uniforms
     patch(
         monkeypatch,
-        ar,
+        sampling,
         "token_uniforms",
         lambda length, indices, seed=0, seeds=None: real(length, range(len(indices)), seed, seeds),
     )
@@ -111,7 +104,7 @@ def numbers_for_the_asked_length(monkeypatch):
             labels,
             [1.0] * (length or 10),
             (lambda u: lambda j, logits: sample_token(logits, u[:, j : j + 1]))(
-                ar.token_uniforms(10, range(len(labels)), seed + (length or 10))
+                sampling.token_uniforms(10, range(len(labels)), seed + (length or 10))
             ),
         ),
     )
@@ -120,7 +113,7 @@ def numbers_for_the_asked_length(monkeypatch):
 def seeds_number_the_samples_too(monkeypatch):
     patch(
         monkeypatch,
-        ar,
+        sampling,
         "token_uniforms",
         lambda length, indices, seed=0, seeds=None: (
             token_uniforms(length, indices, seed)
@@ -264,7 +257,7 @@ def test_kept():
 
 
 def test_kept_one_too_many_is_caught(monkeypatch):
-    real = ar.filter_top_k_top_p
+    real = sampling.filter_top_k_top_p
     monkeypatch.setitem(
         globals(),
         "filter_top_k_top_p",
@@ -292,9 +285,9 @@ def test_edges_of_the_chance():
 
 def test_guidance_list():
     assert (
-        guidance_at(2, 2) == [2.0, 2.0]
-        and guidance_at(torch.tensor([1.0, 2.0, 3.0]), 2) == [1.0, 2.0]
-        and guidance_at(lambda j: -j, 2) == [0.0, -1.0]
+        guidance_per_token(2, 2) == [2.0, 2.0]
+        and guidance_per_token(torch.tensor([1.0, 2.0, 3.0]), 2) == [1.0, 2.0]
+        and guidance_per_token(lambda j: -j, 2) == [0.0, -1.0]
     )
 
 
@@ -403,21 +396,18 @@ class Fade(nn.Module):
     def __init__(self, error=0.0):
         super().__init__()
         self.register_buffer("error", torch.tensor(error))
-        self.config, self.device, self.vae = (
-            type("Config", (), {"registers": 4}),
-            torch.device("cpu"),
-            nn.Identity(),
-        )
+        self.token_counts, self.length, self.device = (1, 2, 4), 4, torch.device("cpu")
+        self.vae = nn.Identity()
         self.vae.encode, self.vae.decode = (
             (lambda x: x * 0.9),
             (lambda z: z),
         )  # not quite exact: a PSNR of infinity has no error
 
-    def tokenize(self, x):  # the ids are the numbers of the pictures
+    def tokenize(self, x, budget=None):  # the ids are the numbers of the pictures
         self.seen = torch.cat([getattr(self, "seen", x[:0]), x])
         return torch.arange(len(self.seen) - len(x), len(self.seen))[:, None].expand(-1, 4)
 
-    def detokenize(self, ids, steps=0, guidance=1.0, seed=0, first_index=0):
+    def detokenize(self, ids, sampling=None, *, first_index=0, **settings):
         return self.seen[ids[:, 0]] * (ids.shape[1] / 8 + self.error)
 
 
@@ -592,29 +582,29 @@ def test_three_side_by_side(pair):
         compare(pair[0])
 
 
-def test_the_command(pair, tmp_path, monkeypatch, capsys):
+def test_the_command(pair, tmp_path, capsys):
     pair[0].save(tmp_path / "a")
     pair[1].save(tmp_path / "b")
     other_card(pair[1], steps=9).save(tmp_path / "c")
 
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["flextok_compare", *map(str, args)])
-        apps_measure.compare_main()
-        return capsys.readouterr().out
+    def command(*args, status=0):  # what it prints: to stdout, to stderr
+        try:
+            apps_measure.compare_main(list(map(str, args)))
+            left = 0
+        except SystemExit as leave:
+            left = leave.code
+        assert left == status
+        return capsys.readouterr()
 
-    assert "not ranked" not in command(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(SystemExit, match="steps"):
-        command(tmp_path / "a", tmp_path / "c")
-    assert "! steps" in capsys.readouterr().out, "the table is printed all the same"
-    assert "ranked by force" in command(tmp_path / "a", tmp_path / "c", "--force")
-    assert "usage" in command() and "usage" in command("--help")
-    for args, message in (
-        ((tmp_path / "a",), "2 to 26"),
-        ((tmp_path / "a", tmp_path / "none"), "finished run"),
-        ((tmp_path / "a", "--fast"), "no option"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            command(*args)
+    assert "not ranked" not in command(tmp_path / "a", tmp_path / "b").out
+    said = command(tmp_path / "a", tmp_path / "c", status=1)
+    assert "because steps differ" in said.err and "--force" in said.err
+    assert "! steps" in said.out, "the table is printed all the same"
+    assert "ranked by force" in command(tmp_path / "a", tmp_path / "c", "--force").out
+    assert "usage" in command().out and "usage" in command("--help").out
+    assert "2 to 26" in command(tmp_path / "a", status=1).err
+    assert "finished run" in command(tmp_path / "a", tmp_path / "none", status=1).err
+    assert "--fast" in command(tmp_path / "a", "--fast", status=2).err
 
 
 def test_the_file_is_as_it_was(pair, tmp_path):
@@ -654,3 +644,165 @@ def test_scores_in_parts(n, batch):
         )
     with pytest.raises(ValueError, match="same size"):
         evaluation_metrics.image_scores(x, y[..., :16])
+
+
+# --- a number of one's own
+# ----------------------------------------------------------------------------------------------
+
+
+def contrast(output, original):  # both in [0, 1]
+    assert output.min() >= 0 and output.max() <= 1 and output.shape == original.shape
+    return (output.flatten(1).std(1) - original.flatten(1).std(1)).abs()
+
+
+def mean_gap(real, found):
+    return float((real.mean(0) - found.mean(0)).square().sum())
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is gone after it."""
+    before = dict(evaluation_metrics.METRICS)
+    yield evaluation_metrics.METRICS
+    evaluation_metrics.METRICS.clear()
+    evaluation_metrics.METRICS.update(before)
+
+
+def test_a_metric_from_outside(registry, tmp_path):
+    """One call, and the number is everywhere: rows, gains, print, csv, figure, comparison, reading."""
+    import matplotlib.pyplot as plt
+
+    Metric, register_metric = evaluation_metrics.Metric, evaluation_metrics.register_metric
+    register_metric(Metric("contrast", "contrast error", -1, "pictures", contrast, range=(0, 1), digits=5))
+    register_metric(Metric("gap", "gap {}", -1, "set", mean_gap, range=(0, math.inf), digits=2))
+    one, two = measured(), measured(0.004)
+    last, values = one.rows[-1], one.scores["tokens/4/contrast"]
+    assert last["contrast"] == pytest.approx(float(values.mean())) and values.shape == (40,)
+    assert {"contrast_se", "contrast_gain", "contrast_gain_se", "gap_pixels", "gap_pixels_gain_se"} <= set(
+        last
+    )
+    assert last["contrast_gain"] == pytest.approx(float((one.scores["tokens/2/contrast"] - values).mean()))
+    head, *lines = str(one).splitlines()
+    assert "contrast error" in head and "gap 1" in head
+    assert any(f"  {last['contrast']:.5f} ±" in line for line in lines), lines
+    assert any("gap 1: distance in the features of pixels" in line for line in lines)
+    one.save(tmp_path)
+    assert "contrast_gain" in (tmp_path / "table.csv").read_text().splitlines()[0]
+    back = load_report(tmp_path)
+    assert back == one and torch.equal(back.scores["tokens/4/contrast"], values)
+    found = compare(back, two)
+    assert not found.mismatches("contrast") and found.difference("contrast", tokens=2)[2], "paired"
+    assert found.best("contrast", tokens=2) == 1 and "contrast, tokens (less is better)" in str(found)
+    assert "gap_pixels, tokens (less is better)" in str(found)
+    figure = evaluation_report.plot_report(back)
+    assert [ax.get_title().split("\n")[0] for ax in figure.axes] == [
+        *("MAE", "PSNR (dB)", "contrast error", "Fréchet distance", "gap")
+    ]
+    plt.close(figure)
+
+    replace(one, rows=one.rows[:-1] + [last | {"contrast": 2.0}]).save(tmp_path)
+    with pytest.raises(ValueError, match=r"contrast is 2.0; it must be a number in 0 .. 1"):
+        load_report(tmp_path)
+    replace(one, rows=one.rows[:-1] + [last | {"contrast": 0.9}]).save(tmp_path)
+    with pytest.raises(ValueError, match="does not belong to .*its mean contrast"):
+        load_report(tmp_path)
+    one.save(tmp_path)
+
+    del registry["contrast"], registry["gap"]  # somebody else reads it, who does not know these numbers
+    back = load_report(tmp_path)
+    assert back == one and "contrast" not in str(back) and "contrast" not in str(compare(back, two))
+    with pytest.raises(ValueError, match="nobody registered a metric 'contrast'"):
+        compare(back, two).best("contrast", tokens=2)
+
+
+def test_attributes_from_outside(registry):
+    """A metric of what a classifier reads is a column for each attribute."""
+    register_metric = evaluation_metrics.register_metric
+    register_metric(
+        evaluation_metrics.Metric("off", "{} off", -1, "attributes", lambda read, truth: (read - truth).abs())
+    )
+
+    class Dark(nn.Module):
+        name, dim, sizes = "dark", 3, {"dark": 2, "red": 2}
+
+        def read(self, x):
+            return torch.stack([x.mean((1, 2, 3)) < 0, x[:, 0].mean((1, 2)) > 0], 1).long()
+
+        def features(self, x):
+            return x.mean((2, 3))
+
+    data = images()
+    reader = Dark()
+    truth = reader.read(data.images.float() / 127.5 - 1)
+    report = measured(data=replace(data, labels=truth), reader=reader)
+    assert report.rows[0]["acc_dark"] == 1 and report.rows[0]["off_red"] == 0
+    last = report.rows[-1]
+    assert last["off_red"] == pytest.approx(1 - last["acc_red"]) and "frechet_dark" in last
+    assert "red off" in str(report) and report.card["extractors"] == ["dark/means", Eyes.name]
+
+
+def test_names_of_metrics(registry):
+    """A name that could be taken for another column is refused; the same metric again is none."""
+    Metric, register_metric = evaluation_metrics.Metric, evaluation_metrics.register_metric
+    assert register_metric(registry["mae"]) is registry["mae"]
+    for name in ("tokens", "card", "mae_se", "x_gain", "a b", "", "psnr", "acc", "acc_kind", "frechet_x"):
+        with pytest.raises(ValueError, match="taken|cannot be a column"):
+            register_metric(Metric(name, "x", 1, "pictures", contrast))
+    register_metric(Metric("far_out", "x", 1, "pictures", contrast))
+    with pytest.raises(ValueError, match="taken by far_out"):
+        register_metric(Metric("far", "x {}", 1, "set", mean_gap))
+    with pytest.raises(ValueError, match="larger is better"):
+        Metric("x", "x", 2, "pictures", contrast)
+    with pytest.raises(ValueError, match="of pictures, of a set"):
+        Metric("x", "x", 1, "picture", contrast)
+    metric_of, better = evaluation_metrics.metric_of, evaluation_metrics.better
+    assert metric_of("frechet_a_b").name == "frechet" and metric_of("acc_kind").name == "acc"
+    assert not any(map(metric_of, ("mae_se", "mae_gain", "frechet_x_se", "n", "frechet", "what", "")))
+    assert (better("mae"), better("psnr"), better("acc_x"), better("frechet_x")) == (-1, 1, 1, -1)
+    register_metric(Metric("whole", "x", 1, "pictures", lambda a, b: (a - b).mean()))
+    with pytest.raises(ValueError, match="whole gave"):
+        measured()
+
+
+# --- what is known of a tokenizer
+# ----------------------------------------------------------------------------------------
+
+
+class Plain:
+    """The protocol, and nothing else: no module, no configuration, no VAE, one length only."""
+
+    kind, identity, vocabulary, length, token_counts, image_size = "plain", "abc", 256, 3, (3,), 16
+    device, vae = torch.device("cpu"), None
+
+    def tokenize(self, images, budget=None):
+        return ((images.mean((2, 3)) + 1) * 127.5).round().long()[:, :budget]
+
+    def detokenize(self, ids, sampling=None, *, first_index=0, **settings):
+        self.told = sampling, first_index
+        return (ids / 127.5 - 1)[:, :, None, None].expand(-1, 3, 16, 16)
+
+
+def test_the_protocol_is_enough(tmp_path):
+    """No row for a VAE that there is not, one row for one length; the identity stands for the weights."""
+    tok = Plain()
+    report = evaluation_evaluate.evaluate_tokenizer(
+        tok, images(), None, Eyes(), CONFIG, seed=5, batch=15, progress=False
+    )
+    assert [row["what"] for row in report.rows] == ["originals", "tokens"]
+    assert report.card["weights"]["tokenizer"] == "abc" and "vae" not in report.card["weights"]
+    sampling, first = tok.told
+    assert (sampling.steps, sampling.guidance, sampling.seed, first) == (2, 1.0, 5, 30)
+    report.save(tmp_path)
+    assert load_report(tmp_path) == report and compare(report, tmp_path).best("mae", tokens=3) is None
+
+
+def test_settings_by_name():
+    """One object or keywords; what is no setting is refused, and not swallowed."""
+    m = evaluation_evaluate.Measurement(Eyes(), CONFIG, runtime=Runtime(seed=3))
+    assert m.with_settings({"seed": 4}).runtime.seed == 4 and m.with_settings({"batch": 7}).runtime.seed == 3
+    assert m.with_settings({"progress": False}).runtime == Runtime(seed=3, progress=False)
+    with pytest.raises(TypeError, match="no setting 'guidance'"):
+        measured(guidance=2.0)
+    one = evaluation_evaluate.measure_tokenizer(Fade(), images(), None, m)
+    two = measured(runtime=Runtime(seed=3, progress=True), other_is="nothing")
+    assert one.card["seed"] == two.card["seed"] == 3 and one.rows[-1] == two.rows[-1]

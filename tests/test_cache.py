@@ -39,12 +39,13 @@ from flextok_edu.io.build import (
 )
 from flextok_edu.io.cache import Cache, LatentCache, TokenCache
 from flextok_edu.io.pictures import Pictures, decoded_pictures, pictures_of
-from flextok_edu.ar import token_batches, train_ar
+from flextok_edu.ar_training import token_batches, train_ar
 from flextok_edu.engine.config import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data.datasets import ImageSet
 from flextok_edu.data.keys import picture_key
 from flextok_edu.data.learned import leave_out_learned, learned_from
-from flextok_edu.tokenizer import FlexTok, cache_latents, fit_tokenizer, latent_batches
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import cache_latents, fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent

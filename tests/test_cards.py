@@ -45,11 +45,8 @@ class Half(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config, self.device, self.vae = (
-            type("Config", (), {"registers": 4}),
-            torch.device("cpu"),
-            nn.Identity(),
-        )
+        self.token_counts, self.length, self.device = (1, 2, 4), 4, torch.device("cpu")
+        self.vae = nn.Identity()
         self.vae.encode, self.vae.decode = (lambda x: x * 0.9), self.shown
         self.alive, self.most = 0, 0
 
@@ -62,10 +59,10 @@ class Half(nn.Module):
     def gone(self, count):
         self.alive -= count
 
-    def tokenize(self, x):
+    def tokenize(self, x, budget=None):
         return torch.zeros(len(x), 4, dtype=torch.int64)
 
-    def detokenize(self, ids, steps=0, guidance=1.0, seed=0, first_index=0):
+    def detokenize(self, ids, sampling=None, *, first_index=0, **settings):
         return self.shown(torch.rand(len(ids), 3, 16, 16) * ids.shape[1] / 8)
 
 
@@ -86,7 +83,7 @@ def measured(data, other=None, config=CONFIG, **options):
 
 
 def test_an_even_spread_is_measured():
-    """Forty of four hundred pictures in the order of ten classes: four of each class, not forty of the first."""
+    """Forty of four hundred pictures in the order of ten classes: four of each, not forty of the first."""
     data = in_order(10, 40)
     chosen = evenly(list(range(400)), 40)
     few, rest = evaluation_evaluate.measured_and_rest(data, 40, 1000)
@@ -177,10 +174,10 @@ def test_batches_change_nothing():
     data = in_order(10, 4)
 
     class Mirror(Half):
-        def tokenize(self, x):
+        def tokenize(self, x, budget=None):
             return (x[:, 0, 0, :4] * 100).long()
 
-        def detokenize(self, ids, *rest, **more):
+        def detokenize(self, ids, sampling=None, **more):
             return (ids.float().mean(1) / 100)[:, None, None, None].expand(-1, 3, 16, 16) * 1.0
 
     one, two = (
@@ -306,7 +303,7 @@ def test_learned_is_laid_side_by_side(tmp_path):
 
 
 def a_folder(place, count=12):
-    """Pictures by name; 10.png has the pixels of 0.png in another file, and 11.png is the same file as 5.png."""
+    """Pictures by name; 10.png has the pixels of 0.png in another file, 11.png is the same file as 5.png."""
     place.mkdir()
     for i in range(count - 2):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(

@@ -1,5 +1,6 @@
 """The commands: end to end at micro, stopped and started again, and given nonsense."""
 
+import ast
 import importlib
 import json
 import os
@@ -20,17 +21,22 @@ from PIL import Image
 
 import flextok_edu.apps.cli as apps_cli
 import flextok_edu.apps.estimate as apps_estimate
+import flextok_edu.apps.generate as apps_generate
+import flextok_edu.apps.models as apps_models
 import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.training as apps_training
 from flextok_edu.ar import ARModel, check_tokenizer
 from flextok_edu.apps.cli import read_settings
 from flextok_edu.apps.options import UsageError, override, parse_settings
+import flextok_edu.engine.long_run as engine_long_run
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
 from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
+
+from planting import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--train-images", "40", "--device", "cpu"]
@@ -177,6 +183,26 @@ def test_models_open_as_a_user_opens_them(trained):
     assert not list(trained.rglob("checkpoints")) and not list(trained.rglob(".*")), "nothing is left over"
 
 
+@pytest.mark.parametrize("part, place", (("vae", "vae"), ("tokenizer", "tok"), ("ar", "ar")))
+def test_models_are_known_by_their_kind(trained, tmp_path, part, place):
+    """By the kind that config.json names, whatever its settings are called; an older file names none."""
+    facts = json.loads((trained / place / "config.json").read_text())
+    facts.pop("kind", None)
+
+    def found(**says):
+        (tmp_path / "config.json").write_text(json.dumps(says))
+        try:
+            return apps_models.find_model(str(tmp_path), part) == tmp_path
+        except FileNotFoundError:
+            return False
+
+    kind = "flextok" if part == "tokenizer" else part
+    assert found(**facts), "an older file"
+    assert found(**facts, kind=kind) and found(weights=facts["weights"], config={"size": 3}, kind=kind)
+    assert not found(**facts, kind="another") and not found(weights=facts["weights"], config={"size": 3})
+    assert not found(kind=kind), "a configuration belongs to it"
+
+
 @pytest.mark.parametrize("stage", ("vae", "tok", "ar"))
 def test_a_run_from_its_own_json_gives_the_same_weights(trained, tmp_path, stage, capsys):
     assert call("train", "--config", trained / stage / "run.json", "--out", tmp_path / "again") == 0
@@ -203,12 +229,12 @@ PROGRAM = "import sys; from flextok_edu.apps.train import train_main; train_main
 LOUD = """
 import sys
 import flextok_edu.apps.train as apps_train
-import flextok_edu.apps.training as apps_training
-real = apps_training.Told.micro_batches
+import flextok_edu.engine.long_run as engine_long_run
+real = engine_long_run.LongRun.micro_batches
 def parts(self, step):
     print("in training", flush=True)
     return real(self, step)
-apps_training.Told.micro_batches = parts
+engine_long_run.LongRun.micro_batches = parts
 apps_train.train_main(sys.argv[1:])
 """
 
@@ -259,7 +285,7 @@ def test_killed_and_started_again(trained, tmp_path, capsys):
 @pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
 def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, status):
     """In the third step, from inside: the signal arrives while the loop runs."""
-    real, count = apps_training.Told.micro_batches, []
+    real, count = engine_long_run.LongRun.micro_batches, []
 
     def micro_batches(self, step):
         count.append(step)
@@ -267,7 +293,7 @@ def test_exit_status_of_signals(trained, tmp_path, monkeypatch, capsys, number, 
             os.kill(os.getpid(), number)
         return real(self, step)
 
-    monkeypatch.setattr(apps_training.Told, "micro_batches", micro_batches)
+    monkeypatch.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
     argv = ["vae", "--out", tmp_path / "vae", "--steps", 6, *TINY]
     refused(capsys, status, "the same command goes on", "train", *argv)
     monkeypatch.undo()
@@ -309,11 +335,11 @@ def test_a_decoder_goes_on_and_ids_stay(trained, tmp_path, capsys):
     changed = {n for n, w in new.state_dict().items() if not torch.equal(w, old.state_dict()[n])}
     assert changed and all(n.startswith("decoder.") for n in changed)
     tok, images = FlexTok.from_pretrained(trained / "tok"), torch.rand(2, 3, 32, 32) * 2 - 1
-    ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), 2)
+    ids, picture = tok.tokenize(images), tok.detokenize(tok.tokenize(images), steps=2)
     with pytest.raises(ValueError, match="its tokens would mean nothing"):
         FlexTok.from_pretrained(trained / "tok", vae=new)
     assert torch.equal(with_decoder(tok, new).tokenize(images), ids) and not torch.equal(
-        tok.detokenize(ids, 2), picture
+        tok.detokenize(ids, steps=2), picture
     )
     tok.save_pretrained(tmp_path / "tok")
     assert torch.equal(FlexTok.from_pretrained(tmp_path / "tok", vae=new).tokenize(images), ids)
@@ -429,7 +455,7 @@ def test_a_trained_model_goes_on_with_other_pictures(trained, pictures, tmp_path
     before, after = FlexTok.from_pretrained(trained / "tok"), FlexTok.from_pretrained(tmp_path / "decoder")
     assert torch.equal(before.tokenize(images), after.tokenize(images)), "the decoder alone: ids stay"
     assert not torch.equal(
-        before.detokenize(before.tokenize(images), 2), after.detokenize(after.tokenize(images), 2)
+        before.detokenize(before.tokenize(images), steps=2), after.detokenize(after.tokenize(images), steps=2)
     )
     refused(
         capsys,
@@ -1105,6 +1131,28 @@ def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):
         assert np.abs(a - b).max() <= 1, "a batch of another size may round otherwise"
 
 
+def test_many_pictures_are_decoded_in_batches(trained, tmp_path, monkeypatch):
+    """No batch is larger than `BATCH`, and the pictures are those of one large batch."""
+    argv = ["boat", "3", "0", "--ar", trained / "ar", "--device", "cpu", "--steps", 2, "--budgets", 1, 16]
+    argv += ["--seeds", *range(4)]
+    assert call("generate", *argv, "--out", tmp_path / "whole") == 0
+    real, sizes = apps_generate.sample_images, []
+
+    def sample_images(ar, tok, labels, *rest, **more):
+        sizes.append(len(labels))
+        return real(ar, tok, labels, *rest, **more)
+
+    patch(monkeypatch, apps_generate, "sample_images", sample_images)
+    monkeypatch.setattr(apps_generate, "BATCH", 5)
+    assert call("generate", *argv, "--out", tmp_path / "parts") == 0
+    assert sizes == [5, 5, 2] * 2
+    files = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert files == sorted(f.name for f in (tmp_path / "parts").iterdir()) and len(files) == 25
+    for file in files:
+        a, b = (np.asarray(Image.open(tmp_path / f / file), dtype=int) for f in ("whole", "parts"))
+        assert np.abs(a - b).max() <= 1, "a batch of another size may round otherwise"
+
+
 def test_measuring(trained, tmp_path, capsys):
     assert (
         call("eval", trained / "tok", "--ar", trained / "ar", "--out", tmp_path / "table", "--device", "cpu")
@@ -1224,3 +1272,21 @@ def test_a_whole_run_from_its_own_json(tmp_path, capsys):
         == 0
     ), "the folder of a run holds all models"
     refused(capsys, 1, "must be a positive number", "run", "--minutes", -3)
+
+
+# Who may look at the arguments of the process. (claims: to say which process works in a folder.)
+READS_ARGUMENTS = {"apps/cli.py", "engine/claims.py"}
+STILL_TO_GO = {"apps/bench.py", "apps/cost.py"}  # through `command`, like the others
+
+
+def test_arguments_are_parsed_in_one_place():
+    """Options, files, signals, exit statuses: whatever is a command goes through `command` of cli."""
+    found = set()
+    for file in sorted((ROOT / "flextok_edu").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+            if {"argparse", "getopt", "sys.argv", "tyro.cli", "tyro"} & set(names):
+                found.add(file.relative_to(ROOT / "flextok_edu").as_posix())
+    assert found - STILL_TO_GO == READS_ARGUMENTS

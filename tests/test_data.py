@@ -1,21 +1,38 @@
 """Image folders with all their accidents, and the speed-independent promises of ToyScenes."""
 
+import io
 import sys
 import tarfile
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flextok_edu.apps.models import DataOptions
+from flextok_edu.apps.pictures import on_disk, open_pictures
+from flextok_edu.apps.run_config import RunConfig, check
+from flextok_edu.engine.config import preset
 from flextok_edu.engine.tensors import from_uint8
 import flextok_edu.data.folders as data_folders
 import flextok_edu.data.learned as data_learned
 from flextok_edu.data.datasets import ImageSet, batches, load_data, spread
 from flextok_edu.data.folders import image_files, read_folder
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
-from flextok_edu.data.opening import OnDisk, as_image_set, open_source
+from flextok_edu.data.opening import OnDisk, as_image_set, open_source, split_source
+from flextok_edu.data.reading import SourceLoader
+from flextok_edu.data.registry import (
+    SOURCES,
+    SourceKind,
+    find_kind,
+    function_at,
+    is_place,
+    register_source,
+    unregister_source,
+)
 from flextok_edu.data.set_sources import ObjectSource
 from flextok_edu.data.sources import FolderSource
 
@@ -253,6 +270,124 @@ def test_compressed_shards_get_their_own_message_at_every_door(tmp_path):
                 door()
     with pytest.raises(ValueError, match="open_source"):
         load_data("x.tar", 16, 0, 9)
+
+
+def open_toy(spec, options):
+    """`toy:40`: forty small pictures of two classes."""
+    rng = np.random.default_rng(len(spec))
+    count = int(spec.removeprefix("toy:"))
+    pictures = rng.integers(0, 256, (count, options.size, options.size, 3)).astype(np.uint8)
+    source = ObjectSource([(pictures[i], i % 2) for i in range(count)], f"{spec}, {count} pictures")
+    source.classes = ("even", "odd")
+    return source
+
+
+@pytest.fixture
+def toy():
+    kind = SourceKind("toy", open_toy, what="toy:COUNT")
+    register_source(kind)
+    yield kind
+    if kind in SOURCES:
+        unregister_source("toy")
+
+
+def test_a_kind_of_source_from_outside_is_one_entry(toy):
+    train, val = load_data("toy:40", 16, 0, 100, progress=False)
+    assert train.classes == ("even", "odd") and train.rule == val.rule == "one in eight"
+    assert len(train) + len(val) == 40 and len(val) >= 1 and set(train.labels[:, 0].tolist()) == {0, 1}
+    source = open_source("toy:40", 16)
+    disk_train, disk_val = split_source(source)
+    assert torch.equal(disk_val.keys, val.keys) and torch.equal(disk_train.keys, train.keys), "one splitter"
+    assert torch.equal(as_image_set(disk_val, 16).images, val.images)
+    few = load_data("toy:40", 16, 0, 1, progress=False, limit=10)
+    assert [len(x) for x in few] == [10, 1]
+
+    micro, options = preset("micro"), DataOptions(data="toy:40")
+    check(RunConfig(data="toy:40"))
+    memory, held = open_pictures(options, micro)
+    assert isinstance(memory, ImageSet) and memory.images.shape[1:] == (3, 32, 32)
+    disk, disk_held = open_pictures(replace(options, from_disk=True), micro)
+    assert isinstance(disk, OnDisk) and len(disk) == len(memory) and torch.equal(disk_held.keys, held.keys)
+    assert not torch.isin(disk.keys, held.keys).any() and torch.equal(disk.head(40), memory.images)
+    assert not is_place("toy:40") and is_place("toys") and not on_disk("toy:40") and on_disk("toy:40", True)
+
+    with pytest.raises(ValueError, match="there is a kind of source 'toy' already"):
+        register_source(SourceKind("toy", open_toy))
+    with pytest.raises(FileNotFoundError, match="toy-40 is neither toy:COUNT nor 'scenes' nor"):
+        open_source("toy-40")
+    assert unregister_source("toy") is toy
+    for door in (
+        lambda: load_data("toy:40", 16, 0, 9),
+        lambda: open_source("toy:40"),
+        lambda: open_pictures(options, micro),
+        lambda: check(RunConfig(data="toy:40")),
+    ):
+        with pytest.raises(FileNotFoundError, match="toy:40 is neither 'scenes' nor"):
+            door()
+    with pytest.raises(ValueError, match="no kind of source 'toy'"):
+        unregister_source("toy")
+
+
+def test_equal_pictures_of_a_new_kind_are_on_one_side_in_memory(toy):
+    """Doubles under other bytes: of any kind they go where both sides are in memory."""
+    colours = [Image.new("RGB", (9, 9), (i, 0, 0)) for i in range(30)]
+    files = [io.BytesIO() for _ in range(60)]
+    for i, file in enumerate(files):
+        colours[i % 30].save(file, "PNG", compress_level=1 + i // 30 * 8, dpi=(72 + i, 72))
+    pairs = [(Image.open(file), 0) for file in files]
+    train, val = load_data(pairs, 8, 0, 100, progress=False)
+    shown = [x.numpy().tobytes() for side in (train, val) for x in side.images]
+    assert len(shown) == len(set(shown)) == 30
+
+
+def test_every_kind_has_its_own_functions(tmp_path):
+    """The table names functions that are there, and what a person may give is recognised as one of them."""
+    for kind in SOURCES:
+        assert callable(function_at(kind.open)) and (kind.load is None or callable(function_at(kind.load)))
+    photo().save(tmp_path / "0.png")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "x.tar").write_bytes(b"")
+    for given, name in (
+        ("scenes", "scenes"),
+        (Path("scenes"), None),
+        ("cifar10", "set"),
+        (Path("cifar10"), None),
+        ("hf:owner/name:config", "hf"),
+        (tmp_path, "folder"),
+        (str(tmp_path / "saved"), "saved"),
+        (tmp_path / "shards", "shards"),
+        ("x-{000..003}.tar", "shards"),
+        (["a.tar", "b.tar"], "shards"),
+        ([(None, 0)] * 3, "object"),
+        (ToyScenes(length=3), "object"),
+        (None, "object"),
+        ("x.tgz", None),
+        ("https://host/x.tar", None),
+        ("", None),  # an unset variable of a shell
+        ("x" * 5000, None),
+        ("a\0b", None),
+    ):
+        if name is None:
+            with pytest.raises((ValueError, FileNotFoundError)):
+                find_kind(given)
+        else:
+            assert find_kind(given).name == name, given
+    toys = open_source("scenes", 16, limit=40, level=2, seed=3)
+    train, val = load_data("scenes", 16, 40, 5, 2, 3, progress=False)
+    assert torch.equal(as_image_set(toys, 16).images, train.images)
+    assert torch.equal(as_image_set(split_source(toys)[1], 16).images, val.images)
+    for given in ("hf:owner/name", str(tmp_path / "saved"), str(tmp_path / "shards")):
+        with pytest.raises(ValueError, match="open_source opens it"):
+            load_data(given, 16, 0, 9)
+    for door in (
+        lambda: load_data("scenes", 16, 0, 9, colour="red"),
+        lambda: open_source("scenes", colour="red"),
+        lambda: SourceLoader(toys, 16, 2, colour="red"),
+    ):
+        with pytest.raises(TypeError, match="there is no setting 'colour'"):
+            door()
 
 
 def test_head_is_spread_over_the_classes(tmp_path):

@@ -9,7 +9,9 @@ from flextok_edu.engine.config import ARConfig, TokenizerConfig, TrunkConfig, VA
 from flextok_edu.engine.tensors import noise_like, pick_device
 from flextok_edu.data.features import AttributeClassifier
 from flextok_edu.flow import APG, guide_apg
-from flextok_edu.tokenizer import FlexTok, _side_by_side
+from flextok_edu.objective import FlowObjective
+from flextok_edu.short_cuts import side_by_side
+from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE, PatchDiscriminator, VAELoss
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16, 32), layers=1, stem=2, groups=4)
@@ -71,7 +73,7 @@ def test_forwards_leave_nothing_on_the_cpu():
                 v = tok.decoder(latents, tok.decoder.modulations(t), *told)
                 assert v.device.type == "cuda" and v.shape == latents.shape
         assert guide_apg(v, v, 3.0, APG(), None)[0].device.type == "cuda"
-        together = _side_by_side(
+        together = side_by_side(
             tok.decoder.condition(codes, 3, short=True), tok.decoder.null_condition(2, True)
         )
         assert (
@@ -79,7 +81,8 @@ def test_forwards_leave_nothing_on_the_cpu():
             == "cuda"
         )
         assert (
-            tok.train().loss(latents)[0].device.type == "cuda" and tok.norm.mean.device.type == "cuda"
+            FlowObjective(tok.train())(latents)[0].device.type == "cuda"
+            and tok.norm.mean.device.type == "cuda"
         )  # nested dropout, running norm, zero-noise regression
         ids, labels = (
             torch.empty(2, 8, dtype=torch.int64, device="cuda"),
@@ -133,7 +136,7 @@ def test_autocast_and_batches_of_one(batch):
     images = torch.rand(batch, 3, 32, 32) * 2 - 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = tok.vae.encode(images).float()
-        loss, _ = tok.train().loss(latents)
+        loss, _ = FlowObjective(tok.train())(latents)
         loss.backward()
         vae_loss, _ = VAELoss(VAE(VAE_SMALL), VAELossConfig(perceptual=0.0, adversarial=0.0)).autoencoder(
             images, 0.0

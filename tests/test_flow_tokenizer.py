@@ -12,7 +12,8 @@ from torch import nn
 from planting import patch, randomize
 
 import flextok_edu.flow as flow
-import flextok_edu.tokenizer as tokenizer
+import flextok_edu.training as training
+from flextok_edu.objective import FlowObjective
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.data.datasets import ImageSet
 from flextok_edu.flow import (
@@ -24,7 +25,9 @@ from flextok_edu.flow import (
     loss_by_time,
     shift_time,
 )
-from flextok_edu.tokenizer import REPA, FlexTok, feature_map, fit_tokenizer, latent_batches
+from flextok_edu.objective import REPA, feature_map
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import fit_tokenizer, latent_batches
 from flextok_edu.vae import VAE
 
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16,), layers=1, stem=4, groups=4, attention=False)
@@ -197,7 +200,7 @@ def test_decoding_is_what_it_says(tok, solver, guidance, shift):
         solver,
     )
     for tok.short_cuts in (True, False):
-        found = tok.decode_latents(ids, noise, 5, guidance, solver=solver, shift=shift)
+        found = tok.decode_latents(ids, noise, steps=5, guidance=guidance, solver=solver, shift=shift)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -241,17 +244,22 @@ def test_a_constant_function_is_a_number(tok):
     )
     for apg in (False, True, APG(momentum=0.0)):
         assert torch.equal(
-            tok.decode_latents(ids, noise, 4, lambda t: 3.0, apg), tok.decode_latents(ids, noise, 4, 3.0, apg)
+            tok.decode_latents(ids, noise, steps=4, guidance=lambda t: 3.0, apg=apg),
+            tok.decode_latents(ids, noise, steps=4, guidance=3.0, apg=apg),
         )
     assert torch.equal(
-        tok.detokenize(ids, 4, 2.0, noise=noise, solver="euler", shift=1.0),
-        tok.detokenize(ids, 4, 2.0, noise=noise),
+        tok.detokenize(ids, steps=4, guidance=2.0, noise=noise, solver="euler", shift=1.0),
+        tok.detokenize(ids, steps=4, guidance=2.0, noise=noise),
     )
     assert not torch.allclose(
-        tok.detokenize(ids, 4, noise=noise, solver="heun"), tok.detokenize(ids, 4, noise=noise), atol=1e-3
+        tok.detokenize(ids, steps=4, noise=noise, solver="heun"),
+        tok.detokenize(ids, steps=4, noise=noise),
+        atol=1e-3,
     )
     assert not torch.allclose(
-        tok.detokenize(ids, 4, noise=noise, shift=3.0), tok.detokenize(ids, 4, noise=noise), atol=1e-3
+        tok.detokenize(ids, steps=4, noise=noise, shift=3.0),
+        tok.detokenize(ids, steps=4, noise=noise),
+        atol=1e-3,
     )
 
 
@@ -316,7 +324,7 @@ def check_repa_teaches_early_blocks(tok, block=1):
         *tok.decoder.condition(codes, torch.tensor([1, 4, 8])),
         hidden_of=repa.block,
     )
-    repa(hidden, repa.look(pictures(3))).backward()
+    repa.distance(hidden, repa.look(pictures(3))).backward()
     moved = [
         any(w.grad is not None and w.grad.abs().sum() > 0 for w in part.parameters())
         for part in tok.decoder.blocks
@@ -350,9 +358,9 @@ def check_repa_reads_the_patches(tok):
     nn.init.eye_(repa.projector[0].weight)
     n, features = repa.side**2, torch.randn(2, 64, repa.side, repa.side)
     hidden = torch.cat([features.flatten(2).mT, torch.randn(2, 5, 64)], 1)
-    assert hidden.shape[1] == n + 5 and repa(hidden, features).abs() < 1e-5
-    assert repa(-hidden, features) > 1.99 and 0.5 < repa(hidden.roll(1, 1), features) < 1.5
-    assert repa(hidden, features.mT) > 0.3, "rows are not columns"
+    assert hidden.shape[1] == n + 5 and repa.distance(hidden, features).abs() < 1e-5
+    assert repa.distance(-hidden, features) > 1.99 and 0.5 < repa.distance(hidden.roll(1, 1), features) < 1.5
+    assert repa.distance(hidden, features.mT) > 0.3, "rows are not columns"
 
 
 def test_repa_reads_the_patches(tok):
@@ -360,8 +368,8 @@ def test_repa_reads_the_patches(tok):
 
 
 def test_reading_the_registers_is_caught(tok, monkeypatch):
-    real = REPA.forward
-    monkeypatch.setattr(REPA, "forward", lambda self, hidden, features: real(self, hidden.flip(1), features))
+    real = REPA.distance
+    monkeypatch.setattr(REPA, "distance", lambda self, hidden, features: real(self, hidden.flip(1), features))
     with pytest.raises(AssertionError):
         check_repa_reads_the_patches(tok)
 
@@ -405,7 +413,7 @@ def test_statistics_measured_anew_are_caught(decay, monkeypatch):
         tok, log = fit(tok, data, *args, **named)
         tok.norm.updates.zero_()
         with torch.no_grad():
-            tok.norm.update(tok.encoder(tokenizer.cache_latents(tok.vae, data.images)[0]))
+            tok.norm.update(tok.encoder(training.cache_latents(tok.vae, data.images)[0]))
         return tok, log
 
     monkeypatch.setitem(globals(), "fit_tokenizer", anew)
@@ -421,16 +429,21 @@ def check_features_go_with_their_images():
     tok, data = FlexTok(replace(TOK_SMALL, sample_posterior=False), VAE(VAE_SMALL)), dataset()
     repa, seen = REPA(tok.config, Eyes()), []
     images = torch.cat([data.images, data.images.flip(-1)])
-    means, features = tokenizer.cache_latents(tok.vae, images)[0], repa.look(images)
+    means, features = training.cache_latents(tok.vae, images)[0], repa.look(images)
 
-    def loss(self, latents, repa=None, features=None, draws=None):
+    def loss(self, latents, features=None, draws=None):
         seen.append((latents, features))
-        return self.encoder.registers.sum() + sum(w.sum() for w in repa.projector.parameters()), {}
+        return self.tok.encoder.registers.sum() + sum(w.sum() for w in repa.projector.parameters()), {}
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(FlexTok, "loss", loss)
+        m.setattr(FlowObjective, "__call__", loss)
         fit_tokenizer(
-            tok, data, StageConfig(steps=5, batch=7, warmup=1, ema=0.5), flip=True, progress=False, repa=repa
+            tok,
+            data,
+            StageConfig(steps=5, batch=7, warmup=1, ema=0.5),
+            flip=True,
+            progress=False,
+            terms=[repa],
         )
     for latents, found in seen:
         which = torch.cdist(latents.flatten(1), means.flatten(1)).argmin(1)
@@ -447,10 +460,10 @@ def test_features_go_with_their_images():
 @pytest.mark.parametrize("bug", ("shuffled apart", "not mirrored"))
 def test_features_of_other_images_are_caught(bug, monkeypatch):
     if bug == "shuffled apart":
-        real = tokenizer.latent_batches
+        real = training.latent_batches
         patch(
             monkeypatch,
-            tokenizer,
+            training,
             "latent_batches",
             lambda latents, batch, seed=0, device="cpu", features=None, sample=True: real(
                 latents, batch, seed, device, features.roll(1, 0), sample
@@ -479,7 +492,7 @@ def train(repa_weight=None, steps=4, precision=None):
         StageConfig(steps=steps, batch=8, lr=1e-3, warmup=1, ema=0.5),
         progress=False,
         precision=precision,
-        repa=repa,
+        terms=[repa] if repa else [],
     )
     return tok, log, repa, start
 
@@ -511,7 +524,9 @@ def test_the_projector_is_trained_and_not_saved(precision, tmp_path):
 
 def test_one_image_and_given_budgets(tok):
     repa = REPA(tok.config, Eyes())
-    loss, numbers = tok.train().loss(torch.randn(1, 4, 8, 8), repa, repa.look(pictures(1)), budget=3)
+    loss, numbers = FlowObjective(tok.train(), [repa])(
+        torch.randn(1, 4, 8, 8), repa.look(pictures(1)), budget=3
+    )
     assert torch.isfinite(loss) and 0 <= numbers["repa"] <= 2
     budgets = []
     with pytest.MonkeyPatch.context() as m:
@@ -524,8 +539,8 @@ def test_one_image_and_given_budgets(tok):
                 real(self, codes, budget, null, short),
             )[1],
         )
-        tok.loss(torch.randn(4, 4, 8, 8), budget=3)
-        tok.loss(torch.randn(2, 4, 8, 8), budget=torch.tensor([1, 8]))
+        FlowObjective(tok)(torch.randn(4, 4, 8, 8), budget=3)
+        FlowObjective(tok)(torch.randn(2, 4, 8, 8), budget=torch.tensor([1, 8]))
     assert [b.tolist() for b in budgets] == [[3] * 4, [1, 8]]
 
 
@@ -567,8 +582,8 @@ def test_repa_refuses_what_does_not_fit(tok):
         REPA(tok.config, Eyes(), block=4)
     repa = REPA(tok.config, Eyes())
     with pytest.raises(ValueError, match="not None"):
-        tok.loss(torch.randn(2, 4, 8, 8), repa)
+        FlowObjective(tok, [repa])(torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match=r"\(b, d, 4, 4\)"):
-        tok.loss(torch.randn(2, 4, 8, 8), repa, torch.randn(2, 3, 5, 5))
+        FlowObjective(tok, [repa])(torch.randn(2, 4, 8, 8), torch.randn(2, 3, 5, 5))
     with pytest.raises(ValueError, match="same images"):
-        next(latent_batches(tokenizer.Latents(torch.randn(4, 4, 8, 8)), 2, features=torch.randn(3, 3, 4, 4)))
+        next(latent_batches(training.Latents(torch.randn(4, 4, 8, 8)), 2, features=torch.randn(3, 3, 4, 4)))

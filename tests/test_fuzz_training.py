@@ -62,7 +62,7 @@ def run(tmp_path_factory):
         4,
         EMA(net),
         progress=False,
-        engine=Open(
+        trainer=Open(
             folder, "cpu", steps=2, recipe={"stage": "net", "preset": {"lr": 0.01, "train_net": {"lr": 0.01}}}
         ),
     )

@@ -1,4 +1,4 @@
-"""A file that somebody else wrote, or that is being read, is not replaced (evaluation; the commands use it)."""
+"""A file that somebody else wrote, or that is being read, is not replaced (*marks*; the commands use it)."""
 
 import json
 import os

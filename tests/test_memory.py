@@ -106,7 +106,9 @@ import io, sys, threading
 from PIL import Image
 from flextok_edu.data.decoding import _share, decode_square
 _share.total = 2**27
-def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
 picture = open(sys.argv[1], "rb").read()
 small = io.BytesIO(); Image.new("RGB", (50, 50)).save(small, "PNG"); decode_square(small.getvalue(), 64)
 before, found = peak(), []

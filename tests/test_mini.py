@@ -94,7 +94,7 @@ def test_pictures_get_better(tok, reader, rows):
     images, usual = from_uint8(images), preset("mini").evaluate
     ids, errors = tok.tokenize(images), {}
     for k in (1, 8, 64):
-        pictures = tok.detokenize(ids[:, :k], usual.steps, usual.guidance)
+        pictures = tok.detokenize(ids[:, :k], steps=usual.steps, guidance=usual.guidance)
         each = (pictures - images).abs().flatten(1).mean(1) / 2
         errors[k] = float(each.mean())
         assert abs(errors[k] - rows[k]["mae"]) < 4 * float(each.std()) / 4, (k, errors[k], rows[k]["mae"])
@@ -111,9 +111,9 @@ def test_new_pictures(tok, reader):
     ar, usual = ARModel.from_pretrained("mini", tokenizer=tok), preset("mini").evaluate
     check_tokenizer(ar, tok)
     wanted = torch.arange(12)
-    ids = ar.generate(wanted, 16, usual.ar_guidance, usual.temperature)
+    ids = ar.generate(wanted, 16, guidance=usual.ar_guidance, temperature=usual.temperature)
     assert ids.shape == (12, 16) and int(ids.max()) < tok.fsq.vocabulary
-    pictures = tok.detokenize(ids, usual.steps, usual.guidance)
+    pictures = tok.detokenize(ids, steps=usual.steps, guidance=usual.guidance)
     assert pictures.shape == (12, 3, 128, 128) and int((reader.read(pictures)[:, 0] == wanted).sum()) >= 10
 
 

@@ -5,6 +5,7 @@ A check that cannot fail protects nobody; here each one shows that it can.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import flextok_edu.flow as flow
 import flextok_edu.fsq as fsq
 import flextok_edu.registers as registers
 import flextok_edu.tokenizer as tokenizer
+import flextok_edu.networks as networks
 import flextok_edu.transformer as transformer
 import flextok_edu.vae as vae
 import flextok_edu.data.datasets as data_datasets
@@ -23,6 +25,7 @@ import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
 import flextok_edu.evaluation.report as evaluation_report
+from flextok_edu.objective import FlowObjective
 from flextok_edu.engine.config import (
     ARConfig,
     EvalConfig,
@@ -123,7 +126,7 @@ def check_one_budget_per_sample():
 
 def check_dropped_is_dropped():
     torch.manual_seed(0)
-    decoder = randomize(tokenizer.Decoder(TOK_SMALL))
+    decoder = randomize(networks.Decoder(TOK_SMALL))
     codes, t, x = torch.randn(2, 8, 4), torch.rand(2), torch.randn(2, 4, 8, 8)
     other = codes.clone()
     other[:, 3:] = torch.randn(2, 5, 4)
@@ -169,7 +172,7 @@ def check_flow_sign_in_the_tokenizer():
         return real(t)
 
     tok.decoder.modulations = modulations
-    assert tok.loss(latents)[0] < 1e-6
+    assert FlowObjective(tok)(latents)[0] < 1e-6
 
 
 def check_ar_targets():
@@ -369,8 +372,9 @@ def targets_rolled(monkeypatch):
 
 
 def reference_is_another_set(monkeypatch):
-    real = evaluation_metrics.frechet
-    patch(monkeypatch, evaluation_metrics, "frechet", lambda a, b: real(a.flip(1), b))
+    real = evaluation_metrics.METRICS["frechet"]
+    bug = replace(real, measure=lambda a, b: real.measure(a.flip(1), b))
+    monkeypatch.setitem(evaluation_metrics.METRICS, "frechet", bug)
 
 
 def reference_is_resized_otherwise(monkeypatch):

@@ -20,8 +20,8 @@ import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.page as apps_page
 import flextok_edu.apps.run_config as apps_run_config
 import flextok_edu.apps.stages as apps_stages
-import flextok_edu.ar as ar
-import flextok_edu.tokenizer as tokenizer
+import flextok_edu.ar_training as ar_training
+import flextok_edu.training as training
 import flextok_edu.engine.config as engine_config
 import flextok_edu.engine.limits as engine_limits
 import flextok_edu.engine.long_run as engine_long_run
@@ -81,10 +81,10 @@ def test_a_retrained_stage_is_evaluated_again(tmp_path, monkeypatch, capsys):
     config = RunConfig(out=str(tmp_path / "run"), **FAST)
     first = run(config)
     shutil.rmtree(tmp_path / "run" / "ar")
-    real = ar.train_ar
+    real = ar_training.train_ar
     patch(
         monkeypatch,
-        ar,
+        ar_training,
         "train_ar",
         lambda train, tok, p, seed, *a, **k: real(train, tok, p, seed + 1, *a, **k),
     )
@@ -103,7 +103,7 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        patch(m, tokenizer, "train_tokenizer", stop)
+        patch(m, training, "train_tokenizer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(RunConfig(out=str(tmp_path / "cut"), **FAST))
     assert (tmp_path / "cut" / "vae" / "config.json").exists() and not (

@@ -22,7 +22,8 @@ from flextok_edu.io.export import save_released
 from flextok_edu.io.layout import Layout
 from flextok_edu.io.released import load_flextok, load_vae
 from flextok_edu.io.tables import Table
-from flextok_edu.tokenizer import FlexTok, fit_tokenizer, train_tokenizer
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import fit_tokenizer, train_tokenizer
 from flextok_edu.vae import VAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -762,7 +763,8 @@ def test_own_tokenizer(tmp_path, changes):
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     ids = tok.encode_latents(latents)
     assert torch.equal(again.encode_latents(latents), ids) and torch.equal(
-        again.decode_latents(ids, noise, 2, guidance=2.0), tok.decode_latents(ids, noise, 2, guidance=2.0)
+        again.decode_latents(ids, noise, steps=2, guidance=2.0),
+        tok.decode_latents(ids, noise, steps=2, guidance=2.0),
     )
     save_released(again, tmp_path / "b")
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (
@@ -1153,18 +1155,18 @@ def test_their_lists(dressed):
 
 def test_their_generators(dressed):
     ids, made = torch.zeros(2, 4, dtype=torch.int64), lambda seed: torch.Generator().manual_seed(seed)
-    one = dressed.detokenize(ids, 2, generator=made(1))
-    assert torch.equal(one, dressed.detokenize(ids, 2, generator=made(1))) and not torch.equal(
-        one, dressed.detokenize(ids, 2, generator=made(2))
+    one = dressed.detokenize(ids, steps=2, generator=made(1))
+    assert torch.equal(one, dressed.detokenize(ids, steps=2, generator=made(1))) and not torch.equal(
+        one, dressed.detokenize(ids, steps=2, generator=made(2))
     )
     g = made(1)
     assert torch.equal(
         one,
         dressed.detokenize(
-            ids, 2, noise=torch.stack([torch.randn(16, 16, 16, generator=g) for _ in range(2)])
+            ids, steps=2, noise=torch.stack([torch.randn(16, 16, 16, generator=g) for _ in range(2)])
         ),
     )
-    each = dressed.detokenize(ids, 2, generator=[made(5), made(5)])
+    each = dressed.detokenize(ids, steps=2, generator=[made(5), made(5)])
     assert torch.allclose(each[0], each[1], atol=1e-5)
     for wrong, says in (
         (dict(seed=1, generator=made(1)), "seed=1 and generator="),
@@ -1172,22 +1174,23 @@ def test_their_generators(dressed):
         (dict(generator=[made(1)]), "1 generators for 2 images"),
     ):
         with pytest.raises(ValueError, match=says):
-            dressed.detokenize(ids, 2, **wrong)
+            dressed.detokenize(ids, steps=2, **wrong)
 
 
 def test_their_bar_and_sizes(dressed, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     ids = torch.zeros(2, 4, dtype=torch.int64)
-    silent = dressed.detokenize(ids, 3)
+    silent = dressed.detokenize(ids, steps=3)
     assert "decoding" not in capsys.readouterr().err
     for sizes in (32, (32, 32), [32, 32], [(32, 32), (32, 32)], torch.tensor([[32, 32]] * 2)):
-        assert torch.equal(dressed.detokenize(ids, 3, vae_image_sizes=sizes), silent)
+        assert torch.equal(dressed.detokenize(ids, steps=3, vae_image_sizes=sizes), silent)
     for sizes in (256, (256, 32), [(32, 32), (64, 64)]):
         with pytest.raises(ValueError, match="makes pictures of 32 px, not of (256|64)"):
-            dressed.detokenize(ids, 3, vae_image_sizes=sizes)
-    assert torch.equal(dressed.detokenize(ids, 3, verbose=True), silent)
+            dressed.detokenize(ids, steps=3, vae_image_sizes=sizes)
+    assert torch.equal(dressed.detokenize(ids, steps=3, verbose=True), silent)
     assert torch.allclose(
-        dressed.detokenize(ids, 3, verbose=True, solver="heun"), dressed.detokenize(ids, 3, solver="heun")
+        dressed.detokenize(ids, steps=3, verbose=True, solver="heun"),
+        dressed.detokenize(ids, steps=3, solver="heun"),
     )
 
 
@@ -1216,7 +1219,7 @@ def test_images_of_another_precision(dressed, dtype):
     x = (torch.rand(2, 3, 32, 32) * 2 - 1).to(dtype)
     assert torch.equal(dressed.tokenize(x), dressed.tokenize(x.float()))
     half = load_flextok(FIXTURES / "released_tiny", dtype=torch.bfloat16, vae=dressed.vae.to(torch.bfloat16))
-    assert half.detokenize(half.tokenize(x)[:, :3], 2).shape == (2, 3, 32, 32)
+    assert half.detokenize(half.tokenize(x)[:, :3], steps=2).shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="uint8 .from_uint8 converts bytes"):
         dressed.tokenize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
@@ -1241,7 +1244,7 @@ def test_ids_that_are_no_integers(dressed, ids):
 def test_small_integers_are_ids(dressed):
     ids = torch.tensor([[1, 2, 3]])
     for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16):
-        assert torch.equal(dressed.detokenize(ids.to(dtype), 2), dressed.detokenize(ids, 2))
+        assert torch.equal(dressed.detokenize(ids.to(dtype), steps=2), dressed.detokenize(ids, steps=2))
 
 
 def test_images_from_zero_to_one_are_noticed(dressed, monkeypatch, recwarn):
@@ -1265,11 +1268,11 @@ def test_guidance_beyond_all_pictures(dressed):
     ids = torch.zeros(1, 4, dtype=torch.int64)
     for guidance in (1e38, -1e38, lambda t: 1e10):
         with pytest.raises(ValueError, match="leaves all pictures behind"):
-            dressed.detokenize(ids, 2, guidance=guidance)
+            dressed.detokenize(ids, steps=2, guidance=guidance)
     with torch.no_grad():
         dressed.vae.decoder.conv_out.bias.fill_(float("inf"))
     with pytest.raises(ValueError, match="NaN or infinity instead of pictures"):
-        dressed.detokenize(ids, 2)
+        dressed.detokenize(ids, steps=2)
 
 
 def test_nan_reaches_the_loss(dressed):

@@ -291,7 +291,9 @@ PROOF = """
 import sys, time
 from flextok_edu.data.reading import SourceLoader, decode, survey
 from flextok_edu.data.sources import FolderSource
-def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
 source = FolderSource(sys.argv[1])
 decode(source.item(0), 32)
 before = peak()
@@ -737,7 +739,7 @@ def test_objects_parts_and_errors(tmp_path):
     with pytest.raises(IndexError):
         val.item(len(val))
     assert len(open_source(ToyScenes(size=16, length=40), limit=8)) == 8
-    with pytest.raises(FileNotFoundError, match="no folder, no tar shards"):
+    with pytest.raises(FileNotFoundError, match="neither .* nor tar shards .* nor a folder"):
         open_source("nothing_like_it")
     with pytest.raises(ValueError, match="no length"):
         open_source(3.5)
@@ -974,7 +976,7 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
     from flextok_edu.engine.config import PRESETS, StageConfig, VAEConfig
     from flextok_edu.data.opening import OnDisk
     from flextok_edu.engine.long_run import LongRun, Stopped
-    from flextok_edu.vae import train_vae
+    from flextok_edu.vae_training import train_vae
 
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -997,7 +999,7 @@ def test_a_vae_trains_from_the_disk_and_resumes(tmp_path):
             super().end(step, log)
 
     def losses(data, engine=None):
-        model, log = train_vae(data, p, progress=False, engine=engine)
+        model, log = train_vae(data, p, progress=False, trainer=engine)
         return [row["vae"] for row in log], model
 
     memory, _ = losses(as_image_set(source, 16))

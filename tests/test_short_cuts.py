@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flextok_edu.engine.config import TokenizerConfig, TrunkConfig
-from flextok_edu.tokenizer import FlexTok, runs_together
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.short_cuts import runs_together
 
 CONFIG = TokenizerConfig(4, 16, 64, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 3))
 BUDGETS = (1, 2, 3, 8, 31, 64)

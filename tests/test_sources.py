@@ -292,7 +292,7 @@ def test_read_squares_keeps_the_order_across_threads():
 
 
 # --- eyes
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_inception_by_name(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_the_classifiers_log_starts_at_chance():
 
 
 # --- the loop
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class InParts(Engine):
@@ -428,7 +428,7 @@ def test_parts_of_a_batch_are_the_batch():
             }
 
         objective = Objective("line", loss, list(line.named_parameters()), StageConfig(lr=0.1, warmup=2))
-        return fit([objective], iter([x] * 6), 6, every=2, progress=False, engine=engine), line, seen
+        return fit([objective], iter([x] * 6), 6, every=2, progress=False, trainer=engine), line, seen
 
     (log, a, whole), (log_parts, b, parts) = run(Engine()), run(InParts())
     assert whole == [16] * 6 and parts == [7, 4, 5] * 6

@@ -87,7 +87,7 @@ def test_pictures_get_better(parts, usual):
     images = from_uint8(images)
     ids, errors, read = tok.tokenize(images), [], {}
     for k in token_counts(32):
-        pictures = tok.detokenize(ids[:, :k], usual.steps, usual.guidance)
+        pictures = tok.detokenize(ids[:, :k], steps=usual.steps, guidance=usual.guidance)
         errors.append(float((pictures - images).abs().mean() / 2))
         read[k] = read_accuracy(reader, pictures, labels)
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0], errors
@@ -116,7 +116,14 @@ def test_new_pictures_are_of_their_class(parts, usual):
     truth = torch.zeros(96, 4, dtype=torch.int64)
     truth[:, 0] = wanted
     pictures = sample_images(
-        ar, tok, wanted, 32, usual.steps, usual.guidance, usual.ar_guidance, usual.temperature
+        ar,
+        tok,
+        wanted,
+        32,
+        steps=usual.steps,
+        guidance=usual.guidance,
+        ar_guidance=usual.ar_guidance,
+        temperature=usual.temperature,
     )
     assert read_accuracy(reader, pictures, truth)["kind"] > 0.5
 
@@ -386,7 +393,8 @@ def test_clipart_draws_signs():
         tok = FlexTok.from_pretrained(name)
         ids = tok.tokenize(x)
         errors[name] = [
-            float((tok.detokenize(ids[:, :k], e.steps, e.guidance) - x).abs().mean() / 2) for k in (1, 4, 32)
+            float((tok.detokenize(ids[:, :k], steps=e.steps, guidance=e.guidance) - x).abs().mean() / 2)
+            for k in (1, 4, 32)
         ]
     assert (
         errors["clipart"] == sorted(errors["clipart"], reverse=True)

@@ -33,12 +33,12 @@ import flextok_edu.engine.tensors as engine_tensors
 from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.optim import EMA
-from flextok_edu.engine.trainer import Engine, Objective, fit
-from flextok_edu.tokenizer import TokenizerLoader
+from flextok_edu.engine.trainer import Callback, Objective, Trainer, fit
+from flextok_edu.training import TokenizerLoader
 from flextok_edu.engine.checkpoint import Checkpoints
 from flextok_edu.engine.claims import claimed
-from flextok_edu.engine.distributed import Shares, recomputed
-from flextok_edu.engine.long_run import LongRun, Stopped
+from flextok_edu.engine.distributed import Distributed, recomputed
+from flextok_edu.engine.long_run import Dashboard, Stopped, long_run as lasting
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "tests" / "long_run.py")
@@ -83,14 +83,10 @@ def alone():
 
     def run(name, optimizer="adamw", cache={}):
         if (name, optimizer) not in cache:
-            cache[name, optimizer] = long_run.stage(name, optimizer=optimizer, engine=Every())
+            cache[name, optimizer] = long_run.stage(name, optimizer=optimizer, trainer=Trainer())
         return cache[name, optimizer]
 
     return run
-
-
-class Every(Engine):
-    """The notebook engine's engine."""
 
 
 # --- parts and processes
@@ -101,7 +97,7 @@ class Every(Engine):
 @pytest.mark.parametrize("micro", (2, 3))
 def test_accumulation_changes_nothing(name, micro, alone):
     model, log = alone(name)
-    other, log_parts = long_run.stage(name, engine=Shares("cpu", micro=micro))
+    other, log_parts = long_run.stage(name, trainer=Trainer(Distributed("cpu", micro=micro)))
     close(log, log_parts, KEYS[name])
     for (n, a), b in zip(model.named_parameters(), other.parameters()):
         assert torch.allclose(a, b, atol=2e-4), n
@@ -206,15 +202,21 @@ def test_what_cannot_be_shared_is_refused():
     objective = Objective(
         "line", lambda b, _: (line(b).sum(), {}), list(line.named_parameters()), StageConfig()
     )
-    with pytest.raises(TypeError, match="need a Feed"):
-        fit([objective], iter([torch.ones(2, 1)] * 3), 3, progress=False, engine=Shares("cpu", micro=2))
+    with pytest.raises(TypeError, match="need a Loader"):
+        fit(
+            [objective],
+            iter([torch.ones(2, 1)] * 3),
+            3,
+            progress=False,
+            trainer=Trainer(Distributed("cpu", micro=2)),
+        )
     with pytest.raises(ValueError, match="batch of 2 cannot be dealt to 1 processes with 3"):
         fit(
             [objective],
             Loader(9, 2, lambda *_: torch.ones(2, 1)),
             3,
             progress=False,
-            engine=Shares("cpu", micro=3),
+            trainer=Trainer(Distributed("cpu", micro=3)),
         )
     with pytest.raises(ValueError, match="0 items"):
         Loader(0, 2, None)
@@ -223,7 +225,7 @@ def test_what_cannot_be_shared_is_refused():
 def test_recomputing_changes_nothing():
     logs, held = [], []
     for recompute in (False, True):
-        log = long_run.stage("ar", 6, engine=Shares("cpu", recompute=recompute))[1]
+        log = long_run.stage("ar", 6, trainer=Trainer(Distributed("cpu", recompute=recompute)))[1]
         logs.append([r["ar"] for r in log])
     assert logs[0] == logs[1]
     block = nn.Sequential(*[nn.Linear(16, 16) for _ in range(8)])
@@ -240,7 +242,9 @@ def test_recomputing_changes_nothing():
 
 @pytest.mark.parametrize("name", KEYS)
 def test_bfloat16_trains(name):
-    log = long_run.stage(name, 40, precision=torch.bfloat16, engine=Shares("cpu", torch.bfloat16))[1]
+    log = long_run.stage(
+        name, 40, precision=torch.bfloat16, trainer=Trainer(Distributed("cpu", torch.bfloat16))
+    )[1]
     first, last = log[0], log[-1]
     key = {"vae": "l1", "tokenizer": "tokenizer", "ar": "ar"}[name]
     assert last[key] < first[key]
@@ -288,13 +292,14 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
     plan = dict(steps=120, batch=8, optimizer="muon" if name == "tokenizer" else "adamw")
     wanted = long_run.own_hash(long_run.stage(name, **plan)[0])
 
-    class Alive(LongRun):
-        def ready(self, objective, step):
+    class Alive(Callback):
+        def begin(self, training, backend):
             (tmp_path / "trains").touch()
-            super().ready(objective, step)
 
     def go():
-        model, _ = long_run.stage(name, engine=Alive(tmp_path / "run", "cpu", steps=2), **plan)
+        model, _ = long_run.stage(
+            name, trainer=lasting(tmp_path / "run", device="cpu", steps=2, callbacks=[Alive()]), **plan
+        )
         (tmp_path / "hash").write_text(long_run.own_hash(model))
 
     dice, statuses, torn, starts, reach = random.Random(0), [], 0, set(), 0.35
@@ -331,8 +336,8 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
 def resumes(tmp_path, forget=()):
     """10 of 20 steps, then a new process's worth of objects for the rest."""
     with pytest.raises(Stopped):
-        long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
-    model, log = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
+        long_run.stage("tokenizer", 20, trainer=stop_at(10, tmp_path))
+    model, log = long_run.stage("tokenizer", 20, trainer=lasting(tmp_path, device="cpu"))
     return long_run.own_hash(model), [
         {
             k: row[k]
@@ -351,17 +356,20 @@ def resumes(tmp_path, forget=()):
     ]
 
 
-class StopAt(LongRun):
-    """Somebody presses Ctrl-C in step `when`."""
+class Signal(Callback):
+    """A signal arrives in step `when`."""
 
-    def __init__(self, when, folder, **options):
-        super().__init__(folder, "cpu", **options)
-        self.when = when
+    def __init__(self, when, number=signal.SIGINT):
+        self.when, self.number = when, number
 
-    def end(self, step, log):
-        if step + 1 == self.when:
-            os.kill(os.getpid(), signal.SIGINT)
-        super().end(step, log)
+    def step(self, training, backend, looked):
+        if training.done == self.when:
+            os.kill(os.getpid(), self.number)
+
+
+def stop_at(when, folder, **options):
+    """A long run in which somebody presses Ctrl-C in step `when`."""
+    return lasting(folder, device="cpu", callbacks=[Signal(when), *options.pop("callbacks", [])], **options)
 
 
 def check_resume(tmp_path):
@@ -397,24 +405,24 @@ def forget_the_step(m):
 
 
 def forget_the_average(m):
-    real = LongRun._restore
+    real = engine_resume.restore_training
 
-    def restore(self, state, facts):
-        ema, self.ema = self.ema, None
-        real(self, state, facts)
-        self.ema = ema
+    def restore(training, *rest):
+        ema, training.ema = training.ema, None
+        real(training, *rest)
+        training.ema = ema
 
-    m.setattr(LongRun, "_restore", restore)
+    patch(m, engine_resume, "restore_training", restore)
 
 
 def forget_the_buffers(m):
-    real = LongRun._restore
+    real = engine_resume.restore_training
 
-    def restore(self, state, facts):
-        [p.buffers.clear() for p in self.objectives]
-        real(self, state, facts)
+    def restore(training, *rest):
+        [o.buffers.clear() for o in training.objectives]
+        real(training, *rest)
 
-    m.setattr(LongRun, "_restore", restore)
+    patch(m, engine_resume, "restore_training", restore)
 
 
 @pytest.mark.parametrize("bug", (forget_the_moments, forget_the_step, forget_the_average, forget_the_buffers))
@@ -442,14 +450,14 @@ def check_channels_last(tmp_path):
             Loader(9, 3, lambda rows, positions, step: x[rows]),
             12,
             progress=False,
-            engine=engine,
+            trainer=engine,
         )
         return net
 
-    whole = go(Engine())
+    whole = go(Trainer())
     with pytest.raises(Stopped):
-        go(StopAt(5, tmp_path))
-    again = go(LongRun(tmp_path, "cpu"))
+        go(stop_at(5, tmp_path))
+    again = go(lasting(tmp_path, device="cpu"))
     assert whole.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(
         whole.weight, again.weight
     )
@@ -482,14 +490,14 @@ def check_dice_are_resumed(tmp_path):
             Loader(9, 3, lambda rows, positions, step: rows[:, None].float()),
             12,
             progress=False,
-            engine=engine,
+            trainer=engine,
         )
 
     whole, pieces = [], []
-    go(Engine(), whole)
+    go(Trainer(), whole)
     with pytest.raises(Stopped):
-        go(StopAt(5, tmp_path), pieces)
-    go(LongRun(tmp_path, "cpu"), pieces)
+        go(stop_at(5, tmp_path), pieces)
+    go(lasting(tmp_path, device="cpu"), pieces)
     assert [d for d in pieces[1:6] + pieces[7:]] == whole, (
         "(the first throw of each sitting is the rehearsal's)"
     )
@@ -581,7 +589,7 @@ def test_a_second_process_is_refused_and_told_by_whom(hold, tmp_path):
             pass
     assert f"process {first.pid}" in hold(folder).said, "a third is refused as well: asking released nothing"
     with pytest.raises(ValueError, match=f"process {first.pid}"):
-        long_run.stage("ar", 4, engine=LongRun(folder, "cpu"))
+        long_run.stage("ar", 4, trainer=lasting(folder, device="cpu"))
     assert [p.name for p in folder.iterdir()] == [".claim"], "nothing was written"
     first.end()
     assert not folder.exists(), "a folder that was only claimed is not left behind"
@@ -615,16 +623,20 @@ def test_whatever_stands_in_a_claim(hold, tmp_path):
 def test_a_training_works_under_the_claim_of_its_command(tmp_path):
     with claimed(tmp_path):
         with pytest.raises(Stopped):
-            long_run.stage("ar", 8, engine=StopAt(4, tmp_path))
-        long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+            long_run.stage("ar", 8, trainer=stop_at(4, tmp_path))
+        long_run.stage("ar", 8, trainer=lasting(tmp_path, device="cpu"))
 
-        class Second(LongRun):
-            def end(self, step, log):
-                long_run.stage("ar", 8, engine=LongRun(tmp_path, "cpu"))
+        class Second(Callback):
+            def step(self, training, backend, looked):
+                long_run.stage("ar", 8, trainer=lasting(tmp_path, device="cpu"))
 
         with pytest.raises(ValueError, match="this very process trains there"):
             long_run.stage(
-                "ar", 9, engine=Second(tmp_path, "cpu", recipe={"another": 1}, ignore=("another",))
+                "ar",
+                9,
+                trainer=lasting(
+                    tmp_path, device="cpu", recipe={"another": 1}, ignore=("another",), callbacks=[Second()]
+                ),
             )
         assert (tmp_path / ".claim").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints"]
@@ -666,16 +678,12 @@ def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
 def test_a_closed_terminal(before, tmp_path):
     """SIGHUP saves and stops; under nohup, which has it ignored, it does nothing."""
 
-    class HungUp(LongRun):
-        def end(self, step, log):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGHUP)
-            super().end(step, log)
-
     kept = signal.signal(signal.SIGHUP, before)
     try:
         with pytest.raises(Stopped) if before == signal.SIG_DFL else contextlib.nullcontext():
-            long_run.stage("ar", 8, engine=HungUp(tmp_path, "cpu"))
+            long_run.stage(
+                "ar", 8, trainer=lasting(tmp_path, device="cpu", callbacks=[Signal(4, signal.SIGHUP)])
+            )
         assert [f.stem for f in Checkpoints(tmp_path / "checkpoints").files()] == [
             "step-000000004" if before == signal.SIG_DFL else "step-000000008"
         ]
@@ -717,25 +725,27 @@ def test_a_full_disk_loses_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "run").write_text("a file, not a folder")
     with pytest.raises(OSError, match="could not be written"):
-        long_run.stage("ar", 4, engine=LongRun(tmp_path / "run", "cpu", steps=2))
+        long_run.stage("ar", 4, trainer=lasting(tmp_path / "run", device="cpu", steps=2))
     assert (tmp_path / "run").read_text() == "a file, not a folder"
 
 
 def test_another_run_is_refused(tmp_path):
     with pytest.raises(Stopped):
-        long_run.stage("tokenizer", 20, engine=StopAt(4, tmp_path, recipe={"preset": "micro", "lr": 1e-3}))
+        long_run.stage("tokenizer", 20, trainer=stop_at(4, tmp_path, recipe={"preset": "micro", "lr": 1e-3}))
     before = {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
     with pytest.raises(ValueError, match="lr: 0.001 then, 0.002 now"):
         long_run.stage(
-            "tokenizer", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3})
+            "tokenizer", 20, trainer=lasting(tmp_path, device="cpu", recipe={"preset": "micro", "lr": 2e-3})
         )
     with pytest.raises(ValueError, match="of another model"):
-        long_run.stage("ar", 20, engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 1e-3}))
+        long_run.stage(
+            "ar", 20, trainer=lasting(tmp_path, device="cpu", recipe={"preset": "micro", "lr": 1e-3})
+        )
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "checkpoints").iterdir()}
     long_run.stage(
         "tokenizer",
         20,
-        engine=LongRun(tmp_path, "cpu", recipe={"preset": "micro", "lr": 2e-3}, ignore=("lr",)),
+        trainer=lasting(tmp_path, device="cpu", recipe={"preset": "micro", "lr": 2e-3}, ignore=("lr",)),
     )
 
 
@@ -829,7 +839,7 @@ def test_an_old_run_goes_on(tmp_path):
     torch.set_num_threads(1)
     wanted = long_run.own_hash(long_run.stage("tokenizer", 20)[0])
     with pytest.raises(Stopped):
-        long_run.stage("tokenizer", 20, engine=StopAt(10, tmp_path))
+        long_run.stage("tokenizer", 20, trainer=stop_at(10, tmp_path))
     (path,) = Checkpoints(tmp_path / "checkpoints").files()
     tensors, facts, _ = engine_checkpoint._read_checkpoint(path)
     tensors = {name: x.clone() for name, x in tensors.items()}
@@ -837,7 +847,7 @@ def test_an_old_run_goes_on(tmp_path):
     path.unlink()
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
     with pytest.warns(UserWarning, match="read, but not checked"):
-        model, _ = long_run.stage("tokenizer", 20, engine=LongRun(tmp_path, "cpu"))
+        model, _ = long_run.stage("tokenizer", 20, trainer=lasting(tmp_path, device="cpu"))
     assert long_run.own_hash(model) == wanted
 
 
@@ -873,7 +883,7 @@ def nan_run(tmp_path, when):
         20,
         EMA(line),
         progress=False,
-        engine=LongRun(tmp_path, "cpu", steps=3),
+        trainer=lasting(tmp_path, device="cpu", steps=3),
     )
 
 
@@ -931,11 +941,11 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
             math.inf
         )
 
-    class Broken(LongRun):
-        def move(self, objective):
-            norm = super().move(objective)
-            if self.store.files():
-                wrong(self.optimizers["line"][0])
+    class Broken(Distributed):
+        def move(self, training, objective):
+            norm = super().move(training, objective)
+            if Checkpoints(tmp_path / "checkpoints").files():
+                wrong(training.optimizers["line"][0])
             return norm
 
     objective = Objective(
@@ -952,7 +962,7 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
             Loader(50, 4, lambda rows, positions, step: torch.zeros(4, 1)),
             20,
             progress=False,
-            engine=Broken(tmp_path, "cpu", steps=3),
+            trainer=lasting(tmp_path, Broken("cpu"), steps=3),
         )
     tensors, facts = Checkpoints(tmp_path / "checkpoints").newest()
     assert facts["step"] == 3 and all(
@@ -961,15 +971,14 @@ def test_weights_that_are_not_finite_are_never_saved(name, tmp_path):
 
 
 def go_on(tmp_path, lr, steps=12, stop=None, **options):
-    """A line, with its learning rate in the recipe: (engine, weights)."""
+    """A line, with its learning rate in the recipe: (recipe, weights)."""
     torch.manual_seed(0)
     line, x = nn.Linear(2, 1), torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     rates = []
 
-    class Engine_(StopAt):
-        def ready(self, objective, step):
-            super().ready(objective, step)
-            rates.append(self.optimizers["line"][0].param_groups[0]["lr"])
+    class Rates(Callback):
+        def step(self, training, backend, looked):
+            rates.append(training.optimizers["line"][0].param_groups[0]["lr"])
 
     options = {
         "recipe": {
@@ -979,7 +988,7 @@ def go_on(tmp_path, lr, steps=12, stop=None, **options):
         },
         **options,
     }
-    engine = Engine_(stop, tmp_path, **options)
+    trainer = stop_at(stop, tmp_path, callbacks=[Rates()], **options)
     objective = Objective(
         "line",
         lambda b, _: ((line(b) - 1).square().mean(), {}),
@@ -992,9 +1001,9 @@ def go_on(tmp_path, lr, steps=12, stop=None, **options):
             Loader(50, 4, lambda rows, positions, step: x[rows]),
             steps,
             progress=False,
-            engine=engine,
+            trainer=trainer,
         )
-    return engine, line, rates
+    return trainer.checkpointer.recipe, line, rates
 
 
 LR = "preset.train_line.lr"
@@ -1032,7 +1041,7 @@ def test_a_run_goes_on_with_other_settings(tmp_path, capsys):
         raise Killed
 
     with pytest.MonkeyPatch().context() as patch, pytest.raises(Killed):  # just after it began
-        patch.setattr(LongRun, "_count", kill)
+        patch.setattr(Dashboard, "begin", kill)
         go_on(tmp_path, 0.002, changes={LR: 0.002})
     assert engine_resume.changes_of(tmp_path) == {LR: 0.002}, "it is written down before the first step"
     after, facts, _ = engine_checkpoint._read_checkpoint(Checkpoints(tmp_path / "checkpoints").files()[-1])
@@ -1083,12 +1092,12 @@ def test_another_precision(tmp_path):
     assert engine.changed[0]["settings"] == {"precision": "None"}
 
 
-def classifier(engine):
+def classifier(trainer):
     from flextok_edu.data.datasets import load_data
     from flextok_edu.data.features import train_classifier
 
     data, _ = load_data("scenes", 32, 24, 4, progress=False)
-    return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), engine=engine, progress=False)
+    return train_classifier(data, StageConfig(steps=12, batch=4, warmup=2), trainer=trainer, progress=False)
 
 
 @pytest.mark.parametrize("stage", ("vae", "classifier", "tokenizer", "ar"))
@@ -1098,27 +1107,23 @@ def test_every_stage_leaves_evidence(stage, value, tmp_path):
     checkpoint to go on from.
     """
 
-    class Broken(LongRun):
-        def move(self, objective):
-            norm = super().move(objective)
-            if len(self.store.files()):
+    class Broken(Distributed):
+        def move(self, training, objective):
+            norm = super().move(training, objective)
+            if Checkpoints(tmp_path / "checkpoints").files():
                 with torch.no_grad():
-                    for _, w in self.objectives[0].parameters:
+                    for _, w in training.objectives[0].parameters:
                         w.fill_(value)
             return norm
 
-        def end(self, step, log):
-            if step < 4:
-                super().end(step, log)
-
     torch.set_num_threads(1)
-    engine = Broken(tmp_path, "cpu", steps=4)
+    trainer = lasting(tmp_path, Broken("cpu"), steps=4)
     with pytest.raises(
         FloatingPointError,
         match=r"the loss of \w+ is (nan|inf|-inf) at step 5.*Its batch is in .*The last good checkpoint, "
         r"of step 4, is in .*--go-on lr=",
     ):
-        classifier(engine) if stage == "classifier" else long_run.stage(stage, 12, engine=engine)
+        classifier(trainer) if stage == "classifier" else long_run.stage(stage, 12, trainer=trainer)
     assert (tmp_path / "failed_batch.safetensors").stat().st_size > 100
 
 
@@ -1127,7 +1132,7 @@ def test_every_stage_leaves_evidence(stage, value, tmp_path):
 
 
 def test_the_dashboard(tmp_path):
-    _, log = long_run.stage("tokenizer", 30, engine=LongRun(tmp_path, "cpu"))
+    _, log = long_run.stage("tokenizer", 30, trainer=lasting(tmp_path, device="cpu"))
     row = log[-1]
     assert {
         "tokenizer",
@@ -1150,25 +1155,27 @@ def test_the_dashboard(tmp_path):
         and 0 <= row["entropy_1"] <= 1
     )
     assert "share_of_matmul" not in log[0], "the first step is counted, not timed"
-    _, log = long_run.stage("ar", 12, engine=LongRun(tmp_path / "ar", "cpu"))
+    _, log = long_run.stage("ar", 12, trainer=lasting(tmp_path / "ar", device="cpu"))
     assert 0 <= log[-1]["accuracy"] <= 1
 
 
 def test_trackers(tmp_path):
     with pytest.raises(ValueError, match="tensorboard, wandb or none"):
-        LongRun(tmp_path, "cpu", track="paper")
+        lasting(tmp_path, device="cpu", track="paper")
     from accelerate.utils import is_wandb_available
 
     if not is_wandb_available():
         with pytest.raises(ImportError, match="pip install wandb"):
-            LongRun(tmp_path, "cpu", track="wandb")
+            lasting(tmp_path, device="cpu", track="wandb")
     assert not list(tmp_path.iterdir())
     pytest.importorskip("tensorboard")
-    long_run.stage("ar", 12, engine=LongRun(tmp_path, "cpu", track="tensorboard", recipe={"preset": "micro"}))
+    long_run.stage(
+        "ar", 12, trainer=lasting(tmp_path, device="cpu", track="tensorboard", recipe={"preset": "micro"})
+    )
     assert list(tmp_path.rglob("events.out*"))
 
 
 def test_a_healthy_run_hears_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        long_run.stage("vae", 60, engine=LongRun(tmp_path, "cpu"))
+        long_run.stage("vae", 60, trainer=lasting(tmp_path, device="cpu"))

@@ -19,18 +19,14 @@ import flextok_edu.engine.loader as engine_loader
 import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.engine.trainer as engine_trainer
 import flextok_edu.fsq as fsq
-import flextok_edu.tokenizer as tokenizer
+import flextok_edu.training as training
+from flextok_edu.objective import FlowObjective, sample_training_noise
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig
 from flextok_edu.registers import BUDGET_DISTRIBUTIONS
-from flextok_edu.tokenizer import (
-    Condition,
-    FlexTok,
-    Latents,
-    REPA,
-    TokenizerLoader,
-    fit_tokenizer,
-    latent_batches,
-)
+from flextok_edu.networks import Condition
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import Latents, TokenizerLoader, fit_tokenizer, latent_batches
+from flextok_edu.objective import REPA
 
 CONFIG = TokenizerConfig(
     4,
@@ -75,14 +71,15 @@ def results(tok, repa, parts, worlds):
         else dict(tok.named_parameters())
     )
     before = {n: x.clone() for n, x in tok.named_buffers()}
-    tok.use = fsq.CodebookUsage(
+    objective = FlowObjective(tok, [repa] if repa else [])
+    objective.usage = fsq.CodebookUsage(
         tok.config.levels, tok.config.registers, memory=math.inf
     )  # counts that do not fade: their order is no matter
     for w in weights.values():
         w.grad = None
-    total, tally = 0.0, engine_trainer._Tally()
+    total, tally = 0.0, engine_trainer.Tally()
     for (latents, features, draws), weight in parts:
-        loss, numbers = tok.loss(latents, repa, features if repa else None, draws=draws)
+        loss, numbers = objective(latents, features if repa else None, draws=draws)
         (loss * weight / worlds).backward()  # processes take the mean of their gradients
         total += float(loss.detach()) * weight / worlds
         tally.add(numbers, weight / worlds)
@@ -91,12 +88,11 @@ def results(tok, repa, parts, worlds):
     found = {n: torch.zeros_like(w) if w.grad is None else w.grad.clone() for n, w in weights.items()}
     state = (
         {n: x.clone() for n, x in tok.named_buffers()}
-        | {"loss": torch.tensor(total), "words": tok.use.words, "digits": tok.use.digits}
+        | {"loss": torch.tensor(total), "words": objective.usage.words, "digits": objective.usage.digits}
         | {n: torch.tensor(v) for n, v in tally.means(lambda x: x).items()}
     )
     for n, x in tok.named_buffers():
         x.copy_(before[n])
-    tok.use = None
     return found, state
 
 
@@ -242,9 +238,9 @@ def test_the_work_is_cut():
         seen["decoder"].append(registers.shape[1]),
         decode(x, m, registers, *rest, **named),
     )[1]
-    longest, lengths = [], tokenizer._lengths(32)
+    longest, lengths = [], training._lengths(32)
     for (latents, _, draws), _ in feed.micro_batches(STEP, micro=8):
-        tok.loss(latents, draws=draws)
+        FlowObjective(tok)(latents, draws=draws)
         kept = int((draws.budget * ~draws.null).max())  # a null sample keeps nothing
         assert draws.longest == min(n for n in lengths if n >= kept)
         longest.append(draws.longest)
@@ -276,14 +272,15 @@ def test_the_real_loop_goes_the_same_way():
     """`fit_tokenizer` with training's engine in 1, 2 and 4 micro-batches, and with engine's: the same losses,
     gradients and averaged weights.
     """
-    from flextok_edu.engine.distributed import Shares
+    from flextok_edu.engine.distributed import Distributed
+    from flextok_edu.engine.trainer import Trainer
 
     data = Latents(torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     found = []
-    for engine in (None, *(Shares("cpu", micro=m) for m in (1, 2, 4))):
+    for trainer in (None, *(Trainer(Distributed("cpu", micro=m)) for m in (1, 2, 4))):
         tok, _ = model(budget_distribution="powers_of_two")
         tok, log = fit_tokenizer(
-            tok, data, StageConfig(steps=3, batch=10, lr=1e-3, warmup=1), engine=engine, progress=False
+            tok, data, StageConfig(steps=3, batch=10, lr=1e-3, warmup=1), trainer=trainer, progress=False
         )
         found.append((log, tok.own_state()))
     (first, weights), *others = found
@@ -315,7 +312,7 @@ def check_null_samples_are_short():
     tok, _ = model(budget_distribution="half_full")
     feed = feed_of(tok, 16)
     for (_, _, d), _ in feed.micro_batches(STEP, micro=16):
-        assert d.longest == min(n for n in tokenizer._lengths(32) if n >= int((d.budget * ~d.null).max()))
+        assert d.longest == min(n for n in training._lengths(32) if n >= int((d.budget * ~d.null).max()))
 
 
 def no_bias(monkeypatch):
@@ -391,9 +388,9 @@ def dice_by_part(monkeypatch):
                 (
                     x,
                     f,
-                    self.tok.draw(len(x), generator=engine_tensors.named_generator("part", i))._replace(
-                        noise=d.noise
-                    ),
+                    sample_training_noise(
+                        self.tok.config, len(x), generator=engine_tensors.named_generator("part", i)
+                    )._replace(noise=d.noise),
                 ),
                 w,
             )
@@ -504,8 +501,10 @@ def test_the_arithmetic_of_a_micro_batch(longest, images):
         block.register_forward_pre_hook(
             lambda block, given: lengths.append(given[0].shape[0] * given[0].shape[1])
         )
-    draws = tok.draw(images, budget=longest or 32)._replace(longest=longest)
-    counted = counted_flops(lambda: tok.loss(torch.empty(images, 4, 8, 8, device="meta"), draws=draws))
+    draws = sample_training_noise(tok.config, images, longest or 32)._replace(longest=longest)
+    counted = counted_flops(
+        lambda: FlowObjective(tok)(torch.empty(images, 4, 8, 8, device="meta"), draws=draws)
+    )
     assert abs(3 * counted / loss_flops(tok.config, images, longest) - 1) < 0.01
     assert sum(lengths) == loss_positions(tok.config, images, longest)
 
@@ -533,12 +532,10 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
     """Both variants see the same images, dice and noise; the plain one computes everything; gradients agree;
     every distribution has its rows.
     """
-    pass
-
-    seen, loss = {True: [], False: []}, FlexTok.loss
+    seen, loss = {True: [], False: []}, FlowObjective.__call__
 
     def watched(self, latents, *rest, draws=None, **named):
-        seen[self.short_cuts].append(
+        seen[self.tok.short_cuts].append(
             (
                 len(latents),
                 latents.sum().item(),
@@ -549,7 +546,7 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
         )
         return loss(self, latents, *rest, draws=draws, **named)
 
-    monkeypatch.setattr(FlexTok, "loss", watched)
+    monkeypatch.setattr(FlowObjective, "__call__", watched)
     patch(monkeypatch, apps_bench_training, "loss_bytes", lambda *size: 1)  # it would call the loss too
     rows = apps_bench_training.bench_train(
         apps_timing.BenchConfig(

@@ -20,10 +20,11 @@ import flextok_edu.apps.explore as apps_explore
 import flextok_edu.apps.generate as apps_generate
 import flextok_edu.apps.models as apps_models
 import flextok_edu.apps.train as apps_train
-import flextok_edu.apps.training as apps_training
 import flextok_edu.tokenizer as tokenizer
 from flextok_edu.ar import tokenizer_identity
 from flextok_edu.apps.models import DataOptions
+from flextok_edu.objective import FlowObjective
+import flextok_edu.engine.long_run as engine_long_run
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.learned import load_learned
@@ -649,14 +650,14 @@ def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
         "--minutes",
         "0",
     ]
-    real, count = FlexTok.loss, []
+    real, count = FlowObjective.__call__, []
 
     def loss(self, *a, **k):
         found, numbers = real(self, *a, **k)
         count.append(1)
         return found * (float("nan") if len(count) == 5 else 1.0), numbers
 
-    monkeypatch.setattr(FlexTok, "loss", loss)
+    monkeypatch.setattr(FlowObjective, "__call__", loss)
     argv = argv[: argv.index("--set")] + argv[-2:] + argv[argv.index("--set") : -2]
     capsys.readouterr()
     assert call("train", *argv) == 1
@@ -679,7 +680,7 @@ def test_a_loss_that_went_wrong_goes_on(models, tmp_path, monkeypatch, capsys):
 
 
 def test_nan_in_the_codes_is_no_index_error(models, tmp_path, monkeypatch, capsys):
-    from flextok_edu.tokenizer import Encoder
+    from flextok_edu.networks import Encoder
 
     real = Encoder.forward
     monkeypatch.setattr(Encoder, "forward", lambda self, *a, **k: real(self, *a, **k) * float("nan"))
@@ -824,8 +825,8 @@ def test_a_closed_terminal_is_heard(models, tmp_path):
     """SIGHUP saves like SIGTERM does."""
     loud = GO.replace(
         "import sys;",
-        "import sys; import flextok_edu.apps.training as c; real = c.Told.micro_batches; "
-        "c.Told.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
+        "import sys; import flextok_edu.engine.long_run as c; real = c.LongRun.micro_batches; "
+        "c.LongRun.micro_batches = lambda s, n: print('in training', flush=True) or real(s, n);",
     )
     argv = [
         "vae",
@@ -974,7 +975,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
         "0",
         *[a if a != "2" else "6" for a in SMALL],
     ]
-    real, count = apps_training.Told.micro_batches, []
+    real, count = engine_long_run.LongRun.micro_batches, []
 
     def micro_batches(self, step):
         count.append(step)
@@ -982,7 +983,7 @@ def test_a_changed_run_goes_on_from_its_own_json(models, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, step)
 
-    monkeypatch.setattr(apps_training.Told, "micro_batches", micro_batches)
+    monkeypatch.setattr(engine_long_run.LongRun, "micro_batches", micro_batches)
     assert call("train", *argv) == 143
     count.clear()
     assert call("train", *argv[:1], "--go-on", "lr=1e-5", *argv[1:]) == 143, "stopped once more"

@@ -21,6 +21,7 @@ import flextok_edu.engine.models as engine_models
 import flextok_edu.engine.optim as engine_optim
 import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.vae as vae
+import flextok_edu.vae_training as vae_training
 from flextok_edu.engine.config import StageConfig, VAEConfig, VAELossConfig, preset
 from flextok_edu.engine.trainer import fit
 from flextok_edu.data.datasets import load_data
@@ -328,7 +329,7 @@ def test_channels(channels, tmp_path):
         vae_loss=replace(p.vae_loss, perceptual=0.0),
         train_vae=StageConfig(steps=30, batch=8, lr=2e-3, ema=0.9),
     )
-    model, log = vae.train_vae(train, p, progress=False)
+    model, log = vae_training.train_vae(train, p, progress=False)
     images = engine_tensors.from_uint8(train.images[:3])
     with torch.no_grad():
         z = model.encode(images)
@@ -381,6 +382,6 @@ def test_learned_scale_trains_from_the_preset():
         vae_loss=replace(p.vae_loss, perceptual=0.0, learned_logvar=True, adversarial_start=0.5),
         train_vae=StageConfig(steps=20, batch=4, ema=0.9),
     )
-    _, log = vae.train_vae(train, p, progress=False, precision=torch.bfloat16)
+    _, log = vae_training.train_vae(train, p, progress=False, precision=torch.bfloat16)
     assert log[-1]["logvar"] < log[0]["logvar"] - 0.1 and "critic" in log[-1]
     assert engine_limits.from_dict(engine_config.Preset, json.loads(engine_limits.to_json(p))) == p

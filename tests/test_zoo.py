@@ -415,7 +415,10 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatc
         monkeypatch,
         ar,
         "sample_images",
-        lambda ar, tok, labels, k, *how, **rest: asked.append(how) or torch.zeros(len(labels), 3, 32, 32),
+        lambda ar, tok, labels, k, **how: (
+            asked.append(tuple(how[x] for x in ("steps", "guidance", "ar_guidance", "temperature")))
+            or torch.zeros(len(labels), 3, 32, 32)
+        ),
     )
     for more in ([], ["--steps", "1", "--ar-guidance", "1"], ["--guidance", "1", "--temperature", "0"]):
         assert (
@@ -597,7 +600,12 @@ def test_the_strip_shows_what_it_says(shipped, tmp_path, monkeypatch):
         wanted = [
             original,
             tok.vae.decode(tok.vae.encode(original)),
-            *(tok.detokenize(tok.tokenize(original)[:, :k], usual.steps, usual.guidance, 4) for k in (1, 16)),
+            *(
+                tok.detokenize(
+                    tok.tokenize(original)[:, :k], steps=usual.steps, guidance=usual.guidance, seed=4
+                )
+                for k in (1, 16)
+            ),
         ]
     torch.testing.assert_close(pictures, torch.cat(wanted), atol=1e-5, rtol=0)
     assert (

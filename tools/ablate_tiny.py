@@ -25,7 +25,8 @@ from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.evaluation.metrics import image_scores
 from flextok_edu.evaluation.report import versions
 from flextok_edu.data.features import AttributeClassifier, read_accuracy
-from flextok_edu.tokenizer import FlexTok, Latents, cache_latents, fit_tokenizer
+from flextok_edu.tokenizer import FlexTok
+from flextok_edu.training import Latents, cache_latents, fit_tokenizer
 from flextok_edu.vae import VAE
 
 VARIANTS = {  # name: changes of the tokenizer's configuration; changes of its training
@@ -47,7 +48,7 @@ def measure(tok: FlexTok, images: torch.Tensor, labels: torch.Tensor, reader: At
     for k in COUNTS:
         back = torch.cat(
             [
-                tok.detokenize(part[:, :k], e.steps, e.guidance, 0, first_index=250 * i)
+                tok.detokenize(part[:, :k], steps=e.steps, guidance=e.guidance, seed=0, first_index=250 * i)
                 for i, part in enumerate(ids.split(250))
             ]
         )
@@ -87,7 +88,7 @@ def main() -> None:
         tok = FlexTok(replace(p.tokenizer, **changes), vae)
         config = replace(p.train_tokenizer, steps=o.steps, batch=o.batch, ema=0.99, **stage)
         began = time.process_time()
-        tok, log = fit_tokenizer(tok, latents, config, use_compiler=compiler_works(), progress=True)
+        tok, log = fit_tokenizer(tok, latents, config, compile=compiler_works(), progress=True)
         seconds = time.process_time() - began
         done[name] = {
             "how": how,

@@ -36,7 +36,7 @@ def columns(name: str, images: torch.Tensor) -> list[torch.Tensor]:
     return [
         images,
         *(
-            tok.detokenize(ids[:, :k], usual.steps, usual.guidance, 0)
+            tok.detokenize(ids[:, :k], steps=usual.steps, guidance=usual.guidance, seed=0)
             for k in token_counts(tok.config.registers)
         ),
     ]

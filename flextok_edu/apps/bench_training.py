@@ -35,7 +35,10 @@ from ..engine.compiler import compiled
 from ..engine.config import TokenizerConfig, TrunkConfig
 from ..engine.loader import Loader
 from ..registers import BUDGET_DISTRIBUTIONS
-from ..tokenizer import TrainingNoise, FlexTok, Latents, TokenizerLoader, latent_batches
+from ..objective import TrainingNoise
+from ..tokenizer import FlexTok
+from ..training import Latents, TokenizerLoader, latent_batches
+from ..objective import FlowObjective
 
 # %% ../../nbs/apps/bench_training.ipynb #16-41b93d6c
 def loss_flops(
@@ -67,7 +70,7 @@ def loss_bytes(c: TokenizerConfig, images: int, longest: int | None, micro: int 
     def loss(tok):
         tok.short_cuts = longest is not None
         latents = torch.empty(images, c.latent_channels, c.latent_size, c.latent_size)
-        return tok.loss(
+        return FlowObjective(tok)(
             latents,
             draws=TrainingNoise(
                 torch.empty(images, dtype=torch.int64),
@@ -118,7 +121,7 @@ def _backward(tok: FlexTok, parts, name: str) -> None:
     with compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling):
         for (latents, _, draws), weight in parts:
             with torch.autocast(tok.device.type, torch.bfloat16, enabled=half):
-                loss = tok.loss(latents, draws=draws)[0]
+                loss = FlowObjective(tok)(latents, draws=draws)[0]
             (loss * weight).backward()
 
 # %% ../../nbs/apps/bench_training.ipynb #16-28081004

@@ -273,8 +273,11 @@ def command(
     work: Callable,  # (options, preset of --config or None) -> exit status; None is 0
     argv: list[str] | None = None,
     keep: str = "",  # what is kept when it is stopped
+    help_if_empty: bool = False,  # without any argument, say what there is, as for --help
 ) -> None:
     "Run a command. Leaves by SystemExit unless all went well."
+    argv = sys.argv[1:] if argv is None else argv
+    argv = ["--help"] if help_if_empty and not argv else argv
 
     def leave(text: str, status: int):
         print(f"{name}: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)

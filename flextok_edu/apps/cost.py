@@ -22,6 +22,7 @@ from ..engine.config import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEC
 from ..engine.marks import any_terminal
 from ..tokenizer import FlexTok
 from ..vae import VAE
+from ..objective import FlowObjective
 
 # %% ../../nbs/apps/cost.ipynb #16-8994dc79
 def swiglu_width(d: int, ratio: float) -> int:
@@ -274,7 +275,11 @@ def _training_steps(p: Preset) -> dict[str, tuple]:  # stage: batch of the prese
 
     return {
         "VAE": (p.train_vae.batch, lambda: VAE(p.vae), lambda m, b: _vae_loss(m, images(b))),
-        "tokenizer": (p.train_tokenizer.batch, lambda: FlexTok(c), lambda m, b: m.loss(latents(b))[0]),
+        "tokenizer": (
+            p.train_tokenizer.batch,
+            lambda: FlexTok(c),
+            lambda m, b: FlowObjective(m)(latents(b))[0],
+        ),
         "AR model": (p.train_ar.batch, lambda: ARModel(p.ar), lambda m, b: m.loss(*ids(b))[0]),
     }
 

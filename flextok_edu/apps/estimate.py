@@ -7,7 +7,7 @@ __all__ = ['EstimateOptions', 'Estimate', 'counted_memory', 'estimate', 'estimat
 
 # %% ../../nbs/apps/estimate.ipynb #apps-estimate-imports
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,10 +29,12 @@ from ..data.decoding import machine_memory
 from ..data.extractors import extractor
 from ..data.features import AttributeClassifier
 from ..engine.config import Preset
+from ..engine.runtime import Runtime
 from ..engine.tensors import pick_device, seed_everything
 from ..io.build import cache_plan, latent_recipe, token_recipe
 from ..tokenizer import FlexTok
 from ..vae import VAE
+from ..objective import FlowObjective
 
 # %% ../../nbs/apps/estimate.ipynb #15b-2e5def01
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
     if stage == "tokenizer":
         return training_line(
             lambda: FlexTok(c),
-            lambda m, b: m.loss(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
+            lambda m, b: FlowObjective(m)(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
         )
     return training_line(
         lambda: ARModel(replace(p.ar, vocabulary=c.vocabulary, length=c.registers)),
@@ -124,20 +126,19 @@ def _room(device: torch.device) -> float:  # bytes that may be used
 def estimate(
     p: Preset,
     few: ImageSet,
-    device="cpu",
-    precision: torch.dtype | None = None,
-    steps: int = 20,
-    seconds: float = 30.0,
+    runtime: Runtime | None = None,  # device and precision
+    steps: int = 20,  # to time, at most
+    seconds: float = 30.0,  # a stage, at most
     recompute: bool = False,
-    only: tuple[str, ...] = (),
-    say: Callable = print,
-) -> list[Estimate]:
+    only: tuple[str, ...] = (),  # stages; by default all that these images have
+) -> Iterator[Estimate]:
     "Measure each stage with as many images a step as time and memory allow."
-    device, found = pick_device(str(device)), []
+    runtime = runtime or Runtime()
+    device = pick_device(str(runtime.device))
     feature_extractor = extractor(device=device) if p.vae_loss.perceptual else None
     for name in [s for s in STAGES if (not only or s in only) and (s != "classifier" or few.scenes)]:
         config = getattr(p, f"train_{name}")
-        half = None if name == "classifier" else precision
+        half = None if name == "classifier" else runtime.precision
 
         def pace(batch, steps, seconds):
             q = override(p, {f"train_{name}.batch": batch})
@@ -157,9 +158,7 @@ def estimate(
                 batch //= 2
                 torch.cuda.empty_cache()
                 left = left if batch else 0
-        found.append(Estimate(name, one, config.batch, config.steps, fixed + config.batch * each))
-        say(estimate_line(found[-1]))
-    return found
+        yield Estimate(name, one, config.batch, config.steps, fixed + config.batch * each)
 
 # %% ../../nbs/apps/estimate.ipynb #15b-26c5c4c6
 def _hours(hours: float) -> str:
@@ -182,6 +181,41 @@ def estimate_line(e: Estimate) -> str:
     )
 
 # %% ../../nbs/apps/estimate.ipynb #15b-26c5c4c6-1
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _some_pictures(o: EstimateOptions, p: Preset) -> tuple[ImageSet, float]:  # seconds to read (or draw) one
+    began, n = time.perf_counter(), min(64, p.train_images)
+    p = replace(p, train_images=n, evaluate=replace(p.evaluate, images=8))
+    few = some(open_pictures(replace(o, train_images=n), p, "train")[0], 64)
+    return few, (time.perf_counter() - began) / len(few)
+
+
+def _say_caches(p: Preset, few: ImageSet, device: torch.device, count: int) -> None:  # count: 0 if not known
+    "A line for latents and one for tokens: bytes and time of a cache."
+    vae = VAE(p.vae).to(device).eval()
+    tok = FlexTok(p.tokenizer, vae).to(device).eval()
+    two = ImageSet(few.images[:2], few.labels[:2], few.classes, few.source)
+    for what, recipe in (("latents", latent_recipe(vae, two)), ("tokens", token_recipe(tok, two))):
+        plan = cache_plan(Path.cwd() / ".no_such_cache", recipe, batch=1)
+        gigabytes, hours = count * plan.row_bytes / 1e9, count / plan.rate / 3600
+        _say(
+            f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a "
+            f"time" + (f"; all {count:,}: {gigabytes:,.2f} GB, {hours:,.2f} h" if count else "")
+        )
+
+
+def _say_scenes(p: Preset, count: int, seconds: float) -> None:  # seconds: to draw one
+    size = count * 3 * p.image_size**2
+    large = size > machine_memory() / 2
+    warning = "; that is more than half of the memory of this machine: --train-images" if large else ""
+    _say(
+        f"drawing scenes: {1 / seconds:,.0f} images/s; {count:,} are {size / 1e9:,.2f} GB in memory, "
+        f"{count * seconds / 3600:,.2f} h{warning}"
+    )
+
+# %% ../../nbs/apps/estimate.ipynb #92e0d21e
 def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimate]:
     "Print everything that is known before a start."
     p, device = preset_of(o, base), pick_device(o.device)
@@ -189,69 +223,31 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     if o.steps < 1 or not o.seconds > 0:
         raise UsageError(f"--steps {o.steps} --seconds {o.seconds}: more than 0")
     seed_everything(o.seed)
-    began = time.perf_counter()
-    n = min(64, p.train_images)
-    few = some(
-        open_pictures(
-            replace(o, train_images=n),
-            replace(p, train_images=n, evaluate=replace(p.evaluate, images=8)),
-            "train",
-        )[0],
-        64,
-    )
-    reading = (time.perf_counter() - began) / len(few)
+    few, reading = _some_pictures(o, p)
     count = o.train_images or (p.train_images if o.data == "scenes" else 0)
-    print(
+    _say(
         f"preset {p.name} on {device}, {str(precision or torch.float32)[6:]}, {torch.get_num_threads()} "
         f"threads; {few.source}\n"
         f"{'stage':10} {'images/s':>10} {'matmul':>6} {'memory':>11} {'preset':>11} {'steps x batch':>16} "
-        f"{'time':>14}",
-        flush=True,
+        f"{'time':>14}"
     )
-    found = estimate(
-        p,
-        few,
-        device,
-        precision,
-        o.steps,
-        o.seconds,
-        o.recompute,
-        o.stages,
-        lambda line: print(line, flush=True),
-    )
-    print(
+    found = []
+    runtime = Runtime(o.seed, device, precision)
+    for e in estimate(p, few, runtime, o.steps, o.seconds, o.recompute, o.stages):
+        _say(estimate_line(e))
+        found.append(e)
+    _say(
         f"{'in all':10} {'':10} {'':6} {max(e.pace.peak for e in found) / 1e9:8.2f} GB "
-        f"{max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}",
-        flush=True,
+        f"{max(e.memory for e in found) / 1e9:8.2f} GB {'':16} {_hours(sum(e.hours for e in found)):>14}"
     )
-    vae = VAE(p.vae).to(device).eval()
-    tok = FlexTok(p.tokenizer, vae).to(device).eval()
-    two = ImageSet(few.images[:2], few.labels[:2], few.classes, few.source)
-    for what, recipe in (("latents", latent_recipe(vae, two)), ("tokens", token_recipe(tok, two))):
-        plan = cache_plan(Path.cwd() / ".no_such_cache", recipe, batch=1)
-        all_ = (
-            f"; all {count:,}: {count * plan.row_bytes / 1e9:,.2f} GB, {count / plan.rate / 3600:,.2f} h"
-            if count
-            else ""
-        )
-        print(
-            f"cache of {what}: {plan.row_bytes / 1e3:,.2f} kB an image, {plan.rate:,.1f} images/s one at a "
-            f"time{all_}",
-            flush=True,
-        )
+    _say_caches(p, few, device, count)
     if o.data == "scenes":
-        print(
-            f"drawing scenes: {1 / reading:,.0f} images/s; {count:,} are "
-            f"{count * 3 * p.image_size**2 / 1e9:,.2f} GB in memory, {count * reading / 3600:,.2f} "
-            f"h{'; that is more than half of the memory of this machine: --train-images' if count * 3 * p.image_size**2 > machine_memory() / 2 else ''}",
-            flush=True,
-        )
-    print(
+        _say_scenes(p, count, reading)
+    _say(
         f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted "
         "for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix "
         f"products alone reach here. Times are {SUSTAINED:g} times those of the first steps; compilation "
-        "makes them somewhat shorter.",
-        flush=True,
+        "makes them somewhat shorter."
     )
     return found
 

@@ -144,7 +144,7 @@ def reconstruct(
         columns = [
             x,
             tok.vae.decode(tok.vae.encode(x)),
-            *(tok.detokenize(ids[:, :k], steps, guidance, o.seed) for k in budgets),
+            *(tok.detokenize(ids[:, :k], steps=steps, guidance=guidance, seed=o.seed) for k in budgets),
         ]
     tops = ["original", "VAE alone", *(f"{k} token{'s' * (k > 1)}" for k in budgets)]
     rows = [torch.stack([c[j] for c in columns]) for j in range(len(good))]
@@ -224,7 +224,7 @@ def images_that_fit(
     ids, spent = tok.tokenize(few), 0.0
     for k in token_counts(tok.config.registers):
         began = time.perf_counter()
-        tok.detokenize(ids[:, :k], steps, guidance).cpu()
+        tok.detokenize(ids[:, :k], steps=steps, guidance=guidance).cpu()
         spent += time.perf_counter() - began
     each = (
         1.5 * 1.5 * SUSTAINED * spent / len(few)

@@ -55,10 +55,6 @@ class RunContext:
         return Path(self.config.out).expanduser()
 
     @property
-    def flip(self) -> bool:
-        return not self.train.scenes  # scenes have a left and a right; photographs may be mirrored
-
-    @property
     def asked(self) -> dict:
         return _asked(self.config)
 
@@ -86,6 +82,7 @@ def _asked(config: RunConfig) -> dict:
 
 # %% ../../nbs/apps/job.ipynb #15-d8545b18-1
 def differences(a: dict, b: dict, path: str = "") -> list[tuple]:  # (dotted name, value in a, value in b)
+    "Where two nested dictionaries differ."
     return [
         found
         for k in {**a, **b}
@@ -100,7 +97,8 @@ def differences(a: dict, b: dict, path: str = "") -> list[tuple]:  # (dotted nam
 
 
 def as_json(p: Preset) -> dict:
-    return json.loads(json.dumps(asdict(p)))  # as json gives it back
+    "A preset as json gives it back: lists for tuples."
+    return json.loads(json.dumps(asdict(p)))
 
 
 def _stored(
@@ -152,6 +150,50 @@ def _under_way(out: Path) -> str:  # the stage that was interrupted
     )
 
 # %% ../../nbs/apps/job.ipynb #15-94abd884-1
+def _changes(config: RunConfig, stored: dict | None) -> dict:  # stage -> settings
+    "Under which settings stages went on, and do now. Raises ValueError for what a run.json cannot say."
+    out = Path(config.out).expanduser()
+    changes, asked = (stored or {}).get("changes", {}), parse_go_on(config.go_on)
+    for name, settings in changes.items():
+        if name not in STAGES or not isinstance(settings, dict):
+            raise ValueError(f"{out / 'run.json'}: changes of {plain(name)}: there is no such stage")
+        known_changes(settings, f"{out / 'run.json'}: changes of {name}")
+    if not asked or any(asked.items() <= settings.items() for settings in changes.values()):
+        return changes  # (the same command in a queue says it again)
+    name = _under_way(out)
+    return changes | {name: changes.get(name, {}) | asked}
+
+
+def _shortened(p: Preset, config: RunConfig) -> Preset:
+    "With as many images as were asked for."
+    if config.train_images:
+        p = replace(p, train_images=config.train_images)
+    if not config.images:
+        return p
+    e = p.evaluate
+    images, samples = min(config.images, e.images), min(config.images, e.samples)
+    return replace(p, evaluate=replace(e, images=images, samples=samples))
+
+
+def _compiles(
+    config: RunConfig, p: Preset, device: torch.device
+) -> bool:  # whether blocks are to be compiled
+    finished = (Path(config.out).expanduser() / "ar" / "config.json").exists()
+    long = p.train_tokenizer.steps >= 500 and not finished
+    wanted = config.compile == "on" or (config.compile == "auto" and long)
+    return wanted and device.type != "mps" and compiler_works(device)
+
+
+def _same_pictures(config: RunConfig, stored: dict, data: dict) -> None:
+    "Raises ValueError if a run would go on with other pictures."
+    if stored["data"] != data:
+        raise ValueError(
+            f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was "
+            "begun with (or it was begun before pictures were divided by their bytes): what it "
+            "trained on and what it held out would mix; choose another --out"
+        )
+
+# %% ../../nbs/apps/job.ipynb #dd50fbb6
 def prepare(
     config: RunConfig,
     base: Preset | None = None,  # sizes and steps; by default those of config.preset
@@ -168,28 +210,8 @@ def prepare(
     stored = None if aside else _stored(config, as_json(base))
     began = time.perf_counter()
     device = pick_device(config.device)
-    p, precision = base, pick_precision(config.precision, device)
-    changes, asked = (stored or {}).get("changes", {}), parse_go_on(config.go_on)
-    for name, settings in changes.items():
-        if name not in STAGES or not isinstance(settings, dict):
-            raise ValueError(f"{out / 'run.json'}: changes of {plain(name)}: there is no such stage")
-        known_changes(settings, f"{out / 'run.json'}: changes of {name}")
-    if asked and not any(
-        asked.items() <= settings.items() for settings in changes.values()
-    ):  # (the same command in a queue says it again)
-        name = _under_way(out)
-        changes = changes | {name: changes.get(name, {}) | asked}
-    if config.train_images:
-        p = replace(p, train_images=config.train_images)
-    if config.images:
-        p = replace(
-            p,
-            evaluate=replace(
-                p.evaluate,
-                images=min(config.images, p.evaluate.images),
-                samples=min(config.images, p.evaluate.samples),
-            ),
-        )
+    precision = pick_precision(config.precision, device)
+    changes, p = _changes(config, stored), _shortened(base, config)
     seed_everything(config.seed)
     feature_extractor = extractor(device=device)  # now, not after ten minutes: it may be missing
     reference = feature_extractor if p.image_size <= 224 else extractor(size=224, device=device)
@@ -203,18 +225,12 @@ def prepare(
         )
     if aside and (place := aside()):
         print(f"{plain(out)} is now {plain(place)}", flush=True)
-    if not stored:
-        _strangers(out)
     if stored:
-        if stored["data"] != data:
-            raise ValueError(
-                f"the images of {plain(config.data)} are not those that the run in {plain(config.out)} was "
-                "begun with (or it was begun before pictures were divided by their bytes): what it "
-                "trained on and what it held out would mix; choose another --out"
-            )
+        _same_pictures(config, stored, data)
         p = from_dict(Preset, stored["preset"])
     else:
-        p = _decide(config, p, train, val, device, precision, began)
+        _strangers(out)
+        p = _decide(config, p, (train, val), device, precision, began)
     facts = {
         "command": "flextok_run",
         "asked": _asked(config),
@@ -223,43 +239,26 @@ def prepare(
         "preset": asdict(p),
     } | ({"changes": changes} if changes else {})
     write_text(out / "run.json", json.dumps(facts, indent=1))
-    compile = config.compile == "on" or (
-        config.compile == "auto"
-        and p.train_tokenizer.steps >= 500
-        and not (out / "ar" / "config.json").exists()
-    )
-    return RunContext(
-        config,
-        p,
-        device,
-        precision,
-        compile and device.type != "mps" and compiler_works(device),
-        feature_extractor,
-        reference,
-        train,
-        val,
-        began,
-        changes,
-    )
+    compiles, extractors = _compiles(config, p, device), (feature_extractor, reference)
+    return RunContext(config, p, device, precision, compiles, *extractors, train, val, began, changes)
 
 # %% ../../nbs/apps/job.ipynb #15-94abd884-2
 def _decide(
     config: RunConfig,
     p: Preset,
-    train: ImageSet,
-    val: ImageSet,
+    pictures: tuple[ImageSet, ImageSet],  # to learn from, held out
     device: torch.device,
     precision: torch.dtype | None,
     began: float,
 ) -> Preset:
     "Step counts, as asked for or from the probe, and the number of classes."
+    train, val = pictures
     p = replace(p, ar=replace(p.ar, classes=len(train.classes)))
     if config.steps:
         return with_steps(p, {name: config.steps for name in STAGES})
     print("probing how long this will take ...", flush=True)
-    # 25 s: compiling, caching latents
     rates = probe(p, train, len(val), device, precision)
-    once = 25
+    once = 25  # seconds: compiling, caching latents
     p, seconds = plan(p, rates, config.minutes, config.at_most, time.perf_counter() - began + once)
     print(
         "about "

@@ -19,6 +19,7 @@ from ..engine.config import EvalConfig, Preset, preset
 from ..engine.hub import shipped_models
 from ..engine.limits import from_dict
 from ..engine.text import plain
+from ..engine.tokenizers import TOKENIZERS
 from ..tokenizer import FlexTok
 from ..vae import VAE
 
@@ -70,48 +71,69 @@ class DataOptions(Common):
     """
 
 # %% ../../nbs/apps/models.ipynb #15b-69a3e73b
-def _holds(folder: Path, key: str) -> bool:  # whether a model with this setting lies there
+_NAMES = {"vae": "VAE", "tokenizer": "tokenizer", "ar": "AR model", "classifier": "classifier"}
+# a field of the configuration by which each is known where config.json names no kind
+_OLD_FILES = {"registers": "tokenizer", "stem": "vae", "class_dropout": "ar", "optimizer": "classifier"}
+
+
+def _kind(folder: Path) -> str | None:  # a part of _NAMES, or whatever else calls itself something
+    "Which kind of model lies in a folder, by its config.json; None: none that can be read."
     try:
         found = read_json(folder / "config.json")
     except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and isinstance(found.get("config"), dict) and key in found["config"]
+        return None
+    config = found.get("config") if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        return None
+    if isinstance(kind := found.get("kind"), str):
+        return "tokenizer" if kind in TOKENIZERS else kind
+    return next((part for field, part in _OLD_FILES.items() if field in config), None)
 
-
-def find_model(folder: str | None, what: str, option: str, key: str, below: str) -> Path:
+# %% ../../nbs/apps/models.ipynb #cc2d2266
+def find_model(
+    folder: str | None,  # of the model, or of a run with one in it; or the name of a shipped model
+    part: str,  # "vae", "tokenizer", "ar", "classifier"; the option that names the folder has the same name
+) -> Path:
+    "Where a model lies. Raises UsageError if no folder is given, FileNotFoundError if there is none in it."
+    what = _NAMES[part]
     if not folder:
         raise UsageError(
-            f"{option} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote"
+            f"--{part} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote"
         )
     place = shipped_models().get(folder) or Path(folder).expanduser()
-    found = next((f for f in (place, place / below) if _holds(f, key)), None)
+    found = next((f for f in (place, place / part) if _kind(f) == part), None)
     if found is None:
         raise FileNotFoundError(
-            f"{option} {folder}: there is no {what} in it"
+            f"--{part} {folder}: there is no {what} in it"
             + ("" if place.is_dir() else "; there is no such folder")
         )
     return found
 
 
+def _vae_of(place: Path) -> Path | None:  # place: of a tokenizer
+    "The VAE in its folder, or beside it."
+    return next((f for f in (place / "vae", place.parent / "vae") if _kind(f) == "vae"), None)
+
+
 def open_vae(folder: str | None, device="cpu") -> VAE:
     "A VAE by its folder."
-    return VAE.from_pretrained(find_model(folder, "VAE", "--vae", "stem", "vae"), device=device)
+    return VAE.from_pretrained(find_model(folder, "vae"), device=device)
 
 
 def open_tokenizer(folder: str | None, device="cpu") -> FlexTok:
     "A tokenizer with its VAE, by its folder."
-    place = find_model(folder, "tokenizer", "--tokenizer", "registers", "tokenizer")
-    vae = next((f for f in (place / "vae", place.parent / "vae") if _holds(f, "stem")), None)
+    place = find_model(folder, "tokenizer")
+    vae = _vae_of(place)
     if vae is None:
         raise FileNotFoundError(
             f"--tokenizer {folder}: its VAE is neither in {place / 'vae'} nor in {place.parent / 'vae'}"
         )
     return FlexTok.from_pretrained(place, vae=VAE.from_pretrained(vae), device=device)
 
-
+# %% ../../nbs/apps/models.ipynb #7d70655a
 def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
-    model, facts = load_ar(find_model(folder, "AR model", "--ar", "class_dropout", "ar"), tok)
+    model, facts = load_ar(find_model(folder, "ar"), tok)
     names = conform(
         facts.get("classes") or list(map(str, range(model.config.classes))),
         [str],
@@ -151,7 +173,7 @@ def preset_beside(model: str, part: str) -> Preset | None:
     all.
     """
     place = Path(model).expanduser()
-    if model in shipped_models() or not (place / "run.json").is_file() or not _holds(place, "registers"):
+    if model in shipped_models() or not (place / "run.json").is_file() or _kind(place) != "tokenizer":
         return training_preset(model)
     return None  # flextok_train notes its own stage only
 
@@ -161,7 +183,7 @@ def sampling_defaults(model: str) -> EvalConfig:  # model: as above
     p = training_preset(model)
     return p.evaluate if p else EvalConfig(guidance=1.0)
 
-
+# %% ../../nbs/apps/models.ipynb #61bf49a4
 def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
     """The preset of --config; else --preset; else that with which one of these folders (or shipped models)
     was made; else micro. Then --set.
@@ -179,13 +201,11 @@ def all_learned(
     tok: str, ar: str | None = None
 ) -> dict:  # part -> what it learned from; None: nobody noted it
     "What the models behind a tokenizer's folder (or shipped name) have seen."
-    place = find_model(tok, "tokenizer", "--tokenizer", "registers", "tokenizer")
-    vae = next((f for f in (place / "vae", place.parent / "vae") if _holds(f, "stem")), place / "vae")
-    found = {"vae": load_learned(vae), "tokenizer": load_learned(place)}
-    return found | (
-        {"ar": load_learned(find_model(ar, "AR model", "--ar", "class_dropout", "ar"))} if ar else {}
-    )
+    place = find_model(tok, "tokenizer")
+    found = {"vae": load_learned(_vae_of(place) or place / "vae"), "tokenizer": load_learned(place)}
+    return found | ({"ar": load_learned(find_model(ar, "ar"))} if ar else {})
 
 
 def size_of(tok: FlexTok) -> int:
-    return tok.config.latent_size * tok.vae.config.factor  # side of its images
+    "Side of a tokenizer's images, in pixels."
+    return tok.config.latent_size * tok.vae.config.factor

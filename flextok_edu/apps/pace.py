@@ -17,18 +17,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .pictures import some
 from .run_config import STAGES
-from ..ar import Tokens, train_ar
+from ..ar_training import Tokens, train_ar
 from ..data.datasets import ImageSet
 from ..data.extractors import extractor
 from ..data.features import train_classifier
 from ..data.opening import OnDisk
 from ..engine.config import Preset
-from ..engine.distributed import Shares
+from ..engine.distributed import Distributed
+from ..engine.trainer import Callback, SingleDevice, Trainer, Training
 from ..engine.monitor import matmul_rate
 from ..engine.tensors import from_uint8
 from ..evaluation.metrics import token_counts
-from ..tokenizer import FlexTok, Latents, train_tokenizer
-from ..vae import VAE, train_vae
+from ..tokenizer import FlexTok
+from ..training import Latents, train_tokenizer
+from ..vae import VAE
+from ..vae_training import train_vae
 
 # %% ../../nbs/apps/pace.ipynb #15-ef6fe9e2-1
 SUSTAINED = 1.2  # minutes of training run so much slower than a probe's first steps (measured on 2 CPU cores)
@@ -79,7 +82,7 @@ class StepProfile:
     share: float  # of the arithmetic that matrix products alone reach on this machine
 
 # %% ../../nbs/apps/pace.ipynb #15-699471f7
-class Stopwatch(Shares):
+class Stopwatch(Distributed):
     """Times `steps` steps, or as many as `seconds` allow (one at least), and leaves the training by an
     exception.
     """
@@ -101,42 +104,38 @@ class Stopwatch(Shares):
         self.flops = 0
         _reset_peak(self.device)
 
-    def micro_batches(self, step: int) -> list[tuple[object, float]]:
-        if not self.times:
-            self.times.append(self._now())  # step 0 begins: what came before happens once
-        self.spent.append(0.0)
-        return super().micro_batches(step)
-
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def gradient(self, objective, batch, weight: float, progress: float, last: bool) -> tuple[Tensor, dict]:
+    def micro_batches(self, training: Training) -> list[tuple[object, float]]:
+        if not self.times:
+            self.times.append(self.now())  # step 0 begins: what came before happens once
+            self.batch = training.loader.batch
+        self.spent.append(0.0)
+        return super().micro_batches(training)
+
+    def gradient(self, training, objective, batch, weight, last) -> tuple[Tensor, dict]:
         "As before; the first step's arithmetic is counted."
-        began, counter = self._now(), FlopCounterMode(display=False)
+        began, counter = self.now(), FlopCounterMode(display=False)
         with counter if len(self.times) == 1 else contextlib.nullcontext():
-            found = super().gradient(objective, batch, weight, progress, last)
+            found = super().gradient(training, objective, batch, weight, last)
         self.flops += counter.get_total_flops()
-        self.spent[-1] += self._now() - began
+        self.spent[-1] += self.now() - began
         return found
 
-    def end(self, step: int, log: list[dict]) -> None:
-        self.times.append(self._now())
-        if len(self.times) > self.wanted + 2 or self.times[-1] - self.times[0] > self.limit:
-            raise _Enough
-
-    def watch(self, train: Callable) -> StepProfile:  # (engine) -> anything; never returns by itself
+    def watch(self, train: Callable) -> StepProfile:  # (trainer) -> anything; never returns by itself
         "Train, and say how it went."
         try:
-            train(self)
+            train(Trainer(self, callbacks=[_Stop(self)]))
         except _Enough:
             pass
         each = [b - a for a, b in zip(self.times, self.times[1:])]
         first = min(2, len(each) - 1)  # the first steps are slow: kernels are chosen, arithmetic is counted
         seconds, gradient = (sum(x[first:]) / len(x[first:]) for x in (each, self.spent))
         return StepProfile(
-            self.batches.batch,
+            self.batch,
             len(each) - first,
             seconds,
             gradient,
@@ -145,8 +144,20 @@ class Stopwatch(Shares):
             self.flops / seconds / matmul_rate(self.device, self.precision or torch.float32),
         )
 
+
+class _Stop(Callback):
+    def __init__(self, watch: Stopwatch):
+        self.stopwatch = watch
+
+    def step(self, training: Training, backend: SingleDevice, looked: bool) -> None:
+        watch = self.stopwatch
+        watch.times.append(watch.now())
+        if len(watch.times) > watch.wanted + 2 or watch.times[-1] - watch.times[0] > watch.limit:
+            raise _Enough
+
 # %% ../../nbs/apps/pace.ipynb #15-9bf5516d
-def with_steps(p: Preset, steps: dict[str, int]) -> Preset:
+def with_steps(p: Preset, steps: dict[str, int]) -> Preset:  # steps: of each stage
+    "A preset that trains for other numbers of steps."
     return replace(
         p,
         **{
@@ -161,7 +172,7 @@ def dummy_stages(
     few: ImageSet,  # some images
     feature_extractor: nn.Module | None = None,  # for the VAE's perceptual loss
     device="cpu",
-) -> dict[str, Callable]:  # stage -> a function of an engine, that trains until the engine has had enough
+) -> dict[str, Callable]:  # stage -> a function of a trainer, that trains until the trainer has had enough
     """Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the
     same shape.
     """
@@ -172,26 +183,26 @@ def dummy_stages(
     vae = VAE(p.vae).to(device).eval()
     noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
     stages = {
-        "vae": lambda engine: train_vae(
-            few, q, feature_extractor, device=device, progress=False, engine=engine
+        "vae": lambda trainer: train_vae(
+            few, q, feature_extractor, device=device, progress=False, trainer=trainer
         )
     }
     if few.scenes:
-        stages["classifier"] = lambda engine: train_classifier(
-            few, q.train_classifier, device=device, progress=False, engine=engine
+        stages["classifier"] = lambda trainer: train_classifier(
+            few, q.train_classifier, device=device, progress=False, trainer=trainer
         )
-    stages["tokenizer"] = lambda engine: train_tokenizer(
-        noise, vae, q, device=device, progress=False, engine=engine
+    stages["tokenizer"] = lambda trainer: train_tokenizer(
+        noise, vae, q, device=device, progress=False, trainer=trainer
     )
 
-    def ar(engine):
+    def ar(trainer):
         return train_ar(
             Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes),
             FlexTok(c, vae),
             q,
             device=device,
             progress=False,
-            engine=engine,
+            trainer=trainer,
         )
 
     return stages | {"ar": ar}
@@ -217,7 +228,7 @@ def probe(
     e, few_ids, spent = p.evaluate, tok.tokenize(from_uint8(few.images[:64])), 0.0
     for k in token_counts(p.tokenizer.registers):
         began = time.perf_counter()
-        tok.detokenize(few_ids[:, :k], e.steps, e.guidance).cpu()
+        tok.detokenize(few_ids[:, :k], steps=e.steps, guidance=e.guidance).cpu()
         spent += (time.perf_counter() - began) / len(few_ids)
     rates["evaluate"] = (
         1.5 * spent * (min(e.images, held_out) + e.samples)

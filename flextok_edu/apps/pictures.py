@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ..data.datasets import ImageSet, load_data, spread
 from ..data.decoding import check_memory
-from ..data.folders import split_folders
 from ..data.opening import OnDisk, as_image_set, open_source, split_source
 from ..data.reading import decode
+from ..data.registry import find_kind
 from ..data.scenes import KINDS, ToyScenes
 from ..engine.config import Preset
+from ..engine.tokenizers import Tokenizer
 from ..io.build import build_cache, cache_plan, latent_recipe, token_recipe
 from ..io.cache import LatentCache, TokenCache
 from ..io.pictures import decoded_pictures, pictures_of
-from ..tokenizer import FlexTok
 from ..vae import VAE
 
 # %% ../../nbs/apps/pictures.ipynb #15-5f7ef69a
@@ -29,17 +29,9 @@ def watched() -> bool:  # whether a person looks on: progress bars are for them,
 
 
 def on_disk(data: str, from_disk: bool = False) -> bool:  # whether these pictures are read while training
-    "What is no set in memory."
-    if data == "scenes":
-        return False
-    if from_disk or data.startswith("hf:") or data.endswith(".tar"):
-        return True
-    path = Path(data).expanduser()
-    return path.is_dir() and (
-        any(path.glob("*.tar"))
-        and not split_folders(path)
-        or any((path / f).is_file() for f in ("dataset_dict.json", "state.json"))
-    )
+    "What is no set in memory. Raises as `find_kind` does."
+    kind = find_kind(data)
+    return not kind.drawn and (from_disk or kind.load is None)
 
 
 def held_out_scenes(
@@ -72,11 +64,11 @@ def open_pictures(
     if p.train_images < 2:
         raise ValueError(f"train_images must be at least 2, not {p.train_images}")
     e = p.evaluate
-    if o.data == "scenes":
+    if find_kind(o.data).drawn:  # what nobody asks for is not drawn; more for the floor can be
         train = None
         val = None if only == "train" else held_out_scenes(p, o.seed, e.images)
         if only != "val":
-            train, _ = load_data("scenes", p.image_size, p.train_images, 0, p.level, o.seed, watched())
+            train, _ = load_data(o.data, p.image_size, p.train_images, 0, p.level, o.seed, progress=watched())
         return train, val
     held = e.images + max(e.images, e.samples)  # what is not measured is the floor of the distances
     if not on_disk(o.data, o.from_disk):
@@ -135,7 +127,7 @@ def encode_to(folder: str | Path, recipe, *options) -> None:  # options: shard, 
 
 def material(
     data: ImageSet | OnDisk,  # pictures
-    made_of: VAE | FlexTok,  # what encodes them
+    made_of: VAE | Tokenizer,  # what encodes them
     folder: Path,  # of the cache, if the pictures are on the disk
 ) -> ImageSet | LatentCache | TokenCache:
     "What the tokenizer (with a VAE) or the AR model (with a tokenizer) learns from."

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .pictures import on_disk
-from ..data.datasets import no_random_access
-from ..data.folders import SETS
+from ..data.registry import find_kind
 from ..engine.config import Preset, StageConfig, preset
 from ..engine.limits import check_limits
 from ..engine.text import plain
@@ -112,7 +110,10 @@ def pick_precision(
 
 
 def check(config: RunConfig) -> None:
-    "Raises ValueError for a setting that makes no sense, before anything starts."
+    """Raises ValueError for a setting that makes no sense, FileNotFoundError for data that are nowhere.
+
+    Before anything starts.
+    """
     preset(config.preset)
     with warnings.catch_warnings():  # where it will run is not known yet
         warnings.simplefilter("ignore")
@@ -134,17 +135,7 @@ def check(config: RunConfig) -> None:
     if config.seed < 0:
         raise ValueError(f"seed must be 0 or more, not {config.seed}")
     parse_go_on(config.go_on)
-    if config.data not in ("scenes", *SETS) and (why := no_random_access(config.data)):
-        raise ValueError(why)
-    if (
-        config.data not in ("scenes", *SETS)
-        and not on_disk(config.data)
-        and not Path(config.data).expanduser().is_dir()
-    ):
-        raise FileNotFoundError(
-            f"{plain(config.data)} is neither 'scenes' nor a folder of images nor tar shards nor "
-            f"hf:owner/name nor one of {', '.join(SETS)}"
-        )
+    find_kind(config.data)
 
 # %% ../../nbs/apps/run_config.ipynb #15-ea24427d
 def ready_to_write(folder: str | Path) -> Path:  # the folder, made if need be
@@ -186,13 +177,9 @@ def inside(out: str | Path, **inputs: str | None) -> None:
                 "another name: choose another --out"
             )
 
-
-_GO_ON = {
-    "lr": float,
-    "clip": float,
-    "weight_decay": float,
-    "precision": str,
-}  # what may change in the middle of a stage
+# %% ../../nbs/apps/run_config.ipynb #15-ea24427d-2
+# what may change in the middle of a stage
+_GO_ON = {"lr": float, "clip": float, "weight_decay": float, "precision": str}
 
 
 def parse_go_on(text: str | None) -> dict[str, float | str]:  # setting -> value

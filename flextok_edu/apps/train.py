@@ -6,7 +6,7 @@
 __all__ = ['train', 'with_earlier', 'train_main']
 
 # %% ../../nbs/apps/train.ipynb #apps-train-imports
-import contextlib, json, os, shutil, sys
+import contextlib, json, os, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,47 +25,33 @@ from flextok_edu.apps.run_config import (
     pick_precision,
     with_changes,
 )
+from .stage_table import STAGE_TABLE, Task, material_of
+from .stages import LineAMinute, run_stage
 from flextok_edu.apps.training import (
-    Told,
     TrainOptions,
     begin_folder,
     begun_from,
     cache_folder,
     check_classes,
     check_latents_fit,
-    training_material,
+    training_data,
     model_to_go_on_with,
 )
-from ..ar import save_ar, train_ar
-from ..data.extractors import extractor
-from ..data.learned import Learned, hash_keys, load_learned, save_learned
+from ..data.learned import Learned, hash_keys, load_learned
 from ..engine.claims import claimed
 from ..engine.compiler import compiler_works
 from ..engine.config import Preset
 from ..engine.files import weights_hash, write_text
-from ..engine.long_run import LongRun, Stopped
-from ..engine.models import save_model
 from ..engine.resume import changed_recipe
+from ..engine.runtime import Runtime
 from ..engine.tensors import pick_device
 from ..engine.text import plain
 from ..evaluation.report import versions
-from ..tokenizer import fit_tokenizer, save_tokenizer, train_tokenizer
-from ..vae import train_vae
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f
-def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
-    """Train one stage, or go on with it.
-
-    Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit.
-    """
-    p = preset_of(o, base)
-    out = Path(o.out or f"runs/{o.stage}").expanduser().absolute()
-    name = f"train_{o.stage}"
-    if o.steps is not None:
-        p = override(p, {f"{name}.steps": o.steps})
-    config, changes = getattr(p, name), parse_go_on(o.go_on)
-    device = pick_device(o.device)
-    precision = pick_precision(o.precision, o.device if o.device != "auto" else pick_device())
+def _check(o: TrainOptions, p: Preset, out: Path) -> None:
+    "Raises UsageError or ValueError for numbers that make no sense, and for a folder that cannot be used."
+    name, config = f"train_{o.stage}", STAGE_TABLE[o.stage].config(p)
     if config.steps < 1 or config.batch < 1:
         raise UsageError(
             f"{name}.steps and {name}.batch must be at least 1, not {config.steps} and {config.batch}"
@@ -78,27 +64,46 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
             "negative, and --micro and --keep not 0"
         )
     check_name(out)
-    if changes and o.fresh:
+    if parse_go_on(o.go_on) and o.fresh:
         raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
+
+
+def _models(
+    o: TrainOptions, p: Preset, device
+) -> tuple:  # the one to go on with; the one of the stage before
+    "What the stage begins with, either may be None. Raises ValueError or UsageError for what does not fit."
     old = model_to_go_on_with(o, p, device)
-    made_of = (
-        open_tokenizer(o.tokenizer, device)
-        if o.stage == "ar"
-        else old
-        if o.stage == "vae"
-        else old.vae
-        if old is not None
-        else open_vae(o.vae, device)
-    )
-    if o.stage == "tokenizer":
-        check_latents_fit(made_of, p, o.vae)
+    if o.stage == "ar":
+        return old, open_tokenizer(o.tokenizer, device)
+    if o.stage == "vae":
+        return old, old
+    vae = old.vae if old is not None else open_vae(o.vae, device)
+    check_latents_fit(vae, p, o.vae)
+    return old, vae
+
+# %% ../../nbs/apps/train.ipynb #a3291afa
+def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
+    """Train one stage, or go on with it.
+
+    Raises ValueError, FileNotFoundError or UsageError before it begins if something does not fit.
+    """
+    from accelerate import PartialState  # which process this is, of several that train together
+
+    p = preset_of(o, base)
+    out = Path(o.out or f"runs/{o.stage}").expanduser().absolute()
+    if o.steps is not None:
+        p = override(p, {f"train_{o.stage}.steps": o.steps})
+    device = pick_device(o.device)
+    precision = pick_precision(o.precision, o.device if o.device != "auto" else device)
+    _check(o, p, out)
+    old, made_of = _models(o, p, device)
     if o.stage == "ar":
         p = replace(p, image_size=size_of(made_of))
     pictures = None if o.cache else open_pictures(o, p, "train")[0]
     if o.fresh:
         inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
-    engine = Told(out, o.device, precision, o.micro, o.sharded, o.recompute, minutes=o.minutes, keep=o.keep)
-    first = engine.rank == 0
+    processes = PartialState(cpu=o.device == "cpu")
+    first = processes.is_main_process
     with (
         contextlib.ExitStack() as held,
         contextlib.redirect_stdout(
@@ -107,9 +112,9 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     ):
         if first:
             _claim(held, o, out)
-        if engine.world > 1:
-            engine.accelerator.wait_for_everyone()
-        return _train_in(out, o, p, changes, made_of, old, engine, device, precision, pictures)
+        processes.wait_for_everyone()
+        runtime = Runtime(o.seed, o.device, precision, progress=watched())
+        return _train_in(o, _task(o, out, p, runtime, (old, made_of), pictures), processes)
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f-1
 def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
@@ -123,88 +128,46 @@ def _claim(held: contextlib.ExitStack, o: TrainOptions, out: Path) -> None:
     if aside := claim.put_aside():
         print(f"{plain(out)} is now {plain(aside)}", flush=True)
     cache = cache_folder(o, out)
-    if o.stage != "vae" and cache.is_dir():
+    if cache is not None and cache.is_dir():
         with claimed(cache, "encodes") as claim:
             if aside := claim.put_aside():
                 print(f"{plain(cache)} is now {plain(aside)}", flush=True)
 
 # %% ../../nbs/apps/train.ipynb #15b-64555ff2
-def _train_in(
-    out: Path,
-    o: TrainOptions,
-    p: Preset,
-    changes: dict,
-    made_of,
-    old,
-    engine: "Told",
-    device,
-    precision: torch.dtype | None,
-    pictures,
-) -> Path:
-    "Train in a folder that is ours."
-    first, name = engine.rank == 0, f"train_{o.stage}"
-    data, named, learned = training_material(o, p, made_of, out, pictures)
+def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple, pictures) -> Task:
+    "The training that the options ask for, as if the folder were new."
+    old, made_of = models
+    data, named, learned = training_data(o, made_of, pictures)
     check_classes(o, data)
-    recipe = _recipe(o, p, named, made_of, old, precision)
-    finished, stored = begin_folder(out, recipe, first)
-    if engine.world > 1:
-        engine.accelerator.wait_for_everyone()
-    went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
-    if any(changes.items() <= c.items() for c in went_on):
-        changes = {}  # the same command in a queue says it again
-    if finished and changes:
-        raise UsageError(
-            f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} "
-            f"{out} --out another --set {name}.lr=…"
-        )
-    if finished:
-        print(f"{o.stage}: finished before, in {out}", flush=True)
-        return out
-    if changes:
-        if not engine.store.files():
-            raise UsageError(
-                f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other "
-                "settings, --set"
-            )
-        went_on = went_on + [changes]
-    allowed, begun_with = {}, p
-    for settings in went_on:
-        p, precision, changed = with_changes(p, precision, o.stage, settings, device)
-        allowed |= changed
-    engine.precision, engine.changes = precision, allowed
-    # settings of other stages may differ by now: they change nothing here
-    engine.recipe = changed_recipe(stored["recipe"], allowed) if stored else recipe
-    facts = {
-        "command": f"flextok_train {o.stage}",
-        "options": stored_options(o, "steps", "fresh", "out", "go_on"),
-        "preset": asdict(begun_with),
-        "recipe": stored["recipe"] if stored else recipe,
-        "versions": versions(),
-    } | ({"changes": went_on} if went_on else {})
-    if first:
-        write_text(out / "run.json", json.dumps(facts, indent=1))
-    if o.track != "none":
-        engine.track = o.track
-        engine._start_tracker(o.track, out)
-    # whatever can go wrong does so before the training
-    config = getattr(p, name)
-    seen = _seen(o, learned)
-    print(
-        f"{o.stage}: {config.steps} steps of {config.batch}, from "
-        f"{plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
-        flush=True,
+    recipe = {
+        "stage": o.stage,
+        "seed": o.seed,
+        "precision": str(runtime.precision),
+        "preset": asdict(p),
+        "learns_from": named,
+        "after": weights_hash(made_of) if made_of is not None else None,
+    }
+    return Task(
+        out,
+        p,
+        runtime,
+        data,
+        learned,
+        json.loads(json.dumps(recipe | begun_from(o, old))),
+        after=made_of,
+        encoded=cache_folder(o, out),
+        old=old,
+        part=o.part,
+        keep_vae=o.stage == "tokenizer",
+        machine={k: getattr(o, k) for k in ("micro", "sharded", "recompute", "minutes", "keep", "track")},
+        callbacks=(LineAMinute(),),
     )
-    try:
-        model, log = _trained(o, p, data, made_of, old, engine, precision)
-    except Stopped as stop:
-        stop.number = engine.asked
-        raise
-    if first:
-        _save(o.stage, out, model, log, config, data, seen, engine.changed)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if engine.world > 1:
-        engine.accelerator.wait_for_everyone()
-    return out
+
+
+def _compiles(o: TrainOptions, p: Preset) -> bool:  # whether blocks are to be compiled
+    device = pick_device(o.device)
+    wanted = o.compile == "on" or o.compile == "auto" and STAGE_TABLE[o.stage].config(p).steps >= 500
+    return o.stage != "vae" and wanted and device.type != "mps" and compiler_works(device)
 
 # %% ../../nbs/apps/train.ipynb #15b-64555ff2-1
 def with_earlier(
@@ -226,106 +189,83 @@ def with_earlier(
     return Learned(now.rule if now.rule != "scenes" else before.rule, told, len(keys), hash_keys(keys), keys)
 
 
-def _seen(o: TrainOptions, now: Learned) -> dict[str, Learned | None]:  # "own", and "vae" of a tokenizer
-    "What a model has learned from: now, and before if it went on."
+def _seen(o: TrainOptions, now: Learned) -> tuple[Learned, Learned | None]:  # its own; that of its VAE
+    "What a model will have learned from: now, and before if it goes on."
     whose = {"vae": o.vae, "tokenizer": o.tokenizer, "ar": o.ar}[o.stage]
     if o.stage == "tokenizer":
         before = all_learned(whose) if whose else {}
-        vae = load_learned(find_model(o.vae, "VAE", "--vae", "stem", "vae")) if o.vae else before.get("vae")
-        return {"own": with_earlier(now, before["tokenizer"]) if whose else now, "vae": vae}
-    if not whose:
-        return {"own": now, "vae": None}
-    kind, key = ("VAE", "stem") if o.stage == "vae" else ("AR model", "class_dropout")
-    return {
-        "own": with_earlier(now, load_learned(find_model(whose, kind, f"--{o.stage}", key, o.stage))),
-        "vae": None,
-    }
-
-
-def _recipe(
-    o: TrainOptions, p: Preset, named: dict, made_of, old, precision: torch.dtype | None
-) -> dict:  # as json gives it back
-    "All that decides the weights."
-    facts = {
-        "stage": o.stage,
-        "seed": o.seed,
-        "precision": str(precision),
-        "preset": asdict(p),
-        "learns_from": named,
-        "after": weights_hash(made_of) if made_of is not None else None,
-    }
-    return json.loads(json.dumps(facts | begun_from(o, old)))
+        vae = load_learned(find_model(o.vae, "vae")) if o.vae else before.get("vae")
+        return with_earlier(now, before["tokenizer"]) if whose else now, vae
+    return with_earlier(now, load_learned(find_model(whose, o.stage))) if whose else now, None
 
 # %% ../../nbs/apps/train.ipynb #15b-9684b091
-def _trained(o: TrainOptions, p: Preset, data, made_of, old, engine: LongRun, precision: torch.dtype | None):
-    "The trainer of the stage."
-    flip, device, bar = not getattr(data, "scenes", True), engine.device, watched()
-    compile = (
-        o.stage != "vae"
-        and (o.compile == "on" or o.compile == "auto" and getattr(p, f"train_{o.stage}").steps >= 500)
-        and device.type != "mps"
-        and compiler_works(device)
-    )
-    if o.stage == "vae":
-        return train_vae(
-            data,
-            p,
-            extractor(device=device) if p.vae_loss.perceptual else None,
-            o.seed,
-            device,
-            flip,
-            precision,
-            bar,
-            engine,
-            old,
-            o.part,
+def _changes(
+    o: TrainOptions, out: Path, stored: dict | None, finished: bool
+) -> list[dict]:  # the oldest first
+    "With which settings the run went on, and does now. Raises UsageError if there is nothing to go on from."
+    went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
+    now = parse_go_on(o.go_on)
+    if not now or any(now.items() <= c.items() for c in went_on):
+        return went_on  # the same command in a queue says it again
+    if finished:
+        raise UsageError(
+            f"--go-on: the training in {plain(out)} is finished; a finished model goes on with --{o.stage} "
+            f"{out} --out another --set train_{o.stage}.lr=…"
         )
-    if o.stage == "tokenizer" and old is not None:
-        return fit_tokenizer(
-            old, data, p.train_tokenizer, o.part, o.seed, device, flip, precision, compile, bar, engine=engine
+    if not any((out / "checkpoints").glob("step-*")):
+        raise UsageError(
+            f"--go-on: there is no checkpoint in {plain(out)} to go on from; to begin with other "
+            "settings, --set"
         )
-    if o.stage == "tokenizer":
-        return train_tokenizer(data, made_of, p, o.seed, device, flip, precision, compile, bar, engine=engine)
-    return train_ar(data, made_of, p, o.seed, device, precision, compile, bar, engine, old)
+    return went_on + [now]
+
+
+def _changed(task: Task, stage: str, stored: dict | None, went_on: list[dict]) -> Task:
+    "The task of a run that was begun before."
+    p, precision, allowed = task.preset, task.runtime.precision, {}
+    for settings in went_on:
+        p, precision, new = with_changes(p, precision, stage, settings, pick_device(str(task.runtime.device)))
+        allowed |= new
+    # settings of other stages may differ by now: they change nothing here
+    recipe = changed_recipe(stored["recipe"], allowed) if stored else task.recipe
+    runtime = replace(task.runtime, precision=precision)
+    return replace(task, preset=p, runtime=runtime, recipe=recipe, changes=allowed)
 
 # %% ../../nbs/apps/train.ipynb #15b-9684b091-1
-def _save(
-    stage: str, out: Path, model, log: list[dict], config, data, learned: dict, changed: list[dict]
-) -> None:  # learned: "own", and of a tokenizer "vae"
-    "Model, facts, log, and what it learned from."
-    own = [w for _, w in model.own_parameters()] if stage == "tokenizer" else list(model.parameters())
-    facts: dict = {
-        "stage": {
-            "stage": stage,
-            "steps": config.steps,
-            "batch": config.batch,
-            "seconds": log[-1]["seconds"],
-            "images_per_second": config.steps * config.batch / log[-1]["seconds"],
-            "parameters": sum(w.numel() for w in own),
-        }
-    }
-    if changed:
-        facts["changes"] = changed
-    write_text(out / "log.json", json.dumps(log))
-    save_learned(out, learned["own"])
-    if stage == "vae":
-        save_model(out, model, model.config, **facts)
-    elif stage == "tokenizer":
-        save_model(out / "vae", model.vae, model.vae.config)
-        if learned["vae"] is not None:
-            save_learned(out / "vae", learned["vae"])
-        save_tokenizer(out, model, **facts)
-    else:
-        save_ar(out, model, classes=list(data.classes), **facts)
+def _train_in(o: TrainOptions, asked: Task, processes) -> Path:
+    "Train in a folder that is ours."
+    stage, out, first = STAGE_TABLE[o.stage], asked.folder, processes.is_main_process
+    finished, stored = begin_folder(out, asked.recipe, first)
+    processes.wait_for_everyone()
+    went_on = _changes(o, out, stored, finished)
+    if finished:
+        print(f"{o.stage}: finished before, in {out}", flush=True)
+        return out
+    task = _changed(asked, o.stage, stored, went_on)
+    own, vae = _seen(o, task.learned)
+    runtime = replace(task.runtime, compile=_compiles(o, task.preset))
+    task = replace(
+        task, data=material_of(stage, task), learned=own, vae_learned=vae, runtime=runtime
+    )  # whatever can go wrong does so before the training
+    facts = {
+        "command": f"flextok_train {o.stage}",
+        "options": stored_options(o, "steps", "fresh", "out", "go_on"),
+        "preset": asdict(asked.preset),
+        "recipe": stored["recipe"] if stored else asked.recipe,
+        "versions": versions(),
+    } | ({"changes": went_on} if went_on else {})
+    if first:
+        write_text(out / "run.json", json.dumps(facts, indent=1))
+    config, data = stage.config(task.preset), task.data
     print(
-        f"{stage}: {config.steps} steps in {log[-1]['seconds']:.0f} s, "
-        f"{facts['stage']['images_per_second']:.0f} images a second, "
-        f"{facts['stage']['parameters'] / 1e6:.2f} M parameters, weights "
-        f"{weights_hash(model.own_state() if stage == 'tokenizer' else model)}; saved in {out}",
+        f"{o.stage}: {config.steps} steps of {config.batch}, from "
+        f"{plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
         flush=True,
     )
+    run_stage(stage, task)
+    return out
 
-
+# %% ../../nbs/apps/train.ipynb #91597a84
 def train_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_train vae|tokenizer|ar`."
     command("flextok_train", TrainOptions, lambda o, base: train(o, base) and None, argv)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .card import PARTS, open_part, open_parts, model_card
-from ..ar import position_losses, tokenizer_hash, tokenizer_identity
+from ..ar_training import position_losses
+from ..ar import tokenizer_hash, tokenizer_identity
 from ..data.datasets import spread
 from ..data.learned import load_learned, save_learned
 from ..data.scenes import ToyScenes
@@ -245,7 +246,8 @@ def rounding(
         ids2 = tok2.tokenize(images)
         some = spread(len(images), 16)
         error, error2 = (
-            (t.detokenize(i[some], 5) - images[some]).abs().mean() / 2 for t, i in ((tok, ids), (tok2, ids2))
+            (t.detokenize(i[some], steps=5) - images[some]).abs().mean() / 2
+            for t, i in ((tok, ids), (tok2, ids2))
         )
         found |= {"equal_ids": (ids == ids2).float().mean(), "mae_change": (error2 - error).abs()}
     if ar is not None:

@@ -78,7 +78,7 @@ def _upright(image: Image.Image, asked: Image.Image) -> Image.Image:
         turn = None
     return image if turn is None else image.transpose(turn)
 
-
+# %% ../../nbs/data/decoding.ipynb #01-be88b01e-4
 def _flat(image: Image.Image) -> Image.Image:  # RGB
     "Bytes of any mode as RGB, transparency laid on white."
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -173,6 +173,7 @@ _BESIDE = {
     "TIFF": 4,
     "MPO": 0,
 }  # bytes a pixel that decoders hold
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)  # of a segment of a JPEG
 
 
 def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have to be kept
@@ -197,10 +198,7 @@ def _scans(data) -> tuple[int, bool]:  # how many; whether all coefficients have
         at += max(2, length)
     raise ValueError("too many segments")
 
-
-_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
-
-
+# %% ../../nbs/data/decoding.ipynb #01-953d2e4d-1
 def _whole(stream):  # its bytes, without a copy where that can be had
     "An open file or bytes in memory, to be looked through."
     if isinstance(stream, io.BytesIO):

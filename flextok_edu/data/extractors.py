@@ -36,12 +36,12 @@ DOWNLOADED = {
     ),
 }
 PINS = {  # where weights are public: exactly which; the sha256 of a file, the commit of a repository
-    "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth": "0cc3c7bd75056d25e46cba549dc184522069b81e9787eff6df84f397bd52a5ef",
+    DOWNLOADED["inception"][0]: "0cc3c7bd75056d25e46cba549dc184522069b81e9787eff6df84f397bd52a5ef",
     "facebook/dinov2-small": "ed25f3a31f01632728cabb09d1542f84ab7b0056",
     "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
 }
 
-
+# %% ../../nbs/data/extractors.ipynb #02-9022ca02-1
 class DownloadedExtractor(nn.Module):
     "A frozen network of torchvision or transformers. Images in [-1, 1]."
 

@@ -19,7 +19,8 @@ from ..engine.config import StageConfig
 from ..engine.hub import Pretrained
 from ..engine.models import load_model, save_model
 from ..engine.optim import EMA
-from ..engine.trainer import Engine, Objective, fit
+from ..engine.runtime import Runtime
+from ..engine.trainer import Objective, Trainer, fit
 
 # %% ../../nbs/02_features.ipynb #02-646a69a1
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -197,19 +198,18 @@ class AttributeClassifier(nn.Module, Pretrained):
 def train_classifier(
     data: ImageSet,  # scenes with all labels
     config: StageConfig,  # steps, batch, learning rate
-    seed: int = 0,
-    device="cpu",
-    progress: bool = True,
+    trainer: Trainer | None = None,  # by default one process, without checkpoints
     every: int = 10,  # log every so many steps
-    engine: Engine | None = None,  # the machine, see engine; by default this one device
+    **named,  # fields of a Runtime: seed, device, progress
 ) -> tuple[AttributeClassifier, list[dict]]:
     # trained model in eval mode; training log: the loss, and of each head its cross-entropy over that of a
     # uniform guess
     "Train the attribute classifier on originals."
+    r = Runtime.of(None, named)
     if not data.scenes:
         raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")
-    torch.manual_seed(seed)
-    model = AttributeClassifier().to(device)
+    torch.manual_seed(r.seed)
+    model = AttributeClassifier().to(r.device)
     ema = EMA(model, config.ema)
 
     def loss(batch, progress):
@@ -220,23 +220,16 @@ def train_classifier(
     objective = Objective(
         "classifier", loss, list(model.named_parameters()), config, list(model.named_buffers())
     )
+    stream = batches(data, config.batch, r.seed, r.device)
     log = fit(
-        [objective],
-        batches(data, config.batch, seed, device),
-        config.steps,
-        ema,
-        device=device,
-        label="classifier",
-        every=every,
-        progress=progress,
-        engine=engine,
+        [objective], stream, config.steps, ema, label="classifier", every=every, trainer=trainer, runtime=r
     )
     ema.apply()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # None: plain average over the batches below
-    stream = batches(data, 250, seed + 1, device)
+    stream = batches(data, 250, r.seed + 1, r.device)
     with torch.no_grad():
         for _ in range(8):
             model(next(stream)[0])

@@ -40,29 +40,10 @@ PASSED_OVER = {  # pictures that are not read, and why
     ),
 }
 PASSED_OVER = {suffix: why for suffix, why in PASSED_OVER.items() if suffix not in PICTURES}
-_NOPICTURES = {
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".md",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".html",
-    ".pdf",
-    ".py",
-    ".yaml",
-    ".yml",
-    ".ini",
-    ".log",
-    ".db",
-    ".npy",
-    ".npz",
-    ".safetensors",
-    ".zip",
-    ".tar",
-    ".gz",
-}
+_NOPICTURES = set(
+    ".txt .json .jsonl .md .csv .tsv .xml .html .pdf .py .yaml .yml .ini .log .db "
+    ".npy .npz .safetensors .zip .tar .gz".split()
+)
 
 
 def is_picture(file: str) -> bool:

@@ -115,11 +115,8 @@ def _file_keys(paths: list[str], index: str | Path | None, progress: bool) -> li
     """
     base = os.path.commonpath([os.path.abspath(os.path.dirname(p) or ".") for p in paths])
     folder = keys_folder(len(paths), index)
-    file = (
-        folder
-        and folder
-        / f"{os.path.basename(base)[:80] or 'root'}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:8]}.safetensors"
-    )
+    name = f"{os.path.basename(base)[:80] or 'root'}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:8]}"
+    file = folder and folder / f"{name}.safetensors"
     kept, changed = load_keys(file), 0
 
     def one(path: str) -> tuple[bytes, tuple[int, int, int] | None, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .shapes import SHAPES
+from .shapes import PART_COLOURS, SHAPES
 from ..engine.tensors import from_uint8
 
 # %% ../../nbs/01_scenes.ipynb #01-9b7ead1f
@@ -55,17 +55,6 @@ _WORDS = dict(
     day="by day",
     dusk="at dusk",
     night="at night",
-)
-_FIXED = dict(
-    wood=(134, 90, 54),
-    black=(34, 32, 40),
-    white=(248, 248, 246),
-    gold=(250, 200, 60),
-    glass=(170, 220, 245),
-    leaf=(64, 140, 62),
-    cream=(250, 232, 205),
-    metal=(190, 194, 200),
-    pink=(245, 135, 180),
 )
 
 # %% ../../nbs/01_scenes.ipynb #01-036b5e7a
@@ -154,7 +143,10 @@ _RELATIONS = {"above": (0.0, -1.0), "left of": (-1.0, 0.1), "right of": (1.0, 0.
 def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Scene:  # a random scene
     "Draw a scene's ground truth; `odd` chooses the half of the position grid (validation uses the odd one)."
     u = rng.random(24)
-    pick = lambda r, options: options[min(int(r * len(options)), len(options) - 1)]
+
+    def pick(r, options):
+        return options[min(int(r * len(options)), len(options) - 1)]
+
     kind = pick(u[0], KINDS)
     home, others, favourites, stands, turn = _PREFERENCES[kind]
     place = home if u[1] < 0.67 else pick((u[1] - 0.67) / 0.33, others)
@@ -231,7 +223,7 @@ def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
         "light": (r * 0.6 + 102, g * 0.6 + 102, b * 0.6 + 102),
     }
     for name, polygon in zip(colours, np.split(placed, cuts)):
-        c = shades.get(name) or _FIXED[name]
+        c = shades.get(name) or PART_COLOURS[name]
         canvas.polygon(polygon.ravel().tolist(), fill=tuple(min(255, int(v * f)) for v, f in zip(c, tint)))
 
 # %% ../../nbs/01_scenes.ipynb #01-6d9db40a-1

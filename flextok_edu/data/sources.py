@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_SPLIT', 'HASHED_AT_MOST', 'LONGEST_TEXT', 'Unreadable', 'Item', 'Source', 'SharedStrings', 'caption_in',
-           'caption_of', 'FolderSource']
+           'caption_of', 'FolderSource', 'Part']
 
 # %% ../../nbs/data/sources.ipynb #data-sources-imports
 import hashlib, json, os, stat, warnings
@@ -283,3 +283,44 @@ class FolderSource(Source):
             except OSError:
                 size = -1
             yield os.fsencode(self.files[i]) + f" {size} {self.texts[i]}".encode()
+
+# %% ../../nbs/data/sources.ipynb #01b-f2d0ccad
+class Part(Source):
+    "Some items of another source."
+
+    def __init__(
+        self,
+        source: Source,
+        rows,
+        name: str = "",
+        rule: str | None = None,  # rows: their numbers there
+    ):
+        self.source = source
+        self.rows = np.asarray(rows, np.int64)
+        self.classes = source.classes
+        self.rule = rule or source.rule
+        self.name = name or f"{source.name}; {len(self.rows):,} of them"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _row(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return int(self.rows[i])
+
+    def item(self, i: int) -> Item:
+        return self.source.item(self._row(i))
+
+    def caption(self, i: int) -> str | None:
+        return self.source.caption(self._row(i))
+
+    def keys_at(self, rows: Sequence[int]) -> Tensor:
+        return self.source.keys_at([self._row(i) for i in rows])
+
+    def find_keys(self, progress: bool = False) -> Tensor | None:
+        every = self.source.find_keys(progress)
+        return None if every is None else every[self.rows]
+
+    def listed(self) -> Iterator[bytes]:
+        yield self.source.hash.encode() + self.rows.tobytes()

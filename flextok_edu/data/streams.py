@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .keys import picture_key
-from .reading import decode_quietly
+from .reading import LoaderOptions, decode_quietly
 from .set_sources import find_columns, row_item
 from .sources import Item
+from ..engine.runtime import fold
 from ..engine.tensors import from_uint8
 
 # %% ../../nbs/data/streams.ipynb #01b-2b923904
@@ -134,16 +135,19 @@ class _Blocks:
 
 
 def _decoded(
-    items: list[Item], size: int, seed: int, step: int, place: int, flip: bool, crop: str, pool
-) -> list[Tensor | str]:
-    "Pictures or reasons; what is random follows from (seed, step, place of the first item)."
-    chances = [np.random.default_rng([seed, step, place + i, 3]).random(2) for i in range(len(items))]
+    items: list[Item],
+    size: int,
+    chances: list,  # (2,) in [0, 1) for each: whether it is mirrored, where it is cut out
+    how: LoaderOptions,
+    pool: ThreadPoolExecutor | None,
+) -> list[Tensor | str]:  # pictures (3 h w) uint8, or reasons
+    "Each picture, or why there is none."
 
     def one(item: Item, chance) -> Tensor | str:
         if item.label < 0:
             return "no valid label"
-        found = decode_quietly(item, size, chance[1] if crop == "random" else None)
-        return found.flip(-1) if flip and chance[0] < 0.5 and not isinstance(found, str) else found
+        found = decode_quietly(item, size, chance[1] if how.crop == "random" else None)
+        return found.flip(-1) if how.flip and chance[0] < 0.5 and not isinstance(found, str) else found
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -175,12 +179,12 @@ class _FrontToBack:
         found, empty = [], 0
         while len(found) < self.batch:
             part = self._blocks.take(self.batch - len(found))
-            for item, square in zip(
-                part,
-                _decoded(
-                    part, self.size, self.seed, self._step, len(found), self.flip, self.crop, self._pool
-                ),
-            ):
+            places = range(
+                len(found), len(found) + len(part)
+            )  # what is random follows from seed, step, place
+            chances = [np.random.default_rng([self.seed, self._step, p, 3]).random(2) for p in places]
+            squares = _decoded(part, self.size, chances, self.how, self._pool)
+            for item, square in zip(part, squares):
                 if isinstance(square, str):
                     self.skipped[square] += 1
                     empty += 1
@@ -210,23 +214,19 @@ class StreamLoader(_FrontToBack):
         size: int,  # side in pixels
         batch: int,  # images a step, over all processes
         seed: int = 0,  # names the order within blocks and everything random
-        workers: int = 0,  # threads that decode
-        flip: bool = False,
-        crop: str = "centre",  # as in SourceLoader
-        device="cpu",
+        options: LoaderOptions | None = None,
+        *,
         block: int = 1024,  # items that are held, encoded, and shuffled among each other
+        **fields,  # of the options: workers, flip, crop, device
     ):
-        if crop not in ("centre", "random"):
-            raise ValueError(f"crop {crop!r}: use 'centre' or 'random'")
         self.source = source
         self.size = size
         self.batch = batch
         self.seed = seed
-        self.flip = flip
-        self.crop = crop
-        self.device = torch.device(device)
+        self.how = fold(LoaderOptions, options, fields)
+        self.device = torch.device(self.how.device)
         self.skipped = Counter()
-        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._pool = ThreadPoolExecutor(self.how.workers) if self.how.workers else None
         self._blocks = _Blocks(source, block, seed)
         self._step, self._last, self._zero = 0, (-1, None), self._blocks.state
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .datasets import no_random_access
 from .decoding import PICTURES
 from .folders import PASSED_OVER, evenly
 from .keys import keys_folder, load_keys, picture_key, save_keys
+from .registry import no_random_access
 from .sources import Item, Source, LONGEST_TEXT, SharedStrings, caption_of
 from ..engine.files import write_text
 

@@ -145,9 +145,12 @@ def make_optimizers(
     (Muon suits hidden weights only).
     """
     named = [(n, p) for n, p in named_parameters if p.requires_grad]
+
     # hidden: the transformers' blocks, the autoencoder's levels and middle; a leading dot makes "blocks.0…"
     # and "encoder.blocks.0…" look alike
-    hidden = lambda name: any(part in "." + name for part in (".blocks.", ".levels.", ".middle."))
+    def hidden(name):
+        return any(part in "." + name for part in (".blocks.", ".levels.", ".middle."))
+
     matrices = [p for n, p in named if p.ndim >= 2 and hidden(n)] if config.optimizer == "muon" else []
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer {config.optimizer!r}: use 'adamw' or 'muon'")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.text import plain
-from .metrics import column
-from .report import Report, better, load_report, score_key
+from .metrics import better, metric_of
+from .report import Report, load_report, score_key
 
 # %% ../../nbs/evaluation/compare.ipynb #10-1143d207
 def conditions(
     card: dict,  # of a report
-    key: str,  # "mae", "frechet_…", "acc_…"
+    key: str,  # column of a metric: "mae", "frechet_…", "acc_…"
     what: str,  # "VAE alone", "tokens" or "samples"
 ) -> dict:  # condition -> value; None where the card does not say
     "On what a number depends, besides the models that are compared."
@@ -28,17 +28,21 @@ def conditions(
         name: card.get(name)
         for name in needed + (["samples", "ar_guidance", "temperature"] if what == "samples" else [])
     }
-    weights = card.get("weights", {})
-    if key.startswith("frechet"):
-        name = next((e for e in card.get("extractors", []) if column(e) == key), None)
+    weights, metric = card.get("weights", {}), metric_of(key)
+    if metric is not None and metric.of == "set":
+        name = next((e for e in card.get("extractors", []) if metric.columns([e])[0] == key), None)
         found |= {
             "reference": card.get("reference"),
             "extractors": name,
             "weights.extractor": weights.get("classifier" if name and "scenes" in name else "extractor"),
         }
-    if key.startswith("acc_"):
+    if metric is not None and metric.of == "attributes":
         found["weights.classifier"] = weights.get("classifier")
     return found
+
+
+def _of_a_set(key: str) -> bool:
+    return (metric := metric_of(key)) is not None and metric.of == "set"
 
 # %% ../../nbs/evaluation/compare.ipynb #10-dbda1135
 @dataclass
@@ -79,12 +83,8 @@ class Comparison:
         )
         gap = rows[1][key] - rows[0][key]
         if same and all(v is not None for v in values) and len(values[0]) == len(values[1]):
-            spread = (values[1] - values[0]).std()
-            return (
-                gap,
-                float(spread if key.startswith("frechet") else spread / math.sqrt(len(values[0]))),
-                True,
-            )
+            spread = float((values[1] - values[0]).std())  # of resamples it is the error already
+            return gap, spread if _of_a_set(key) else spread / math.sqrt(len(values[0])), True
         return gap, math.hypot(*(r.get(f"{key}_se", math.nan) for r in rows)), False
 
     def best(
@@ -129,68 +129,59 @@ def comparison_keys(
         if row["what"] in ("originals", "real against real"):
             continue
         for key in row:
-            if (
-                (key in ("mae", "psnr", "ssim") or key.startswith(("frechet_", "acc_")))
-                and not key.endswith(("_se", "_gain"))
-                and all(
-                    math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan))
-                    for i in range(len(c.reports))
-                )
+            if metric_of(key) is not None and all(
+                math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan))
+                for i in range(len(c.reports))
             ):
                 found.setdefault((row["what"], key), []).append(row.get("tokens"))
     return found
 
 # %% ../../nbs/evaluation/compare.ipynb #10-7c1be95e-1
+def _one_key(c: Comparison, what: str, key: str, counts: list) -> list[str]:  # its lines
+    letters = string.ascii_uppercase[: len(c.reports)]
+    wrong = c.mismatches(key, what)
+    ranked = c.force or not wrong
+    d = metric_of(key).digits_of(key) + 1  # paired differences are finer than what the table shows
+    lines = [
+        "",
+        f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)",
+        "tokens "
+        + "".join(f"{letter:>18}" for letter in letters)
+        + "".join(f"{letter + ' - A':>26}" for letter in letters[1:])
+        + ("   best" if ranked else ""),
+    ]
+    for tokens in counts:
+        rows = [c.row(i, what, tokens) for i in range(len(letters))]
+        line = f"{tokens or '':>6} "
+        for r in rows:
+            value = f"{r[key]:.{d}f} ±{r.get(f'{key}_se', math.nan):.{d}f}"
+            line += f"{value:>18}"
+        for i in range(1, len(letters)):
+            gap, error, paired = c.difference(key, what, tokens, 0, i)
+            value = f"{gap:+.{d}f} ±{error:.{d}f}{' paired' if paired else ''}"
+            line += f"{value:>26}"
+        if ranked:
+            best = c.best(key, what, tokens)
+            line += "   " + ("=" if best is None else letters[best])
+        lines.append(line)
+    if wrong:
+        lines.append(f"{'ranked by force' if c.force else 'not ranked'}: {', '.join(wrong)} must agree")
+    return lines
+
+
 def comparison_text(c: Comparison) -> str:  # the table
     "A comparison for the eye."
-    letters = string.ascii_uppercase[: len(c.reports)]
     keys = comparison_keys(c)
     cards = [_flat(r.card) for r in c.reports]
-    lines = [f"{letter}  {plain(name)}" for letter, name in zip(letters, c.names)] + [""]
+    lines = [f"{letter}  {plain(name)}" for letter, name in zip(string.ascii_uppercase, c.names)] + [""]
     matter = {name for what, key in keys for name in c.mismatches(key, what)}
-    differ = [
-        n
-        for n in dict.fromkeys(n for card in cards for n in card)
-        if any(card.get(n) != cards[0].get(n) for card in cards)
-    ]
+    names = dict.fromkeys(n for card in cards for n in card)
+    differ = [n for n in names if any(card.get(n) != cards[0].get(n) for card in cards)]
     for name in differ + sorted(matter - set(differ)):
-        lines.append(
-            f"{'!' if name in matter else '·'} {plain(name):24} "
-            + " | ".join(plain(card.get(name, "not stated")) for card in cards)
-        )
+        said = " | ".join(plain(card.get(name, "not stated")) for card in cards)
+        lines.append(f"{'!' if name in matter else '·'} {plain(name):24} {said}")
     for (what, key), counts in keys.items():
-        wrong = c.mismatches(key, what)
-        digits = 2 if key == "psnr" else 1 if key.startswith("frechet_eff") else 4
-        lines += [
-            "",
-            f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)",
-            "tokens "
-            + "".join(f"{letter:>18}" for letter in letters)
-            + "".join(f"{letter + ' - A':>26}" for letter in letters[1:])
-            + ("" if wrong and not c.force else "   best"),
-        ]
-        for tokens in counts:
-            rows = [c.row(i, what, tokens) for i in range(len(cards))]
-            cells = [f"{r[key]:.{digits}f} ±{r.get(key + '_se', math.nan):.{digits}f}" for r in rows]
-            gaps = [
-                f"{gap:+.{digits}f} ±{error:.{digits}f}{' paired' if paired else ''}"
-                for gap, error, paired in (
-                    c.difference(key, what, tokens, 0, i) for i in range(1, len(cards))
-                )
-            ]
-            winner = (
-                ""
-                if wrong and not c.force
-                else "   " + ("=" if (i := c.best(key, what, tokens)) is None else letters[i])
-            )
-            lines.append(
-                f"{tokens or '':>6} "
-                + "".join(f"{x:>18}" for x in cells)
-                + "".join(f"{x:>26}" for x in gaps)
-                + winner
-            )
-        if wrong:
-            lines.append(f"{'ranked by force' if c.force else 'not ranked'}: {', '.join(wrong)} must agree")
+        lines += _one_key(c, what, key, counts)
     return "\n".join(lines)
 
 # %% ../../nbs/evaluation/compare.ipynb #10-f2135576
