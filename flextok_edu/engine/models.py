@@ -188,7 +188,7 @@ def load_model(
     return model.eval(), facts
 
 # %% ../../nbs/engine/models.ipynb #e06db453
-_OLD_FILES = {"registers": "tokenizer", "stem": "vae", "class_dropout": "ar", "optimizer": "classifier"}
+_OLD_FILES = {"registers": "tokenizer", "stem": "vae", "class_dropout": "ar", "steps": "classifier"}
 
 
 def read_facts(folder: str | Path) -> dict:  # what its config.json says; {} where that cannot be read
