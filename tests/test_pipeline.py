@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from PIL import Image
 from torch import nn
 
 import flextok_edu
+import flextok_edu.apps.card as apps_card
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.page as apps_page
 import flextok_edu.apps.run_config as apps_run_config
+import flextok_edu.apps.stage_table as apps_stage_table
 import flextok_edu.apps.stages as apps_stages
 import flextok_edu.ar_training as ar_training
 import flextok_edu.training as training
@@ -403,3 +405,16 @@ def test_the_shipped_curves_are_of_the_preset(name, seeds):
         )
         == found
     ), "how pictures are decoded changes no loss"
+
+
+def test_the_table_of_stages():
+    """Every group of a preset decides exactly one stage, or is shared by all; a card lists the same parts."""
+    table = apps_stage_table.STAGE_TABLE
+    assert tuple(table) == apps_run_config.STAGES and apps_stage_table.PARTS == apps_card.PARTS
+    decides = [name for stage in table.values() for name in stage.settings]
+    shared = {"name", "image_size", "level", "train_images", "evaluate"}
+    assert sorted([*decides, *shared]) == sorted(f.name for f in fields(engine_config.Preset))
+    for name, stage in table.items():
+        assert stage.config(preset("micro")) == getattr(preset("micro"), f"train_{name}")
+        assert stage.after is None or list(table).index(stage.after) < list(table).index(name)
+        assert (stage.encoded is None) == (stage.after is None), "a model before it encodes its pictures"

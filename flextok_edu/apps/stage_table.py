@@ -183,7 +183,8 @@ _ALL = (  # in the order of training
     ),
 )
 STAGE_TABLE = {stage.name: stage for stage in _ALL}
-PARTS = tuple(sorted(STAGE_TABLE, key="classifier".__eq__))  # as cards list them: what may be missing is last
+# as cards list them: what only scenes have comes last
+PARTS = tuple(sorted(STAGE_TABLE, key=lambda name: STAGE_TABLE[name].only_scenes))
 
 # %% ../../nbs/apps/stage_table.ipynb #apps-stage_table-helpers
 def material_of(stage: Stage, task: Task):  # what the stage's trainer takes
