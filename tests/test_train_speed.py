@@ -165,7 +165,7 @@ def test_the_difference_is_rounding(distribution, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "float", torch.Tensor.double
     )  # norms, losses and statistics insist on float32
-    monkeypatch.setattr(engine_trainer._Tally, "means", lambda self, total: {})  # the log is kept in float32
+    monkeypatch.setattr(engine_trainer.Tally, "means", lambda self, total: {})  # the log is kept in float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
