@@ -23,6 +23,7 @@ from .tokenize import read_ids
 from ..ar import sample_images
 from ..engine.config import Preset
 from ..engine.hub import shipped_models
+from ..engine.inputs import check_budget
 from ..engine.marks import may_replace, save_picture
 from ..engine.tensors import grid, noise_like, pick_device
 from ..engine.text import plain
@@ -132,7 +133,7 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
     names, ids = read_ids(o.ids, tok)
     for k in o.budgets:
-        tok._check_budget(k)
+        check_budget(k, tok.length)
     names = [f"{i:04}_{_safe(Path(name).stem)}" for i, name in enumerate(names)]
     steps, guidance = o.decoding(o.tokenizer)
     counts = [sorted({k for k in o.budgets if k <= len(row)} if o.budgets else {len(row)}) for row in ids]
@@ -257,9 +258,9 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     wanted, each = _class_numbers(o.classes, names), list(dict.fromkeys(o.seeds))
     if not wanted or not each:
         raise UsageError("say which classes, and at least one seed")
-    budgets = list(o.budgets) or [tok.config.registers]
+    budgets = list(o.budgets) or [tok.length]
     for k in budgets:
-        tok._check_budget(k)
+        check_budget(k, tok.length)
     labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
     steps, guidance = o.decoding(whose)
     usual = sampling_defaults(o.ar)

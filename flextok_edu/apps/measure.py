@@ -22,7 +22,6 @@ from flextok_edu.apps.models import (
     open_ar,
     open_tokenizer,
     preset_of,
-    size_of,
 )
 from .options import UsageError
 from .page import picture_quality
@@ -154,7 +153,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     out, device = ready_to_write(o.out), pick_device(o.device)
     _only_results(out, o.force)
     tok = open_tokenizer(o.tokenizer, device)
-    p = replace(preset_of(o, base, o.tokenizer), image_size=size_of(tok))
+    p = replace(preset_of(o, base, o.tokenizer), image_size=tok.image_size)
     ar = open_ar(o.ar, tok)[0] if o.ar else None
     reader = None
     if o.classifier:

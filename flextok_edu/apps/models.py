@@ -18,9 +18,9 @@ from ..engine.checks import conform, read_json
 from ..engine.config import EvalConfig, Preset, preset
 from ..engine.hub import shipped_models
 from ..engine.limits import from_dict
+from ..engine.models import model_kind
 from ..engine.text import plain
-from ..engine.tokenizers import TOKENIZERS
-from ..tokenizer import FlexTok
+from ..engine.tokenizers import Tokenizer, kind_of, load_any_tokenizer
 from ..vae import VAE
 
 # %% ../../nbs/apps/models.ipynb #15b-5877e357
@@ -72,22 +72,6 @@ class DataOptions(Common):
 
 # %% ../../nbs/apps/models.ipynb #15b-69a3e73b
 _NAMES = {"vae": "VAE", "tokenizer": "tokenizer", "ar": "AR model", "classifier": "classifier"}
-# a field of the configuration by which each is known where config.json names no kind
-_OLD_FILES = {"registers": "tokenizer", "stem": "vae", "class_dropout": "ar", "optimizer": "classifier"}
-
-
-def _kind(folder: Path) -> str | None:  # a part of _NAMES, or whatever else calls itself something
-    "Which kind of model lies in a folder, by its config.json; None: none that can be read."
-    try:
-        found = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None
-    config = found.get("config") if isinstance(found, dict) else None
-    if not isinstance(config, dict):
-        return None
-    if isinstance(kind := found.get("kind"), str):
-        return "tokenizer" if kind in TOKENIZERS else kind
-    return next((part for field, part in _OLD_FILES.items() if field in config), None)
 
 # %% ../../nbs/apps/models.ipynb #cc2d2266
 def find_model(
@@ -101,7 +85,7 @@ def find_model(
             f"--{part} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote"
         )
     place = shipped_models().get(folder) or Path(folder).expanduser()
-    found = next((f for f in (place, place / part) if _kind(f) == part), None)
+    found = next((f for f in (place, place / part) if model_kind(f) == part), None)
     if found is None:
         raise FileNotFoundError(
             f"--{part} {folder}: there is no {what} in it"
@@ -112,7 +96,7 @@ def find_model(
 
 def _vae_of(place: Path) -> Path | None:  # place: of a tokenizer
     "The VAE in its folder, or beside it."
-    return next((f for f in (place / "vae", place.parent / "vae") if _kind(f) == "vae"), None)
+    return next((f for f in (place / "vae", place.parent / "vae") if model_kind(f) == "vae"), None)
 
 
 def open_vae(folder: str | None, device="cpu") -> VAE:
@@ -120,18 +104,19 @@ def open_vae(folder: str | None, device="cpu") -> VAE:
     return VAE.from_pretrained(find_model(folder, "vae"), device=device)
 
 
-def open_tokenizer(folder: str | None, device="cpu") -> FlexTok:
-    "A tokenizer with its VAE, by its folder."
+def open_tokenizer(folder: str | None, device="cpu") -> Tokenizer:
+    "A tokenizer of whatever kind, with its VAE, by its folder."
     place = find_model(folder, "tokenizer")
     vae = _vae_of(place)
-    if vae is None:
+    if vae is None and kind_of(place) == "flextok":  # other kinds may need none
         raise FileNotFoundError(
             f"--tokenizer {folder}: its VAE is neither in {place / 'vae'} nor in {place.parent / 'vae'}"
         )
-    return FlexTok.from_pretrained(place, vae=VAE.from_pretrained(vae), device=device)
+    tok, _ = load_any_tokenizer(place, VAE.from_pretrained(vae) if vae else None)
+    return tok.to(device)
 
 # %% ../../nbs/apps/models.ipynb #7d70655a
-def open_ar(folder: str | None, tok: FlexTok) -> tuple[ARModel, list[str]]:  # the model; names of its classes
+def open_ar(folder: str | None, tok: Tokenizer) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(find_model(folder, "ar"), tok)
     names = conform(
@@ -173,7 +158,7 @@ def preset_beside(model: str, part: str) -> Preset | None:
     all.
     """
     place = Path(model).expanduser()
-    if model in shipped_models() or not (place / "run.json").is_file() or _kind(place) != "tokenizer":
+    if model in shipped_models() or not (place / "run.json").is_file() or model_kind(place) != "tokenizer":
         return training_preset(model)
     return None  # flextok_train notes its own stage only
 
@@ -206,6 +191,6 @@ def all_learned(
     return found | ({"ar": load_learned(find_model(ar, "ar"))} if ar else {})
 
 
-def size_of(tok: FlexTok) -> int:
+def size_of(tok: Tokenizer) -> int:
     "Side of a tokenizer's images, in pixels."
-    return tok.config.latent_size * tok.vae.config.factor
+    return tok.image_size

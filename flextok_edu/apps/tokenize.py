@@ -16,15 +16,15 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from .cli import command
-from .models import Common, DataOptions, open_tokenizer, open_vae, preset_of, size_of
+from .models import Common, DataOptions, open_tokenizer, open_vae, preset_of
 from .options import UsageError
 from .pictures import encode_to, numbered, open_pictures
 from .run_config import check_name, ready_to_write
-from ..ar import tokenizer_identity
 from ..data.folders import image_files, read_squares
 from ..engine.checks import conform, parse_json
 from ..engine.config import Preset
 from ..engine.files import weights_hash, write_text
+from ..engine.inputs import check_budget
 from ..engine.marks import may_replace
 from ..engine.tensors import from_uint8, pick_device
 from ..engine.text import plain
@@ -84,7 +84,7 @@ def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
         data = (
             LatentCache(o.latents, tok.vae)
             if o.latents
-            else numbered(open_pictures(o, replace(p, image_size=size_of(tok)), "train")[0])
+            else numbered(open_pictures(o, replace(p, image_size=tok.image_size), "train")[0])
         )
         recipe = token_recipe(tok, data, o.mirror)
     encode_to(o.out, recipe, o.shard, o.batch, o.verify)
@@ -151,10 +151,10 @@ def read_ids(
         raise ValueError(f"{plain(path)} is no file of ids ({error})") from error
     whose = {
         "tokenizer": weights_hash(tok),
-        "identity": tokenizer_identity(tok),
-        "vocabulary": tok.fsq.vocabulary,
-        "registers": tok.config.registers,
-        "size": size_of(tok),
+        "identity": tok.identity,
+        "vocabulary": tok.vocabulary,
+        "registers": tok.length,
+        "size": tok.image_size,
     }
     for name, value in whose.items():  # an older file does not say all of it
         if head.get(name, value) != value:
@@ -165,13 +165,11 @@ def read_ids(
     if not rows:
         raise ValueError(f"{plain(path)} holds no ids")
     for row in rows:
-        if not 1 <= len(row["ids"]) <= tok.config.registers or not all(
-            0 <= i < tok.fsq.vocabulary for i in row["ids"]
-        ):
+        if not 1 <= len(row["ids"]) <= tok.length or not all(0 <= i < tok.vocabulary for i in row["ids"]):
             raise ValueError(
                 f"{plain(path)}: {plain(row['image'])} has {len(row['ids'])} ids, the largest "
-                f"{max(row['ids'], default=None)}: this tokenizer has 1 to {tok.config.registers} ids in 0 "
-                f".. {tok.fsq.vocabulary - 1}"
+                f"{max(row['ids'], default=None)}: this tokenizer has 1 to {tok.length} ids in 0 "
+                f".. {tok.vocabulary - 1}"
             )
     return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
@@ -196,11 +194,11 @@ def tokenize(
             f"{len(o.budgets)} budgets for {len(paths)} pictures: give one for all, or one for each"
         )
     for k in o.budgets:
-        tok._check_budget(k)
+        check_budget(k, tok.length)
     lines, bad = [], []
     for start in range(0, len(paths), max(1, o.batch)):
         part = paths[start : start + max(1, o.batch)]
-        squares, good = read_squares(part, size_of(tok), False)
+        squares, good = read_squares(part, tok.image_size, False)
         bad += [str(f) for i, f in enumerate(part) if i not in set(good)]
         for i, ids in zip(good, tok.tokenize(from_uint8(squares)).tolist() if good else []):
             budget = o.budgets[0] if len(o.budgets) == 1 else o.budgets[start + i] if o.budgets else None
@@ -210,10 +208,10 @@ def tokenize(
     head = {
         "format": "flextok_edu.ids",
         "tokenizer": weights_hash(tok),
-        "identity": tokenizer_identity(tok),
-        "vocabulary": tok.fsq.vocabulary,
-        "registers": tok.config.registers,
-        "size": size_of(tok),
+        "identity": tok.identity,
+        "vocabulary": tok.vocabulary,
+        "registers": tok.length,
+        "size": tok.image_size,
     }
     write_text(o.out, "\n".join([json.dumps(head), *lines]) + "\n")
     print(f"{len(lines)} pictures in {o.out}", flush=True)

@@ -14,7 +14,7 @@ import torch
 
 from .cli import command, stored_options
 from .job import lasting
-from .models import find_model, all_learned, open_tokenizer, open_vae, preset_of, size_of
+from .models import find_model, all_learned, open_tokenizer, open_vae, preset_of
 from .options import UsageError, override
 from .pictures import open_pictures, watched
 from flextok_edu.apps.run_config import (
@@ -98,7 +98,7 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
     _check(o, p, out)
     old, made_of = _models(o, p, device)
     if o.stage == "ar":
-        p = replace(p, image_size=size_of(made_of))
+        p = replace(p, image_size=made_of.image_size)
     pictures = None if o.cache else open_pictures(o, p, "train")[0]
     if o.fresh:
         inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
