@@ -116,7 +116,9 @@ def open_tokenizer(folder: str | None, device="cpu") -> Tokenizer:
     return tok.to(device)
 
 # %% ../../nbs/apps/models.ipynb #7d70655a
-def open_ar(folder: str | None, tok: Tokenizer) -> tuple[ARModel, list[str]]:  # the model; names of its classes
+def open_ar(
+    folder: str | None, tok: Tokenizer
+) -> tuple[ARModel, list[str]]:  # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(find_model(folder, "ar"), tok)
     names = conform(
