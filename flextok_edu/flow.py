@@ -52,9 +52,9 @@ def shift_time(
     t: Tensor,  # times in [0, 1]
     shift: float,  # s > 0: above 1 moves the times towards noise, below 1 towards the picture
 ) -> Tensor:  # s t / (1 + (s - 1) t)
-    """Time shift of Stable Diffusion 3 (Esser et al.
+    """Time shift of Stable Diffusion 3 (Esser et al. 2024, equation 23).
 
-    2024, equation 23). Raises ValueError for a shift that is not above 0.
+    Raises ValueError for a shift that is not above 0.
     """
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"a time shift must be a finite number above 0, not {shift!r}; 1 shifts nothing")

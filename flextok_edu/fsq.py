@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/04_fsq.ipynb #04-e571532a
 class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al.
+    """Finite scalar quantisation (Mentzer et al. 2023, arXiv:2309.15505): no parameters, no dead words.
 
-    2023, arXiv:2309.15505): no parameters, every word reachable. Raises ValueError for levels below 2.
+    Raises ValueError for levels below 2.
     """
 
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)):  # levels of each of the l dimensions

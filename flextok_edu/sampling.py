@@ -103,7 +103,7 @@ def guidance_per_token(
 class TokenSampling:
     "How tokens are chosen."
 
-    # l = l_u + g (l_c - l_u); a number, a function of the position, or one number for each; 1 needs no second pass
+    # l = l_u + g (l_c - l_u); a number, a function of the position, or one for each; 1: no second pass
     guidance: float | Callable[[int], float] | Sequence[float] | Tensor = 1.0
     temperature: float = 1.0  # below 1 is more careful; 0 takes the likeliest token
     top_k: int | None = None  # choose among so many likeliest tokens; None or 0: all

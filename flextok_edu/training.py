@@ -259,7 +259,8 @@ def _training_latents(
     if hasattr(data, "latents"):
         if looking:
             raise ValueError(
-                f"{looking[0].name.upper()} looks at images, and here are only latents: train on images, or without it"
+                f"{looking[0].name.upper()} looks at images, and here are only latents: "
+                "train on images, or without it"
             )
         return data, None
     images = torch.cat([data.images, data.images.flip(-1)]) if flip else data.images

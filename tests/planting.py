@@ -1,4 +1,4 @@
-"""Shared by the tests that plant bugs: a check must pass on the code as it is, and fail once the bug is in."""
+"""Shared by the tests that plant bugs: a check passes on the code as it is, and fails once the bug is in."""
 
 import sys
 

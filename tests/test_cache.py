@@ -265,7 +265,9 @@ def test_memory(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch; torch.set_num_threads(1)
 from flextok_edu.io.cache import Cache
-def anon(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
+def anon():
+    lines = open("/proc/self/status")
+    return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")) / 1024
 c = Cache({str(tmp_path)!r}, {{}}); c.take("latents", torch.arange(4)); before = anon()
 for rows in torch.randperm(64).split(4): c.take("latents", rows)
 print(anon() - before)

@@ -39,7 +39,7 @@ def layer(module: str) -> int:
 
 
 def imported(path: Path) -> list[tuple[str, str, bool]]:
-    """(module, name, at the top) of everything that a module imports from the package, also inside functions."""
+    """(module, name, at the top) of all that a module imports from the package, also inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = set(map(id, tree.body))
     package = ".".join(path.relative_to(LIB).with_suffix("").parts[:-1])

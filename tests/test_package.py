@@ -25,8 +25,10 @@ REFERENCE = [f for shelf in SHELVES for f in sorted((ROOT / "nbs" / shelf).glob(
 CLEAN = """
 import builtins, sys
 real = builtins.__import__
+ABSENT = 'IPython', 'nbdev', 'fastcore', 'execnb', 'vector_quantize_pytorch', 'diffusers', 'nbformat'
 def guarded(name, *a, **k):
-    if name.split('.')[0] in ('IPython', 'nbdev', 'fastcore', 'execnb', 'vector_quantize_pytorch', 'diffusers', 'nbformat'): raise ImportError('not at run time: ' + name)
+    if name.split('.')[0] in ABSENT:
+        raise ImportError('not at run time: ' + name)
     return real(name, *a, **k)
 builtins.__import__ = guarded
 import importlib, tempfile
@@ -34,7 +36,8 @@ for module in MODULES: importlib.import_module('flextok_edu.' + module)
 from flextok_edu.apps.run import run
 from flextok_edu.apps.run_config import RunConfig
 with tempfile.TemporaryDirectory() as folder:
-    report = run(RunConfig(out=folder + '/run', device='cpu', steps=3, train_images=60, images=12, compile='off'))
+    small = dict(steps=3, train_images=60, images=12)
+    report = run(RunConfig(out=folder + '/run', device='cpu', compile='off', **small))
     assert len(report.rows) == 13, report.rows
 print('fine')
 """

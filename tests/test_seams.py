@@ -1,4 +1,4 @@
-"""The seams: what is given twice is refused, what is known is not computed again, and what is new fits in from outside."""
+"""The seams: what is given twice is refused, what is known is not computed again, what is new fits in."""
 
 import warnings
 from contextlib import contextmanager
@@ -160,7 +160,7 @@ def test_the_warning_of_a_full_mask_names_the_line_that_asked(tmp_path):
 
 
 def test_weights_are_hashed_once(monkeypatch):
-    """Every picture of a class checks whose ids it decodes; the weights are read for that once, until they change."""
+    """Every picture of a class checks whose ids it decodes; the weights are read once, until changed."""
     tok = FlexTok(SMALL, VAE(preset("micro").vae)).eval()
     ar = ARModel(ARConfig(tok.vocabulary, tok.length, 3, 64, 1)).eval()
     bind_tokenizer(ar, tok)

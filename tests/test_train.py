@@ -122,7 +122,7 @@ def test_accumulation_changes_nothing(name, micro, alone):
     ids=lambda x: x if isinstance(x, str) else "-".join(x) or "ddp",
 )
 def test_two_processes_are_one(name, options, alone):
-    """The same global batch on two processes: the losses of one process to 1e-5 over 20 steps; DDP and FSDP."""
+    """The same global batch on two processes: the losses of one to 1e-5 over 20 steps; DDP and FSDP."""
     _, log = alone(name, options.get("optimizer", "adamw"))
     two = answer(start(name, "-", *(f"{k}={json.dumps(v)}" for k, v in options.items()), world=2))
     assert two["world"] == 2 and two["dealt"] == (

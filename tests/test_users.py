@@ -1,4 +1,4 @@
-"""What users hit at the commands: each test is a report that was filed, and fails on the code as it was then."""
+"""What users hit at the commands: each test is a report that was filed, and failed on the code of its day."""
 
 import json
 import os

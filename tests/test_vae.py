@@ -47,7 +47,7 @@ def stream(images, batch=8):
 
 
 def check_the_critic_learns():
-    """Its loss falls from 1, and real pictures end above reconstructions, when `fit` trains all objectives."""
+    """Its loss falls from 1, and real pictures end above reconstructions, if `fit` trains all objectives."""
     torch.manual_seed(0)
     losses = vae.VAELoss(vae.VAE(SMALL), CRITIC_ONLY)
     log = fit(

@@ -1,4 +1,6 @@
-"""Every notebook opens in Colab, and installs the package where it is missing: puts the badge and the setup cell below the title.
+"""Every notebook opens in Colab, and installs the package where it is missing.
+
+Puts the badge and the setup cell below the title.
 
 python tools/frame.py           write them where they are missing or old
 python tools/frame.py --check   exit status 1 if any notebook lacks them

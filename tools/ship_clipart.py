@@ -30,10 +30,24 @@ from flextok_edu.evaluation.evaluate import split_by_record
 from flextok_edu.apps.zoo import pack
 from ship_tiny import one_after_the_other, read
 
-TEXT = """FlexTok at 64 px for clip art: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any number of them, from the first, gives a picture back. VAE and tokenizer began with the weights of `tiny` and went on, encoder and decoder, with 5,095 pictures of the Open Clip Art Library (Debian's `openclipart-png`, public domain), mirrored too, on two CPU cores. No AR model, no classifier: five thousand pictures in 22 folders are too few for the one, and nothing reads their attributes for the other.
-
-What a stranger would recognise: from one or two tokens no object, only ground, palette and covering (and a pale ring, of which training had hundreds); from 8 a face; from 16 a T-shirt, a moon, a box; from 32 an ear, a cup, a small figure with arms and legs. Whatever is thinner than two pixels is lost, lettering first."""
-LIMITS = """It knows clip art, nearly two thirds of it computer icons, rings, flags and signs. Photographs come back as stains. `nbs/experiments/real_images` shows what comes back, count by count. One seed, one split; near twins of held-out pictures are among the training pictures."""
+TEXT = (
+    "FlexTok at 64 px for clip art: a picture becomes up to 32 tokens out of 1,000 words, coarse to "
+    "fine; any number of them, from the first, gives a picture back. VAE and tokenizer began with "
+    "the weights of `tiny` and went on, encoder and decoder, with 5,095 pictures of the Open Clip "
+    "Art Library (Debian's `openclipart-png`, public domain), mirrored too, on two CPU cores. No AR "
+    "model, no classifier: five thousand pictures in 22 folders are too few for the one, and nothing "
+    "reads their attributes for the other.\n"
+    "\n"
+    "What a stranger would recognise: from one or two tokens no object, only ground, palette and "
+    "covering (and a pale ring, of which training had hundreds); from 8 a face; from 16 a T-shirt, a "
+    "moon, a box; from 32 an ear, a cup, a small figure with arms and legs. Whatever is thinner than "
+    "two pixels is lost, lettering first."
+)
+LIMITS = (
+    "It knows clip art, nearly two thirds of it computer icons, rings, flags and signs. Photographs "
+    "come back as stains. `nbs/experiments/real_images` shows what comes back, count by count. One "
+    "seed, one split; near twins of held-out pictures are among the training pictures."
+)
 GUIDANCE = 1.5  # chosen on training pictures
 RULE = "drawn at random, seed 0 (before pictures were divided by their bytes)"
 

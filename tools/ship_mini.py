@@ -38,10 +38,35 @@ COMMAND = (
     "tools/mini_ea3e120.py cuda 565 120 45 (package of commit ea3e120, one {device}, {seconds:.0f} s with "
     "drawing, compiling and measuring; noise drawn on the GPU, bfloat16 autocast)"
 )
-TEXT = """FlexTok at 128 px: a picture becomes up to 64 tokens out of 4,375 words, coarse to fine; any number of them, from the first, gives a picture back. With an AR model that writes such lists for twelve classes, and the attribute classifier that its table was measured with. All of it was trained from scratch on ToyScenes of level 2 (a thing of one of twelve kinds and eight colours on one of several grounds, mostly with a second, small thing), on one GPU (NVIDIA H200), in seven and a half minutes (nine with drawing 100,000 scenes, compiling and measuring). It is a single run; its sizes and learning rates came from one shorter run before it.
-
-What a stranger would recognise: everything is crisp from the first token on, so what the tokens do not say is not blurred but invented. From one token the ground and its light are right; the thing on it is clearly drawn, of the right kind in about half of the pictures, and mostly in a colour that the decoder made up. From 2 four of five things have their kind, colour and place; of 24 pictures that we looked at, two of each kind, 22 could be named from 4 tokens and all from 32 (fishes and stars come last, and a few things change on the way: a boat at 4 tokens was a house at 8 and a boat again at 32). The small second thing is invented, or in the wrong place, up to 8 tokens; at 16 to 32 it stands where it should, in about its colour; at 64 not quite half of them can be named, the others are spots. The VAE alone is hard to tell from the original. Of 132 new pictures from 64 tokens all but two show what was asked for (the two are misshapen stars); their small second things are mostly scraps that are nothing."""
-LIMITS = """Photographs come back as a thing that it knows (a portrait as a mushroom, from one token and from two), and from more tokens as a patchwork of coloured scraps; already the VAE alone makes a mask without features of a face. One seed. The new pictures are read right almost always, but they do not get nearer to real ones after 4 tokens: their distance in EfficientNet's features even grows (15 to 19); the scraps in place of small things may be why. Decoding a picture takes one to two seconds on a CPU core."""
+TEXT = (
+    "FlexTok at 128 px: a picture becomes up to 64 tokens out of 4,375 words, coarse to fine; any "
+    "number of them, from the first, gives a picture back. With an AR model that writes such lists "
+    "for twelve classes, and the attribute classifier that its table was measured with. All of it "
+    "was trained from scratch on ToyScenes of level 2 (a thing of one of twelve kinds and eight "
+    "colours on one of several grounds, mostly with a second, small thing), on one GPU (NVIDIA "
+    "H200), in seven and a half minutes (nine with drawing 100,000 scenes, compiling and measuring). "
+    "It is a single run; its sizes and learning rates came from one shorter run before it.\n"
+    "\n"
+    "What a stranger would recognise: everything is crisp from the first token on, so what the "
+    "tokens do not say is not blurred but invented. From one token the ground and its light are "
+    "right; the thing on it is clearly drawn, of the right kind in about half of the pictures, and "
+    "mostly in a colour that the decoder made up. From 2 four of five things have their kind, colour "
+    "and place; of 24 pictures that we looked at, two of each kind, 22 could be named from 4 tokens "
+    "and all from 32 (fishes and stars come last, and a few things change on the way: a boat at 4 "
+    "tokens was a house at 8 and a boat again at 32). The small second thing is invented, or in the "
+    "wrong place, up to 8 tokens; at 16 to 32 it stands where it should, in about its colour; at 64 "
+    "not quite half of them can be named, the others are spots. The VAE alone is hard to tell from "
+    "the original. Of 132 new pictures from 64 tokens all but two show what was asked for (the two "
+    "are misshapen stars); their small second things are mostly scraps that are nothing."
+)
+LIMITS = (
+    "Photographs come back as a thing that it knows (a portrait as a mushroom, from one token and "
+    "from two), and from more tokens as a patchwork of coloured scraps; already the VAE alone makes "
+    "a mask without features of a face. One seed. The new pictures are read right almost always, but "
+    "they do not get nearer to real ones after 4 tokens: their distance in EfficientNet's features "
+    "even grows (15 to 19); the scraps in place of small things may be why. Decoding a picture takes "
+    "one to two seconds on a CPU core."
+)
 
 
 def read(file: Path):

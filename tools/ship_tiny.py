@@ -33,10 +33,31 @@ from flextok_edu.tokenizer import load_tokenizer, save_tokenizer, with_decoder
 from flextok_edu.vae import VAE
 from flextok_edu.apps.zoo import pack
 
-TEXT = """FlexTok at 64 px: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any number of them, from the first, gives a picture back. With an AR model that writes such lists for twelve classes, and the attribute classifier that its table was measured with. All of it was trained from scratch on ToyScenes of level 2 (a thing of one of twelve kinds and eight colours on one of several grounds, mostly with a second, small thing), on two CPU cores, in five hours (more than half of the VAE's time, the classifier and the AR model on one of them).
-
-What a stranger would recognise: from one token the ground and its light; often a snowman, a flower, a balloon or a mushroom, in a colour that the decoder made up. From 2 most houses, boats, flowers and balloons; from 4 to 8 their colours and where they stand; from 16 to 32 most cars and about half of the fishes and of the stars; suns as a disc without face or rays. The small second thing, where it is there at all, is a blob of about the right colour. Outlines are soft, petals and stripes sometimes run into each other; the VAE alone, whose pictures are the ceiling, is soft as well. Of the new pictures flowers, mushrooms, balloons, snowmen and cacti are recognised, nearly all trees and boats, and three of four houses and cars. Suns are discs, half of the fishes have no clear shape, and of sixteen stars four had points: the classifier reads the others all the same, by colour and ground."""
-LIMITS = """Photographs come back as grounds, horizons and blobs of about the right colours: nothing in them would be recognised. One seed; a VAE with an error of 0.015 (of a white of 1) is blurred at edges and loses small things. VAE, tokenizer and AR model were trained in several runs, each going on where the one before had ended."""
+TEXT = (
+    "FlexTok at 64 px: a picture becomes up to 32 tokens out of 1,000 words, coarse to fine; any "
+    "number of them, from the first, gives a picture back. With an AR model that writes such lists "
+    "for twelve classes, and the attribute classifier that its table was measured with. All of it "
+    "was trained from scratch on ToyScenes of level 2 (a thing of one of twelve kinds and eight "
+    "colours on one of several grounds, mostly with a second, small thing), on two CPU cores, in "
+    "five hours (more than half of the VAE's time, the classifier and the AR model on one of them).\n"
+    "\n"
+    "What a stranger would recognise: from one token the ground and its light; often a snowman, a "
+    "flower, a balloon or a mushroom, in a colour that the decoder made up. From 2 most houses, "
+    "boats, flowers and balloons; from 4 to 8 their colours and where they stand; from 16 to 32 most "
+    "cars and about half of the fishes and of the stars; suns as a disc without face or rays. The "
+    "small second thing, where it is there at all, is a blob of about the right colour. Outlines are "
+    "soft, petals and stripes sometimes run into each other; the VAE alone, whose pictures are the "
+    "ceiling, is soft as well. Of the new pictures flowers, mushrooms, balloons, snowmen and cacti "
+    "are recognised, nearly all trees and boats, and three of four houses and cars. Suns are discs, "
+    "half of the fishes have no clear shape, and of sixteen stars four had points: the classifier "
+    "reads the others all the same, by colour and ground."
+)
+LIMITS = (
+    "Photographs come back as grounds, horizons and blobs of about the right colours: nothing in "
+    "them would be recognised. One seed; a VAE with an error of 0.015 (of a white of 1) is blurred "
+    "at edges and loses small things. VAE, tokenizer and AR model were trained in several runs, each "
+    "going on where the one before had ended."
+)
 
 
 LEARNED = Learned(

@@ -145,7 +145,7 @@ def _alike(turn: nn.Module, device: torch.device) -> nn.Module:  # averages grad
 
 # %% ../../nbs/engine/distributed.ipynb #11-4c06d82a
 class Distributed(SingleDevice):
-    "Several processes, and several micro-batches in each, that together make the step that one process would make."
+    "Several processes, and several micro-batches in each, make the step that one process would make."
 
     def __init__(
         self,
@@ -234,9 +234,9 @@ class Distributed(SingleDevice):
 # %% ../../nbs/engine/distributed.ipynb #11-7ce627e2
 @contextlib.contextmanager
 def recomputed(blocks: list[nn.Module], enabled: bool = True):
-    """Within this, blocks keep only their inputs, and compute again what the gradient needs (Chen et al.
+    """Within this, blocks keep only their inputs, and compute again what the gradient needs.
 
-    2016, arXiv:1604.06174).
+    Chen et al. 2016, arXiv:1604.06174.
     """
     from torch.utils.checkpoint import checkpoint
 

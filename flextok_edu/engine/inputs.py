@@ -81,7 +81,8 @@ def check_images(
     """
     if not images.is_floating_point():
         raise ValueError(
-            f"images must be floating-point numbers in [-1, 1], not {images.dtype} (from_uint8 converts bytes)"
+            f"images must be floating-point numbers in [-1, 1], not {images.dtype} "
+            "(from_uint8 converts bytes)"
         )
     if tuple(images.shape[1:]) != (channels, side, side) or images.ndim != 4:
         if images.ndim == 3:

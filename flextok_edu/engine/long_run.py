@@ -177,7 +177,7 @@ class Checkpointer(Callback):
 
     @contextlib.contextmanager
     def around(self, training: Training, backend: SingleDevice) -> Iterator[None]:
-        "Claim the folder, look for a checkpoint, and listen for signals. Raises ValueError for another run's."
+        "Claim the folder, look for a checkpoint, listen for signals. Raises ValueError for another run's."
         if not isinstance(training.loader, Loader):
             raise TypeError(
                 "a run that is to be resumed needs a Loader (see *loader*), whose batches follow from their "
@@ -238,14 +238,15 @@ class Checkpointer(Callback):
         if backend.rank == 0:
             how = f", with {settings_text(self.recipe.changed[-1]['settings'])}" if self.fresh else ""
             print(
-                f"{training.label or 'training'}: goes on after step {training.done} of {training.steps}{how}",
+                f"{training.label or 'training'}: goes on after step {training.done} "
+                f"of {training.steps}{how}",
                 flush=True,
             )
         if self.fresh:
             self.save(training, backend)  # so that it is written down before the first step with it
 
     def save(self, training: Training, backend: SingleDevice) -> None:
-        "A checkpoint, now. Raises FloatingPointError rather than save weights, averages or moments that are not finite."
+        "A checkpoint, now. Raises FloatingPointError rather than save numbers that are not finite."
         state = training_state(training, backend)
         if bad := first_not_finite(state):
             raise FloatingPointError(
@@ -288,8 +289,9 @@ class Checkpointer(Callback):
                 f"than {lr:g}, or in float32"
             )
         return (
-            f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: the same command "
-            f"with --go-on lr={float(f'{lr / 3:.0e}'):g} (and precision=fp32, if it was another) goes on from "
+            f"The last good checkpoint, of step {found[1]['step']}, is in {self.store.folder}: "
+            f"the same command with --go-on lr={float(f'{lr / 3:.0e}'):g} "
+            f"(and precision=fp32, if it was another) goes on from "
             "there; in a program, Recipe(changes=…)"
         )
 
@@ -302,7 +304,8 @@ def long_run(
     steps: int | None = None,  # or a number of steps
     keep: int = 2,  # checkpoints
     callbacks: Sequence[Callback] = (),  # more of them
-    **named,  # of the backend: device, precision, micro, sharded, recompute; track; of the recipe: ignore, changes
+    # of the backend: device, precision, micro, sharded, recompute; track; of the recipe: ignore, changes
+    **named,
 ) -> Trainer:
     "Checkpoints, exact resume, signals, dashboard and diagnostics around a training."
     track = named.pop("track", "none")

@@ -54,9 +54,9 @@ def orthogonalise(
     c: float = 2.0315,  # of the polynomial a s + b s^3 + c s^5
     steps: int = 5,  # times that it is applied
 ) -> Tensor:  # (m r c): the same singular vectors, singular values between about .7 and 1.2
-    """Matrices made nearly orthogonal by a Newton-Schulz iteration (Jordan et al.
+    """Matrices made nearly orthogonal by a Newton-Schulz iteration.
 
-    2024, kellerjordan.github.io/posts/muon).
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first: smaller products

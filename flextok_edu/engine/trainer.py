@@ -261,7 +261,8 @@ class Trainer:
         for o in active:
             if not math.isfinite(row.get(o.name, 0.0)):
                 raise FloatingPointError(
-                    f"{training.label or o.name}: the loss of {o.name} is {row[o.name]} at step {training.done}; "
+                    f"{training.label or o.name}: the loss of {o.name} is {row[o.name]} "
+                    f"at step {training.done}; "
                     "try a lower learning rate or float32"
                 )
         norms = {f"{o.name}_grad": backend.move(training, o) for o in active}

@@ -49,7 +49,11 @@ def changed(text: str) -> str:
         for value, key in zip(node.args[len(stay) :], new):
             if key == "terms":
                 continue
-            if key == "steps" and isinstance(value, (ast.Name, ast.Attribute)) and "sampling" in ast.unparse(value):
+            if (
+                key == "steps"
+                and isinstance(value, (ast.Name, ast.Attribute))
+                and "sampling" in ast.unparse(value)
+            ):
                 key = "sampling"  # already one object
             edits.append((at(value.lineno, value.col_offset), 0, f"{key}="))
         for k in node.keywords:

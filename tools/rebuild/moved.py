@@ -9,10 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = {
-    "vae": {"train_vae": "vae_training", "PosteriorLoader": "vae_training", "VAEParts": "vae", "AutoencoderLoss": "vae"},
+    "vae": {
+        "train_vae": "vae_training",
+        "PosteriorLoader": "vae_training",
+        "VAEParts": "vae",
+        "AutoencoderLoss": "vae",
+    },
     "tokenizer": {
         **dict.fromkeys(
-            "fit_tokenizer train_tokenizer latent_batches Latents cache_latents TokenizerLoader _lengths".split(), "training"
+            "fit_tokenizer train_tokenizer latent_batches Latents cache_latents TokenizerLoader _lengths".split(),
+            "training",
         ),
         **dict.fromkeys("TrainingNoise REPA feature_map".split(), "objective"),
         **dict.fromkeys("GuidedVelocity runs_together".split(), "short_cuts"),
@@ -20,13 +26,20 @@ MOVED = {
     },
     "ar": {
         **dict.fromkeys(
-            "Tokens token_batches train_ar tokenize_all position_losses unigram_entropies".split(), "ar_training"
+            "Tokens token_batches train_ar tokenize_all position_losses unigram_entropies".split(),
+            "ar_training",
         ),
         **dict.fromkeys("token_uniforms filter_top_k_top_p sample_token guidance_at".split(), "sampling"),
     },
 }
-RENAMED = {("ar", "guidance_at"): "guidance_per_token", ("vae", "VAEParts"): "VAE", ("vae", "AutoencoderLoss"): "VAELoss"}
-FROM = re.compile(r"(?P<lead>^[ \t]*)?from flextok_edu\.(?P<old>\w+) import (?P<names>\([^)]*\)|\w[\w ,]*\w|\w)", re.M)
+RENAMED = {
+    ("ar", "guidance_at"): "guidance_per_token",
+    ("vae", "VAEParts"): "VAE",
+    ("vae", "AutoencoderLoss"): "VAELoss",
+}
+FROM = re.compile(
+    r"(?P<lead>^[ \t]*)?from flextok_edu\.(?P<old>\w+) import (?P<names>\([^)]*\)|\w[\w ,]*\w|\w)", re.M
+)
 
 
 def imports(text: str) -> str:
@@ -46,7 +59,9 @@ def imports(text: str) -> str:
             return found[0]
         lead = found["lead"]
         joint = "; " if lead is None else "\n" + lead
-        return (lead or "") + joint.join(f"from flextok_edu.{m} import {', '.join(n)}" for m, n in groups.items())
+        return (lead or "") + joint.join(
+            f"from flextok_edu.{m} import {', '.join(n)}" for m, n in groups.items()
+        )
 
     text = FROM.sub(new, text)
     for old, names in MOVED.items():  # tokenizer.fit_tokenizer, patch(monkeypatch, tokenizer, "fit_tokenizer"
