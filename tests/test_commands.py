@@ -1123,7 +1123,7 @@ def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
 
 
 class Greys(torch.nn.Module):
-    """A tokenizer of another kind, as the protocol has it: four bands, the grey of each in 16 steps; no VAE."""
+    """A tokenizer of another kind, by the protocol: four bands, the grey of each in 16 steps; no VAE."""
 
     kind, vocabulary, length, image_size, token_counts = "greys", 16, 4, 8, (1, 2, 4)
     identity = "0123456789abcdef"
