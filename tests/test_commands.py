@@ -30,6 +30,7 @@ from flextok_edu.ar import ARModel, check_tokenizer
 from flextok_edu.apps.cli import read_settings
 from flextok_edu.apps.options import UsageError, override, parse_settings
 import flextok_edu.engine.distributed as engine_distributed
+import flextok_edu.engine.tokenizers as engine_tokenizers
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
@@ -1119,6 +1120,45 @@ def test_pictures_to_ids_to_pictures(trained, pictures, tmp_path, capsys):
     refused(capsys, 1, "is no file of ids", "detokenize", tmp_path / "other.jsonl", *tok)
     (tmp_path / "other.jsonl").write_text(json.dumps(head) + '\n{"image": "x", "ids": [99999]}\n')
     refused(capsys, 1, "999", "detokenize", tmp_path / "other.jsonl", *tok, "--out", tmp_path / "never")
+
+
+class Greys(torch.nn.Module):
+    """A tokenizer of another kind, by the protocol: four bands, the grey of each in 16 steps; no VAE."""
+
+    kind, vocabulary, length, image_size, token_counts = "greys", 16, 4, 8, (1, 2, 4)
+    identity = "0123456789abcdef"
+
+    @classmethod
+    def from_folder(cls, folder, vae=None):
+        return cls(), json.loads((Path(folder) / "config.json").read_text())
+
+    def tokenize(self, images, budget=None):
+        bands = images.mean(1).unflatten(1, (4, 2)).mean((2, 3))  # b 4
+        return ((bands + 1) * 7.5).round().long()[:, :budget]
+
+    def detokenize(self, ids, sampling=None, *, first_index=0, **settings):
+        rows = [torch.nn.functional.pad(row, (0, 4 - len(row)), value=15) for row in ids]
+        bands = torch.stack(rows).float() / 7.5 - 1
+        return bands.repeat_interleave(2, 1)[:, None, :, None].expand(-1, 3, -1, 8)
+
+
+def test_commands_take_any_tokenizer(tmp_path, monkeypatch):
+    """Whatever is registered, and keeps to the protocol: ids and pictures by the same commands."""
+    monkeypatch.setitem(engine_tokenizers.TOKENIZERS, "greys", Greys)
+    facts = {"kind": "greys", "config": {}, "weights": "0" * 16}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    whose = ["--tokenizer", tmp_path, "--device", "cpu"]
+    for grey in (0, 119):
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{grey:03}.png")
+    files = [tmp_path / "000.png", tmp_path / "119.png"]
+    assert call("tokenize", *files, *whose, "--out", tmp_path / "ids.jsonl") == 0
+    _, *rows = [json.loads(line) for line in (tmp_path / "ids.jsonl").read_text().splitlines()]
+    assert [r["ids"] for r in rows] == [[0] * 4, [7] * 4]
+    out = tmp_path / "back"
+    assert call("detokenize", tmp_path / "ids.jsonl", *whose, "--budgets", 2, 4, "--out", out) == 0
+    image = np.asarray(Image.open(out / "0001_119_002.png"))
+    assert image.shape == (8, 8, 3) and (image[:4] == 119).all() and (image[4:] == 255).all()
+    assert (np.asarray(Image.open(out / "0000_000_004.png")) == 0).all()
 
 
 def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['BATCH', 'DecodeOptions', 'DetokenizeOptions', 'detokenize', 'detoken
 
 # %% ../../nbs/apps/generate.ipynb #apps-generate-imports
 import difflib, math, re, sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from ..engine.config import Preset
 from ..engine.hub import shipped_models
 from ..engine.inputs import check_budget
 from ..engine.marks import may_replace, save_picture
-from ..engine.tensors import grid, noise_like, pick_device
+from ..engine.tensors import grid, pick_device
 from ..engine.text import plain
-from ..tokenizer import FlexTok
+from ..engine.tokenizers import Tokenizer
+from ..flow import SamplingConfig
 
 # %% ../../nbs/apps/generate.ipynb #15b-1566d5ef
 BATCH = 64  # pictures that are decoded at once, at most: no picture depends on it, but memory does
@@ -128,6 +130,32 @@ class DetokenizeOptions(DecodeOptions):
     "Folder for the pictures."
 
 
+def _decoded(
+    tok: Tokenizer,
+    asked: list[tuple[int, Tensor]],  # number of a picture, its ids (r,); a number may come several times
+    sampling: SamplingConfig,
+) -> Tensor:  # images (len(asked) 3 h w) in [-1, 1]
+    "In batches of pictures that follow each other, so that each has the noise of its number."
+    seen, turn = Counter(), []
+    for i, _ in asked:
+        turn.append((seen[i], i))  # first every picture's first count, then their second, …
+        seen[i] += 1
+    batches = []
+    for n in sorted(range(len(asked)), key=turn.__getitem__):
+        last = batches[-1] if batches else []
+        if last and len(last) < BATCH and asked[n][0] == asked[last[-1]][0] + 1:
+            last.append(n)
+        else:
+            batches.append([n])
+    found = [None] * len(asked)
+    for batch in batches:
+        rows = [asked[n][1] for n in batch]
+        images = tok.detokenize(rows, sampling, first_index=asked[batch[0]][0]).cpu()
+        for n, image in zip(batch, images):
+            found[n] = image
+    return torch.stack(found)
+
+# %% ../../nbs/apps/generate.ipynb #e4e60f62
 def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     "Read ids, decode, write."
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
@@ -151,23 +179,9 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
         )
     folder = _may_write(o.out, names, sorted({k for ks in counts for k in ks}), o.force)
     asked = [(i, row[:k]) for i, (row, ks) in enumerate(zip(ids, counts)) for k in ks]
-    found = []
-    for start in range(0, len(asked), BATCH):
-        part = asked[start : start + BATCH]
-        noise = torch.cat(
-            [noise_like(_latent_shape(tok), o.seed, [i]) for i, _ in part]
-        )  # that of the picture's number, whatever the batch
-        found.append(
-            tok.detokenize(
-                [row for _, row in part], steps=steps, guidance=guidance, noise=noise.to(tok.device)
-            ).cpu()
-        )
-    rows = torch.cat(found).split([len(ks) for ks in counts])
+    pictures = _decoded(tok, asked, SamplingConfig(steps=steps, guidance=guidance, seed=o.seed))
+    rows = pictures.split([len(ks) for ks in counts])
     _write_pictures(folder, names, list(rows), counts, max(map(len, counts)))
-
-
-def _latent_shape(tok: FlexTok) -> tuple[int, int, int]:
-    return (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
 
 
 def detokenize_main(argv: list[str] | None = None) -> None:
