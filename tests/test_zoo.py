@@ -650,7 +650,7 @@ def test_as_many_as_fit(shipped, monkeypatch):
     tok, now = FlexTok.from_pretrained("standin"), [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
-        tok, "detokenize", lambda ids, *rest: now.__setitem__(0, now[0] + 0.01 * len(ids)) or ids
+        tok, "detokenize", lambda ids, **how: now.__setitem__(0, now[0] + 0.01 * len(ids)) or ids
     )
     few = torch.zeros(8, 3, 32, 32)
     a, b = (apps_explore.images_that_fit(tok, few, 6, 1.0, seconds) for seconds in (60, 120))
