@@ -1,4 +1,4 @@
-"""What a reader adds from outside the package, in one place each: a tokenizer, a number, pictures, a loss, a solver.
+"""What a reader adds from outside, in one place each: a tokenizer, a number, pictures, a loss, a solver.
 
 Each goes through training, caching, evaluation and the commands as what the package brings does.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange, repeat
+from PIL import Image
 from torch import nn
 
 from flextok_edu import flow
@@ -32,6 +33,7 @@ from flextok_edu.engine.tokenizers import Tokenizer, known_identity, powers_of_t
 from flextok_edu.evaluation import metrics
 from flextok_edu.evaluation.metrics import Metric, register_metric
 from flextok_edu.evaluation.report import load_report
+from flextok_edu.short_cuts import guided_velocity
 from flextok_edu.training import train_tokenizer
 from flextok_edu.vae import VAE
 
@@ -223,15 +225,17 @@ def test_a_tokenizer_a_source_and_a_metric_go_through_everything(mosaic, stripes
         tokenize_main, *sorted(files.glob("*_016.png")), "--tokenizer", place, "--out", tmp_path / "ids.jsonl"
     )
     run(detokenize_main, tmp_path / "ids.jsonl", "--tokenizer", place, "--out", tmp_path / "back")
-    for file in files.glob("*_016.png"):  # a mosaic of a mosaic is itself
-        assert (
-            tmp_path / "back" / next(f for f in (tmp_path / "back").iterdir() if file.stem in f.name)
-        ).is_file()
-    run(eval_main, place, *data, "--ar", tmp_path / "a", "--out", tmp_path / "table")
+    back = sorted((tmp_path / "back").glob("0*.png"))
+    for one, other in zip(sorted(files.glob("*_016.png")), back, strict=True):
+        assert np.array_equal(*(np.asarray(Image.open(f)) for f in (one, other))), (
+            "a mosaic's mosaic is itself"
+        )
+    quick = "--set", "evaluate.samples=20"
+    run(eval_main, place, *data, *quick, "--ar", tmp_path / "a", "--out", tmp_path / "table")
     report = load_report(tmp_path / "table")
     rows = [row for row in report.rows if row["what"] == "tokens"]
     assert [row["tokens"] for row in rows] == [1, 2, 4, 8, 16]
-    assert rows[-1]["colour"] < rows[0]["colour"] and {"colour_se", "colour_gain"} <= set(rows[-1])
+    assert rows[-1]["mae"] < rows[0]["mae"] and {"colour_se", "colour_gain"} <= set(rows[-1])
     assert "colour" in str(report) and "colour" in capsys.readouterr().out
     assert not any(row["what"].lower().startswith("vae") for row in report.rows), "there is no VAE"
 
@@ -244,15 +248,12 @@ def test_a_loss_and_a_solver_go_through_training_and_decoding(stripes, solver):
     tok, log = train_tokenizer(train, vae, small, terms=[term], progress=False)
     plain, other = train_tokenizer(train, vae, small, progress=False)
     assert term.asked >= 4 and all("even" in row for row in log) and "even" not in other[0]
-    assert log[0]["loss"] == pytest.approx(other[0]["loss"] + 0.5 * log[0]["even"], rel=1e-4) or (
-        log[0]["flow"] == pytest.approx(other[0]["flow"], rel=1e-4)
-    )
+    assert log[0]["flow"] == other[0]["flow"] and log[1]["flow"] != other[1]["flow"], "the same first step"
+    assert 0 < log[0]["even"] < 1
     assert tok.identity != plain.identity, "it changed what was learnt"
     ids = tok.tokenize(held.images[:2].float() / 127.5 - 1)
     with torch.no_grad():
         found = tok.decode_latents(ids, steps=4, guidance=1.0, solver=solver, seed=3)
-        from flextok_edu.short_cuts import guided_velocity
-
         codes = tok.fsq.ids_to_codes(ids)
         settings = flow.SamplingConfig(steps=4, guidance=1.0, solver=solver)
         velocity = guided_velocity(tok.decoder, codes, tok.length, settings, True, None)
