@@ -179,3 +179,33 @@ def test_weights_are_hashed_once(monkeypatch):
     with pytest.raises(ValueError, match="writes ids of tokenizer"):
         sample_images(ar, tok, torch.tensor([0, 1]), 2, steps=1)
     assert len(count) >= 2
+
+
+def test_what_silences_the_other_processes_is_closed(monkeypatch, tmp_path):
+    """Of several processes one talks; the others write nowhere, and do not leave that open."""
+    import accelerate
+
+    from flextok_edu.apps import train as module
+    from flextok_edu.apps.training import TrainOptions
+
+    opened = []
+
+    def remembered(*args, **named):
+        opened.append(open(*args, **named))
+        return opened[-1]
+
+    class Second:
+        is_main_process = False
+
+        def __init__(self, **named):
+            pass
+
+        def wait_for_everyone(self):
+            print("nobody hears this")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(accelerate, "PartialState", Second)
+    monkeypatch.setattr(module, "open", remembered, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        module.train(TrainOptions(stage="vae", preset="micro", train_images=20, out=str(tmp_path / "x")))
+    assert [f.name for f in opened] == ["/dev/null"] and all(f.closed for f in opened)

@@ -20,8 +20,8 @@ from .pictures import open_pictures
 from .run_config import RunConfig, STAGES, check, known_changes, parse_go_on, pick_precision
 from ..data.datasets import ImageSet
 from ..data.extractors import extractor
-from ..data.folders import SETS
 from ..data.opening import OnDisk
+from ..data.registry import is_place
 from ..engine.checks import conform, read_json
 from ..engine.compiler import compiler_works
 from ..engine.config import Preset, preset
@@ -71,10 +71,8 @@ _NOT_ASKED = (
 
 
 def lasting(data: str) -> str:  # the same from every folder
-    "A path as it is stored: absolute. Names of sets and hub repositories stay as they are."
-    if data in ("scenes", *SETS) or data.startswith("hf:"):
-        return data
-    return os.path.abspath(os.path.expanduser(data))
+    "A path as it is stored: absolute. What is no place, a set or a hub repository, stays as it is."
+    return os.path.abspath(os.path.expanduser(data)) if is_place(data) else data
 
 
 def _asked(config: RunConfig) -> dict:

@@ -189,7 +189,10 @@ def all_learned(
 ) -> dict:  # part -> what it learned from; None: nobody noted it
     "What the models behind a tokenizer's folder (or shipped name) have seen."
     place = find_model(tok, "tokenizer")
-    found = {"vae": load_learned(_vae_of(place) or place / "vae"), "tokenizer": load_learned(place)}
+    vae = _vae_of(place)
+    needs = vae or kind_of(place) == "flextok"  # other kinds may need none
+    found = {"vae": load_learned(vae or place / "vae")} if needs else {}
+    found["tokenizer"] = load_learned(place)
     return found | ({"ar": load_learned(find_model(ar, "ar"))} if ar else {})
 
 

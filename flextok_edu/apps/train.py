@@ -104,12 +104,10 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
     processes = PartialState(cpu=o.device == "cpu")
     first = processes.is_main_process
-    with (
-        contextlib.ExitStack() as held,
-        contextlib.redirect_stdout(
-            sys.stdout if first else open(os.devnull, "w", encoding="utf-8", errors="replace")
-        ),
-    ):
+    with contextlib.ExitStack() as held:
+        if not first:  # one of them talks
+            silence = held.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+            held.enter_context(contextlib.redirect_stdout(silence))
         if first:
             _claim(held, o, out)
         processes.wait_for_everyone()
