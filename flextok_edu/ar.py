@@ -21,7 +21,7 @@ from .engine.config import ARConfig
 from .engine.hub import Pretrained
 from .engine.identity import identity_of, meaning
 from .engine.models import load_model, save_model
-from .engine.tokenizers import Tokenizer, known_hash, known_identity, tokenizer_from_pretrained
+from .engine.tokenizers import Tokenizer, known_hash, tokenizer_from_pretrained
 from .flow import SamplingConfig
 from .sampling import TokenSampling, guidance_per_token, token_uniforms
 from .transformer import SwiGLU
@@ -273,20 +273,21 @@ class ARModel(CachedGPT, Pretrained):
         return self.write(labels.to(chance.device), g, lambda j, l: s.choose(l, chance[:, j : j + 1]))
 
 # %% ../nbs/13_ar.ipynb #09-8a6d93ad
-def tokenizer_hash(tok: Tokenizer) -> str:  # 16 hexadecimal digits
+def tokenizer_hash(tok: Tokenizer) -> str | None:  # 16 hexadecimal digits; None: it is no module
     "A name for exactly the weights of this tokenizer and of its VAE."
-    return known_hash(tok)
+    return known_hash(tok) if isinstance(tok, nn.Module) else None
 
 
 def tokenizer_identity(tok: Tokenizer) -> str:  # 16 hexadecimal digits
     "A name for exactly this tokenizer with exactly this VAE: weights, and what they mean."
-    return known_identity(tok)
+    return tok.identity
 
 
 def bind_tokenizer(ar: ARModel, tok: Tokenizer) -> None:
     "Note on the AR model whose ids it writes."
-    ar.tokenizer, ar.tokenizer_means = tokenizer_hash(tok), meaning(tok)
-    ar.tokenizer_identity = identity_of(ar.tokenizer, ar.tokenizer_means)
+    ar.tokenizer = tokenizer_hash(tok)
+    ar.tokenizer_means = meaning(tok) if ar.tokenizer else None
+    ar.tokenizer_identity = tok.identity
 
 
 def check_tokenizer(ar: ARModel, tok: Tokenizer) -> None:
@@ -301,12 +302,12 @@ def check_tokenizer(ar: ARModel, tok: Tokenizer) -> None:
             "tokenizer_hash(tok) if you know"
         )
     weights = tokenizer_hash(tok)
-    if ar.tokenizer is not None and ar.tokenizer != weights:
+    if None not in (ar.tokenizer, weights) and ar.tokenizer != weights:
         raise ValueError(
             f"this AR model writes ids of tokenizer {ar.tokenizer}, not of {weights}: decoded pictures "
             "would be nonsense"
         )
-    whole = known_identity(tok)
+    whole = tok.identity
     if ar.tokenizer_identity is not None and ar.tokenizer_identity != whole:
         raise ValueError(
             f"this AR model writes ids of tokenizer {ar.tokenizer_identity}, not of {whole}: the weights "

@@ -5,6 +5,7 @@ Each goes through training, caching, evaluation and the commands as what the pac
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flextok_edu.apps.generate import detokenize_main, generate_main
 from flextok_edu.apps.measure import eval_main
 from flextok_edu.apps.tokenize import cache_main, tokenize_main
 from flextok_edu.apps.train import train_main
+from flextok_edu.ar import sample_images
 from flextok_edu.ar_training import train_ar
 from flextok_edu.data import registry
 from flextok_edu.data.datasets import load_data
@@ -179,6 +181,7 @@ def solver():
 # ----------------------------------------------------------------------------------------------
 
 MICRO = preset("micro")
+PROTOCOL = "kind vocabulary length image_size identity token_counts tokenize detokenize device".split()
 
 
 def run(main, *words):
@@ -198,6 +201,15 @@ def test_a_tokenizer_a_source_and_a_metric_go_through_everything(mosaic, stripes
     small = replace(MICRO, train_ar=replace(MICRO.train_ar, steps=3, batch=8))
     ar, log = train_ar(train, mosaic, small, progress=False)
     assert (ar.config.vocabulary, ar.config.length, ar.config.classes) == (64, 16, 2) and log[-1]["step"] == 2
+
+    # the protocol is enough: no module, no weights, only a name
+    bare = SimpleNamespace(**{n: getattr(mosaic, n) for n in PROTOCOL})
+    assert isinstance(bare, Tokenizer)
+    other, _ = train_ar(train, bare, small, progress=False)
+    assert other.tokenizer is None and other.tokenizer_identity == mosaic.identity
+    assert sample_images(other, bare, torch.tensor([0, 1])).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="writes ids of tokenizer"):
+        sample_images(other, SimpleNamespace(**{**vars(bare), "identity": "another"}), torch.tensor([0]))
 
     # a folder says its kind, and is opened by it
     place = tmp_path / "mosaic"

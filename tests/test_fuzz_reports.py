@@ -16,7 +16,8 @@ from flextok_edu.data.learned import Learned, hash_keys, save_learned
 from flextok_edu.evaluation.compare import compare
 from flextok_edu.evaluation.metrics import column
 from flextok_edu.evaluation.report import Report, load_report, plot_report, score_key
-from flextok_edu.apps.card import PARTS, markdown, model_card, read_facts
+from flextok_edu.apps.card import markdown, model_card, read_facts
+from flextok_edu.apps.stage_table import PARTS
 from flextok_edu.apps.zoo import read_log
 
 CASES = 2000 * int(os.environ.get("FLEXTOK_FUZZ", "1"))

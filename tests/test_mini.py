@@ -18,7 +18,8 @@ from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.evaluation.report import load_report
 from flextok_edu.data.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
-from flextok_edu.apps.card import PARTS, read_facts
+from flextok_edu.apps.card import read_facts
+from flextok_edu.apps.stage_table import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "flextok_edu" / "zoo" / "mini"

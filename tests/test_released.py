@@ -1122,7 +1122,7 @@ def test_their_names_are_understood():
         dict(guidance=2.0, guidance_scale=3.0),
         dict(apg=True, perform_norm_guidance=False),
     ):
-        with pytest.raises(ValueError, match="mean the same"):
+        with pytest.raises(ValueError, match="given twice, under both of its names"):
             tok.detokenize(ids, **both)
     for steps in (0, 2.5, True):
         with pytest.raises(ValueError, match="steps"):

@@ -30,7 +30,8 @@ from flextok_edu.evaluation.report import PERCEPTUAL, load_report, trained_how
 from flextok_edu.data.features import AttributeClassifier, read_accuracy
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE
-from flextok_edu.apps.card import PARTS, read_facts
+from flextok_edu.apps.card import read_facts
+from flextok_edu.apps.stage_table import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "flextok_edu" / "zoo" / "tiny"

@@ -165,11 +165,13 @@ def command_line(
     cls: type,  # dataclass of the options
     name: str,  # of the command
     argv: list[str] | None = None,  # arguments; those of this process by default
+    pairs: bool = False,  # a switch is --x and --no-x, not only the one that changes it
 ) -> tuple:  # an instance of cls; the preset that --config brought, or None
     "Options from a file and a command line, which goes before it. Leaves with status 2, or 0 after --help."
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    switches = () if pairs else (tyro.conf.FlagCreatePairsOff,)
     _hint(cls, argv)
     path = next(
         (
@@ -180,13 +182,11 @@ def command_line(
         None,
     )
     if path is None or not any(f.name == "config" for f in fields(cls)):
-        return at_home(tyro.cli(cls, prog=name, args=argv, config=(tyro.conf.FlagCreatePairsOff,))), None
+        return at_home(tyro.cli(cls, prog=name, args=argv, config=switches)), None
     found = read_settings(path)
     if found.command and found.command.split()[0] != name:
         raise UsageError(f"--config {path} is of {found.command}, not of {name}")
-    options = tyro.cli(
-        cls, prog=name, args=argv, default=_of_file(cls, found, path), config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(cls, prog=name, args=argv, default=_of_file(cls, found, path), config=switches)
     if found.preset and options.preset != found.preset.name:
         raise UsageError(
             f"--preset {options.preset} and --config {path}, which holds a preset ({found.preset.name}): "
@@ -274,6 +274,7 @@ def command(
     argv: list[str] | None = None,
     keep: str = "",  # what is kept when it is stopped
     help_if_empty: bool = False,  # without any argument, say what there is, as for --help
+    pairs: bool = False,  # see `command_line`
 ) -> None:
     "Run a command. Leaves by SystemExit unless all went well."
     argv = sys.argv[1:] if argv is None else argv
@@ -285,7 +286,7 @@ def command(
 
     try:
         with _manners(name):
-            status = work(*command_line(cls, name, argv))
+            status = work(*command_line(cls, name, argv, pairs))
     except KeyboardInterrupt as stop:
         leave(str(stop) or f"stopped{keep}", 128 + (getattr(stop, "number", None) or signal.SIGINT))
     except UsageError as error:

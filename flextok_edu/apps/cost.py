@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['swiglu_width', 'block_parameters', 'tokenizer_parameters', 'ar_parameters', 'vae_parameters', 'trunk_flops',
            'encode_positions', 'encode_flops', 'decode_positions', 'decode_flops', 'counted_flops', 'training_line',
-           'decoding_bytes', 'describe', 'info_main']
+           'decoding_bytes', 'describe', 'InfoOptions', 'info_main']
 
 # %% ../../nbs/apps/cost.ipynb #apps-cost-imports
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from tyro.conf import Positional
 
+from .cli import command
 from .memory import faked, on_meta, peak_bytes, training_bytes
 from ..ar import ARModel
 from ..engine.config import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, preset
-from ..engine.marks import any_terminal
 from ..tokenizer import FlexTok
 from ..vae import VAE
 from ..objective import FlowObjective
@@ -315,18 +316,18 @@ def describe(p: Preset) -> str:  # a page of text
     return "\n".join([title, *_describe_parameters(p), *_describe_flops(p), *_describe_memory(p)])
 
 # %% ../../nbs/apps/cost.ipynb #16-a5228e41-1
-def info_main() -> None:
-    "The console command `flextok_info PRESET`."
-    any_terminal()
-    names = sys.argv[1:]
-    if not names or names[0] in ("-h", "--help"):
-        print(
-            "usage: flextok_info PRESET [PRESET ...]\n\nParameters, FLOPs per image and memory of a "
-            "preset: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28.\nNothing is trained, downloaded "
-            "or allocated."
-        )
-        return
-    try:
-        print("\n\n".join(describe(preset(name)) for name in names))
-    except ValueError as error:
-        sys.exit(f"flextok_info: {error}")
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """Parameters, FLOPs per image and memory of presets. Nothing is trained, downloaded or allocated."""
+
+    presets: Positional[tuple[str, ...]]
+    "micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
+
+
+def info_main(argv: list[str] | None = None) -> None:
+    "The console command `flextok_info PRESET …`."
+
+    def work(o: InfoOptions, base: None) -> None:
+        print("\n\n".join(describe(preset(name)) for name in o.presets))
+
+    command("flextok_info", InfoOptions, work, argv, help_if_empty=True)

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 from tyro.conf import Positional
 
-from .card import PARTS, known, read_stage, read_facts
+from .card import known, read_stage, read_facts
+from .stage_table import PARTS
 from .cli import command
 from .job import RunContext
-from .models import sampling_defaults, open_tokenizer, size_of
+from .models import sampling_defaults, open_tokenizer
 from .options import UsageError
 from .pace import SUSTAINED
 from .page import PICTURES, picture_rows
@@ -130,7 +131,7 @@ def reconstruct(
     paths, name = _photos(o), _model(o.model)
     tok = open_tokenizer(name, pick_device(o.device))
     budgets = parse_budgets(o.budgets, tok.config.registers)
-    size = size_of(tok)
+    size = tok.image_size
     usual = sampling_defaults(name)
     steps = usual.steps if o.steps is None else o.steps
     guidance = usual.guidance if o.guidance is None else o.guidance

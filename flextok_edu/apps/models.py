@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Common', 'DataOptions', 'find_model', 'open_vae', 'open_tokenizer', 'open_ar', 'training_preset', 'preset_beside',
-           'sampling_defaults', 'preset_of', 'all_learned', 'size_of']
+           'sampling_defaults', 'preset_of', 'all_learned']
 
 # %% ../../nbs/apps/models.ipynb #apps-models-imports
 from dataclasses import dataclass, replace
@@ -194,8 +194,3 @@ def all_learned(
     found = {"vae": load_learned(vae or place / "vae")} if needs else {}
     found["tokenizer"] = load_learned(place)
     return found | ({"ar": load_learned(find_model(ar, "ar"))} if ar else {})
-
-
-def size_of(tok: Tokenizer) -> int:
-    "Side of a tokenizer's images, in pixels."
-    return tok.image_size

@@ -6,7 +6,7 @@
 __all__ = ['train', 'with_earlier', 'train_main']
 
 # %% ../../nbs/apps/train.ipynb #apps-train-imports
-import contextlib, json, os, sys
+import contextlib, json, os
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .card import PARTS, open_part, open_parts, model_card
+from .card import open_part, open_parts, model_card
+from .stage_table import PARTS, STAGE_TABLE
 from ..ar_training import position_losses
 from ..ar import tokenizer_hash, tokenizer_identity
 from ..data.datasets import spread
@@ -72,13 +73,6 @@ def _folders(run) -> dict[str, Path]:  # part -> its folder, of the parts that a
     return found
 
 # %% ../../nbs/apps/zoo.ipynb #17-7805bf73
-_DECIDES = {
-    "vae": ("vae", "vae_loss", "train_vae"),
-    "ar": ("ar", "train_ar"),
-    "classifier": ("train_classifier",),
-}  # which part of the preset is whose; the rest is the tokenizer's
-
-
 def _text(value, what: type = str):  # a fact of the kind that it should be; None for anything else
     return value if isinstance(value, what) and not isinstance(value, bool) else None
 
@@ -131,9 +125,9 @@ def _history(
     if p:
         p = p | {
             key: told[k]["preset"][key]
-            for k, keys in _DECIDES.items()
+            for k, stage in STAGE_TABLE.items()
             if told.get(k, {}).get("preset")
-            for key in keys
+            for key in stage.settings
             if key in told[k]["preset"]
         }
         if evaluate:
