@@ -182,6 +182,7 @@ def feature_map(
 # %% ../nbs/10_objective.ipynb #08-5c6467a2
 class REPA(nn.Module):
     """Representation alignment of an early decoder block (Yu et al. 2024, arXiv:2410.06940).
+
     Raises ValueError for a block that does not exist.
     """
 

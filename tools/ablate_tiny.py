@@ -1,8 +1,10 @@
 """What each addition to the paper's recipe is worth at `tiny`: one tokenizer a variant, same scenes, same
 order, same noise, same number of images.
 
-python tools/ablate_tiny.py OUT.json all variants, one after the other (a quarter of an hour each on one core
-at 80 GFLOP/s) python tools/ablate_tiny.py OUT.json "no norm before FSQ" --steps 100 one of them, shorter
+    python tools/ablate_tiny.py OUT.json
+        all variants, one after the other (a quarter of an hour each on one core at 80 GFLOP/s)
+    python tools/ablate_tiny.py OUT.json "no norm before FSQ" --steps 100
+        one of them, shorter
 
 A finished variant is in the file as soon as it is done, and is not trained again.
 """

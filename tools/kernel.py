@@ -1,8 +1,10 @@
 """Run notebooks in a real Jupyter kernel, cell by cell, as a reader does with "Run All".
 
-python tools/kernel.py all notebooks but the studies python tools/kernel.py fsq files the notebooks of this
-name, with their solutions python tools/kernel.py FILE.ipynb one notebook python tools/kernel.py --save fsq
-the same, and what the cells put out is written into the notebooks that ran whole (then: nbdev_clean)
+    python tools/kernel.py             all notebooks but the studies
+    python tools/kernel.py fsq files   the notebooks of this name, with their solutions
+    python tools/kernel.py FILE.ipynb  one notebook
+    python tools/kernel.py --save fsq  the same, and what the cells put out is written into the notebooks
+                                       that ran whole (then: nbdev_clean)
 
 `nbdev_test` needs no kernel, and differs from one: it skips cells with `#| eval: false`, has no event loop
 and no messages for widgets, and draws without the inline backend. Printed for each notebook: code cells,

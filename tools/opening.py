@@ -1,7 +1,9 @@
 """The picture at the top of the README: held-out scenes through 1, 2, 4, … tokens of `tiny`, and held-out
 clip art through those of `clipart`.
 
-python tools/opening.py /usr/share/openclipart/png [docs/opening.png] after apt-get install openclipart-png
+    python tools/opening.py /usr/share/openclipart/png [docs/opening.png]
+
+after apt-get install openclipart-png
 """
 
 from __future__ import annotations

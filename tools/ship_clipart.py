@@ -1,12 +1,13 @@
 """How flextok_edu/zoo/clipart was put together from its trainings (nbs/experiments/real_images.ipynb has the
 commands that make them).
 
-python tools/ship_clipart.py RUNS PICTURES RUNS holds vae, tokenizer, tokenizer2, tokenizer3: what
-flextok_train left; PICTURES is the folder they learnt from flextok_eval clipart --data PICTURES --out TABLE
-python tools/ship_clipart.py RUNS PICTURES TABLE once more, with the table of results
+    python tools/ship_clipart.py RUNS PICTURES
+    flextok_eval clipart --data PICTURES --out TABLE
+    python tools/ship_clipart.py RUNS PICTURES TABLE      once more, with the table of results
 
-`tokenizer2` is `tokenizer` after a second training, with a learning rate of its own, `tokenizer3` is
-`tokenizer2` after a third.
+RUNS holds vae, tokenizer, tokenizer2, tokenizer3: what flextok_train left; PICTURES is the folder they
+learnt from. `tokenizer2` is `tokenizer` after a second training, with a learning rate of its own,
+`tokenizer3` is `tokenizer2` after a third.
 """
 
 from __future__ import annotations

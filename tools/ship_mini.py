@@ -1,12 +1,12 @@
 """How flextok_edu/zoo/mini is put together from what tools/mini_ea3e120.py left on a GPU.
 
-python tools/ship_mini.py FILES FILES holds weights_0.safetensors, weights_1, …, logs.json, table.json
+    python tools/ship_mini.py FILES
 
-The script ran with the package as of commit ea3e120 (`git archive ea3e120 flextok_edu`) and, beside it, a
-file lite0_block10.safetensors: of EfficientNet-Lite0 the stem, _bn0 and blocks 0 to 10, all that our eyes
-look through. It rounded every part to float16 as soon as it was trained, and the next part learned from the
-rounded one: the weights are packed as they come, bit for bit. What the rounding changed was measured on the
-GPU.
+FILES holds weights_0.safetensors, weights_1, …, logs.json, table.json. The script ran with the package as of
+commit ea3e120 (`git archive ea3e120 flextok_edu`) and, beside it, a file lite0_block10.safetensors: of
+EfficientNet-Lite0 the stem, _bn0 and blocks 0 to 10, all that our extractor looks through. It rounded every
+part to float16 as soon as it was trained, and the next part learned from the rounded one: the weights are
+packed as they come, bit for bit. What the rounding changed was measured on the GPU.
 """
 
 from __future__ import annotations

@@ -1,13 +1,22 @@
 """How flextok_edu/zoo/tiny was put together from its trainings (nbs/experiments/tiny_recipe.ipynb has the
 commands that make them).
 
-python tools/ship_tiny.py RUNS RUNS holds what flextok_train left; the classifier is trained if it is not
-there flextok_eval tiny --ar tiny --classifier tiny --train-images 100 --out TABLE python tools/ship_tiny.py
-RUNS TABLE once more, with the table of results
+    python tools/ship_tiny.py RUNS
+    flextok_eval tiny --ar tiny --classifier tiny --train-images 100 --out TABLE
+    python tools/ship_tiny.py RUNS TABLE      once more, with the table of results
 
-vae from scratch vae2 its decoder alone went on vae3 both parts vae4 the decoder alone tokenizer from scratch,
-on vae tokenizer2 both parts went on, on vae3 tokenizer3 its decoder alone tokenizer4 both parts ar from
-scratch, on the ids of tokenizer2 ar2 went on, on those of tokenizer4
+RUNS holds what flextok_train left; the classifier is trained if it is not there.
+
+    vae         from scratch
+    vae2        its decoder alone went on
+    vae3        both parts
+    vae4        the decoder alone
+    tokenizer   from scratch, on vae
+    tokenizer2  both parts went on, on vae3
+    tokenizer3  its decoder alone
+    tokenizer4  both parts
+    ar          from scratch, on the ids of tokenizer2
+    ar2         went on, on those of tokenizer4
 
 A VAE whose decoder went on alone makes the same latents: the tokenizer only has to be told its new hash, and
 the AR model the tokenizer's.
