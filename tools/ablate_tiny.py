@@ -101,7 +101,7 @@ def main() -> None:
                 {
                     k: round(v, 5) if isinstance(v, float) else v
                     for k, v in row.items()
-                    if k in ("step", "flow", "regression", "regression_full", "words")
+                    if k in ("step", "flow", "regression", "regression_full", "codebook_usage")
                 }
                 for row in log
             ],
