@@ -1,4 +1,4 @@
-"""A door that stays open: `from flextok_edu.core import show`. The engine has moved to `flextok_edu.engine`."""
+"""A door that stays open: what was `flextok_edu.core` has moved to `flextok_edu.engine`."""
 
 from . import _MODULES, _door
 

@@ -551,7 +551,8 @@ def test_identities_of_what_is_shipped(name):
         separators=(",", ":"),
     )
     assert text == (
-        '{"tokenizer":{"decoder.head_dim":64,"decoder.patch":2,"encoder.head_dim":64,"encoder.patch":2,"latent_channels":4,"latent_size":8,"levels":[8,5,5,5],"registers":32},'
+        '{"tokenizer":{"decoder.head_dim":64,"decoder.patch":2,"encoder.head_dim":64,"encoder.patch":2,"latent_channels":4,'
+        '"latent_size":8,"levels":[8,5,5,5],"registers":32},'
         '"vae":{"channels":[48,96],"groups":8,"in_channels":3,"latent_channels":4,"stem":4},"weights":"'
         + PINNED[name][0]
         + '"}'

@@ -157,7 +157,8 @@ def test_push_and_pull(tmp_path):
     )
     pushed = in_process(
         setup + f"torch.manual_seed(0)\ntok = FlexTok({TOK_SMALL!r}, "
-        f"VAE({VAE_SMALL!r})).eval()\nprint(tok.push_to_hub('me/mine'))\nprint(tok.tokenize(images).tolist())",
+        f"VAE({VAE_SMALL!r})).eval()\n"
+        "print(tok.push_to_hub('me/mine'))\nprint(tok.tokenize(images).tolist())",
         hub,
         tmp_path,
     )

@@ -671,8 +671,12 @@ def test_hugging_face_data_sets(tmp_path):
 
 
 def test_streams_resume_exactly():
-    stream = lambda: open_source(hub_dataset(50, broken=(3, 30)).to_iterable_dataset(num_shards=4))  # noqa: E731
-    make = lambda **o: StreamLoader(stream(), 16, 8, seed=2, flip=True, crop="random", block=16, **o)  # noqa: E731
+    def stream():
+        return open_source(hub_dataset(50, broken=(3, 30)).to_iterable_dataset(num_shards=4))
+
+    def make(**o):
+        return StreamLoader(stream(), 16, 8, seed=2, flip=True, crop="random", block=16, **o)
+
     feed, seen, states = make(), [], []
     for _ in range(15):  # more than two epochs
         states.append(json.loads(json.dumps(feed.state_dict())))
@@ -775,7 +779,7 @@ def test_batches_are_a_function_of_seed_and_step(holes):
     source, broken = holes
 
     def make(workers=0, **o):
-        return SourceLoader(source, 16, 8, **(dict(seed=5, flip=True, crop="random") | o), workers=workers)  # noqa: E731
+        return SourceLoader(source, 16, 8, **(dict(seed=5, flip=True, crop="random") | o), workers=workers)
 
     feed = make()
     seen = quiet(feed, 12)
@@ -805,7 +809,10 @@ def test_batches_are_a_function_of_seed_and_step(holes):
 
 def test_shares_are_the_whole(holes):
     source, _ = holes
-    make = lambda workers=0: SourceLoader(source, 16, 11, seed=1, flip=True, workers=workers)  # noqa: E731
+
+    def make(workers=0):
+        return SourceLoader(source, 16, 11, seed=1, flip=True, workers=workers)
+
     whole = quiet(make(), 3)[2]
     for world, micro, workers in ((1, 3, 2), (2, 1, 0), (3, 2, 0)):
         found, weights, labels = {}, 0, []

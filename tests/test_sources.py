@@ -246,7 +246,9 @@ def test_missing_sets_say_what_to_do(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in SETS if n != "imagenet"])
 def test_offline_downloads_say_what_to_do(name, tmp_path, monkeypatch):
-    import torchvision.datasets.cifar, torchvision.datasets.imagenette, torchvision.datasets.mnist  # noqa: E401
+    import torchvision.datasets.cifar
+    import torchvision.datasets.imagenette
+    import torchvision.datasets.mnist
 
     def offline(*a, **k):
         raise URLError("[Errno -3] Temporary failure in name resolution")

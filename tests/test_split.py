@@ -265,7 +265,7 @@ def test_a_saved_data_set_keeps_its_validation_split(tmp_path):
         return datasets.Dataset.from_dict(
             {"image": [{"bytes": encoded(i), "path": None} for i in range(first, first + n)]},
             features=datasets.Features({"image": datasets.Image()}),
-        )  # noqa: E731
+        )
 
     datasets.DatasetDict(train=part(0, 20), validation=part(100, 9)).save_to_disk(tmp_path / "both")
     train, val = split_source(open_source(tmp_path / "both"))
