@@ -173,9 +173,8 @@ class CachedGPT(GPT):
         "Write one token after the other, each chosen by `pick`."
         b, twice = len(labels), any(g != 1 for g in guidance)
         if twice:
-            labels = torch.cat(
-                [labels, torch.full_like(labels, self.config.classes)]
-            )  # with and without the class, side by side
+            # with and without the class, side by side
+            labels = torch.cat([labels, torch.full_like(labels, self.config.classes)])
         x = (self.start + self.class_table(labels))[:, None]
         cache = self.new_cache(len(labels), len(guidance))
         ids = []
@@ -344,9 +343,8 @@ def load_ar(
     model, facts = load_model(folder, ARModel, ARConfig)
     model.tokenizer = facts.get("tokenizer")
     model.tokenizer_means = facts.get("tokenizer_means")
-    known = (
-        model.tokenizer is not None and model.tokenizer_means is not None
-    )  # of a packed model the tokenizer's weights were rounded, and this is its new identity
+    # of a packed model the tokenizer's weights were rounded, and this is its new identity
+    known = model.tokenizer is not None and model.tokenizer_means is not None
     model.tokenizer_identity = (
         identity_of(model.tokenizer, model.tokenizer_means) if known else facts.get("tokenizer_identity")
     )

@@ -113,9 +113,8 @@ def loss_by_time(
     loss: Tensor,  # one loss per sample (b,), from `flow_loss`
     t: Tensor,  # their times (b,) in [0, 1]
     bins: int = 10,  # equal parts of [0, 1]
-) -> tuple[
-    Tensor, Tensor
-]:  # mean loss of each bin (bins,), nan where nothing fell; how many fell there (bins,)
+) -> tuple[Tensor, Tensor]:
+    # mean loss of each bin (bins,), nan where nothing fell; how many fell there (bins,)
     """Diagnose a flow: where in time is its loss? Raises ValueError if losses and times do not belong
     together.
     """
@@ -131,9 +130,8 @@ def loss_by_time(
 
 # %% ../nbs/07_flow.ipynb #07-9b11fd82
 def heun(
-    velocity: Callable[
-        [Tensor, int], Tensor
-    ],  # (x, number of the time in euler_times) -> velocity; asked at 0 .. steps - 1, all but the first twice
+    # (x, number of the time in euler_times) -> velocity; asked at 0 .. steps - 1, all but the first twice
+    velocity: Callable[[Tensor, int], Tensor],
     noise: Tensor,  # where to start: t = 1 (b …)
     steps: int = 25,  # how many; 2 * steps - 1 questions
     shift: float = 1.0,  # time shift

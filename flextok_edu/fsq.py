@@ -40,15 +40,13 @@ class FSQ(nn.Module):
         self.dim = len(levels)
         self.vocabulary = math.prod(levels)
 
-    def bound(
-        self, z: Tensor
-    ) -> Tensor:  # any real numbers (… l) -> the same, squashed into the range of the levels (… l)
+    def bound(self, z: Tensor) -> Tensor:
+        # any real numbers (… l) -> the same, squashed into the range of the levels (… l)
         "Where each number lies between its levels, before rounding."
         return torch.tanh(z + self.shift) * self.half_width - self.offset
 
-    def forward(
-        self, z: Tensor
-    ) -> Tensor:  # any real numbers (… l), any dtype -> codes (… l) in [-1, 1], float32
+    def forward(self, z: Tensor) -> Tensor:
+        # any real numbers (… l), any dtype -> codes (… l) in [-1, 1], float32
         "Quantise; gradients pass straight through the rounding. Computed in float32, also under autocast."
         if z.shape[-1] != self.dim:
             raise ValueError(f"FSQ with levels {self.levels} takes (…, {self.dim}), not {tuple(z.shape)}")
@@ -56,15 +54,13 @@ class FSQ(nn.Module):
             bounded = self.bound(z.float())
             return (bounded + (bounded.round() - bounded).detach()) / self.step
 
-    def codes_to_ids(
-        self, codes: Tensor
-    ) -> Tensor:  # codes (… l), as `forward` gives them -> ids (…), int64 in 0 .. vocabulary - 1
+    def codes_to_ids(self, codes: Tensor) -> Tensor:
+        # codes (… l), as `forward` gives them -> ids (…), int64 in 0 .. vocabulary - 1
         "Mixed-base number of a code."
         return ((codes.float() * self.step + self.step).round().long() * self.basis).sum(-1)
 
-    def ids_to_codes(
-        self, ids: Tensor
-    ) -> Tensor:  # ids (…), int64 in 0 .. vocabulary - 1 -> codes (… l) in [-1, 1], float32
+    def ids_to_codes(self, ids: Tensor) -> Tensor:
+        # ids (…), int64 in 0 .. vocabulary - 1 -> codes (… l) in [-1, 1], float32
         """The inverse.
 
         It checks nothing (a check would make a GPU wait): public entry points call `check_ids` first.
@@ -105,9 +101,8 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer(
-            "pending", torch.zeros(1 + 2 * dim), persistent=False
-        )  # count, sums, sums of squares since the last step, about the stored mean
+        # count, sums, sums of squares since the last step, about the stored mean
+        self.register_buffer("pending", torch.zeros(1 + 2 * dim), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:  # (… dim) -> (… dim), normalised with the stored statistics
         return (z.float() - self.mean) / self.std
@@ -175,9 +170,8 @@ class CodebookUsage:
         Codes that are not finite count nothing: the loss will say it, and an index outside would end a run
         before it can.
         """
-        finite = torch.isfinite(codes).all(
-            -1
-        )  # NaN has no digit (nor a sync: nothing here is read by the CPU)
+        # NaN has no digit (nor a sync: nothing here is read by the CPU)
+        finite = torch.isfinite(codes).all(-1)
         codes, keep = torch.where(finite[..., None], codes, 0.0), keep & finite
         fade = math.exp(-len(codes) / self.memory)
         self.words.mul_(fade).index_add_(0, self.fsq.codes_to_ids(codes).flatten(), keep.flatten().float())

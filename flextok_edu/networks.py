@@ -49,9 +49,8 @@ class Encoder(nn.Module):
         budget: int | None = None,  # registers to compute; all by default
     ) -> Tensor:  # (b budget l), real numbers
         k = len(self.registers)
-        used = (
-            k if budget is None or self.mask == "full" else budget
-        )  # without the causal mask the rest matters
+        # without the causal mask the rest matters
+        used = k if budget is None or self.mask == "full" else budget
         x = self.patches_in(patchify(latents, self.patch).to(self.patches_in.weight.dtype))  # b n d
         x = x + rearrange(self.positions, "1 d h w -> (h w) d").to(x.dtype)
         n = x.shape[1]
@@ -85,9 +84,8 @@ class Condition(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # registers (b r' d); attention bias (b r'), or None
         "What the decoder is told about each image."
         b, r, _ = codes.shape
-        short = short and not (
-            isinstance(budget, int) and budget == r == self.k and null is None
-        )  # nothing dropped: nothing to shorten
+        # nothing dropped: nothing to shorten
+        short = short and not (isinstance(budget, int) and budget == r == self.k and null is None)
         x = self.codes_in(codes.to(self.codes_in.weight.dtype)) + self.register_positions[:r]
         keep = keep_mask(budget, b, r, x.device)
         x = nested_dropout(x, keep, self.mask_token)
@@ -110,9 +108,8 @@ class Condition(nn.Module):
                 bias = torch.where(null[:, None], torch.where(last, math.log(self.k), -math.inf), bias)
         return x, bias
 
-    def null_condition(
-        self, b: int, short: bool = False
-    ) -> tuple[Tensor, Tensor | None]:  # registers (b r d); bias (b r), or None
+    def null_condition(self, b: int, short: bool = False) -> tuple[Tensor, Tensor | None]:
+        # registers (b r d); bias (b r), or None
         "What it is told when it is told nothing: k null tokens, or one that counts as k."
         x = self.null_token.expand(b, 1 if short else self.k, -1)
         return x, torch.full((b, 1), math.log(self.k), device=x.device) if short else None
@@ -141,9 +138,8 @@ class Decoder(Condition):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def modulations(
-        self, t: Tensor
-    ) -> list[Tensor]:  # times (b,) -> modulations (b kinds 6 d), one a block, and (b 1 2 d) of the head
+    def modulations(self, t: Tensor) -> list[Tensor]:
+        # times (b,) -> modulations (b kinds 6 d), one a block, and (b 1 2 d) of the head
         "Everything that depends on time alone; in sampling, one call serves all steps."
         time = self.time(t)
         return [block.modulation(time) for block in self.blocks] + [
@@ -161,9 +157,8 @@ class Decoder(Condition):
         x = self.patches_in(patchify(x_t, self.patch).to(self.patches_in.weight.dtype))  # b n d
         x = x + rearrange(self.positions, "1 d h w -> (h w) d").to(x.dtype)
         n = x.shape[1]
-        mask = (
-            None if bias is None else torch.cat([bias.new_zeros(len(x), n), bias], 1)[:, None, None]
-        )  # b 1 1 n+r
+        # b 1 1 n+r
+        mask = None if bias is None else torch.cat([bias.new_zeros(len(x), n), bias], 1)[:, None, None]
         x, hidden = torch.cat([x, registers.to(x.dtype)], 1), None  # b n+r d
         for i, block in enumerate(self.blocks):
             x = block(x, n, modulations[i], mask)

@@ -166,9 +166,8 @@ def feature_map(
         found = feature_extractor(images)
     finally:
         hook is None or hook.remove()
-    tokens = (
-        getattr(seen[0], "last_hidden_state", None) if seen else None
-    )  # of a vision transformer: class token (and others), then patches
+    # of a vision transformer: class token (and others), then patches
+    tokens = getattr(seen[0], "last_hidden_state", None) if seen else None
     if tokens is not None:
         side = math.isqrt(tokens.shape[1])
         found = rearrange(tokens[:, -side * side :], "b (h w) d -> b d h w", h=side)

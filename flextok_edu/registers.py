@@ -47,9 +47,8 @@ def leaks(
         before, found = run(x), []
         for j in range(k):
             y = x.clone()
-            y[:, n + j] = torch.randn(
-                d
-            )  # not `+= 1`: LayerNorm would remove a constant, and the test could not fail
+            # not `+= 1`: LayerNorm would remove a constant, and the test could not fail
+            y[:, n + j] = torch.randn(d)
             if (run(y)[:, : n + j] - before[:, : n + j]).abs().max() > 1e-5:
                 found.append(j)
     return found

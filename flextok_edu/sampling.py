@@ -36,9 +36,8 @@ def token_uniforms(
                 f"seeds must be {len(indices)} whole numbers, one for each sample, not {seeds[:8]}"
             )
         noise = torch.cat([noise_like((length,), s, [0], stream="tokens") for s in seeds])
-    return (
-        0.5 * (1 + torch.erf(noise.double() / math.sqrt(2)))
-    ).float()  # the normal distribution function makes them uniform
+    # the normal distribution function makes them uniform
+    return (0.5 * (1 + torch.erf(noise.double() / math.sqrt(2)))).float()
 
 # %% ../nbs/12_sampling.ipynb #09-215ef2ec
 def filter_top_k_top_p(

@@ -49,9 +49,8 @@ class GuidedVelocity:
     def __init__(
         self,
         decoder,  # (x, modulations, registers, bias) -> velocity
-        modulations: Callable[
-            [int], list[Tensor]
-        ],  # number of the time -> everything that depends on it alone
+        # number of the time -> everything that depends on it alone
+        modulations: Callable[[int], list[Tensor]],
         cond: tuple[Tensor, Tensor | None],  # what it is told: registers (b r d), bias (b r) or None
         uncond: tuple[Tensor, Tensor | None],  # what it is told when it is told nothing
         guidance: list[float],  # g at each time; where it is 1, one pass

@@ -284,9 +284,8 @@ def save_tokenizer(folder: str | Path, tok: FlexTok, **facts) -> None:
     save_model(folder, tok.own_state(), tok.config, **vae, terms=tok.terms, **facts)
 
 
-def load_tokenizer(
-    folder: str | Path, vae: VAE | None = None
-) -> tuple[FlexTok, dict]:  # tokenizer in eval mode; what config.json says
+def load_tokenizer(folder: str | Path, vae: VAE | None = None) -> tuple[FlexTok, dict]:
+    # tokenizer in eval mode; what config.json says
     "Read a tokenizer. Raises ValueError if it was trained with another VAE."
     tok, facts = load_model(folder, FlexTok, TokenizerConfig)
     if vae is not None:

@@ -333,9 +333,8 @@ class VAELoss(nn.Module):
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."
         return self.distance / self.logvar.exp() + self.logvar, {"logvar": self.logvar.detach()}
 
-    def objectives(
-        self, config: StageConfig
-    ) -> list[Objective]:  # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
+    def objectives(self, config: StageConfig) -> list[Objective]:
+        # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."
 
         def own(lr):

@@ -149,9 +149,8 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_cache"])
     patch = pytest.MonkeyPatch()
-    patch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    )  # where the server finds what it is to import
+    # where the server finds what it is to import
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
 
     def begin(*arguments):
         process = context.Process(target=work, args=arguments)

@@ -646,9 +646,8 @@ def test_put_together_as_clipart_was(trained, tmp_path, monkeypatch):
     assert weights(tmp_path / "all") == weights(tmp_path / "c") != weights(tmp_path / "b")
 
     def held(name):
-        return weights_hash(
-            FlexTok.from_pretrained(tmp_path / name)
-        )  # of the file, whatever config.json says
+        # of the file, whatever config.json says
+        return weights_hash(FlexTok.from_pretrained(tmp_path / name))
 
     assert held("all") == held("c") != held("b")
 

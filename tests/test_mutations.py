@@ -143,9 +143,8 @@ def check_flow_sign():
     torch.manual_seed(0)
     latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     target = flow.velocity_target(latents, noise)  # what the loss asks for
-    assert torch.allclose(
-        flow.euler(lambda x, i: target, noise, 5), latents, atol=1e-5
-    )  # is what the sampler follows
+    # is what the sampler follows
+    assert torch.allclose(flow.euler(lambda x, i: target, noise, 5), latents, atol=1e-5)
 
 
 def check_flow_sign_in_the_tokenizer():
@@ -253,9 +252,8 @@ def check_evaluation_uses_the_cards_images():
     )
     x = engine_tensors.from_uint8(images)
     with torch.no_grad():
-        expected = (
-            (tok.vae.decode(tok.vae.encode(x)).clamp(-1, 1) - x).abs().mean() / 2
-        ).item()  # by hand, on a [0, 1] scale
+        # by hand, on a [0, 1] scale
+        expected = ((tok.vae.decode(tok.vae.encode(x)).clamp(-1, 1) - x).abs().mean() / 2).item()
     row = next(r for r in report.rows if r["what"] == "VAE alone")
     assert report.card["data_hash"] == val.hash and math.isclose(row["mae"], expected, rel_tol=1e-4)
     floor = next(r for r in report.rows if r["what"] == "real against real")

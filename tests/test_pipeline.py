@@ -268,9 +268,8 @@ def test_a_stage_of_another_run_is_refused(tmp_path):
 
 def test_rows_of_pictures(tmp_path):
     """Each picture where it belongs, every pixel enlarged alike; room for the names at the left and above."""
-    paint = (
-        torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    )  # rows, columns: no white
+    # rows, columns: no white
+    paint = torch.rand(3, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
     apps_page.picture_rows(
         list(paint.expand(-1, -1, -1, 16, 16)),
         ["a", "b", "c"],

@@ -191,9 +191,8 @@ def test_imagenet_folders_and_the_order_of_their_classes(tmp_path):
         "n03000002 crane\nn01000001 kite, toy\nn02000003 crane, bird\n"
     )
     assert find_set("imagenet", 24, tmp_path)[2] == ("kite", "crane (n02000003)", "crane (n03000002)")
-    half, few = load_data(
-        "imagenet", 24, 0, 3, progress=False, root=tmp_path / "imagenet", limit=9
-    )  # the data root may be ImageNet itself
+    # the data root may be ImageNet itself
+    half, few = load_data("imagenet", 24, 0, 3, progress=False, root=tmp_path / "imagenet", limit=9)
     assert half.labels[:, 0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and few.labels[:, 0].tolist() == [
         0,
         1,

@@ -158,9 +158,8 @@ def test_the_table_is_of_these_weights(parts, usual):
         alone["mae"] <= 0.015
         and alone["acc_kind"] > next(r for r in report.rows if r["what"] == "originals")["acc_kind"] - 0.03
     )
-    new = [
-        r for r in report.rows if r["what"] == "samples"
-    ]  # of the AR model: read better, and nearer to real ones, with every doubling
+    # of the AR model: read better, and nearer to real ones, with every doubling
+    new = [r for r in report.rows if r["what"] == "samples"]
     assert [r["tokens"] for r in new] == [1, 2, 4, 8, 16, 32] and new[-1]["acc_kind"] >= 0.7
     assert all(a["acc_kind"] < b["acc_kind"] and a[distance] > b[distance] for a, b in zip(new, new[1:])), new
     assert report.card["weights"]["tokenizer"] == tokenizer_hash(parts[0]) and report.card["weights"][

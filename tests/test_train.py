@@ -174,9 +174,8 @@ def check_shares_weigh_what_they_hold():
     w = torch.ones(3, requires_grad=True)
     (whole,) = torch.autograd.grad((x @ w).square().mean(), w)
     parts = [part for rank in (0, 1) for part in feed.micro_batches(0, rank, 2, 2)]
-    total = (
-        sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2
-    )  # DDP: mean over processes
+    # DDP: mean over processes
+    total = sum(torch.autograd.grad((rows @ w).square().mean() * weight, w)[0] for rows, weight in parts) / 2
     assert torch.allclose(total, whole, atol=1e-6) and sorted(len(rows) for rows, _ in parts) == [1, 2, 2, 2]
 
 
@@ -315,9 +314,8 @@ def test_killed_twenty_times_leaves_no_trace(name, tmp_path):
             kill_later(go, reach * dice.random() if len(statuses) < 200 else 60, tmp_path / "trains")
         )
         assert statuses[-1] in (-9, 0), statuses
-        reach = (
-            min(reach * 1.3, 10) if statuses[-1] == -9 and newest() == began else max(reach / 1.1, 0.2)
-        )  # long enough on a busy machine to get anywhere
+        # long enough on a busy machine to get anywhere
+        reach = min(reach * 1.3, 10) if statuses[-1] == -9 and newest() == began else max(reach / 1.1, 0.2)
         torn += bool(list(folder.glob(".step-*")))
         for file in folder.glob("step-*.safetensors"):  # whatever has its real name is whole
             assert Checkpoints(folder).newest() is not None and file.stat().st_size > 1000

@@ -72,9 +72,8 @@ def results(tok, repa, parts, worlds):
     )
     before = {n: x.clone() for n, x in tok.named_buffers()}
     objective = FlowObjective(tok, [repa] if repa else [])
-    objective.usage = fsq.CodebookUsage(
-        tok.config.levels, tok.config.registers, memory=math.inf
-    )  # counts that do not fade: their order is no matter
+    # counts that do not fade: their order is no matter
+    objective.usage = fsq.CodebookUsage(tok.config.levels, tok.config.registers, memory=math.inf)
     for w in weights.values():
         w.grad = None
     total, tally = 0.0, engine_trainer.Tally()
@@ -162,9 +161,8 @@ def test_the_difference_is_rounding(distribution, monkeypatch):
     """
     tok, repa = (m.double() for m in model(budget_distribution=distribution))
     feed = feed_of(tok, 11)
-    monkeypatch.setattr(
-        torch.Tensor, "float", torch.Tensor.double
-    )  # norms, losses and statistics insist on float32
+    # norms, losses and statistics insist on float32
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(engine_trainer.Tally, "means", lambda self, total: {})  # the log is kept in float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -491,9 +489,8 @@ def test_the_arithmetic_of_a_micro_batch(longest, images):
     from flextok_edu.apps.cost import counted_flops
     from flextok_edu.apps.memory import on_meta
 
-    tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.0))).requires_grad_(
-        False
-    )  # on the CPU, PyTorch's counter does not know the attention
+    # on the CPU, PyTorch's counter does not know the attention
+    tok = on_meta(lambda: FlexTok(replace(CONFIG, zero_noise=0.0))).requires_grad_(False)
     tok.fsq = nn.Identity()  # no products in it, and it insists on a real device
     tok.short_cuts = longest is not None
     lengths = []
@@ -571,9 +568,8 @@ def test_the_benchmark_compares_the_same_steps(monkeypatch):
         r["allowed"] > 1 and r["positions"] < plain["positions"] == 8 * 2 * 32
         for r, plain in zip(rows[1::2], rows[::2])
     )
-    steps = {
-        cut: [s for s in some if s[0] == 2] for cut, some in seen.items()
-    }  # without the single image that wakes the machine up
+    # without the single image that wakes the machine up
+    steps = {cut: [s for s in some if s[0] == 2] for cut, some in seen.items()}
     for i in range(0, 16, 4):  # four micro-batches of two a step
         plain, cut = (torch.tensor([s[1:] for s in steps[kind][i : i + 4]]).sum(0) for kind in (False, True))
         assert torch.allclose(plain, cut, atol=1e-3)

@@ -170,9 +170,8 @@ def check_latents_are_measured():
     torch.manual_seed(0)
     model = vae.VAE(SMALL).eval()
     with torch.no_grad():
-        model.encoder.moments.bias.copy_(
-            torch.tensor([3.0, -1.0, 0.0, 0.5, 0.0, 1.0, -2.0, -8.0])
-        )  # means, then log-variances
+        # means, then log-variances
+        model.encoder.moments.bias.copy_(torch.tensor([3.0, -1.0, 0.0, 0.5, 0.0, 1.0, -2.0, -8.0]))
         images = (torch.rand(48, 3, 32, 32) * 255).to(torch.uint8)
         model.measure_latents(images, batch=20)
         mean, logvar = model.posterior(engine_tensors.from_uint8(images))

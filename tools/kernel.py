@@ -59,9 +59,8 @@ def kinds(outputs: list[dict]) -> list[str]:
             found.append("error")
         else:
             kind = next((k for k in KINDS if k in o["data"]), "other")
-            if not (
-                kind.startswith("application/vnd") and "%|" in "".join(o["data"].get("text/plain", ""))
-            ):  # a bar of tqdm
+            # a bar of tqdm
+            if not (kind.startswith("application/vnd") and "%|" in "".join(o["data"].get("text/plain", ""))):
                 found.append(kind)
     return sorted(k for i, k in enumerate(found) if k not in ("stdout", "stderr") or k not in found[:i])
 

@@ -69,9 +69,8 @@ LIMITS = (
 )
 
 
-LEARNED = Learned(
-    "scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None
-)  # all parts; the hash is that of the pictures, and drawing them today gives it again
+# all parts; the hash is that of the pictures, and drawing them today gives it again
+LEARNED = Learned("scenes", "ToyScenes train, level 2, seed 0, 64 px", 80_000, "670cfc6992eee654", None)
 
 
 def read(file: Path):

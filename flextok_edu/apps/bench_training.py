@@ -252,9 +252,8 @@ class _Steps:
             )
 
 # %% ../../nbs/apps/bench_training.ipynb #9562b797
-def bench_train(
-    config: BenchConfig, say: Callable = print
-) -> list[dict]:  # one row a distribution and variant
+def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:
+    # one row a distribution and variant
     """Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the
     same images and dice. Raises ValueError for settings that make no sense.
     """

@@ -24,9 +24,8 @@ from ..tokenizer import FlexTok, load_tokenizer
 from ..vae import VAE
 
 # %% ../../nbs/apps/card.ipynb #17-48abfd22-2
-def open_part(
-    folder: Path, part: str
-) -> tuple[nn.Module, dict]:  # a model in float32; what its config.json says
+def open_part(folder: Path, part: str) -> tuple[nn.Module, dict]:
+    # a model in float32; what its config.json says
     return STAGE_TABLE[part].load(folder)
 
 # %% ../../nbs/apps/card.ipynb #17-73fe8b31

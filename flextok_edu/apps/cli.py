@@ -65,9 +65,8 @@ def read_settings(
     p = found.get("preset")
     options = {**found.get("asked", {}), **found.get("options", {})}
     if "asked" in found:
-        options = {
-            k: v for k, v in options.items() if k not in ("minutes", "at_most")
-        }  # they were turned into the preset's steps
+        # they were turned into the preset's steps
+        options = {k: v for k, v in options.items() if k not in ("minutes", "at_most")}
     if isinstance(p, str):
         p = preset(p)
     elif isinstance(p, dict):

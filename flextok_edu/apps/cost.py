@@ -57,9 +57,8 @@ def tokenizer_parameters(c: TokenizerConfig) -> dict[str, int]:  # parameters of
         + linear(e, l)
     )
     told = linear(l, d) + c.registers * d + 2 * d  # codes, positions, mask and null token
-    clock = (
-        linear(c.time_features, d) + linear(d, d) + linear(d, 2 * d)
-    )  # time embedding, modulation of the head
+    # time embedding, modulation of the head
+    clock = linear(c.time_features, d) + linear(d, d) + linear(d, 2 * d)
     decoder = (
         told
         + clock
@@ -116,9 +115,8 @@ def trunk_flops(t: TrunkConfig, positions: int) -> int:  # FLOPs of the blocks f
     return t.depth * (2 * positions * block_parameters(t.width, t.mlp_ratio) + 4 * positions**2 * t.width)
 
 
-def encode_positions(
-    c: TokenizerConfig, budget: int, short: bool = True
-) -> int:  # length of the encoder's sequence
+def encode_positions(c: TokenizerConfig, budget: int, short: bool = True) -> int:
+    # length of the encoder's sequence
     "Patches, and the registers that must be computed."
     return c.patches("encoder") + (budget if short and c.encoder_mask != "full" else c.registers)
 
@@ -133,9 +131,8 @@ def encode_flops(c: TokenizerConfig, budget: int, short: bool = True) -> int:  #
     )
 
 
-def decode_positions(
-    c: TokenizerConfig, budget: int, guided: bool, short: bool = True
-) -> tuple[int, ...]:  # length of each pass of one step
+def decode_positions(c: TokenizerConfig, budget: int, guided: bool, short: bool = True) -> tuple[int, ...]:
+    # length of each pass of one step
     "One pass, or two: told and untold."
     n, k = c.patches("decoder"), c.registers
     if not short:

@@ -124,9 +124,8 @@ def _photos(o: ReconstructOptions) -> list[Path]:
     return paths
 
 # %% ../../nbs/apps/explore.ipynb #17-9b7ca4c3
-def reconstruct(
-    o: ReconstructOptions, base: Preset | None = None
-) -> int:  # exit status: 1 if some pictures could not be read
+def reconstruct(o: ReconstructOptions, base: Preset | None = None) -> int:
+    # exit status: 1 if some pictures could not be read
     "Read, tokenise, decode, draw."
     paths, name = _photos(o), _model(o.model)
     tok = open_tokenizer(name, pick_device(o.device))
@@ -227,9 +226,8 @@ def images_that_fit(
         began = time.perf_counter()
         tok.detokenize(ids[:, :k], steps=steps, guidance=guidance).cpu()
         spent += time.perf_counter() - began
-    each = (
-        1.5 * 1.5 * SUSTAINED * spent / len(few)
-    )  # half as many samples; half as much again for metrics and the AR model; slower in the long run
+    # half as many samples; half as much again for metrics and the AR model; slower in the long run
+    each = 1.5 * 1.5 * SUSTAINED * spent / len(few)
     return max(least, int((seconds - 24 * spent / len(few)) / each))  # 24 more are drawn for the page
 
 # %% ../../nbs/apps/explore.ipynb #17-bc5709cd

@@ -82,9 +82,8 @@ def _may_write(out: str, names: list[str], counts: list[int], force: bool) -> Pa
     return folder
 
 
-def _sheet(
-    rows: list[Tensor | None], columns: int
-) -> Tensor:  # rows: pictures (m 3 h w), m <= columns, of each name
+def _sheet(rows: list[Tensor | None], columns: int) -> Tensor:
+    # rows: pictures (m 3 h w), m <= columns, of each name
     "All on one picture that is about square, names from left to right; white where there is none."
     side = next(r.shape[-1] for r in rows)
     filled = [torch.cat([r, torch.ones(columns - len(r), 3, side, side)]) for r in rows]

@@ -46,9 +46,8 @@ class RunContext:
     train: ImageSet | OnDisk  # images to learn from
     val: ImageSet  # held out
     began: float  # clock at the start
-    changes: dict = field(
-        default_factory=dict
-    )  # stage -> settings under which it went on after an interruption
+    # stage -> settings under which it went on after an interruption
+    changes: dict = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -99,9 +98,8 @@ def as_json(p: Preset) -> dict:
     return json.loads(json.dumps(asdict(p)))
 
 
-def _stored(
-    config: RunConfig, base: dict | None = None
-) -> dict | None:  # what run.json says; None in a new folder
+def _stored(config: RunConfig, base: dict | None = None) -> dict | None:
+    # what run.json says; None in a new folder
     "Raises ValueError if the folder holds a run with other settings."
     file, asked = Path(config.out).expanduser() / "run.json", _asked(config)
     if not file.exists():
@@ -173,9 +171,8 @@ def _shortened(p: Preset, config: RunConfig) -> Preset:
     return replace(p, evaluate=replace(e, images=images, samples=samples))
 
 
-def _compiles(
-    config: RunConfig, p: Preset, device: torch.device
-) -> bool:  # whether blocks are to be compiled
+def _compiles(config: RunConfig, p: Preset, device: torch.device) -> bool:
+    # whether blocks are to be compiled
     finished = (Path(config.out).expanduser() / "ar" / "config.json").exists()
     long = p.train_tokenizer.steps >= 500 and not finished
     wanted = config.compile == "on" or (config.compile == "auto" and long)

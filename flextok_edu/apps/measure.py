@@ -112,9 +112,8 @@ def _only_results(out: Path, force: bool) -> None:
     may_fill(out, ["table.json", "table.csv", "table_scores.safetensors", "quality.png"], force)
 
 
-def _to_measure_on(
-    o: EvalOptions, p: Preset, known: dict[str, Learned | None]
-) -> tuple:  # as `open_pictures`
+def _to_measure_on(o: EvalOptions, p: Preset, known: dict[str, Learned | None]) -> tuple:
+    # as `open_pictures`
     """Held-out pictures.
 
     A model that is older than the rule by which pictures are divided has a record that says which it has not
@@ -123,9 +122,8 @@ def _to_measure_on(
     record = older_than_the_rule(known)
     if record is not None and Path(o.data).is_dir() and not on_disk(o.data, o.from_disk):
         with contextlib.suppress(ValueError):
-            return split_by_record(
-                o.data, p.image_size, record, progress=watched()
-            )  # other pictures than those
+            # other pictures than those
+            return split_by_record(o.data, p.image_size, record, progress=watched())
     return open_pictures(o, p, "val")
 
 # %% ../../nbs/apps/measure.ipynb #15b-a7ebfd76-1

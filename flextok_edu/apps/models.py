@@ -116,9 +116,8 @@ def open_tokenizer(folder: str | None, device="cpu") -> Tokenizer:
     return tok.to(device)
 
 # %% ../../nbs/apps/models.ipynb #7d70655a
-def open_ar(
-    folder: str | None, tok: Tokenizer
-) -> tuple[ARModel, list[str]]:  # the model; names of its classes
+def open_ar(folder: str | None, tok: Tokenizer) -> tuple[ARModel, list[str]]:
+    # the model; names of its classes
     "An AR model that writes this tokenizer's ids. Raises ValueError if it writes another's."
     model, facts = load_ar(find_model(folder, "ar"), tok)
     names = conform(
@@ -184,9 +183,8 @@ def preset_of(o: Common, base: Preset | None, *folders: str | None) -> Preset:
     return replace(p, train_images=o.train_images) if getattr(o, "train_images", None) else p
 
 
-def all_learned(
-    tok: str, ar: str | None = None
-) -> dict:  # part -> what it learned from; None: nobody noted it
+def all_learned(tok: str, ar: str | None = None) -> dict:
+    # part -> what it learned from; None: nobody noted it
     "What the models behind a tokenizer's folder (or shipped name) have seen."
     place = find_model(tok, "tokenizer")
     vae = _vae_of(place)

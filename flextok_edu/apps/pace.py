@@ -230,9 +230,8 @@ def probe(
         began = time.perf_counter()
         tok.detokenize(few_ids[:, :k], steps=e.steps, guidance=e.guidance).cpu()
         spent += (time.perf_counter() - began) / len(few_ids)
-    rates["evaluate"] = (
-        1.5 * spent * (min(e.images, held_out) + e.samples)
-    )  # half as much again for metrics and the AR model
+    # half as much again for metrics and the AR model
+    rates["evaluate"] = 1.5 * spent * (min(e.images, held_out) + e.samples)
     return rates
 
 # %% ../../nbs/apps/pace.ipynb #15-58f9e90a

@@ -43,9 +43,8 @@ def picture_rows(
     b, side = len(rows[0]), rows[0].shape[-1]
     scale = max(scale or round(72 / side), -(-48 // side))
     cell, gap, left, top = side * scale, 3, 112, 42
-    sheet = grid(
-        torch.cat(rows), b, scale, gap
-    )  # one picture of them all: an axis for each takes eight times as long
+    # one picture of them all: an axis for each takes eight times as long
+    sheet = grid(torch.cat(rows), b, scale, gap)
     width = max(left + sheet.shape[1] + 5, 7 * len(title))
     height = top + sheet.shape[0] + 5
     fig = Figure(figsize=(width / 100, height / 100), dpi=100)
@@ -177,9 +176,8 @@ def collect_expected(
     return {"format": 1, "conditions": conditions, "preset": runs[0]["preset"], "stages": stages}
 
 # %% ../../nbs/apps/page.ipynb #15-6beba956-1
-def _band(
-    logs: list[list[dict]], key: str, steps: int, pieces: int
-) -> dict[str, list[float]]:  # "at": share of the run; "mean", "low", "high" of all values there
+def _band(logs: list[list[dict]], key: str, steps: int, pieces: int) -> dict[str, list[float]]:
+    # "at": share of the run; "mean", "low", "high" of all values there
     "Mean and range of a number, piece by piece."
     found = [
         [
@@ -202,9 +200,8 @@ def _band(
 def expected_curves(
     p: Preset,  # of a run: with its step counts
     data: str = "scenes",  # what it is trained on
-) -> (
-    dict | None
-):  # stage -> key -> "at" (share of the run), "mean", "low", "high"; None: nothing is known of such a run
+) -> dict | None:
+    # stage -> key -> "at" (share of the run), "mean", "low", "high"; None: nothing is known of such a run
     "What the losses of such a run usually look like."
     file = files("flextok_edu") / "expected" / f"{p.name}.json"
     if data != "scenes" or not file.is_file():
@@ -313,9 +310,8 @@ def _stage_row(s: dict) -> str:  # of the table of stages
     return f"<tr>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
 
 
-def write_report(
-    folder: Path, report: Report, facts: dict, pictures: dict[str, str]
-) -> Path:  # path of report.html
+def write_report(folder: Path, report: Report, facts: dict, pictures: dict[str, str]) -> Path:
+    # path of report.html
     "Everything about a run on one page."
     shown = {name: _figure(folder / name, caption) for name, caption in pictures.items()}
     title, card = _escaped(facts["title"]), report.card

@@ -90,9 +90,8 @@ def open_pictures(
     )
 
 
-def for_the_floor(
-    train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int
-) -> dict:  # other, other_is: for `evaluate_tokenizer`
+def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int) -> dict:
+    # other, other_is: for `evaluate_tokenizer`
     "Other real pictures, and what they are. (Held-out pictures that are not measured go before them.)"
     if val.scenes:
         return {

@@ -47,9 +47,8 @@ class LineAMinute(Callback):
 
     said = 0.0
 
-    def row(
-        self, training: Training, backend: SingleDevice, row: dict
-    ) -> dict:  # more numbers for the row: none
+    def row(self, training: Training, backend: SingleDevice, row: dict) -> dict:
+        # more numbers for the row: none
         "A row of the training's log is about to be written."
         if backend.rank or sys.stderr.isatty() or time.monotonic() - self.said <= 60:
             return {}
@@ -207,9 +206,8 @@ def train_all(job: RunContext) -> Models:
     )
 
 # %% ../../nbs/apps/stages.ipynb #15-df46d014
-def finished_report(
-    job: RunContext, models: Models
-) -> Report | None:  # None if there is none, or it is of other weights
+def finished_report(job: RunContext, models: Models) -> Report | None:
+    # None if there is none, or it is of other weights
     "The report of these weights, if it was made before."
     if not (job.out / "report.html").exists() or not (job.out / "table.json").exists():
         return None
@@ -237,9 +235,8 @@ def _trained_in(stages: list[dict]) -> str:  # facts of each stage
     )
 
 # %% ../../nbs/apps/stages.ipynb #15-df46d014-1
-def _measured(
-    job: RunContext, models: Models, learned: dict | None
-) -> tuple[Report, ImageSet]:  # the table; the pictures
+def _measured(job: RunContext, models: Models, learned: dict | None) -> tuple[Report, ImageSet]:
+    # the table; the pictures
     "The table of the models, on pictures that none of them has seen."
     p, seed = job.preset, job.config.seed
     if learned is None:

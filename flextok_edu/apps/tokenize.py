@@ -124,9 +124,8 @@ class TokenizeOptions(Common):
     "Replace a file that is no file of ids. (Your pictures are never replaced.)"
 
 # %% ../../nbs/apps/tokenize.ipynb #15b-7d0e6279-1
-def read_ids(
-    path: str | Path, tok: FlexTok
-) -> tuple[list[str], list[Tensor]]:  # names of the pictures; ids (r,) of each
+def read_ids(path: str | Path, tok: FlexTok) -> tuple[list[str], list[Tensor]]:
+    # names of the pictures; ids (r,) of each
     """Read what `flextok_tokenize` wrote.
 
     Raises FileNotFoundError, or ValueError for what is damaged or another tokenizer's.
@@ -174,9 +173,8 @@ def read_ids(
     return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
 # %% ../../nbs/apps/tokenize.ipynb #15b-1792ea00
-def tokenize(
-    o: TokenizeOptions, base: Preset | None = None
-) -> int:  # exit status: 1 if some pictures could not be read
+def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
+    # exit status: 1 if some pictures could not be read
     "Read, tokenise, write."
     if missing := [i for i in o.images if not Path(i).exists()]:
         raise FileNotFoundError(

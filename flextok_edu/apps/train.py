@@ -68,9 +68,8 @@ def _check(o: TrainOptions, p: Preset, out: Path) -> None:
         raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
 
 
-def _models(
-    o: TrainOptions, p: Preset, device
-) -> tuple:  # the one to go on with; the one of the stage before
+def _models(o: TrainOptions, p: Preset, device) -> tuple:
+    # the one to go on with; the one of the stage before
     "What the stage begins with, either may be None. Raises ValueError or UsageError for what does not fit."
     old = model_to_go_on_with(o, p, device)
     if o.stage == "ar":
@@ -168,9 +167,8 @@ def _compiles(o: TrainOptions, p: Preset) -> bool:  # whether blocks are to be c
     return o.stage != "vae" and wanted and device.type != "mps" and compiler_works(device)
 
 # %% ../../nbs/apps/train.ipynb #15b-64555ff2-1
-def with_earlier(
-    now: Learned, before: Learned | None
-) -> Learned:  # before: of the model that went on; None: nobody noted it
+def with_earlier(now: Learned, before: Learned | None) -> Learned:
+    # before: of the model that went on; None: nobody noted it
     "What a model has learned from that began with the weights of another."
     if before is not None and (before.rule, before.hash) == (now.rule, now.hash):
         return now
@@ -197,9 +195,8 @@ def _seen(o: TrainOptions, now: Learned) -> tuple[Learned, Learned | None]:  # i
     return with_earlier(now, load_learned(find_model(whose, o.stage))) if whose else now, None
 
 # %% ../../nbs/apps/train.ipynb #15b-9684b091
-def _changes(
-    o: TrainOptions, out: Path, stored: dict | None, finished: bool
-) -> list[dict]:  # the oldest first
+def _changes(o: TrainOptions, out: Path, stored: dict | None, finished: bool) -> list[dict]:
+    # the oldest first
     "With which settings the run went on, and does now. Raises UsageError if there is nothing to go on from."
     went_on = [known_changes(c, f"{out / 'run.json'}: changes") for c in (stored or {}).get("changes", [])]
     now = parse_go_on(o.go_on)
@@ -242,9 +239,8 @@ def _train_in(o: TrainOptions, asked: Task, processes) -> Path:
     task = _changed(asked, o.stage, stored, went_on)
     own, vae = _seen(o, task.learned)
     runtime = replace(task.runtime, compile=_compiles(o, task.preset))
-    task = replace(
-        task, data=material_of(stage, task), learned=own, vae_learned=vae, runtime=runtime
-    )  # whatever can go wrong does so before the training
+    # whatever can go wrong does so before the training
+    task = replace(task, data=material_of(stage, task), learned=own, vae_learned=vae, runtime=runtime)
     facts = {
         "command": f"flextok_train {o.stage}",
         "options": stored_options(o, "steps", "fresh", "out", "go_on"),

@@ -100,9 +100,8 @@ def _of_stage(recipe: dict) -> dict:
     return recipe | {"preset": {k: v for k, v in p.items() if k in kept}} if isinstance(p, dict) else recipe
 
 
-def begin_folder(
-    out: Path, facts: dict, first: bool
-) -> tuple[bool, dict | None]:  # whether the run is finished; what run.json says, None in a new folder
+def begin_folder(out: Path, facts: dict, first: bool) -> tuple[bool, dict | None]:
+    # whether the run is finished; what run.json says, None in a new folder
     "Raises ValueError if the folder holds another run."
     if not (out / "run.json").exists():
         if first and (out / "config.json").exists():

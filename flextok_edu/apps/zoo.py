@@ -105,9 +105,8 @@ def _told_by(folder: Path) -> list[Path]:  # the folders whose records are of th
     return [folder] if (folder.parent / "config.json").exists() else [folder, folder.parent]
 
 # %% ../../nbs/apps/zoo.ipynb #17-7805bf73-1
-def _history(
-    folders: dict[str, Path], evaluate: EvalConfig | None
-) -> dict:  # preset; part -> command, data, seed, images, versions
+def _history(folders: dict[str, Path], evaluate: EvalConfig | None) -> dict:
+    # preset; part -> command, data, seed, images, versions
     """What is known of the training.
 
     Unknown things are None; `part` and `begun_from` are there if it went on with a trained model. Raises
@@ -143,9 +142,8 @@ def _round(model: nn.Module) -> nn.Module:  # in place: what the halved file bec
     return model.eval()
 
 
-def _thin(
-    log: list[dict], rows: int = 300
-) -> list[dict]:  # of a log, at most so many rows (and the last), with few digits
+def _thin(log: list[dict], rows: int = 300) -> list[dict]:
+    # of a log, at most so many rows (and the last), with few digits
     kept = log[:: math.ceil(len(log) / rows)] if len(log) > rows else log
     return [
         {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -258,9 +256,8 @@ def _side(vae: VAE, tok: FlexTok | None) -> int:
     return (tok.config.latent_size if tok is not None else 8) * vae.config.factor  # of the images
 
 # %% ../../nbs/apps/zoo.ipynb #17-9d4e671d
-def _table(
-    report: Report | str | Path, known: set[str]
-) -> Report:  # known: hashes of the tokenizers that may have been measured
+def _table(report: Report | str | Path, known: set[str]) -> Report:
+    # known: hashes of the tokenizers that may have been measured
     if not isinstance(report, Report):
         report = load_report(report)
     measured = report.card.get("weights", {}).get("tokenizer")

@@ -106,9 +106,8 @@ def _first(hashes: list[bytes], seen: set[bytes]) -> Tensor:  # (b,) bool
     return torch.tensor(keep, dtype=torch.bool)
 
 
-def _which_stay(
-    ours: list[bytes], theirs: list[bytes], rule: str
-) -> tuple[Tensor, Tensor, tuple[str, str]]:  # (b,) bool of training, of held out; what to say of each
+def _which_stay(ours: list[bytes], theirs: list[bytes], rule: str) -> tuple[Tensor, Tensor, tuple[str, str]]:
+    # (b,) bool of training, of held out; what to say of each
     "A public set's own test split stays whole; everywhere else doubles go, and what would be on both sides."
     learned, kept_out = set(ours), set(theirs)
     if rule == "one in eight":

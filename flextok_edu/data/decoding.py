@@ -111,9 +111,8 @@ def fit_square(
 FORMATS = tuple(dict.fromkeys(PICTURES.values()))  # what is tried: no format that starts other programs
 LARGEST = 2**26  # pixels that may be decoded: 268 MB in Pillow's memory
 _THIN = 8  # ratio of the sides from which a picture is cut before it is scaled
-_MANY = (
-    2**24
-)  # pixels from which whole blocks of them are averaged first: conversions copy a picture several times
+# pixels from which whole blocks of them are averaged first: conversions copy a picture several times
+_MANY = 2**24
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:  # RGB
@@ -260,9 +259,8 @@ _share = _Share(_BUDGET)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        after_in_child=lambda: _share.__init__(_BUDGET)
-    )  # a worker process starts with nothing taken
+    # a worker process starts with nothing taken
+    os.register_at_fork(after_in_child=lambda: _share.__init__(_BUDGET))
 
 
 @functools.cache

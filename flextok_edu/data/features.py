@@ -150,21 +150,18 @@ class AttributeClassifier(nn.Module, Pretrained):
         self.heads = nn.Linear(2 * self.dim, sum(self.sizes.values()))
         self.to(memory_format=torch.channels_last)
 
-    def features(
-        self, images: Tensor
-    ) -> Tensor:  # images (b 3 h w) in [-1, 1] -> features (b 256): means and maxima over space
+    def features(self, images: Tensor) -> Tensor:
+        # images (b 3 h w) in [-1, 1] -> features (b 256): means and maxima over space
         "What the heads read."
         x = self.body(images.contiguous(memory_format=torch.channels_last))
         return torch.cat([x.mean((-2, -1)), x.amax((-2, -1))], 1)
 
-    def forward(
-        self, images: Tensor
-    ) -> tuple[Tensor, ...]:  # images (b 3 h w) in [-1, 1] -> logits, one (b, values) a head
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        # images (b 3 h w) in [-1, 1] -> logits, one (b, values) a head
         return self.heads(self.features(images)).split(list(self.sizes.values()), 1)
 
-    def losses(
-        self, images: Tensor, labels: Tensor
-    ) -> list[Tensor]:  # images (b 3 h w); labels (b, heads) -> cross-entropy (), one a head
+    def losses(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        # images (b 3 h w); labels (b, heads) -> cross-entropy (), one a head
         "What each head does not know yet, in nats."
         return [F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(self(images))]
 

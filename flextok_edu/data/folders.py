@@ -50,9 +50,8 @@ def is_picture(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in PICTURES  # by its name
 
 # %% ../../nbs/data/folders.ipynb #01-8096ebd2-1
-def read_all(
-    items: Sequence, size: int, progress: bool
-) -> tuple[Tensor, list[int], dict[int, str]]:  # images; which items; why not the others
+def read_all(items: Sequence, size: int, progress: bool) -> tuple[Tensor, list[int], dict[int, str]]:
+    # images; which items; why not the others
     "Every item as a square, in order, decoded by several threads."
     check_memory(len(items), size, "read fewer (--train-images)")
     images, good, why = np.empty((len(items), 3, size, size), np.uint8), [], {}
@@ -61,9 +60,8 @@ def read_all(
         ThreadPoolExecutor() as pool,
         tqdm(total=len(items), desc="reading images", disable=not progress) as bar,
     ):
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow's own notes about odd metadata; once around all threads, for which it is not made
+        # Pillow's own notes about odd metadata; once around all threads, for which it is not made
+        warnings.simplefilter("ignore")
         for start in range(0, len(items), 1024):
             part = items[start : start + 1024]
             for i, square in enumerate(pool.map(decode_square, part, [size] * len(part)), start):
@@ -310,9 +308,8 @@ def list_folder(
     if part == "train" or classes is None:
         files, texts = _listed(folder)
         loose = sum(os.sep not in f for f in files)
-        has_classes = (
-            loose < len(files) / 2
-        )  # most files lie in subfolders: those are the classes, and loose files have none
+        # most files lie in subfolders: those are the classes, and loose files have none
+        has_classes = loose < len(files) / 2
         if has_classes and loose:
             warnings.warn(
                 f"{loose} images lie beside the class folders of {folder}, in none of them, and are left out"

@@ -57,9 +57,8 @@ def learned_from(data) -> Learned:  # an ImageSet, an OnDisk or a Source (of the
     except TypeError:
         return Learned(data.rule, name, -1, "", None)
     if data.keys is None:
-        return Learned(
-            data.rule, name, count, data.hash, None
-        )  # (where there are keys, the count is of files: doubles too)
+        # (where there are keys, the count is of files: doubles too)
+        return Learned(data.rule, name, count, data.hash, None)
     also = getattr(data, "also", None)
     keys = torch.cat([data.keys, *([] if also is None else [also])]).unique()
     return Learned(data.rule, name, len(keys), hash_keys(keys), keys)
@@ -104,9 +103,8 @@ def _set_part(source: str) -> tuple[str, bool]:  # ("imagenet", True) of "imagen
     return (name, part == "train") if part in ("train", *VAL_NAMES) else (source.split(",")[0], False)
 
 
-def _by_rule(
-    val: ImageSet, learned: Learned
-) -> str | None:  # "none", or "unknown: why"; None: compare the keys
+def _by_rule(val: ImageSet, learned: Learned) -> str | None:
+    # "none", or "unknown: why"; None: compare the keys
     "What rules and names say about an overlap."
     (name, train) = _set_part(val.source)
     (other, learned_train) = _set_part(learned.source)
@@ -145,12 +143,10 @@ def _by_rule(
 # %% ../../nbs/data/learned.ipynb #01-da967255-1
 def leave_out_learned(
     val: ImageSet,  # held-out pictures
-    learned: dict[
-        str, Learned | None
-    ],  # part of the model ("vae", "tokenizer", …): what it learned from; None: nothing is recorded
-) -> tuple[
-    ImageSet, dict
-]:  # val without what any part learned from; for the card, by part: rule, count, hash, overlap
+    # part of the model ("vae", "tokenizer", …): what it learned from; None: nothing is recorded
+    learned: dict[str, Learned | None],
+) -> tuple[ImageSet, dict]:
+    # val without what any part learned from; for the card, by part: rule, count, hash, overlap
     """Drop held-out pictures that were learned.
 
     `overlap` is how many that were, or "none" where rules say so, or "unknown: why". Raises ValueError if

@@ -98,9 +98,8 @@ def open_set(spec: str, options: OpenOptions) -> Source:
     return source
 
 
-def open_hub(
-    spec: str, options: OpenOptions
-) -> Source | StreamSource:  # "hf:owner/name" or "hf:owner/name:config"
+def open_hub(spec: str, options: OpenOptions) -> Source | StreamSource:
+    # "hf:owner/name" or "hf:owner/name:config"
     "A data set of the hub. Raises FileNotFoundError if it cannot be had."
     found = _hub(spec, options.split, options.streaming)
     splits = getattr(getattr(found, "info", None), "splits", None) or ()

@@ -79,9 +79,8 @@ def split_source(
 # %% ../../nbs/data/opening.ipynb #01b-9d04b3f6-1
 def _read_rows(
     source: Source, size: int, rows: Sequence[int], workers: int, progress: bool
-) -> tuple[
-    Tensor, list[int], list[int], list[tuple[str, str]]
-]:  # images; labels; which rows; (which, why) not
+) -> tuple[Tensor, list[int], list[int], list[tuple[str, str]]]:
+    # images; labels; which rows; (which, why) not
     "What can be used of these rows, in memory. Raises ValueError if it would not fit."
     check_memory(len(rows), size, "read fewer (limit=), or train from the disk with SourceLoader")
     images = np.empty((len(rows), 3, size, size), np.uint8)

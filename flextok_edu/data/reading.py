@@ -208,9 +208,8 @@ class _Maker:
 
     def __init__(self, reader: _Reader, device: torch.device):
         self.reader, self.device = reader, device
-        self.stand_ins = np.full(
-            len(reader.source), -1, np.int64
-        )  # the row that is used for each row (itself, mostly); -1: not met yet
+        # the row that is used for each row (itself, mostly); -1: not met yet
+        self.stand_ins = np.full(len(reader.source), -1, np.int64)
         self.skipped: Counter = Counter()  # reason: how many different items, so far, in this process
 
     def finish(self, stacked: tuple) -> tuple[Tensor, Tensor]:
@@ -228,9 +227,8 @@ class _Maker:
             self.device, non_blocking=True
         )
 
-    def __call__(
-        self, rows: Tensor, positions: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:  # a batch, without the workers
+    def __call__(self, rows: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        # a batch, without the workers
         return self.finish(
             _stack([self.reader[row, place, step] for row, place in zip(rows.tolist(), positions.tolist())])
         )

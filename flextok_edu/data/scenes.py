@@ -132,9 +132,8 @@ class Scene:
 _GRID = 2048
 
 
-_EXTENT = {
-    kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in SHAPES.items()
-}  # width of what is drawn, in boxes
+# width of what is drawn, in boxes
+_EXTENT = {kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in SHAPES.items()}
 
 
 _RELATIONS = {"above": (0.0, -1.0), "left of": (-1.0, 0.1), "right of": (1.0, 0.1), "below": (0.0, 1.0)}
@@ -154,13 +153,11 @@ def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Sce
     colour = pick(u[3] / 0.9, favourites) if u[3] < 0.9 else pick((u[3] - 0.9) / 0.1, COLOUR_NAMES)
     low, high = PLACES[place][2:]
     horizon = low + (high - low) * u[4]
-    width = (0.50 + 0.18 * u[5], 0.40 + 0.26 * u[5], 0.32 + 0.30 * u[5])[
-        level - 1
-    ]  # simple scenes are large ones
+    # simple scenes are large ones
+    width = (0.50 + 0.18 * u[5], 0.40 + 0.26 * u[5], 0.32 + 0.30 * u[5])[level - 1]
     size = min(width / _EXTENT[kind], 0.9)  # tall things stay in the picture
-    x = (
-        0.5 + 0.16 * (u[6] - 0.5) if level == 1 else size / 2 + 0.01 + (0.98 - size) * u[6]
-    )  # and near the middle
+    # and near the middle
+    x = 0.5 + 0.16 * (u[6] - 0.5) if level == 1 else size / 2 + 0.01 + (0.98 - size) * u[6]
     x = (2 * round(x * _GRID / 2) + odd) / _GRID
     if stands == "ground":
         y = min(

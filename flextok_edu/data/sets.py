@@ -46,9 +46,8 @@ def _open_set(name: str, place: Path, download: bool, open_: Callable):
         ) from error
 
 
-def _array_set(
-    name: str, root: Path, download: bool
-) -> list:  # train, held out: (arrays, labels); class names
+def _array_set(name: str, root: Path, download: bool) -> list:
+    # train, held out: (arrays, labels); class names
     "CIFAR-10 or Fashion-MNIST, by torchvision's reader."
     from torchvision.datasets import CIFAR10, FashionMNIST
 
@@ -84,9 +83,8 @@ def _wnid_names(base: Path, wnids: list[str]) -> tuple[str, ...]:
         names = ResNet18_Weights.DEFAULT.meta["categories"]
     else:
         names = wnids
-    return tuple(
-        n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids)
-    )  # "crane" is a bird and a machine
+    # "crane" is a bird and a machine
+    return tuple(n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids))
 
 
 def _wnid_files(folder: Path, wnids: list[str]) -> tuple[list[Path], list[int]]:  # files; labels
@@ -97,9 +95,8 @@ def _wnid_files(folder: Path, wnids: list[str]) -> tuple[list[Path], list[int]]:
     return [folder / f for f in files], class_labels(folder, files, wnids)
 
 # %% ../../nbs/data/sets.ipynb #01-464a1ab1
-def _imagenette(
-    root: Path, size: int, download: bool
-) -> tuple[Path, tuple[str, ...]]:  # its folder; class names
+def _imagenette(root: Path, size: int, download: bool) -> tuple[Path, tuple[str, ...]]:
+    # its folder; class names
     "The smallest Imagenette on the disk that is large enough; if there is none, the one to download."
     from torchvision.datasets import Imagenette
 
@@ -124,9 +121,8 @@ def find_set(
     size: int,  # side that will be asked for: chooses among Imagenette's sizes
     root: str | Path | None = None,  # the data root; ~/.cache/flextok_edu by default
     download: bool = False,  # fetch what is missing (not imagenet)
-) -> tuple[
-    tuple[list, list[int]], tuple[list, list[int]], tuple[str, ...]
-]:  # train: items, labels; held out: the same, empty if the set has none; class names
+) -> tuple[tuple[list, list[int]], tuple[list, list[int]], tuple[str, ...]]:
+    # train: items, labels; held out: the same, empty if the set has none; class names
     "Where the pictures of a public set are. Raises FileNotFoundError, with advice, if they are not there."
     root = Path(root or CACHE_ROOT).expanduser()
     if name not in SETS:

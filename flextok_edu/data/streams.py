@@ -125,9 +125,8 @@ class _Blocks:
             self._iterator = iter(self.source)
         items = list(itertools.islice(self._iterator, self.block))
         if len(items) < self.block:
-            self._iterator = iter(
-                self.source
-            )  # the epoch is over: the block stays short, the next one is of the next epoch
+            # the epoch is over: the block stays short, the next one is of the next epoch
+            self._iterator = iter(self.source)
         if not items and not (items := list(itertools.islice(self._iterator, self.block))):
             raise ValueError(f"{self.source.name} gives no items")
         order = np.random.default_rng([self.seed, self.state["block"], 2]).permutation(len(items))
@@ -179,9 +178,8 @@ class _FrontToBack:
         found, empty = [], 0
         while len(found) < self.batch:
             part = self._blocks.take(self.batch - len(found))
-            places = range(
-                len(found), len(found) + len(part)
-            )  # what is random follows from seed, step, place
+            # what is random follows from seed, step, place
+            places = range(len(found), len(found) + len(part))
             chances = [np.random.default_rng([self.seed, self._step, p, 3]).random(2) for p in places]
             squares = _decoded(part, self.size, chances, self.how, self._pool)
             for item, square in zip(part, squares):

@@ -41,9 +41,8 @@ def expand_braces(
 ) -> list[str]:  # all that it stands for
     "`{000..012}` and `{a,b}`, as a shell does. Raises ValueError for too many."
     names, todo, group = [], [pattern], re.compile(r"\{([^{}]*)\}")
-    count = math.prod(
-        len(_choices(found[1])) for found in group.finditer(pattern)
-    )  # (more, if there are braces within braces)
+    # (more, if there are braces within braces)
+    count = math.prod(len(_choices(found[1])) for found in group.finditer(pattern))
     while todo and count <= most:
         text = todo.pop()
         found = group.search(text)

@@ -117,9 +117,8 @@ class Checkpoints:
         now = files.index(path)
         for old in files[: max(0, now + 1 - self.keep)]:
             old.unlink(missing_ok=True)
-        for ahead in files[
-            now + 1 :
-        ]:  # passed over when this run went on: it must not crowd out what is sound, and is kept as evidence
+        # passed over when this run went on: it must not crowd out what is sound, and is kept as evidence
+        for ahead in files[now + 1 :]:
             ahead.replace(ahead.with_name(f"passed-over-{ahead.name}"))
         return path
 
@@ -152,14 +151,12 @@ def placed_like(x: Tensor, other: Tensor) -> Tensor:  # x, spread as `other` is
 
     if isinstance(other, DTensor):
         return distribute_tensor(x.to(other.device), other.device_mesh, other.placements)
-    return torch.empty_like(other, dtype=x.dtype).copy_(
-        x
-    )  # in the same order in memory too: fused optimisers walk through weights and moments side by side
+    # in the same order in memory too: fused optimisers walk through weights and moments side by side
+    return torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
-def optimizer_state(
-    optimizers: list[torch.optim.Optimizer], names: dict[int, str]
-) -> dict[str, Tensor]:  # id of a parameter -> its name; "name/key" -> tensor
+def optimizer_state(optimizers: list[torch.optim.Optimizer], names: dict[int, str]) -> dict[str, Tensor]:
+    # id of a parameter -> its name; "name/key" -> tensor
     "All that optimisers remember."
     return {
         f"{names[id(w)]}/{key}": gathered(torch.as_tensor(value))

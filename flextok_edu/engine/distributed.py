@@ -67,9 +67,8 @@ class _Spread:
         self.kinds = {m: type(m) for m in self.module.modules()}
         mesh = init_device_mesh(device.type, (world,))
         blocks = _blocks(objective.modules)
-        early = [
-            b.to_modulation for b in blocks if hasattr(b, "to_modulation")
-        ]  # asked before their block runs (transformer): units of their own
+        # asked before their block runs (transformer): units of their own
+        early = [b.to_modulation for b in blocks if hasattr(b, "to_modulation")]
         self._follow(lambda: [fully_shard(m, mesh=mesh) for m in (*early, *blocks, self.module)])
 
     def _follow(self, change: Callable) -> None:
@@ -112,9 +111,8 @@ class _Spread:
         self._follow(change)
 
 # %% ../../nbs/engine/distributed.ipynb #11-c7a41d38
-def _divided(
-    rank: int, world: int, work: Callable[[Tensor], Tensor], matrices: Tensor
-) -> Tensor:  # (m r c), the same in all processes
+def _divided(rank: int, world: int, work: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    # (m r c), the same in all processes
     "`work(matrices)`, which does each for itself: a part of them here, the rest in the other processes."
     if len(matrices) < world:
         return work(matrices)

@@ -90,9 +90,8 @@ class Pretrained(
         Raises FileNotFoundError if there is nothing, ValueError if it is not this kind of model or is
         damaged.
         """
-        shipped = (
-            shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None
-        )  # "tiny" is shipped, "./tiny" a folder
+        # "tiny" is shipped, "./tiny" a folder
+        shipped = shipped_models().get(str(pretrained_model_name_or_path)) if cls.part else None
         if shipped and not (shipped / cls.part).is_dir():
             raise FileNotFoundError(
                 f"the shipped model {shipped.name} has no {cls.part}; it has: "

@@ -163,9 +163,8 @@ def from_dict(cls: type, values: dict):  # an instance of `cls`
     return config
 
 # %% ../../nbs/engine/limits.ipynb #7a17fd3e
-def _setting(
-    cls: type, key: str, value, where: str
-):  # the value of one setting, with what is inside it built
+def _setting(cls: type, key: str, value, where: str):
+    # the value of one setting, with what is inside it built
     inside = configurations_inside(cls).get(key)
     if inside is None:
         if isinstance(value, dict) and isinstance(hint := _hints(cls)[key], str):

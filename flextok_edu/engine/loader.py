@@ -23,9 +23,8 @@ class BatchSampler:
         self,
         length: int,  # items that there are
         batch: int,  # items a step, over all processes
-        make: Callable[
-            [Tensor, Tensor, int], object
-        ],  # (items (m,), their places in the batch (m,), step) -> what the loss takes
+        # (items (m,), their places in the batch (m,), step) -> what the loss takes
+        make: Callable[[Tensor, Tensor, int], object],
         seed: int = 0,  # names the order
     ):
         if length < 1:

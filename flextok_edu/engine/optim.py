@@ -76,9 +76,8 @@ class Muon(torch.optim.Muon):
     emulated; filters (out in h w) count as matrices (out, in h w).
     """
 
-    divided = staticmethod(
-        lambda work, matrices: work(matrices)
-    )  # who does which matrices: here one process does all of them; training deals them out
+    # who does which matrices: here one process does all of them; training deals them out
+    divided = staticmethod(lambda work, matrices: work(matrices))
 
     def __init__(self, params, **options):
         super().__init__([{"params": []}], **options)  # its own check knows nothing of filters

@@ -29,9 +29,8 @@ class Objective:
     loss: Callable[[object, float], tuple[Tensor, dict]]  # (batch, progress) -> (scalar, numbers to log)
     parameters: list  # pairs (name, parameter)
     config: StageConfig  # learning rate, optimiser, clipping
-    buffers: list = field(
-        default_factory=list
-    )  # pairs (name, buffer): what the loss changes without a gradient
+    # pairs (name, buffer): what the loss changes without a gradient
+    buffers: list = field(default_factory=list)
     start: float = 0.0  # share of the run before which it waits
     # called once after each step, with a function that sums a tensor over all processes
     after: Callable[[Callable], None] | None = None
@@ -115,9 +114,8 @@ class SingleDevice:
         training.scalers[objective.name].scale(loss * weight if weight != 1 else loss).backward()
         return loss.detach(), numbers
 
-    def move(
-        self, training: Training, objective: Objective
-    ) -> Tensor:  # norm of the gradient before clipping
+    def move(self, training: Training, objective: Objective) -> Tensor:
+        # norm of the gradient before clipping
         "Clip and step."
         scaler = training.scalers[objective.name]
         optimizers = training.optimizers[objective.name]
@@ -148,9 +146,8 @@ class Tally:
     def __init__(self):
         self.sums = {}
 
-    def add(
-        self, numbers: dict, weight: float
-    ) -> None:  # name: scalar, pair (sum, count), or a function of those
+    def add(self, numbers: dict, weight: float) -> None:
+        # name: scalar, pair (sum, count), or a function of those
         for name, value in numbers.items():
             value = value() if callable(value) else value
             total, count = value if isinstance(value, tuple) else (value * weight, weight)
@@ -321,9 +318,8 @@ def plot_log(
             if k not in ("step", "seconds") and not k.endswith("_grad")
         ]
     signed = any(r.get(k, 0) < 0 for r in log for k in keys)
-    for (
-        key
-    ) in keys:  # an objective that still waits logs nothing; exact zeros have no place on a logarithmic axis
+    # an objective that still waits logs nothing; exact zeros have no place on a logarithmic axis
+    for key in keys:
         rows = [r for r in log if key in r and (signed or r[key] > 0)]
         ax.plot([r["step"] for r in rows], [r[key] for r in rows], label=drawable(key), lw=1)
     if not signed:

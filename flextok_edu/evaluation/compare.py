@@ -53,9 +53,8 @@ class Comparison:
     reports: list[Report]  # two or more
     force: bool = False  # rank although conditions differ
 
-    def row(
-        self, i: int, what: str = "tokens", tokens: int | None = None
-    ) -> dict:  # a row of report i; empty if it has none
+    def row(self, i: int, what: str = "tokens", tokens: int | None = None) -> dict:
+        # a row of report i; empty if it has none
         "One row."
         return next((r for r in self.reports[i].rows if r["what"] == what and r.get("tokens") == tokens), {})
 
@@ -87,9 +86,8 @@ class Comparison:
             return gap, spread if _of_a_set(key) else spread / math.sqrt(len(values[0])), True
         return gap, math.hypot(*(r.get(f"{key}_se", math.nan) for r in rows)), False
 
-    def best(
-        self, key: str, what: str = "tokens", tokens: int | None = None
-    ) -> int | None:  # number of the winner; None if no lead is clear
+    def best(self, key: str, what: str = "tokens", tokens: int | None = None) -> int | None:
+        # number of the winner; None if no lead is clear
         """Who is better in one number, by more than two standard errors.
 
         Raises ValueError where conditions differ, unless forced.

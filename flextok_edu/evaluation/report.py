@@ -176,9 +176,8 @@ class Report:
     rows: list[dict]  # one dictionary per line of the table
     card: dict  # the conditions
     notes: list[str]  # what a reader must know
-    scores: dict[str, Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # "what/tokens/key": the value of each picture (n,), or of each resample
+    # "what/tokens/key": the value of each picture (n,), or of each resample
+    scores: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def save(self, folder: str | Path, name: str = "table") -> None:
         """Write name.json (with the card in every row), name.csv, and name_scores.safetensors with the values

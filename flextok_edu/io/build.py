@@ -176,9 +176,8 @@ def _begin(folder: Path, facts: dict) -> Claims:
     return claims
 
 # %% ../../nbs/io/build.ipynb #11b-c1111872-1
-def _make(
-    path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]
-) -> bool:  # whether there was something to do
+def _make(path: Path, facts: dict, index: int, verify: bool, encoded: Callable[[int, int], dict]) -> bool:
+    # whether there was something to do
     "One shard, unless it is there and whole."
     if _good(path, verify):
         check_shard(path, facts, index)
@@ -190,9 +189,8 @@ def _make(
         raise ValueError(
             f"among items {start} .. {stop - 1} of the source {odd}: give its classes, or a label in them"
         )
-    keys = (
-        {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}
-    )  # so that they can be read without the rest
+    # so that they can be read without the rest
+    keys = {"keys_content": weights_hash({"keys": tensors["keys"]})} if "keys" in tensors else {}
     try:
         write_shard(path, tensors, {**facts, "index": index, "start": start, "stop": stop, **keys})
     except OSError as error:

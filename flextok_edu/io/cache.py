@@ -58,9 +58,8 @@ class OpenCache:
             ),
             None,
         )
-        if (
-            first is not None
-        ):  # (cache.json may say any number: nothing is made of it before as many files are there)
+        # (cache.json may say any number: nothing is made of it before as many files are there)
+        if first is not None:
             there = [
                 name
                 for name in there
@@ -78,9 +77,8 @@ class OpenCache:
             path.stat().st_size - max(t["data_offsets"][1] for t in h.values())
             for path, h in zip(self.paths, self.headers)
         ]  # where each file's tensors begin
-        self.starts = torch.tensor([0] + [h["items"]["shape"][0] for h in self.headers]).cumsum(
-            0
-        )  # first row of each shard, and the end
+        # first row of each shard, and the end
+        self.starts = torch.tensor([0] + [h["items"]["shape"][0] for h in self.headers]).cumsum(0)
         self.row = self._rows()
         self.sides = next(shape[0] for _, shape in self.row.values())  # 2 with mirror images
 
@@ -217,9 +215,8 @@ class Cache(OpenCache):
         if hasattr(os, "posix_fadvise"):
             for s, r, k in pieces:
                 _announce(self, s, name, (r * self.sides + k).tolist())
-        like = self._map(
-            int(torch.searchsorted(self.starts, 0, right=True)) - 1, name
-        )  # the first shard that has rows
+        # the first shard that has rows
+        like = self._map(int(torch.searchsorted(self.starts, 0, right=True)) - 1, name)
         # PyTorch indexes int16, and uint16 only here and there
         out = like.new_empty(len(rows), *like.shape[2:])
         bits = torch.int16 if like.dtype == torch.uint16 else like.dtype
@@ -288,11 +285,8 @@ class LatentCache(Cache):
             side = self.facts["size"] // vae.config.factor
             _shaped(self, "latents", [2, vae.config.latent_channels, side, side])
 
-    def latents(
-        self, rows: Tensor
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # rows (m,) -> normalised posterior means and standard deviations (m c h w), float32
+    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # rows (m,) -> normalised posterior means and standard deviations (m c h w), float32
         "The posterior of some rows."
         return self.take("latents", rows).float().unbind(1)
 

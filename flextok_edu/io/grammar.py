@@ -266,9 +266,8 @@ class Side:
         self.parts = {name: read_part(part, f"{side} module {name[:100]!r}") for name, part in parts.items()}
         self.left = dict(self.parts)
 
-    def take(
-        self, kind: str, **keys
-    ) -> dict:  # the options of the one module of this kind that has these keys; its "name" too
+    def take(self, kind: str, **keys) -> dict:
+        # the options of the one module of this kind that has these keys; its "name" too
         "Find a module and tick it off. Raises ValueError if there is none, or more than one."
         found = [
             name
@@ -291,9 +290,8 @@ class Side:
             raise ValueError(f"{part['where']}: path is {path!r}; here it must be {to}")
         return part
 
-    def done(
-        self, sure: list[dict] = (), doubtful: list[dict] = ()
-    ) -> None:  # both: modules in the order in which they must work
+    def done(self, sure: list[dict] = (), doubtful: list[dict] = ()) -> None:
+        # both: modules in the order in which they must work
         """Nothing may be left over, and all widths must agree.
 
         Where the listing keeps the order of the sure ones, it is meant: then the doubtful ones must keep

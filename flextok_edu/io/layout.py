@@ -29,14 +29,12 @@ class Layout:
     tables: dict[str, Table]  # name in the file: the position table stored there
     scaling: float = 1.0  # latents = scaling * what the VAE's encoder gives
     originals: dict[str, Tensor] = field(default_factory=dict)  # the position tables as they were in the file
-    vae: dict[str, tuple[str, tuple[int, ...]]] = field(
-        default_factory=dict
-    )  # tensors of a VAE inside the file: ours, and shape there
+    # tensors of a VAE inside the file: ours, and shape there
+    vae: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
-def _read_encoder(
-    described, latents: str, out: str
-) -> tuple[dict, dict]:  # parts by role; (our name: theirs)
+def _read_encoder(described, latents: str, out: str) -> tuple[dict, dict]:
+    # parts by role; (our name: theirs)
     "Walk the encoder from the key of the latents to the key of the registers."
     s = Side("encoder", described)
     turn = s.turn(latents, "channels_first_to_last")
@@ -91,9 +89,8 @@ def _trunk(s: Side, patches: str, registers: str) -> tuple[dict, dict, dict]:  #
     return pack, trunk, unpack
 
 # %% ../../nbs/io/layout.ipynb #13-f73eb092
-def _read_decoder(
-    described, codes: str, noised: str, times: str, out: str
-) -> tuple[dict, dict]:  # parts by role; where their tensors are
+def _read_decoder(described, codes: str, noised: str, times: str, out: str) -> tuple[dict, dict]:
+    # parts by role; where their tensors are
     """Walk the decoder: codes to registers, noised latents to patches, both through the blocks, patches to
     the velocity.
     """

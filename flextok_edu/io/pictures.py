@@ -121,9 +121,8 @@ def decoded_pictures(
     )
 
 # %% ../../nbs/io/pictures.ipynb #11b-d4d01fd4
-def _loaded(
-    found: tuple, start: int, stop: int
-) -> tuple[Tensor, dict[str, Tensor]]:  # images; labels, items, and keys if there are any
+def _loaded(found: tuple, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
+    # images; labels, items, and keys if there are any
     "What a source returned for items start .. stop - 1, looked at."
     images, labels, *rest = found
     if not rest and len(images) != stop - start:
@@ -161,9 +160,8 @@ def encode_span(
     start: int,
     stop: int,  # items
     batch: int,  # images at a time
-) -> dict[
-    str, Tensor
-]:  # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
+) -> dict[str, Tensor]:
+    # encode's tensors, and labels, items and (if they are known) keys (m,), int64, on the CPU
     "Load and encode some items; the next batch is loaded while one is encoded."
     parts, spans = [], [(a, min(a + batch, stop)) for a in range(start, stop, batch)]
     with ThreadPoolExecutor(1) as ahead:

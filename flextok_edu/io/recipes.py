@@ -30,9 +30,8 @@ class Recipe(NamedTuple):
     facts: dict  # what another cache would have otherwise; "kind" names the files
 
 
-def _sides(
-    encode: Callable[[Tensor], Tensor], name: str, mirror: bool, size: int
-) -> Callable:  # images -> {name: (b sides …)}
+def _sides(encode: Callable[[Tensor], Tensor], name: str, mirror: bool, size: int) -> Callable:
+    # images -> {name: (b sides …)}
     "One side, or the picture and its mirror image."
 
     def both(images):

@@ -37,9 +37,8 @@ class Table:
     def elements(self) -> int:  # of the largest tensor that `dense` makes
         return self.width * max(math.prod(self.max_sizes), math.prod(self.sizes))
 
-    def dense(
-        self, stored: Tensor
-    ) -> Tensor:  # stored tensor -> ours: (1 d h w) for patches, (k d) for registers
+    def dense(self, stored: Tensor) -> Tensor:
+        # stored tensor -> ours: (1 d h w) for patches, (k d) for registers
         "Combine the factors, then crop or stretch."
         if self.kind == "sincos":
             table = stored
@@ -62,9 +61,8 @@ class Table:
                 table = table[(..., *(slice(s) for s in self.sizes))]
         return (table if len(self.sizes) == 2 else table[0].T).contiguous()
 
-    def stored(
-        self, dense: Tensor, original: Tensor | None
-    ) -> Tensor:  # the tensor to write: the inverse of `dense`
+    def stored(self, dense: Tensor, original: Tensor | None) -> Tensor:
+        # the tensor to write: the inverse of `dense`
         """Our table in the checkpoint's layout.
 
         Raises ValueError if it was trained into something that the layout cannot say.

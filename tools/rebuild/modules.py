@@ -1,4 +1,7 @@
-"""Where every definition goes: {new module: {old module: names}}. Read by move.py."""
+"""Where every definition went: {new module: {old module: names}}, as of commit 6b8e8e1, whose move.py read this.
+
+Names are those of before; names.py has what they are called now.
+"""
 
 WHERE = {
     "engine.config": {

@@ -1,4 +1,6 @@
-"""The field's words. Read by rename.py.
+"""The field's words for home-made ones, as of commit daa1184, whose rename.py applied this table.
+
+Somebody's program has a name that is gone? Here is what it is called now.
 
 NAMES: {module: {old: new}} for what a module defines; its users follow.
 ATTRIBUTES: methods and fields, renamed wherever they stand behind a dot, are defined or are passed by keyword.
