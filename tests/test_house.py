@@ -113,13 +113,18 @@ def test_each_module_has_its_notebook():
 
 
 def test_cells_are_short():
-    """60 formatted lines; a class, and a table, may be longer where dividing it would only hide it."""
+    """60 formatted lines; a table may be longer, a class up to 130, and FlexTok as long as it is."""
     long = []
     for notebook in NBS.rglob("*.ipynb"):
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "code" and len(text.splitlines()) > 60:
                 body = ast.parse(text).body
-                if len(body) > 1 or not isinstance(body[0], (ast.ClassDef, ast.Assign)):
+                most = 130 if isinstance(body[0], ast.ClassDef) and body[0].name != "FlexTok" else 1000
+                if (
+                    len(body) > 1
+                    or not isinstance(body[0], (ast.ClassDef, ast.Assign))
+                    or len(text.splitlines()) > most
+                ):
                     long.append(f"{notebook.relative_to(NBS)} {cell['id']}: {len(text.splitlines())}")
     assert not long, "\n".join(long)

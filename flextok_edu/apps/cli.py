@@ -19,6 +19,7 @@ from ..engine.checks import conform, read_json
 from ..engine.config import PRESETS, Preset, preset
 from ..engine.hub import shipped_models
 from ..engine.marks import any_terminal
+from ..engine.signals import signals_go_to
 from ..engine.text import plain
 
 # %% ../../nbs/apps/cli.ipynb #15b-47994d5b
@@ -202,34 +203,16 @@ class Terminated(KeyboardInterrupt):
         self.number = number
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM (queues, clouds) and SIGHUP (a closed terminal) become an exception; under nohup, SIGHUP stays
-    ignored.
-    """
-
-    def end(number, frame):
-        raise Terminated(number)
-
-    before = {}
-    try:
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, end)
-    except ValueError:
-        pass  # not in the main thread
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+def _end(number: int, frame) -> None:
+    raise Terminated(number)
 
 
 @contextlib.contextmanager
 def _manners(name: str) -> Iterator[None]:
     "Signals become exceptions, warnings become notes."
     any_terminal()
-    with _signals(), warnings.catch_warnings():
+    # SIGTERM: queues, clouds; SIGHUP: a closed terminal
+    with signals_go_to(_end, "SIGTERM", "SIGHUP"), warnings.catch_warnings():
         usual = warnings.showwarning
 
         def note(message, category, *rest, **more):

@@ -27,6 +27,7 @@ from flextok_edu.engine.resume import (
     training_facts,
     training_state,
 )
+from .signals import signals_go_to
 from .trainer import Callback, SingleDevice, Trainer, Training
 
 # %% ../../nbs/engine/long_run.ipynb #11-b8450d93
@@ -190,7 +191,8 @@ class Checkpointer(Callback):
                 self.recipe.check_built(training.objectives[0].config, backend.precision)
             else:
                 self._begin_anew(backend.rank)
-            with self._listening():
+            # Ctrl-C; what queues and clouds send; a terminal that is closed
+            with signals_go_to(self.hear, "SIGINT", "SIGTERM", "SIGHUP"):
                 yield
 
     def _begin_anew(self, rank: int) -> None:
@@ -206,28 +208,11 @@ class Checkpointer(Callback):
         elif rank == 0 and self.store.files():
             warnings.warn(unusable)
 
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM (which queues and clouds send) and SIGHUP (a terminal that is closed) only leave a
-        note; `step` acts on it."""
-
-        def hear(number, frame):
-            if self.asked == number == signal.SIGINT:
-                raise KeyboardInterrupt  # twice: at once, without saving
-            self.asked = number
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # (under nohup it is not for us)
-        try:
-            before = {number: signal.signal(number, hear) for number in numbers}
-        except ValueError:
-            before = {}  # not in the main thread: nobody can send us signals
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def hear(self, number: int, frame) -> None:
+        "A signal only leaves a note; `step` acts on it."
+        if self.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt  # twice: at once, without saving
+        self.asked = number
 
     def begin(self, training: Training, backend: SingleDevice) -> None:
         "From where the checkpoint was, or from the start."
