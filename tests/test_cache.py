@@ -2,6 +2,7 @@
 access, feeds.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ from flextok_edu.io.build import (
     latent_recipe,
 )
 from flextok_edu.io.cache import Cache, LatentCache, TokenCache
+from flextok_edu.io.cache_facts import check_rows
 from flextok_edu.io.pictures import Pictures, decoded_pictures, pictures_of
 from flextok_edu.ar_training import token_batches, train_ar
 from flextok_edu.engine.config import PRESETS, StageConfig, TokenizerConfig, TrunkConfig, VAEConfig
@@ -1079,3 +1081,25 @@ def test_another_kind_of_tokenizer_is_cached_by_the_protocol(tmp_path, models):
     latents = cache_latents_to(tmp_path / "l", vae, data, progress=False)
     with pytest.raises(ValueError, match="kind 'greys' reads pictures, not latents"):
         cache_tokens_to(tmp_path / "x", tok, latents, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    (
+        ({}, ""),
+        ({"items": [8, 9, 11]}, ""),
+        ({"items": [7, 9, 11]}, "its items are not in order, or not its own"),
+        ({"items": [8, 9, 12]}, "its items are not in order, or not its own"),
+        ({"items": [8, 10, 9]}, "its items are not in order, or not its own"),
+        ({"items": [8, 8, 9]}, "its items are not in order, or not its own"),
+        ({"labels": [0, 1, 2]}, "label"),
+        ({"ids": [[0], [8], [1]]}, "its ids reach from 0 to 8, and the vocabulary ends at 7"),
+    ),
+)
+def test_rows_that_no_cache_may_hold(change, says):
+    """A shard with a right hash that was not written for this place: what a hash cannot see."""
+    facts = {"kind": "tokens", "shard": 4, "count": 40, "vocabulary": 8, "classes": ["a", "b"]}
+    rows = {"items": [8, 9, 10], "labels": [0, 1, 0], "ids": [[0], [7], [1]]} | change
+    tensors = {name: torch.tensor(values) for name, values in rows.items()}
+    with pytest.raises(DamagedShard, match=says) if says else contextlib.nullcontext():
+        check_rows(Path("tokens-00002.safetensors"), tensors, facts, 2)
