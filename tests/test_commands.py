@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.training as apps_training
 from flextok_edu.ar import ARModel, check_tokenizer
-from flextok_edu.apps.cli import read_settings
+from flextok_edu.apps.cli import command_line, read_settings
 from flextok_edu.apps.options import UsageError, override, parse_settings
 import flextok_edu.engine.distributed as engine_distributed
 import flextok_edu.engine.tokenizers as engine_tokenizers
@@ -1328,3 +1328,19 @@ def test_arguments_are_parsed_in_one_place():
             if {"argparse", "getopt", "sys.argv", "tyro.cli", "tyro"} & set(names):
                 found.add(file.relative_to(ROOT / "flextok_edu").as_posix())
     assert found == READS_ARGUMENTS
+
+
+def test_a_switch_is_one_word_or_a_pair(capsys):
+    """Commands have the word that changes something; flextok_bench always had both, and keeps them."""
+
+    @dataclass(frozen=True)
+    class Options:
+        quick: bool = False
+        loud: bool = True
+
+    assert command_line(Options, "x", ["--quick", "--no-loud"])[0] == Options(True, False)
+    for word in ("--no-quick", "--loud"):
+        with pytest.raises(SystemExit) as left:
+            command_line(Options, "x", [word])
+        assert left.value.code == 2
+        assert command_line(Options, "x", [word], pairs=True)[0] == Options()

@@ -213,6 +213,7 @@ def test_bench_command(tmp_path):
         "2",
         "--repeats",
         "2",
+        "--adamw",
         "--out",
         str(tmp_path / "b.json"),
     )
