@@ -55,7 +55,7 @@ class SpatialAttention(nn.Module):
 
 
 class Down(nn.Module):
-    "Halve the side: a strided convolution, padded at the right and below only (as SDXL's)."
+    "Halve the side: a strided convolution, padded on the right and at the bottom only, as in SDXL."
 
     def __init__(self, c: int):
         super().__init__()
@@ -86,7 +86,7 @@ def _middle(c: int, config: VAEConfig) -> nn.Sequential:
 
 
 def _level(c_in: int, c_out: int, blocks: int, resize: nn.Module | None, groups: int) -> nn.Sequential:
-    "Some residual blocks, then perhaps a change of resolution."
+    "Residual blocks, then a change of resolution if there is one."
     return nn.Sequential(
         *[ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)],
         *([resize] if resize else []),
@@ -151,7 +151,7 @@ class VAEDecoder(nn.Module):
 class VAE(nn.Module, Pretrained):
     """KL autoencoder (Rombach et al. 2022, the shape of SDXL's).
 
-    `encode` and `decode` speak normalised latents: mean and scale of each channel are measured, and kept.
+    `encode` and `decode` use normalised latents: mean and scale of each channel are measured and stored.
     """
 
     part = "vae"
@@ -168,7 +168,7 @@ class VAE(nn.Module, Pretrained):
         self,
         images: Tensor,  # images (b 3 H W) in [-1, 1]; H and W divisible by the factor
     ) -> tuple[Tensor, Tensor]:  # mean and log-variance (b c h w), not normalised
-        "The distribution of latents given the images. Raises ValueError for a shape that does not fit."
+        "The distribution of the latents given the images. Raises ValueError for a shape that does not fit."
         c, f = self.config.in_channels, self.config.factor
         if images.ndim != 4 or images.shape[1] != c or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(
@@ -203,9 +203,7 @@ class VAE(nn.Module, Pretrained):
 
     @torch.no_grad()
     def measure_latents(self, images: Tensor, batch: int = 250) -> None:  # images (b 3 H W), uint8
-        """Measure mean and scale of each latent channel over these images (of the whole posterior, not of its
-        mean alone).
-        """
+        """Measure mean and scale of each latent channel over these images, posterior variance included."""
         device, total, squares, count = self.latent_mean.device, 0.0, 0.0, 0
         for part in images.split(batch):
             mean, logvar = self.posterior(from_uint8(part.to(device)))
@@ -233,7 +231,7 @@ def kl_to_standard_normal(
     mean: Tensor,  # (b c h w)
     logvar: Tensor,  # (b c h w)
 ) -> Tensor:  # scalar: nats per latent element
-    "KL(N(mean, exp(logvar)) || N(0, 1)), averaged over elements."
+    "KL(N(mean, exp(logvar)) || N(0, 1)), averaged over all elements."
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 # %% ../nbs/03_vae.ipynb #03-272814ae
@@ -261,20 +259,22 @@ class PatchDiscriminator(nn.Module):
 class VAELoss(nn.Module):
     """All losses of stage 0.
 
-    `objectives` are those that `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction
-    term if it is learned.
+    `objectives` are what `fit` steps in turn: autoencoder, critic, and the scale of the reconstruction term
+    if it is learned.
     """
 
     def __init__(
         self,
         vae: VAE,
         weights: VAELossConfig,
-        feature_extractor: Lite0 | None = None,  # eyes: needed if the perceptual weight is not 0
+        feature_extractor: Lite0 | None = None,  # needed if the perceptual weight is not 0
         pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,  # the pixel term: (output, images) -> scalar
     ):
         super().__init__()
         if weights.perceptual and feature_extractor is None:
-            raise ValueError("a perceptual loss needs eyes: pass extractor(), or set its weight to 0")
+            raise ValueError(
+                "a perceptual loss needs a feature extractor: pass extractor(), or set its weight to 0"
+            )
         self.vae = vae
         self.weights = weights
         self.feature_extractor = feature_extractor
@@ -306,7 +306,7 @@ class VAELoss(nn.Module):
             loss = loss / s.exp() + s
         loss = loss + w.kl * kl
         if w.adversarial and progress >= w.adversarial_start:
-            self.critic.requires_grad_(False)  # its turn comes next
+            self.critic.requires_grad_(False)  # it is trained by its own objective
             numbers["adversarial"] = -self.critic(output).mean()
             loss = loss + w.adversarial * numbers["adversarial"]
             self.critic.requires_grad_(True)
@@ -327,7 +327,7 @@ class VAELoss(nn.Module):
 
     def scale(
         self,
-        images: Tensor,  # not looked at: the error of this step is known
+        images: Tensor,  # unused: the error of this step is known
         progress: float,  # 0 .. 1
     ) -> tuple[Tensor, dict]:  # scalar; numbers to log
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."

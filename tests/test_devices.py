@@ -10,7 +10,7 @@ from flextok_edu.engine.tensors import noise_like, pick_device
 from flextok_edu.data.features import AttributeClassifier
 from flextok_edu.flow import APG, guide_apg
 from flextok_edu.objective import FlowObjective
-from flextok_edu.short_cuts import side_by_side
+from flextok_edu.short_cuts import condition_of, null_condition_of, side_by_side
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.vae import VAE, PatchDiscriminator, VAELoss
 
@@ -67,15 +67,13 @@ def test_forwards_leave_nothing_on_the_cpu():
         )
         for short in (False, True):
             for told in (
-                tok.decoder.condition(codes, budget, null, short),
-                tok.decoder.null_condition(2, short),
+                condition_of(tok.decoder, codes, budget, null, short),
+                null_condition_of(tok.decoder, 2, short),
             ):
                 v = tok.decoder(latents, tok.decoder.modulations(t), *told)
                 assert v.device.type == "cuda" and v.shape == latents.shape
         assert guide_apg(v, v, 3.0, APG(), None)[0].device.type == "cuda"
-        together = side_by_side(
-            tok.decoder.condition(codes, 3, short=True), tok.decoder.null_condition(2, True)
-        )
+        together = side_by_side(condition_of(tok.decoder, codes, 3), null_condition_of(tok.decoder, 2))
         assert (
             tok.decoder(torch.cat([latents, latents]), tok.decoder.modulations(t[:1]), *together).device.type
             == "cuda"

@@ -168,8 +168,8 @@ def by_hand(tok, ids, noise, times, g, solver):
 
     def velocity(x, t):
         now = decoder.modulations(t[None])
-        u = decoder(x, now, *decoder.null_condition(b))
-        return u + g(float(t)) * (decoder(x, now, *decoder.condition(codes, k)) - u)
+        u = decoder(x, now, decoder.null_condition(b))
+        return u + g(float(t)) * (decoder(x, now, decoder.condition(codes, k)) - u)
 
     x = noise
     for i in range(len(times) - 1):
@@ -321,7 +321,7 @@ def check_repa_teaches_early_blocks(tok, block=1):
     _, hidden = tok.decoder(
         torch.randn(3, 4, 8, 8),
         tok.decoder.modulations(torch.rand(3)),
-        *tok.decoder.condition(codes, torch.tensor([1, 4, 8])),
+        tok.decoder.condition(codes, torch.tensor([1, 4, 8])),
         hidden_of=repa.block,
     )
     repa.distance(hidden, repa.look(pictures(3))).backward()
@@ -534,9 +534,9 @@ def test_one_image_and_given_budgets(tok):
         m.setattr(
             type(tok.decoder),
             "condition",
-            lambda self, codes, budget, null=None, short=False: (
+            lambda self, codes, budget, null=None: (
                 budgets.append(budget),
-                real(self, codes, budget, null, short),
+                real(self, codes, budget, null),
             )[1],
         )
         FlowObjective(tok)(torch.randn(4, 4, 8, 8), budget=3)

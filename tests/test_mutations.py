@@ -26,6 +26,7 @@ import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
 import flextok_edu.evaluation.report as evaluation_report
 from flextok_edu.objective import FlowObjective
+from flextok_edu.short_cuts import condition_of
 from flextok_edu.engine.config import (
     ARConfig,
     EvalConfig,
@@ -133,7 +134,7 @@ def check_dropped_is_dropped():
     with torch.no_grad():
         for short in (False, True):
             a, b = (
-                decoder(x, decoder.modulations(t), *decoder.condition(c, 3, short=short))
+                decoder(x, decoder.modulations(t), *condition_of(decoder, c, 3, short=short))
                 for c in (codes, other)
             )
             assert torch.allclose(a, b, atol=1e-5 * float(a.abs().max()))

@@ -23,6 +23,7 @@ from flextok_edu.io.layout import Layout
 from flextok_edu.io.released import load_flextok, load_vae
 from flextok_edu.io.tables import Table
 from flextok_edu.objective import FlowObjective
+from flextok_edu.short_cuts import condition_of, null_condition_of
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.training import fit_tokenizer, train_tokenizer
 from flextok_edu.vae import VAE
@@ -132,12 +133,14 @@ def test_decoder(case, short):
     v, hidden = tok.decoder(
         io["x_t"],
         time,
-        *tok.decoder.condition(tok.fsq.ids_to_codes(io["tokens"]), io["keep_k"], short=short),
+        *condition_of(tok.decoder, tok.fsq.ids_to_codes(io["tokens"]), io["keep_k"], short=short),
         hidden_of=1,
     )
     assert torch.allclose(v, io["velocity_cond"], atol=1e-4)
     assert torch.allclose(
-        tok.decoder(io["x_t"], time, *tok.decoder.null_condition(3, short)), io["velocity_uncond"], atol=1e-4
+        tok.decoder(io["x_t"], time, *null_condition_of(tok.decoder, 3, short)),
+        io["velocity_uncond"],
+        atol=1e-4,
     )
     for image, k in enumerate(io["keep_k"].tolist()):
         assert torch.allclose(hidden[image, : n + k], io["decoder_block1"][image, : n + k], atol=1e-4)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from flextok_edu.engine.config import TokenizerConfig, TrunkConfig
 from flextok_edu.flow import APG
+from flextok_edu.short_cuts import condition_of, null_condition_of
 from flextok_edu.tokenizer import FlexTok
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -97,14 +98,14 @@ def test_velocity_and_hidden_states(case, short):
     codes, keep = tok.fsq.ids_to_codes(io["tokens"]), io["keep_k"]
     modulations = tok.decoder.modulations(io["t"])
     v, hidden = tok.decoder(
-        io["x_t"], modulations, *tok.decoder.condition(codes, keep, short=short), hidden_of=1
+        io["x_t"], modulations, *condition_of(tok.decoder, codes, keep, short=short), hidden_of=1
     )
     assert torch.allclose(v, io["velocity_cond"], atol=1e-4)
     n = tok.config.patches("decoder")
     assert torch.allclose(hidden[:, :n], io["decoder_block1"][:, :n], atol=1e-4)
     for image, k in enumerate(keep.tolist()):
         assert torch.allclose(hidden[image, n : n + k], io["decoder_block1"][image, n : n + k], atol=1e-4)
-    v = tok.decoder(io["x_t"], modulations, *tok.decoder.null_condition(3, short))
+    v = tok.decoder(io["x_t"], modulations, *null_condition_of(tok.decoder, 3, short))
     assert torch.allclose(v, io["velocity_uncond"], atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from flextok_edu.engine.config import TokenizerConfig, TrunkConfig
 from flextok_edu.tokenizer import FlexTok
-from flextok_edu.short_cuts import runs_together
+from flextok_edu.short_cuts import condition_of, null_condition_of, runs_together
 
 CONFIG = TokenizerConfig(4, 16, 64, (8, 5, 5, 5), TrunkConfig(128, 2), TrunkConfig(128, 3))
 BUDGETS = (1, 2, 3, 8, 31, 64)
@@ -48,7 +48,7 @@ def test_one_mask_token_is_enough(tok, budget):
     results = []
     for short in (False, True):
         cut = codes[:, : int(kept.max())] if short else codes
-        registers, bias = tok.decoder.condition(cut, kept, short=short)
+        registers, bias = condition_of(tok.decoder, cut, kept, short=short)
         assert registers.shape[1] == (int(kept.max()) + 1 if short else 64)
         v = tok.decoder(x, tok.decoder.modulations(t), registers, bias)
         grads = torch.autograd.grad(v.square().mean(), [tok.decoder.mask_token, tok.decoder.codes_in.weight])
@@ -64,7 +64,7 @@ def test_one_null_token_is_enough(tok):
     x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([0.2, 0.9])
     with torch.no_grad():
         plain, short = (
-            tok.decoder(x, tok.decoder.modulations(t), *tok.decoder.null_condition(2, s))
+            tok.decoder(x, tok.decoder.modulations(t), *null_condition_of(tok.decoder, 2, s))
             for s in (False, True)
         )
     assert close(short, plain)
@@ -110,9 +110,7 @@ def test_decodes_of_one_budget_agree(tok, budget):
             results.append(tok.decode_latents(ids, noise, steps=2, guidance=3.0))
         for other in results[1:]:
             assert close(other, results[0], 1e-4)
-        assert (tok.decoder.condition(torch.zeros(2, budget, 4), budget, short=True)[1] is None) == (
-            budget == 64
-        )
+        assert (condition_of(tok.decoder, torch.zeros(2, budget, 4), budget)[1] is None) == (budget == 64)
     finally:
         tok.short_cuts, tok.guidance_together = True, None
 

@@ -19,11 +19,12 @@ import flextok_edu.engine.loader as engine_loader
 import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.engine.trainer as engine_trainer
 import flextok_edu.fsq as fsq
+import flextok_edu.objective as objective
+import flextok_edu.short_cuts as short_cuts
 import flextok_edu.training as training
 from flextok_edu.objective import FlowObjective, sample_training_noise
 from flextok_edu.engine.config import StageConfig, TokenizerConfig, TrunkConfig
 from flextok_edu.registers import BUDGET_DISTRIBUTIONS
-from flextok_edu.networks import Condition
 from flextok_edu.tokenizer import FlexTok
 from flextok_edu.training import Latents, TokenizerLoader, fit_tokenizer, latent_batches
 from flextok_edu.objective import REPA
@@ -314,32 +315,31 @@ def check_null_samples_are_short():
 
 
 def no_bias(monkeypatch):
-    condition = Condition.condition
     monkeypatch.setattr(
-        Condition, "condition", lambda self, *args, **named: (condition(self, *args, **named)[0], None)
+        objective, "condition_of", lambda *args, **named: (short_cuts.condition_of(*args, **named)[0], None)
     )
 
 
 def bias_counts_all(monkeypatch):
     """The mask token stands for all k, not for those that are dropped."""
 
-    def broken(self, codes, budget, null=None, short=False, condition=Condition.condition):
-        x, bias = condition(self, codes, budget, null, short)
+    def broken(decoder, codes, budget, null=None, short=True):
+        x, bias = short_cuts.condition_of(decoder, codes, budget, null, short)
         return x, bias if bias is None else torch.cat(
-            [bias[:, :-1], torch.full_like(bias[:, -1:], math.log(self.k))], 1
+            [bias[:, :-1], torch.full_like(bias[:, -1:], math.log(decoder.k))], 1
         )
 
-    monkeypatch.setattr(Condition, "condition", broken)
+    monkeypatch.setattr(objective, "condition_of", broken)
 
 
 def null_counts_once(monkeypatch):
-    def broken(self, codes, budget, null=None, short=False, condition=Condition.condition):
-        x, bias = condition(self, codes, budget, null, short)
+    def broken(decoder, codes, budget, null=None, short=True):
+        x, bias = short_cuts.condition_of(decoder, codes, budget, null, short)
         return x, bias if bias is None or null is None else torch.where(
-            null[:, None] & (bias == math.log(self.k)), 0.0, bias
+            null[:, None] & (bias == math.log(decoder.k)), 0.0, bias
         )
 
-    monkeypatch.setattr(Condition, "condition", broken)
+    monkeypatch.setattr(objective, "condition_of", broken)
 
 
 def one_too_short(monkeypatch):

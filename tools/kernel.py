@@ -28,6 +28,7 @@ from jupyter_client.manager import start_new_kernel
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (
     "image/png",
+    "image/jpeg",
     "application/vnd.jupyter.widget-view+json",
     "text/html",
     "text/markdown",

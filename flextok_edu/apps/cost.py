@@ -21,6 +21,7 @@ from .cli import command
 from .memory import faked, on_meta, peak_bytes, training_bytes
 from ..ar import ARModel
 from ..engine.config import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, preset
+from ..short_cuts import condition_of, null_condition_of
 from ..tokenizer import FlexTok
 from ..vae import VAE
 from ..objective import FlowObjective
@@ -198,8 +199,8 @@ def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
             x = torch.empty(1, c.latent_channels, c.latent_size, c.latent_size)
             now = [m[:1] for m in modulations]
             for told in (
-                tok.decoder.condition(torch.empty(1, budget, len(c.levels)), budget, short=True),
-                tok.decoder.null_condition(1, True),
+                condition_of(tok.decoder, torch.empty(1, budget, len(c.levels)), budget, short=True),
+                null_condition_of(tok.decoder, 1),
             ):
                 x = tok.decoder(x, now, *told)
             vae.decode(x)

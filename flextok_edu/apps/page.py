@@ -87,7 +87,7 @@ def picture_reconstructions(
         list(rows.values()),
         list(rows),
         path,
-        "Held-out pictures through ever more tokens",
+        "Held-out pictures from more and more tokens",
     )
 
 # %% ../../nbs/apps/page.ipynb #15-53b5d62f-1
@@ -110,7 +110,7 @@ def picture_samples(
         [sample_images(ar, tok, shown, k, **named) for k in tok.token_counts],
         [_tokens(k) for k in tok.token_counts],
         path,
-        "New pictures: the AR model writes the tokens",
+        "New pictures, from ids that the AR model generated",
         [classes[i][:12] for i in shown],
     )
 
@@ -219,14 +219,15 @@ def picture_losses(
     path: Path,
     expected: dict | None = None,  # from `expected_curves`
 ) -> None:
-    "The training curves of all stages, over what is usual if that is known."
+    "The training curves of all stages, over those of other seeds if they are known."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(3.4 * len(logs), 2.6), dpi=100)
+    fig = Figure(figsize=(3.4 * len(logs), 3.1), dpi=100, layout="constrained")
     FigureCanvasAgg(fig)
     for ax, (name, log) in zip(fig.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-        plot_log(log, [k for k in CURVES.get(name, (name,)) if any(k in row for row in log)], ax, name)
+        keys = [k for k in CURVES.get(name, (name,)) if any(row.get(k) for row in log)]
+        plot_log(log, keys, ax, name)
         colours = {line.get_label(): line.get_color() for line in ax.get_lines()}
         for key, band in (expected or {}).get(name, {}).items():
             rows = [
@@ -239,9 +240,12 @@ def picture_losses(
             at, low, mean, high = zip(*rows)
             ax.fill_between(at, low, high, color=colours[key], alpha=0.18, lw=0)
             ax.plot(at, mean, color=colours[key], lw=0.8, ls=":", alpha=0.8)
-        if expected:
-            ax.set_title(f"{name} (band: usual)", fontsize=10)
-    fig.tight_layout()
+            ax.set_title(f"{name} (shaded: other seeds)", fontsize=10)
+        lines, names = ax.get_legend_handles_labels()
+        named = [(line, text) for line, text in zip(lines, names) if text in keys]
+        where = dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)
+        for text in ax.legend(*zip(*named), **where).get_texts() if named else ():
+            text.set_parse_math(False)
     with atomic(path) as temporary:
         fig.savefig(temporary, format="png", metadata={"Software": MARK})
 

@@ -22,10 +22,10 @@ from ..evaluation.report import Report
 def run(
     config: RunConfig,  # what to do
     base: Preset | None = None,  # sizes and steps; by default those of config.preset
-    fresh: bool = False,  # begin anew: what lies in the folder gets another name
-    classes: int | None = None,  # that were asked for; by default as many as the pictures have
+    fresh: bool = False,  # start from scratch: what is in the folder gets another name
+    classes: int | None = None,  # number of classes; by default as many as the pictures have
 ) -> Report:  # the table; everything else lies in config.out
-    """The main job.
+    """Train all stages, evaluate them, and write the report.
 
     Raises ValueError for settings that make no sense or contradict a run begun in the same folder, or if
     another process runs in it.
@@ -57,14 +57,14 @@ class RunOptions(RunConfig):
     config: str | None = None
     """Start from a file: the run.json of a finished run, or one of your own.
 
-    What is given besides goes before it.
+    Options given besides take precedence.
     """
     set: tuple[str, ...] = ()
     """Change single numbers of the preset, by dotted names: --set train_tokenizer.lr=1e-3
     tokenizer.encoder.depth=4
     """
     fresh: bool = False
-    "Begin anew. What is in the folder is not deleted: the folder gets another name."
+    "Start from scratch. What is in the folder is not deleted: the folder gets another name."
 
 
 def run_main(argv: list[str] | None = None) -> None:

@@ -83,7 +83,7 @@ assert tuple(_PREFERENCES) == KINDS
 # %% ../../nbs/01_scenes.ipynb #01-5fbf29aa
 @dataclass(frozen=True)
 class Thing:
-    "One object of a scene. Positions and sizes are shares of the picture's side; y points down."
+    "One object of a scene. Positions and sizes are fractions of the picture's side; y points down."
 
     kind: str  # one of KINDS
     colour: str  # one of COLOUR_NAMES
@@ -91,19 +91,19 @@ class Thing:
     y: float  # centre
     size: float  # width of the box it is drawn in
     angle: float  # degrees, counter-clockwise
-    relation: str = ""  # for secondary things: where it is, seen from the main one
+    relation: str = ""  # of a secondary object: where it is, seen from the main one
 
 
 @dataclass(frozen=True)
 class Scene:
-    "Everything that is on a picture: its ground truth."
+    "Everything shown in a picture: its ground truth."
 
     place: str  # one of PLACE_NAMES
     light: str  # one of LIGHT_NAMES
     horizon: float  # height of the horizon, from the top
-    things: tuple[Thing, ...]  # the main thing first
-    in_front: tuple[bool, ...]  # for each secondary thing: drawn over the main one?
-    level: int  # 1: plain; 2: gradients and a second thing; 3: textures and a third
+    things: tuple[Thing, ...]  # the main object first
+    in_front: tuple[bool, ...]  # for each secondary object: drawn over the main one?
+    level: int  # 1: plain; 2: gradients and a second object; 3: textures and a third
     texture: int  # seed of the texture
 
     @property
@@ -128,74 +128,69 @@ class Scene:
             LIGHT_NAMES.index(self.light),
         )
 
-
-_GRID = 2048
-
-
-# width of what is drawn, in boxes
-_EXTENT = {kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in SHAPES.items()}
-
-
+# %% ../../nbs/01_scenes.ipynb #01-describe-parts
+_GRID = 2048  # horizontal positions are multiples of 1 / _GRID
+_EXTENT = {  # width of what is drawn, as a fraction of the unit box
+    kind: float(np.ptp(np.concatenate([p for _, p in parts])[:, 0])) for kind, parts in SHAPES.items()
+}
 _RELATIONS = {"above": (0.0, -1.0), "left of": (-1.0, 0.1), "right of": (1.0, 0.1), "below": (0.0, 1.0)}
+
+
+def _pick(r: float, options):  # r in [0, 1)
+    return options[min(int(r * len(options)), len(options) - 1)]
+
+
+def _height(kind: str, size: float, horizon: float, level: int, r: float) -> float:  # r in [0, 1)
+    "The y of the main object's centre: on the ground, afloat, or free."
+    stands = _PREFERENCES[kind][3]
+    if stands == "ground":
+        y = horizon + (0.10 + 0.3 * r) * (1 - horizon) * 2 - size / 2
+        return min(max(y, size / 2 + 0.01), 1.02 - size / 2)
+    if stands == "afloat":
+        return min(horizon + 0.06 + 0.1 * r - size * 0.2, 1 - size / 2)
+    if level == 1:
+        return 0.5 + 0.12 * (r - 0.5)
+    return size / 2 + 0.02 + (0.96 - size) * r * (1.0 if kind == "fish" else 0.75)
+
+
+def _beside(main: Thing, relation: str, r: list[float]) -> Thing:  # six numbers in [0, 1)
+    "A small object on this side of the main one, pushed back into the picture where it would leave it."
+    dx, dy = _RELATIONS[relation]
+    size, reach = 0.15 + 0.09 * r[0], main.size / 2 + 0.03 + 0.05 * r[1]
+    x = main.x + dx * reach + 0.1 * (r[2] - 0.5)
+    y = main.y + dy * reach + 0.1 * (r[3] - 0.5)
+    x, y = (min(max(p, size / 2), 1 - size / 2) for p in (x, y))
+    kind = _pick(r[4], [k for k in KINDS if k != main.kind])
+    colour = _pick(r[5], _PREFERENCES[kind][2])
+    return Thing(kind, colour, x, y, size, _PREFERENCES[kind][4] * (2 * r[2] - 1), relation)
 
 # %% ../../nbs/01_scenes.ipynb #01-d576e852
 def describe(rng: np.random.Generator, level: int = 1, odd: bool = False) -> Scene:  # a random scene
     "Draw a scene's ground truth; `odd` chooses the half of the position grid (validation uses the odd one)."
-    u = rng.random(24)
-
-    def pick(r, options):
-        return options[min(int(r * len(options)), len(options) - 1)]
-
-    kind = pick(u[0], KINDS)
-    home, others, favourites, stands, turn = _PREFERENCES[kind]
-    place = home if u[1] < 0.67 else pick((u[1] - 0.67) / 0.33, others)
-    light = "day" if u[2] < 0.6 else "dusk" if u[2] < 0.8 else "night"
-    colour = pick(u[3] / 0.9, favourites) if u[3] < 0.9 else pick((u[3] - 0.9) / 0.1, COLOUR_NAMES)
+    numbers = rng.random(24).tolist()
+    r_kind, r_place, r_light, r_colour, r_horizon, r_width, r_x, r_y, r_angle, r_side = numbers[:10]
+    kind = _pick(r_kind, KINDS)
+    home, others, favourites, _, turn = _PREFERENCES[kind]
+    place = home if r_place < 0.67 else _pick((r_place - 0.67) / 0.33, others)
+    light = "day" if r_light < 0.6 else "dusk" if r_light < 0.8 else "night"
+    colour = (
+        _pick(r_colour / 0.9, favourites) if r_colour < 0.9 else _pick((r_colour - 0.9) / 0.1, COLOUR_NAMES)
+    )
     low, high = PLACES[place][2:]
-    horizon = low + (high - low) * u[4]
-    # simple scenes are large ones
-    width = (0.50 + 0.18 * u[5], 0.40 + 0.26 * u[5], 0.32 + 0.30 * u[5])[level - 1]
-    size = min(width / _EXTENT[kind], 0.9)  # tall things stay in the picture
-    # and near the middle
-    x = 0.5 + 0.16 * (u[6] - 0.5) if level == 1 else size / 2 + 0.01 + (0.98 - size) * u[6]
+    horizon = low + (high - low) * r_horizon
+    # simple scenes show large objects, near the middle; tall objects are made to fit
+    width = (0.50 + 0.18 * r_width, 0.40 + 0.26 * r_width, 0.32 + 0.30 * r_width)[level - 1]
+    size = min(width / _EXTENT[kind], 0.9)
+    x = 0.5 + 0.16 * (r_x - 0.5) if level == 1 else size / 2 + 0.01 + (0.98 - size) * r_x
     x = (2 * round(x * _GRID / 2) + odd) / _GRID
-    if stands == "ground":
-        y = min(
-            max(horizon + (0.10 + 0.3 * u[7]) * (1 - horizon) * 2 - size / 2, size / 2 + 0.01),
-            1.02 - size / 2,
-        )
-    elif stands == "afloat":
-        y = min(horizon + 0.06 + 0.1 * u[7] - size * 0.2, 1 - size / 2)
-    elif level == 1:
-        y = 0.5 + 0.12 * (u[7] - 0.5)
-    else:
-        y = size / 2 + 0.02 + (0.96 - size) * u[7] * (1.0 if kind == "fish" else 0.75)
-    things = [Thing(kind, colour, x, y, size, turn * (2 * u[8] - 1))]
-    names = list(_RELATIONS)
-    start = int(u[9] * 4)
-    front = []
-    for j in range(level - 1):  # secondary things, each on another side of the main one
-        v = u[10 + 6 * j : 16 + 6 * j]
-        relation = names[(start + 1 + 2 * j) % 4 if j else start]
-        dx, dy = _RELATIONS[relation]
-        small, reach = 0.15 + 0.09 * v[0], size / 2 + 0.03 + 0.05 * v[1]
-        sx = x + dx * reach + 0.1 * (v[2] - 0.5)
-        sy = y + dy * reach + 0.1 * (v[3] - 0.5)
-        sx, sy = (min(max(p, small / 2), 1 - small / 2) for p in (sx, sy))
-        other = pick(v[4], [k for k in KINDS if k != kind])
-        things.append(
-            Thing(
-                other,
-                pick(v[5], _PREFERENCES[other][2]),
-                sx,
-                sy,
-                small,
-                _PREFERENCES[other][4] * (2 * v[2] - 1),
-                relation,
-            )
-        )
-        front.append(bool(v[3] > 0.5))
-    return Scene(place, light, horizon, tuple(things), tuple(front), level, int(u[23] * 2**31))
+    y = _height(kind, size, horizon, level, r_y)
+    main = Thing(kind, colour, x, y, size, turn * (2 * r_angle - 1))
+    start = int(r_side * 4)
+    relations = [list(_RELATIONS)[start], list(_RELATIONS)[(start + 3) % 4]][: level - 1]
+    small = [numbers[10:16], numbers[16:22]][: level - 1]
+    things = (main, *(_beside(main, relation, r) for relation, r in zip(relations, small)))
+    in_front = tuple(r[3] > 0.5 for r in small)
+    return Scene(place, light, horizon, things, in_front, level, int(numbers[23] * 2**31))
 
 # %% ../../nbs/01_scenes.ipynb #01-6d9db40a
 _UNIT = {
@@ -223,11 +218,50 @@ def _paint(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, tint) -> None:
         c = shades.get(name) or PART_COLOURS[name]
         canvas.polygon(polygon.ravel().tolist(), fill=tuple(min(255, int(v * f)) for v, f in zip(c, tint)))
 
+# %% ../../nbs/01_scenes.ipynb #01-cf69d16d
+def draw(
+    scene: Scene,  # what to paint
+    size: int = 64,  # side of the picture in pixels
+) -> np.ndarray:  # picture (size, size, 3), uint8
+    "Paint a scene, at twice the size and averaged down."
+    if size < 8:
+        raise ValueError(f"a scene of {size} pixels shows nothing: ask for at least 8")
+    side = 2 * size
+    light = np.array(LIGHTS[scene.light])
+    above, below = (np.array(c) * light for c in PLACES[scene.place][:2])
+    y = (np.arange(side) + 0.5) / side
+    ground = y >= scene.horizon
+    column = np.where(ground[:, None], below, above)
+    if scene.place in ("sky", "deep"):  # no horizon line: one colour fades into the other
+        column = (
+            above + (below - above) * np.clip(y / scene.horizon, 0, 1)[:, None]
+            if scene.level > 1
+            else np.where(ground[:, None], below, above)
+        )
+    elif scene.level > 1:  # lighter towards the horizon
+        distance = np.where(
+            ground, (y - scene.horizon) / (1 - scene.horizon), (scene.horizon - y) / scene.horizon
+        )
+        column = column * (1.1 - 0.22 * distance)[:, None]
+    column = np.clip(column, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None], (side, side, 3))))
+    canvas = ImageDraw.Draw(picture)
+    if scene.level > 2:
+        _texture(canvas, scene, side, light)
+    tint = (light + 1) / 2  # objects keep more of their colour at night than places do
+    main, *others = scene.things
+    for thing, front in zip(others, scene.in_front):
+        if not front:
+            _paint(canvas, thing, side, tint)
+    _paint(canvas, main, side, tint)
+    for thing, front in zip(others, scene.in_front):
+        if front:
+            _paint(canvas, thing, side, tint)
+    return np.asarray(picture.reduce(2))
+
 # %% ../../nbs/01_scenes.ipynb #01-6d9db40a-1
 def _texture(canvas: ImageDraw.ImageDraw, scene: Scene, side: int, tint) -> None:
-    """Strokes that tell a place from a coloured wall: blades, waves, dunes, flakes, stones, trunks, bubbles,
-    clouds, stars.
-    """
+    "Blades, waves, dunes, flakes, stones, trunks, bubbles, clouds and stars, placed by the texture seed."
     u = np.random.default_rng(scene.texture).random((26, 3))
     h = scene.horizon * side
 
@@ -275,54 +309,13 @@ def _texture(canvas: ImageDraw.ImageDraw, scene: Scene, side: int, tint) -> None
                 r = 0.25 * s
                 canvas.ellipse([x - r, b * side - r, x + r, b * side + r], fill=shade(1, 1.1))
 
-# %% ../../nbs/01_scenes.ipynb #01-cf69d16d
-def draw(
-    scene: Scene,  # what to paint
-    size: int = 64,  # side of the picture in pixels
-) -> np.ndarray:  # picture (size, size, 3), uint8
-    "Paint a scene, at twice the size and averaged down."
-    if size < 8:
-        raise ValueError(f"a scene of {size} pixels shows nothing: ask for at least 8")
-    side = 2 * size
-    light = np.array(LIGHTS[scene.light])
-    above, below = (np.array(c) * light for c in PLACES[scene.place][:2])
-    y = (np.arange(side) + 0.5) / side
-    ground = y >= scene.horizon
-    column = np.where(ground[:, None], below, above)
-    if scene.place in ("sky", "deep"):  # no line: the two colours run into each other
-        column = (
-            above + (below - above) * np.clip(y / scene.horizon, 0, 1)[:, None]
-            if scene.level > 1
-            else np.where(ground[:, None], below, above)
-        )
-    elif scene.level > 1:  # lighter towards the horizon
-        distance = np.where(
-            ground, (y - scene.horizon) / (1 - scene.horizon), (scene.horizon - y) / scene.horizon
-        )
-        column = column * (1.1 - 0.22 * distance)[:, None]
-    column = np.clip(column, 0, 255).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None], (side, side, 3))))
-    canvas = ImageDraw.Draw(picture)
-    if scene.level > 2:
-        _texture(canvas, scene, side, light)
-    tint = (light + 1) / 2  # things keep more of their colour at night than places do
-    main, *others = scene.things
-    for thing, front in zip(others, scene.in_front):
-        if not front:
-            _paint(canvas, thing, side, tint)
-    _paint(canvas, main, side, tint)
-    for thing, front in zip(others, scene.in_front):
-        if front:
-            _paint(canvas, thing, side, tint)
-    return np.asarray(picture.reduce(2))
-
 # %% ../../nbs/01_scenes.ipynb #01-101cf533
 ATTRIBUTES = {
     "kind": len(KINDS),
     "colour": len(COLOUR_NAMES),
     "place": len(PLACE_NAMES),
     "light": len(LIGHT_NAMES),
-}  # what `labels` holds, and how many values each
+}  # what `labels` holds, and how many values each attribute has
 
 
 @dataclass(frozen=True, repr=False)
@@ -350,7 +343,7 @@ class ToyScenes(Dataset):
         self,
         split: str = "train",  # "train" | "val"
         size: int = 64,  # side in pixels
-        level: int = 1,  # 1 plain … 3 textures and three things
+        level: int = 1,  # 1 plain … 3 textures and three objects
         seed: int = 0,  # names the data set
         length: int = 20_000,  # how many
     ):

@@ -178,6 +178,10 @@ class TokenizerConfig:
     def vocabulary(self) -> int:
         return math.prod(self.levels)  # v
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.latent_channels, self.latent_size, self.latent_size  # c h w
+
     def patches(self, side: str) -> int:
         return (self.latent_size // getattr(self, side).patch) ** 2  # n of "encoder" or "decoder"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.text import plain
-from .metrics import better, metric_of
+from .registry import better, metric_of
 from .report import Report, load_report, score_key
 
 # %% ../../nbs/evaluation/compare.ipynb #10-1143d207

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..data.datasets import ImageSet
 from ..engine.checks import Range, conform, read_json
 from ..engine.config import EvalConfig, Preset
+from ..engine.figures import figure
 from ..engine.files import atomic, read_tensors, weights_hash, write_text
 from ..engine.marks import MARK
 from ..engine.text import drawable, plain
-from .metrics import RESAMPLES, Metric, metric_of, metrics_of
+from .metrics import RESAMPLES
+from .registry import Metric, metric_of, metrics_of
 
 # %% ../../nbs/evaluation/report.ipynb #10-971f99e8
 def versions() -> dict[str, str]:  # package -> version
@@ -145,7 +147,7 @@ def _cell(row: dict, key: str) -> str:
     metric = metric_of(key.removesuffix("_gain"))
     digits = metric.digits_of(key) if metric is not None else 3
     known = error is not None and math.isfinite(error)
-    return f"{value:.{digits}f}" + (f" ±{error:.{digits}f}" if known else "")
+    return f"{value:z.{digits}f}" + (f" ±{error:.{digits}f}" if known else "")
 
 
 def table_text(report: "Report") -> str:
@@ -305,7 +307,8 @@ def load_report(
 
 # %% ../../nbs/evaluation/report.ipynb #10-f9736c0f
 _COLOURS = {"tokens": ("reconstructions", "C0"), "samples": ("samples", "C1")}  # what: (its name, its colour)
-_LINES = {"VAE alone": "--", "originals": ":", "real against real": ":"}  # one value at all counts
+_LINES = {"VAE alone": ("--", "C2"), "originals": ("-", "0.7")}  # one value at all counts: style, colour
+_FLOORS = ((":", "k"), ("-.", "0.5"), ((0, (1, 4)), "k"))  # real against real, one for each count of images
 
 
 def _panels(report: Report) -> list[tuple[str, str]]:  # (key, title) of what is drawn
@@ -332,32 +335,44 @@ def _draw_panel(ax, report: Report, key: str) -> None:
         rows = [r for r in report.rows if r["what"] == what and key in r and "tokens" in r]
         if rows:
             at, values = [r["tokens"] for r in rows], [r[key] for r in rows]
-            how = dict(fmt="o-", ms=3, lw=1, color=colour, label=name)
+            how = dict(fmt="o-", ms=4, lw=1.5, color=colour, label=name)
             ax.errorbar(at, values, [error(r) for r in rows], **how)
-    for what, style in _LINES.items():
-        for r in report.rows:
-            if r["what"] == what and key in r:
-                name = f"{what}, n = {r.get('n', '?')}" if what == "real against real" else what
-                ax.axhline(r[key], ls=style, lw=0.8, color="k", label=name)
+    floors = dict.fromkeys(r.get("n", "?") for r in report.rows if r["what"] == "real against real")
+    styles = {f"real against real, n = {n}": _FLOORS[i % len(_FLOORS)] for i, n in enumerate(floors)}
+    for r in report.rows:
+        is_floor = r["what"] == "real against real"
+        name = f"real against real, n = {r.get('n', '?')}" if is_floor else r["what"]
+        style = (styles | _LINES).get(name)
+        if style and key in r:
+            ax.axhline(r[key], ls=style[0], lw=1.2, color=style[1], label=name)
 
 # %% ../../nbs/evaluation/report.ipynb #report-plot
 def plot_report(report: Report):  # the figure
     "Scores of reconstructions (and samples) against token count. Raises ValueError if there are none."
-    import matplotlib.pyplot as plt
-
     panels = _panels(report)
     counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
     if not panels:
         raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 2.5), squeeze=False)
-    for ax, (key, title) in zip(axes[0], panels):
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    columns = min(3, len(panels))
+    fig, axes = figure(columns, -(-len(panels) // columns), height=2.6, squeeze=False)
+    for ax, (key, title) in zip(axes.flat, panels):
         _draw_panel(ax, report, key)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(counts, counts, fontsize=8)
+        ax.set_xticks(counts, counts)
         ax.set_xlabel("tokens")
-        ax.set_title(title, fontsize=9, parse_math=False)
+        ax.set_title(title, fontsize=10, parse_math=False)
         if metric_of(key).of == "set":
             ax.set_yscale("log")
-        ax.legend(fontsize=6, frameon=False)
-    fig.tight_layout()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    lines = {}  # one of each name
+    for ax in fig.axes:
+        for line, name in zip(*ax.get_legend_handles_labels()):
+            lines.setdefault(name, line)
+    fig.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     return fig

@@ -15,15 +15,8 @@ from torch import Tensor
 
 from ..data.features import AttributeClassifier
 from ..engine.tensors import from_uint8
-from flextok_edu.evaluation.metrics import (
-    all_features,
-    better,
-    image_scores,
-    mean_and_error,
-    metric_of,
-    metrics_of,
-    resamples,
-)
+from .metrics import all_features, image_scores, mean_and_error, resamples
+from .registry import better, metric_of, metrics_of
 
 # %% ../../nbs/evaluation/rows.ipynb #10-e1046b76
 @dataclass
