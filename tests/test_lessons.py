@@ -64,7 +64,7 @@ def test_exercises_have_asserts_and_solutions(notebook):
 
 @pytest.mark.parametrize("notebook", LESSONS, ids=lambda f: f.stem)
 def test_figures_are_wide_enough(notebook):
-    """640 pixels on the page at least: labels can be read."""
+    """620 pixels on the page at least: labels can be read."""
     narrow = []
     for c in cells(notebook):
         for output in pictures(c):
@@ -72,7 +72,7 @@ def test_figures_are_wide_enough(notebook):
                 continue
             shown = output.get("metadata", {}).get("image/png", {}).get("width")
             size = struct.unpack(">II", base64.b64decode(output["data"]["image/png"])[16:24])
-            if (shown or size[0]) < 640:
+            if (shown or size[0]) < 620:
                 narrow.append((c["id"], shown or size[0]))
     assert not narrow
 
