@@ -111,6 +111,7 @@ def train_ar(
         list(model.named_parameters()),
         config,
         modules=[model],
+        phase=lambda progress: "always",
     )
     with compiled(model.blocks, r.compile):
         log = fit([objective], stream, config.steps, ema, label="AR", trainer=trainer, runtime=r)

@@ -236,6 +236,19 @@ class SamplingConfig:
     def nfe(self) -> int:  # evaluations of the network, with guidance each twice
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
+    def guidance_per_step(self) -> tuple[float, ...]:  # g at each time but the last
+        "Raises ValueError if the guidance is out of range."
+        g = guidance_at(self.guidance, euler_times(self.steps, shift=self.shift)[:-1].tolist())
+        if max(map(abs, g)) > 1000:
+            raise ValueError(
+                f"a guidance of {max(g, key=abs):g} is out of range: use one between 1 and 20 (at most 1000)"
+            )
+        return tuple(g)
+
+    def fixed(self) -> tuple:  # hashable
+        "All that a solver's arithmetic depends on: what a recording of it is filed under."
+        return self.steps, self.guidance_per_step(), self.apg, self.solver, self.shift
+
     @classmethod
     def of(cls, sampling: "SamplingConfig | None", named: dict) -> "SamplingConfig":
         "From an object, from keywords (ours, or the released library's), or from both."

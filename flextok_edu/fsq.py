@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/04_fsq.ipynb #04-e571532a
@@ -34,6 +33,7 @@ class FSQ(nn.Module):
             shift=torch.atanh(offset / half),
             step=torch.floor(m / 2),
             basis=basis,
+            sizes=m.long(),
         ).items():
             self.register_buffer(name, value, persistent=False)
         self.levels = tuple(levels)
@@ -65,7 +65,7 @@ class FSQ(nn.Module):
 
         Ids are not checked here, because a check makes a GPU wait: public entry points call `check_ids`.
         """
-        digits = ids[..., None] // self.basis % torch.tensor(self.levels, device=ids.device)
+        digits = ids[..., None] // self.basis % self.sizes
         return (digits - self.step) / self.step
 
     def check_ids(self, ids: Tensor) -> None:  # ids (…), from anywhere
@@ -174,10 +174,9 @@ class CodebookUsage:
         codes, keep = torch.where(finite[..., None], codes, 0.0), keep & finite
         fade = math.exp(-len(codes) / self.memory)
         self.words.mul_(fade).index_add_(0, self.fsq.codes_to_ids(codes).flatten(), keep.flatten().float())
-        digits = ((codes + 1) * self.fsq.step).round().long()
-        self.digits.mul_(fade)[: codes.shape[1]] += (
-            F.one_hot(digits, self.digits.shape[-1]) * keep[..., None, None]
-        ).sum(0)
+        digits = ((codes + 1) * self.fsq.step).round()
+        hits = digits[..., None] == torch.arange(self.digits.shape[-1], device=codes.device)
+        self.digits.mul_(fade)[: codes.shape[1]] += (hits & keep[..., None, None]).sum(0)
 
     def numbers(self) -> dict[str, Tensor]:
         """`codebook_usage`: perplexity of all ids over the vocabulary; `entropy_1`, `entropy_2`,

@@ -24,7 +24,7 @@ def encoder_mask(
         raise ValueError(f"mask {kind!r}: use 'causal_last', 'causal' or 'full'")
     mask = torch.ones(n + k, n + k, dtype=torch.bool, device=device).tril()
     if kind == "causal_last":
-        mask[:n, :n] = True
+        mask[:n, :n].fill_(True)
     return mask
 
 # %% ../nbs/06_registers.ipynb #06-1ff568bb
@@ -61,8 +61,9 @@ def keep_mask(
     device=None,
 ) -> Tensor:  # boolean (b k): True at the first `budget` positions
     "Which positions are kept."
-    budget = torch.as_tensor(budget, device=device).expand(b)
-    return torch.arange(k, device=device) < budget[:, None]
+    if isinstance(budget, int):
+        budget = torch.full((b,), budget, device=device)
+    return torch.arange(k, device=device) < torch.as_tensor(budget, device=device).expand(b)[:, None]
 
 # %% ../nbs/06_registers.ipynb #06-25e826ed
 def nested_dropout(

@@ -117,6 +117,10 @@ class TokenSampling:
         "From an object, from keywords, or from both."
         return fold(cls, sampling, named)
 
+    def fixed(self) -> tuple:  # hashable
+        "All that a choice depends on besides logits and chance."
+        return self.temperature, self.top_k, self.top_p
+
     def choose(
         self,
         logits: Tensor,  # (b v)

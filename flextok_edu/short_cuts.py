@@ -7,12 +7,12 @@ __all__ = ['condition_of', 'null_condition_of', 'GuidedVelocity', 'runs_together
 
 # %% ../nbs/09_short_cuts.ipynb #short_cuts-imports
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .flow import APG, SamplingConfig, euler_times, guidance_at, guide, guide_apg
+from .flow import APG, SamplingConfig, euler_times, guide, guide_apg
 from .registers import keep_mask
 
 # %% ../nbs/09_short_cuts.ipynb #short_cuts-conditions
@@ -41,7 +41,7 @@ def condition_of(
     if null is not None:  # of an unconditional sample only the last token counts, and it counts as k
         x = torch.where(null[:, None, None], decoder.null_token.to(x.dtype), x)
         alone = torch.full_like(bias, -math.inf)
-        alone[:, -1] = math.log(decoder.k)
+        alone[:, -1].fill_(math.log(decoder.k))
         bias = torch.where(null[:, None], alone, bias)
     return x, bias
 
@@ -64,7 +64,7 @@ class GuidedVelocity:
         modulations: Callable[[int], list[Tensor]],  # number of the step -> all that depends on its time
         cond: tuple[Tensor, Tensor | None],  # with the tokens: registers (b r d), bias (b r) or None
         uncond: tuple[Tensor, Tensor | None],  # without them
-        guidance: list[float],  # g in each step; where it is 1, one pass
+        guidance: Sequence[float],  # g in each step; where it is 1, one pass
         apg: APG | bool = False,  # adaptive projected guidance; True takes the paper's settings
         together: bool = False,  # both passes as one batch; the same numbers
     ):
@@ -135,11 +135,7 @@ def guided_velocity(
 ) -> GuidedVelocity:
     "The velocity that a decoder follows for these codes. Raises ValueError if the guidance is out of range."
     times = euler_times(sampling.steps, codes.device, sampling.shift)[:-1]
-    g = guidance_at(sampling.guidance, euler_times(sampling.steps, shift=sampling.shift)[:-1].tolist())
-    if max(map(abs, g)) > 1000:
-        raise ValueError(
-            f"a guidance of {max(g, key=abs):g} is out of range: use one between 1 and 20 (at most 1000)"
-        )
+    g = sampling.guidance_per_step()
     cond = condition_of(decoder, codes, budget, short=short)
     uncond = null_condition_of(decoder, len(codes), short)
     if together is None:

@@ -7,11 +7,14 @@ __all__ = ['FlexTok', 'load_tokenizer', 'save_tokenizer', 'with_decoder']
 
 # %% ../nbs/08_tokenizer.ipynb #08_tokenizer-imports
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .engine.compiler import is_compiled
 from .engine.config import TokenizerConfig
+from .engine.graphs import Graphs, held_by, places
 from .engine.inputs import Start, check_budget, check_images, check_latents, check_sizes
 from .engine.inputs import counted, each_budget, finite, pad_ids
 from .engine.tokenizer_files import TokenizerFiles, read_tokenizer
@@ -55,6 +58,7 @@ class FlexTok(nn.Module, TokenizerFiles):
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
         self.short_cuts = True  # exact, see *short cuts*; False: the plain computation
         self.guidance_together: bool | None = None  # both passes in one batch; None: if that is faster
+        self.graphs = Graphs()  # on CUDA a decode is recorded and replayed; its `enabled` switches that off
 
     device = property(lambda self: self.decoder.mask_token.device)
     vocabulary = property(lambda self: self.config.vocabulary)  # v
@@ -109,8 +113,18 @@ class FlexTok(nn.Module, TokenizerFiles):
         self.fsq.check_ids(ids)
         start = noise if isinstance(noise, Start) else Start(noise, seed=s.seed, **origin)
         noise = start.draw(len(ids), self.config.latent_shape, self.device)
-        budget = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths, device=self.device)
-        codes = self.fsq.ids_to_codes(ids.to(self.device))
+        each = [] if len(set(lengths)) == 1 else [torch.tensor(lengths, device=self.device)]
+        follow, inputs = partial(self._follow, s), [ids.to(self.device), noise, *each]
+        if verbose:  # a replay has no steps that a bar could count
+            return follow(*inputs, verbose=True)
+        how = s.fixed(), self.short_cuts, self.guidance_together, is_compiled(self.decoder.blocks[0])
+        return self.graphs(how, follow, inputs, places(held_by(self.decoder, self.fsq)))
+
+    def _follow(
+        self, s: SamplingConfig, ids: Tensor, noise: Tensor, each: Tensor | None = None, verbose: bool = False
+    ) -> Tensor:  # ids (b r), noise (b c h w), budgets (b,) if they differ -> normalised latents (b c h w)
+        "From noise along the guided velocity: all that a decode computes."
+        codes, budget = self.fsq.ids_to_codes(ids), ids.shape[1] if each is None else each
         velocity = guided_velocity(self.decoder, codes, budget, s, self.short_cuts, self.guidance_together)
         return SOLVERS[s.solver](counted(velocity, s.nfe, verbose), noise, s.steps, s.shift)
 

@@ -70,8 +70,7 @@ class NormStatistics:
     def settle(self, total: Callable[[Tensor], Tensor]) -> None:  # total: sums a tensor over all processes
         if self.norm is not None:
             self.norm.settle(total)
-            self.averages.updates = self.ema.updates
-            self.averages.update()
+            self.averages.move(self.ema.weight)
 
     def apply(self) -> None:
         self.averages.apply()
@@ -172,6 +171,7 @@ def tokenizer_objective(
         after=statistics.settle,
         measure=usage.numbers,
         modules=[tok.encoder, tok.decoder, *(t.projector for t in loss.terms if hasattr(t, "projector"))],
+        phase=lambda progress: "always",
     )
 
 # %% ../nbs/11_training.ipynb #08-30d86b85

@@ -284,6 +284,10 @@ class VAELoss(nn.Module):
         self.fake = None  # this step's reconstructions, for the critic
         self.distance = None  # this step's reconstruction error, for the scale
 
+    def adversary_is_there(self, progress: float) -> bool:
+        "From when on the critic has a say: all that depends on how far a training is."
+        return bool(self.weights.adversarial) and progress >= self.weights.adversarial_start
+
     def autoencoder(
         self,
         images: Tensor,  # images (b 3 H W) in [-1, 1]
@@ -305,7 +309,7 @@ class VAELoss(nn.Module):
             self.distance, s = loss.detach(), self.logvar.detach()
             loss = loss / s.exp() + s
         loss = loss + w.kl * kl
-        if w.adversarial and progress >= w.adversarial_start:
+        if self.adversary_is_there(progress):
             self.critic.requires_grad_(False)  # it is trained by its own objective
             numbers["adversarial"] = -self.critic(output).mean()
             loss = loss + w.adversarial * numbers["adversarial"]
@@ -347,6 +351,7 @@ class VAELoss(nn.Module):
                 list(self.vae.named_parameters()),
                 config,
                 modules=[self.vae],
+                phase=self.adversary_is_there,
             )
         ]
         if self.critic:
@@ -358,10 +363,17 @@ class VAELoss(nn.Module):
                     own(min(config.lr, 5e-4)),
                     start=self.weights.adversarial_start,
                     modules=[self.critic],
+                    phase=self.adversary_is_there,
                 )
             )
         if self.logvar is not None:
             objectives.append(
-                Objective("scale", lambda b, s: self.scale(b[0], s), [("logvar", self.logvar)], own(0.1))
+                Objective(
+                    "scale",
+                    lambda b, s: self.scale(b[0], s),
+                    [("logvar", self.logvar)],
+                    own(0.1),
+                    phase=self.adversary_is_there,
+                )
             )
         return objectives

@@ -46,7 +46,7 @@ SMALL = replace(
 )
 
 
-def stage(name, steps=20, batch=8, optimizer="adamw", trainer=None, precision=None):
+def stage(name, steps=20, batch=8, optimizer="adamw", trainer=None, precision=None, device="cpu"):
     """Train it on noise: (model, log)."""
     config = StageConfig(steps=steps, batch=batch, lr=3e-3, warmup=3, ema=0.9, optimizer=optimizer)
     p = replace(SMALL, train_vae=config, train_tokenizer=config, train_ar=config)
@@ -59,13 +59,21 @@ def stage(name, steps=20, batch=8, optimizer="adamw", trainer=None, precision=No
     )
     seed_everything(0)
     if name == "vae":
-        return train_vae(data, p, progress=False, trainer=trainer, precision=precision)
-    vae = VAE(p.vae).eval()
+        return train_vae(data, p, progress=False, trainer=trainer, precision=precision, device=device)
+    vae = VAE(p.vae).eval().to(device)
     if name == "tokenizer":
-        return train_tokenizer(data, vae, p, progress=False, trainer=trainer, precision=precision)
+        return train_tokenizer(
+            data, vae, p, progress=False, trainer=trainer, precision=precision, device=device
+        )
     tokens = Tokens(torch.randint(0, 1000, (40, 8), generator=g), data.labels[:, 0], data.classes)
     return train_ar(
-        tokens, FlexTok(p.tokenizer, vae).eval(), p, progress=False, trainer=trainer, precision=precision
+        tokens,
+        FlexTok(p.tokenizer, vae).eval().to(device),
+        p,
+        progress=False,
+        trainer=trainer,
+        precision=precision,
+        device=device,
     )
 
 

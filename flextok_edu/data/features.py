@@ -216,9 +216,9 @@ def train_classifier(
         relative = {h: e.detach() / math.log(n) for (h, n), e in zip(model.sizes.items(), each) if n > 1}
         return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(each)), relative
 
-    objective = Objective(
-        "classifier", loss, list(model.named_parameters()), config, list(model.named_buffers())
-    )
+    weights, buffers = list(model.named_parameters()), list(model.named_buffers())
+    always = lambda progress: "always"  # noqa: E731
+    objective = Objective("classifier", loss, weights, config, buffers, phase=always)
     stream = batches(data, config.batch, r.seed, r.device)
     log = fit(
         [objective], stream, config.steps, ema, label="classifier", every=every, trainer=trainer, runtime=r

@@ -152,13 +152,16 @@ class Distributed(SingleDevice):
         micro: int = 1,  # micro-batches a process and step (gradient accumulation)
         sharded: bool = False,  # spread weights and optimisers of transformers too (FSDP), not only the batch
         recompute: bool = False,  # keep no activations in blocks: less memory, a third more work
+        **named,  # graphs, as on one device
     ):
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=str(device) == "cpu")
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
-        super().__init__(pick_device(str(device)) if self.world == 1 else self.accelerator.device, precision)
+        super().__init__(
+            pick_device(str(device)) if self.world == 1 else self.accelerator.device, precision, **named
+        )
         self.micro = micro
         self.sharded = sharded and self.world > 1
         self.recompute = recompute
@@ -193,11 +196,9 @@ class Distributed(SingleDevice):
         for s in spread:
             s.gather()
 
-    def micro_batches(self, training: Training) -> list[tuple[object, float]]:
-        "This process's share of the step."
-        if isinstance(training.loader, Loader):
-            return training.loader.micro_batches(training.done, self.rank, self.world, self.micro)
-        return super().micro_batches(training)
+    def records(self, active: list[Objective]) -> bool:
+        "Only one process that computes nothing again: an exchange cannot be recorded here."
+        return self.world == 1 and not self.recompute and super().records(active)
 
     def loss(self, objective: Objective, batch, progress: float) -> tuple[Tensor, dict]:
         return self.modules[objective.name](batch, progress)  # through the wrapper

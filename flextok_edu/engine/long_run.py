@@ -77,7 +77,7 @@ class Dashboard(Callback):
         self.clock, self.seen = now, row["step"] + 1
         first = training.optimizers[training.objectives[0].name][0]
         more = {
-            "lr": first.param_groups[0]["lr"],
+            "lr": float(first.param_groups[0]["lr"]),
             "images_per_second": pace * training.loader.batch,
             "memory": peak_memory(backend.device),
         }

@@ -21,13 +21,34 @@ class EMA:
         parameters = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
         self.average = [p.detach().clone() for p in self.parameters]
+        # of the present weights in the next average; a tensor () where `move` is recorded (*graphs*)
+        self.weight: float | Tensor = 1.0
+
+    def advance(self) -> None:
+        "Count a step, and with it set the weight."
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if isinstance(self.weight, Tensor):
+            self.weight.fill_(weight)
+        else:
+            self.weight = weight
 
     @torch.no_grad()
-    def update(self) -> None:
+    def move(self, weight: float | Tensor | None = None) -> None:  # by default its own
         "Move the average towards the present weights."
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        weight = self.weight if weight is None else weight
+        now = [p.detach() for p in self.parameters]
+        if isinstance(weight, Tensor):
+            change = torch._foreach_sub(now, self.average)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(self.average, change)
+        else:
+            torch._foreach_lerp_(self.average, now, weight)
+
+    def update(self) -> None:
+        "Both: one step."
+        self.advance()
+        self.move()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -133,12 +154,17 @@ class Muon(torch.optim.Muon):
                 from torch.distributed.tensor import distribute_tensor
 
                 u = distribute_tensor(u.to(w.dtype), w.device_mesh, w.placements)
-            w.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"] * size)
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            if isinstance(group["lr"], Tensor):
+                w.sub_(u.to(w.dtype) * (group["lr"] * size))
+            else:
+                w.add_(u, alpha=-group["lr"] * size)
 
 # %% ../../nbs/engine/optim.ipynb #00-b6e31d58
 def make_optimizers(
     named_parameters,  # pairs (name, parameter)
     config: StageConfig,
+    recorded: bool = False,  # the learning rate is a tensor, so that a step can be recorded (*graphs*)
 ) -> list[torch.optim.Optimizer]:  # one or two optimisers
     """AdamW for everything, or Muon for the matrices and filters of hidden layers and AdamW for the rest
     (Muon suits hidden weights only).
@@ -159,12 +185,13 @@ def make_optimizers(
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cuda", "cpu") for p in rest)  # one kernel for all weights
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=fused
-    )
-    return [adamw] + (
-        [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]
-        if matrices
-        else []
-    )
+    device = named[0][1].device
+    options = {"fused": all(p.device.type in ("cuda", "cpu") for p in rest)}  # one kernel for all weights
+    if recorded:
+        options["capturable"] = device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if recorded else config.lr
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), **options)
+    adamw._warned_capturable_if_run_uncaptured = True  # steps before the recording are meant to be
+    if not matrices:
+        return [adamw]
+    return [adamw, Muon(matrices, lr=lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]

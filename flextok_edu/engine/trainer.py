@@ -7,7 +7,7 @@ __all__ = ['Objective', 'Training', 'SingleDevice', 'Tally', 'Callback', 'Traine
 
 # %% ../../nbs/engine/trainer.ipynb #engine-trainer-imports
 import contextlib, math, time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,11 @@ from tqdm.auto import tqdm
 
 from .checkpoint import random_state
 from .config import StageConfig
+from .graphs import Graphs, places, take_apart
+from .loader import Loader
 from .optim import EMA, make_optimizers, schedule
 from .runtime import Runtime
+from .tensors import onto
 from .text import drawable_lines, drawable
 
 # %% ../../nbs/engine/trainer.ipynb #00-69a3ef23
@@ -36,6 +39,9 @@ class Objective:
     after: Callable[[Callable], None] | None = None
     measure: Callable[[], dict] | None = None  # more numbers to log, asked for only when somebody looks
     modules: list = field(default_factory=list)  # what the loss runs through; several GPUs may spread them
+    # progress -> what the loss depends on besides the batch: then a GPU may record loss, step and `after`,
+    # and replay them without asking Python again (*graphs*). None: they run as they are
+    phase: Callable[[float], Hashable] | None = None
 
 
 @dataclass
@@ -66,19 +72,32 @@ class SingleDevice:
     "One device and one process: how a gradient is computed, and how a step is taken."
 
     rank, world = 0, 1  # this process, of so many
+    micro = 1  # micro-batches a process and step
+    reads_every_loss = property(
+        lambda self: self.device.type == "cpu"
+    )  # elsewhere it would make a device wait
 
     def __init__(
         self,
         device="cpu",
         precision: torch.dtype | None = None,  # autocast to torch.bfloat16, or to torch.float16 with a scaler
+        graphs: bool | None = None,  # replay recorded steps (*graphs*); None: on CUDA
     ):
         self.device = torch.device(device)
         self.precision = precision
+        self.graphs = Graphs(graphs, keep=24, warm=2)
+        # what changes from step to step is a tensor: recorded or not, the same arithmetic
+        self.tensors = self.device.type == "cuda"
 
     @contextlib.contextmanager
     def prepared(self, training: Training) -> Iterator[None]:
         "Around the whole training: optimisers are made."
-        training.optimizers = {o.name: make_optimizers(o.parameters, o.config) for o in training.objectives}
+        training.optimizers = {
+            o.name: make_optimizers(o.parameters, o.config, self.tensors) for o in training.objectives
+        }
+        if self.tensors and training.ema:
+            training.ema.weight = torch.zeros((), device=self.device)
+        self.graphs.clear()
         half = self.precision == torch.float16  # small gradients vanish in it without a scaler
         training.scalers = {
             o.name: torch.amp.GradScaler(self.device.type, enabled=half) for o in training.objectives
@@ -86,7 +105,9 @@ class SingleDevice:
         yield
 
     def micro_batches(self, training: Training) -> list[tuple[object, float]]:  # pairs (batch, weight)
-        "What this process sees in this step."
+        "What this process sees in this step: by its number, or from an iterator the next."
+        if isinstance(training.loader, Loader):
+            return training.loader.micro_batches(training.done, self.rank, self.world, self.micro)
         return [(next(training.loader), 1.0)]
 
     def ready(self, training: Training, objective: Objective) -> None:
@@ -94,8 +115,11 @@ class SingleDevice:
         lr = objective.config.lr * schedule(training.done, training.steps, objective.config.warmup)
         for opt in training.optimizers[objective.name]:
             for group in opt.param_groups:
-                group["lr"] = lr
-            opt.zero_grad(set_to_none=True)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+            opt.zero_grad(set_to_none=not self.tensors)  # a recording adds to gradients where they lie
 
     def loss(self, objective: Objective, batch, progress: float) -> tuple[Tensor, dict]:
         return objective.loss(batch, progress)
@@ -114,6 +138,35 @@ class SingleDevice:
         training.scalers[objective.name].scale(loss * weight if weight != 1 else loss).backward()
         return loss.detach(), numbers
 
+    def gradients(
+        self, training: Training, batch, weight: float, last: bool
+    ) -> list[tuple[Objective, Tensor, dict]]:  # loss; numbers
+        "Add everybody's gradient of one micro-batch."
+        active = training.active()
+        if not self.records(active):
+            return [(o, *self.gradient(training, o, batch, weight, last)) for o in active]
+        tensors, put_together, rest = take_apart(batch)
+
+        def work(*tensors: Tensor) -> list:
+            part = put_together(tensors)
+            found = [self.gradient(training, o, part, weight, last) for o in active]
+            return [(loss, {k: v() if callable(v) else v for k, v in more.items()}) for loss, more in found]
+
+        tensors = [onto(x, self.device) for x in tensors]
+        key = "gradients", rest, weight, *((o.name, o.phase(training.progress)) for o in active)
+        found = self.graphs(key, work, tensors, self._places(active), copy=False)
+        return [(o, *one) for o, one in zip(active, found)]
+
+    def records(self, active: list[Objective]) -> bool:
+        "Whether this step may be recorded."
+        return self.graphs.used_on(self.device) and all(o.phase is not None for o in active)
+
+    def _places(self, active: list[Objective]) -> Hashable:
+        "Where everything lies that a step of these changes."
+        weights = [w for o in active for _, w in o.parameters]
+        gradients = [w.grad for w in weights if w.grad is not None]
+        return places([*weights, *gradients, *(x for o in active for _, x in o.buffers)])
+
     def move(self, training: Training, objective: Objective) -> Tensor:
         # norm of the gradient before clipping
         "Clip and step."
@@ -127,6 +180,27 @@ class SingleDevice:
             scaler.step(opt)
         scaler.update()
         return norm
+
+    def update(self, training: Training) -> dict[str, Tensor]:  # each objective's gradient norm, by name
+        "Everybody's step, and what follows it: statistics, averaged weights."
+        active, ema = training.active(), training.ema
+
+        def work() -> dict[str, Tensor]:
+            norms = {o.name: self.move(training, o) for o in active}
+            for o in active:
+                if o.after:
+                    o.after(self.total)
+            if ema:
+                ema.move()
+            return norms
+
+        if ema:
+            ema.advance()
+        # a scaler looks at the gradients before it steps: that cannot be recorded
+        if self.precision == torch.float16 or not self.records(active):
+            return work()
+        key = "update", *(o.name for o in active)
+        return self.graphs(key, work, [], self._places(active), copy=False, device=self.device)
 
     def total(self, x: Tensor) -> Tensor:
         "Summed over all processes."
@@ -249,10 +323,9 @@ class Trainer:
             backend.ready(training, o)
         training.current = backend.micro_batches(training)
         for i, (batch, weight) in enumerate(training.current):
-            for o in active:
-                last = i == len(training.current) - 1
-                loss, numbers = backend.gradient(training, o, batch, weight, last)
-                if looked or loss.device.type == "cpu":
+            last = i == len(training.current) - 1
+            for o, loss, numbers in backend.gradients(training, batch, weight, last):
+                if looked or backend.reads_every_loss:
                     tally.add({o.name: loss} | (numbers if looked else {}), weight)
         row = tally.means(backend.total if looked else lambda x: x)
         for o in active:
@@ -262,12 +335,7 @@ class Trainer:
                     f"at step {training.done}; "
                     "try a lower learning rate or float32"
                 )
-        norms = {f"{o.name}_grad": backend.move(training, o) for o in active}
-        for o in active:
-            if o.after:
-                o.after(backend.total)
-        if training.ema:
-            training.ema.update()
+        norms = {f"{name}_grad": norm for name, norm in backend.update(training).items()}
         if not looked:
             return {}
         for o in active:
