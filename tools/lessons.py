@@ -28,7 +28,7 @@ BUILT = {
     "06_registers": "register tokens, the causal mask, nested dropout",
     "07_flow": "rectified flow, samplers, guidance",
     "08_networks": "the encoder and the flow decoder",
-    "08_tokenizer": "FlexTok itself: in forty plain lines, then as the class of the package",
+    "08_tokenizer": "FlexTok itself: in thirty plain lines, then as the class of the package",
     "09_short_cuts": "the same pictures for less arithmetic: four equalities",
     "10_objective": "what a tokenizer learns from: the flow loss, zero-noise regression, REPA",
     "11_training": "the loop of stage 1, first in fifteen lines",
