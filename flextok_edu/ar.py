@@ -47,7 +47,7 @@ def causal_mask(m: int, n: int, device=None) -> Tensor | None:  # boolean (m n);
     "The last m of n positions see themselves and everything before."
     return torch.ones(m, n, dtype=torch.bool, device=device).tril(n - m) if m > 1 else None
 
-
+# %% ../nbs/13_ar.ipynb #ar-attention
 class CausalAttention(nn.Module):
     "Multi-head attention of each position to itself and to earlier ones, without biases."
 
@@ -142,7 +142,7 @@ class GPT(nn.Module):
             "accuracy": lambda: (logits.argmax(-1) == ids).float().mean(),
         }
 
-# %% ../nbs/13_ar.ipynb #09-3436ae1b
+# %% ../nbs/13_ar.ipynb #ar-kv-cache
 class KVCache:
     "Keys and values of one block, as far as they are known."
 
@@ -156,7 +156,7 @@ class KVCache:
         self.keys[:, :, position:end], self.values[:, :, position:end] = k, v
         return self.keys[:, :, :end], self.values[:, :, :end], causal_mask(k.shape[2], end, k.device)
 
-
+# %% ../nbs/13_ar.ipynb #09-3436ae1b
 class CachedGPT(GPT):
     "A GPT that can also compute one position at a time."
 

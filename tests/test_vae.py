@@ -191,8 +191,8 @@ def left_out_of_fit(monkeypatch):
 def optimiser_never_steps(monkeypatch):
     real = engine_optim.make_optimizers
 
-    def lazy(named, config):
-        found = real(named, config)
+    def lazy(named, config, *more):
+        found = real(named, config, *more)
         if any(n.startswith("body.") or n == "logvar" for n, _ in named):
             for opt in found:
                 opt.step = lambda: None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .pictures import some
@@ -99,6 +99,7 @@ class Stopwatch(Distributed):
         super().__init__(device, precision, micro, recompute=recompute)
         self.wanted = steps
         self.limit = seconds
+        self.warm = 5 if self.graphs.used_on(self.device) else 2  # steps that do not count
         self.times = []
         self.spent = []
         self.flops = 0
@@ -116,11 +117,14 @@ class Stopwatch(Distributed):
         self.spent.append(0.0)
         return super().micro_batches(training)
 
-    def gradient(self, training, objective, batch, weight, last) -> tuple[Tensor, dict]:
+    def gradients(self, training, batch, weight, last) -> list[tuple]:
         "As before; the first step's arithmetic is counted."
         began, counter = self.now(), FlopCounterMode(display=False)
-        with counter if len(self.times) == 1 else contextlib.nullcontext():
-            found = super().gradient(training, objective, batch, weight, last)
+        with contextlib.ExitStack() as stack:
+            if len(self.times) == 1:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(counter)
+            found = super().gradients(training, batch, weight, last)
         self.flops += counter.get_total_flops()
         self.spent[-1] += self.now() - began
         return found
@@ -132,7 +136,8 @@ class Stopwatch(Distributed):
         except _Enough:
             pass
         each = [b - a for a, b in zip(self.times, self.times[1:])]
-        first = min(2, len(each) - 1)  # the first steps are slow: kernels are chosen, arithmetic is counted
+        # the first steps are slow: kernels are chosen, arithmetic is counted, and a GPU records them
+        first = min(self.warm, len(each) - 1)
         seconds, gradient = (sum(x[first:]) / len(x[first:]) for x in (each, self.spent))
         return StepProfile(
             self.batch,
@@ -152,7 +157,7 @@ class _Stop(Callback):
     def step(self, training: Training, backend: SingleDevice, looked: bool) -> None:
         watch = self.stopwatch
         watch.times.append(watch.now())
-        if len(watch.times) > watch.wanted + 2 or watch.times[-1] - watch.times[0] > watch.limit:
+        if len(watch.times) > watch.wanted + watch.warm or watch.times[-1] - watch.times[0] > watch.limit:
             raise _Enough
 
 # %% ../../nbs/apps/pace.ipynb #15-9bf5516d
@@ -172,6 +177,7 @@ def dummy_stages(
     few: ImageSet,  # some images
     feature_extractor: nn.Module | None = None,  # for the VAE's perceptual loss
     device="cpu",
+    compile: bool = False,  # as the training will
 ) -> dict[str, Callable]:  # stage -> a function of a trainer, that trains until the trainer has had enough
     """Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the
     same shape.
@@ -179,29 +185,22 @@ def dummy_stages(
     q = with_steps(
         replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.0)), dict.fromkeys(STAGES, 10**6)
     )  # with the adversary: the dear half of the training, to be careful
-    c, k = p.tokenizer, len(few)
+    c, k, how = p.tokenizer, len(few), {"device": device, "progress": False, "compile": compile}
     vae = VAE(p.vae).to(device).eval()
     noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
-    stages = {
-        "vae": lambda trainer: train_vae(
-            few, q, feature_extractor, device=device, progress=False, trainer=trainer
-        )
-    }
+    stages = {"vae": lambda trainer: train_vae(few, q, feature_extractor, **how, trainer=trainer)}
     if few.scenes:
         stages["classifier"] = lambda trainer: train_classifier(
             few, q.train_classifier, device=device, progress=False, trainer=trainer
         )
-    stages["tokenizer"] = lambda trainer: train_tokenizer(
-        noise, vae, q, device=device, progress=False, trainer=trainer
-    )
+    stages["tokenizer"] = lambda trainer: train_tokenizer(noise, vae, q, **how, trainer=trainer)
 
     def ar(trainer):
         return train_ar(
             Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes),
             FlexTok(c, vae),
             q,
-            device=device,
-            progress=False,
+            **how,
             trainer=trainer,
         )
 
@@ -214,12 +213,11 @@ def probe(
     held_out: int,  # images that there are to evaluate on
     device="cpu",
     precision: torch.dtype | None = None,
+    compile: bool = False,  # also probe what the compiler makes of it: its first calls are not counted
 ) -> dict[str, float]:  # seconds a step of each stage, and "evaluate": seconds of the whole evaluation
-    """Measure a few steps of every stage with throwaway weights (compilation is not probed: it makes training
-    somewhat faster).
-    """
+    """Measure a few steps of every stage with throwaway weights."""
     few = some(train, 512)
-    stages = dummy_stages(p, few, extractor(device=device), device)
+    stages = dummy_stages(p, few, extractor(device=device), device, compile)
     rates = {
         name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds
         for name, stage in stages.items()

@@ -163,6 +163,7 @@ class Distributed(SingleDevice):
             pick_device(str(device)) if self.world == 1 else self.accelerator.device, precision, **named
         )
         self.micro = micro
+        self.tensors = self.tensors and self.world == 1  # what is spread over processes takes plain numbers
         self.sharded = sharded and self.world > 1
         self.recompute = recompute
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+
+from .tensors import onto
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-cuda
 class CUDARecorder:
@@ -158,8 +160,8 @@ def _modes(device: torch.device) -> tuple:
     "What decides, besides its tensors, how an operation runs."
     kind = device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    return half, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *tf32
+    products = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return half, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *products
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-recording
 @dataclass
@@ -229,6 +231,18 @@ class Graphs:
             mine.copy_(given, non_blocking=True)
         found.replay()
         return tree_map_only(Tensor, torch.clone, found.outputs) if copy else found.outputs
+
+    def of_batch(self, key: Hashable, function: Callable, batch, where: Hashable, device: torch.device):
+        "`function(batch)` for a nested batch. Numbers that are functions are computed, and not copied."
+        tensors, put_together, rest = take_apart(batch)
+
+        def work(*tensors: Tensor):
+            found = function(put_together(tensors))
+            found = tree_map(lambda x: x() if callable(x) else x, found)
+            return tree_map_only(Tensor, Tensor.detach, found)  # what made them is not kept
+
+        tensors = [onto(x, device) for x in tensors]
+        return self((key, rest), work, tensors, where, copy=False, device=device)
 
     def _found(self, key: Hashable, where: Hashable) -> _Recording:
         found = self.recordings.pop(key, None)
