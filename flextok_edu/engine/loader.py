@@ -37,13 +37,13 @@ class BatchSampler:
         self._epochs = {}
 
     def _epoch(self, number: int) -> Tensor:  # (length,): the order of one epoch
-        if number not in self._epochs:
+        order = self._epochs.get(number)
+        if order is None:
             if len(self._epochs) > 3:
                 self._epochs.clear()
-            self._epochs[number] = torch.randperm(
-                self.length, generator=named_generator(self.seed, "order", number), device="cpu"
-            )
-        return self._epochs[number]
+            generator = named_generator(self.seed, "order", number)
+            order = self._epochs[number] = torch.randperm(self.length, generator=generator, device="cpu")
+        return order  # (not looked up again: another thread may have cleared the table)
 
     def rows(self, step: int) -> Tensor:  # (batch,) int64
         "The items of a step. Epochs follow each other without a gap, each in its own order."
@@ -74,8 +74,18 @@ class BatchSampler:
 class Loader(BatchSampler):
     """Batches without end.
 
-    What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `parts` for a share.
+    What a step sees follows from (seed, step) alone: set `step` to go on from there; ask `micro_batches` for
+    a share. Subclasses override `part`.
     """
+
+    def part(
+        self,
+        rows: Tensor,  # items of a micro-batch (m,), int64
+        positions: Tensor,  # their places in the batch (m,), int64
+        step: int,
+    ) -> object:  # what the loss takes
+        "One micro-batch."
+        return self.make(rows, positions, step)
 
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1
@@ -83,7 +93,7 @@ class Loader(BatchSampler):
         "The micro-batches of this process, and what each one's mean weighs (1 a process, on average)."
         rows = self.rows(step)
         return [
-            (self.make(rows[p], p, step), len(p) * world / self.batch)
+            (self.part(rows[p], p, step), len(p) * world / self.batch)
             for p in self.shard(step, rank, world, micro)
         ]
 

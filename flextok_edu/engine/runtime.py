@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from .tensors import check_noise
+
 # %% ../../nbs/engine/runtime.ipynb #engine-runtime-1
 def fold(
     cls: type,  # a dataclass
@@ -39,13 +41,22 @@ def fold(
 # %% ../../nbs/engine/runtime.ipynb #engine-runtime-2
 @dataclass(frozen=True)
 class Runtime:
-    "Where and how something runs. Of these only the seed decides what comes out."
+    """Where and how something runs. Raises ValueError for a kind of noise that is none.
+
+    Of these only the seed decides what a step computes, as long as the noise is drawn by name (`cpu`). Drawn
+    on the device, it is another on another kind of device, and for another number of processes or
+    micro-batches; the same run resumes exactly with both.
+    """
 
     seed: int = 0  # names all random numbers
     device: str | torch.device = "cpu"  # where models and batches are
     precision: torch.dtype | None = None  # autocast to torch.bfloat16 or torch.float16; None: float32
     compile: bool = False  # torch.compile the transformer blocks
     progress: bool = True  # show bars
+    noise: str = "cpu"  # of a training: each sample's by name, or on the "device" (see `NoiseSource`)
+
+    def __post_init__(self):
+        check_noise(self.noise)
 
     @classmethod
     def of(cls, runtime: "Runtime | None", named: dict) -> "Runtime":
