@@ -20,7 +20,7 @@ from .engine.config import Preset
 from .engine.loader import Loader
 from .engine.optim import EMA
 from .engine.runtime import Runtime
-from .engine.tensors import from_uint8, named_generator
+from .engine.tensors import from_uint8, named_generator, onto
 from .engine.tokenizers import Tokenizer
 from .engine.trainer import Objective, Trainer, fit
 
@@ -63,10 +63,9 @@ def token_batches(
     "Shuffled batches of ids without end."
 
     def make(rows, positions, step):
-        hidden = (torch.rand(batch, generator=named_generator(seed, "hidden", step)) < class_dropout)[
-            positions
-        ]
-        return data.ids(rows).to(device), data.labels[rows].to(device), hidden.to(device)
+        chance = torch.rand(batch, generator=named_generator(seed, "hidden", step))[positions]
+        found = data.ids(rows), data.labels[rows], chance < class_dropout
+        return tuple(onto(x, device) for x in found)
 
     return Loader(len(data), batch, make, seed)
 

@@ -19,7 +19,7 @@ from .engine.config import Preset, StageConfig
 from .engine.loader import Loader
 from .engine.optim import EMA
 from .engine.runtime import Runtime
-from .engine.tensors import from_uint8, named_generator, noise_like
+from .engine.tensors import NoiseSource, from_uint8, named_generator, onto
 from .engine.trainer import Objective, Trainer, fit
 from .fsq import CodebookUsage, RunningNorm
 from .objective import FlowObjective, Term, TrainingNoise, sample_training_noise
@@ -83,10 +83,11 @@ def latent_batches(
     device="cpu",  # where the batch goes
     features: Tensor | None = None,  # further data of each image (N …), to go along
     sample: bool = True,  # samples of the posteriors; otherwise their means
+    noise: str = "cpu",  # of the samples: each one's by name, or drawn on the "device" (see `NoiseSource`)
 ) -> Loader:  # of latents (b c h w); of pairs (latents, features) if there are features
     """Shuffled posterior samples without end.
 
-    Raises ValueError if there are not as many features as images.
+    Raises ValueError if there are not as many features as images, and for a noise that is none.
     """
     if features is not None and len(features) != len(data):
         raise ValueError(
@@ -94,13 +95,16 @@ def latent_batches(
             "same order"
         )
 
+    source = NoiseSource(noise, seed, batch)
+    where = source.where(device)  # added where it is drawn: a sum on a GPU may end in another bit
+
     def make(rows, positions, step):
         latents, stds = data.latents(rows)
         if sample and stds is not None:
-            latents = latents + stds * noise_like(
-                tuple(latents.shape[1:]), seed, (step * batch + positions).tolist(), stream="posterior"
-            )
-        return latents.to(device) if features is None else (latents.to(device), features[rows].to(device))
+            drawn = source.draw("posterior", tuple(latents.shape[1:]), step, positions, where)
+            latents = onto(latents, where) + onto(stds, where) * drawn
+        latents = onto(latents, device)
+        return latents if features is None else (latents, onto(features[rows], device))
 
     return Loader(len(data), batch, make, seed)
 
@@ -112,16 +116,27 @@ def _lengths(k: int) -> list[int]:
 class TokenizerLoader(Loader):
     "Latents, features and random numbers of stage 1, dealt in the order of their budgets."
 
-    def __init__(self, tok: "FlexTok", latents: Loader):  # of `latent_batches`
+    def __init__(
+        self,
+        tok: "FlexTok",
+        latents: Loader,  # of `latent_batches`
+        noise: str = "cpu",  # of the flow: each sample's by name, or drawn on the "device"
+    ):
         super().__init__(latents.length, latents.batch, None, latents.seed)
         self.tok = tok
         self.latents = latents
+        self.noise = NoiseSource(noise, self.seed, self.batch)
+        self._drawn = (-1, None)  # the last step, and its draws
         self.shape = (tok.config.latent_channels, tok.config.latent_size, tok.config.latent_size)
 
     def draws(self, step: int) -> TrainingNoise:
-        return sample_training_noise(
-            self.tok.config, self.batch, generator=named_generator(self.seed, "draws", step)
-        )
+        "Of the whole batch, on the CPU: they decide who sits in which micro-batch."
+        last, found = self._drawn
+        if last != step:
+            generator = named_generator(self.seed, "draws", step)
+            found = sample_training_noise(self.tok.config, self.batch, generator=generator)
+            self._drawn = (step, found)
+        return found
 
     def kept(self, d: TrainingNoise) -> Tensor:
         return d.budget * ~d.null  # tokens that are kept (b,)
@@ -129,26 +144,20 @@ class TokenizerLoader(Loader):
     def positions(self, step: int) -> Tensor:
         return self.kept(self.draws(step)).argsort(descending=True, stable=True)
 
-    def micro_batches(
-        self, step: int, rank: int = 0, world: int = 1, micro: int = 1
-    ) -> list[tuple[object, float]]:
-        rows, draws = self.latents.rows(step), self.draws(step)
+    def rows(self, step: int) -> Tensor:
+        return self.latents.rows(step)
 
-        def part(positions):
-            found = self.latents.make(rows[positions], positions, step)
-            latents, features = found if isinstance(found, tuple) else (found, None)
-            # the smallest of the allowed lengths that holds the longest sample
-            longest = next(
-                n for n in _lengths(self.tok.config.registers) if n >= self.kept(draws)[positions].max()
-            )
-            noise = noise_like(
-                self.shape, self.seed, (step * self.batch + positions).tolist(), latents.device, "flow"
-            )
-            return (latents, features, draws.of(positions)._replace(noise=noise, longest=longest)), len(
-                positions
-            ) * world / self.batch
-
-        return [part(positions) for positions in self.shard(step, rank, world, micro)]
+    def part(self, rows: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor | None, TrainingNoise]:
+        "Latents, features (or None) and draws of a micro-batch, all where the latents are."
+        found = self.latents.part(rows, positions, step)
+        latents, features = found if isinstance(found, tuple) else (found, None)
+        draws = self.draws(step).of(positions)
+        most = self.kept(draws).max()
+        # the smallest of the allowed lengths that holds the longest sample
+        longest = next(n for n in _lengths(self.tok.config.registers) if n >= most)
+        draws = TrainingNoise(*(x if x is None else onto(x, latents.device) for x in draws))
+        noise = self.noise.draw("flow", self.shape, step, positions, latents.device)
+        return latents, features, draws._replace(noise=noise, longest=longest)
 
 # %% ../nbs/11_training.ipynb #training-parts
 def tokenizer_objective(
@@ -183,7 +192,7 @@ def fit_tokenizer(
     terms: Sequence[Term] = (),  # further losses, REPA for example; their own parameters are not saved
     trainer: Trainer | None = None,  # by default one process, without checkpoints
     flip: bool = False,  # also learn from mirrored images
-    **named,  # fields of a Runtime: seed, device, precision, compile, progress
+    **named,  # fields of a Runtime: seed, device, precision, compile, progress, noise
 ) -> tuple[FlexTok, list[dict]]:  # the same, averaged weights, eval mode; training log
     """Train a tokenizer in place, or train it further.
 
@@ -208,12 +217,13 @@ def fit_tokenizer(
     statistics = NormStatistics(tok.norm if part == "both" else None, ema)
     extra = [pair for term in terms if hasattr(term, "trained") for pair in term.trained()]
     objective = tokenizer_objective(loss, moved + extra, config, statistics)
-    stream = latent_batches(latents, config.batch, r.seed, r.device, features, tok.config.sample_posterior)
+    sample = tok.config.sample_posterior
+    stream = latent_batches(latents, config.batch, r.seed, r.device, features, sample, r.noise)
     try:
         with compiled([*tok.encoder.blocks, *tok.decoder.blocks], r.compile):
             log = fit(
                 [objective],
-                TokenizerLoader(tok, stream),
+                TokenizerLoader(tok, stream, r.noise),
                 config.steps,
                 ema,
                 label="tokenizer",
@@ -280,7 +290,7 @@ def train_tokenizer(
     terms: Sequence[Term] = (),  # further losses, REPA for example
     trainer: Trainer | None = None,  # by default one process, without checkpoints
     flip: bool = False,  # also learn from mirrored images
-    **named,  # fields of a Runtime: seed, device, precision, compile, progress
+    **named,  # fields of a Runtime: seed, device, precision, compile, progress, noise
 ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
     "Train a new tokenizer on cached latents."
     torch.manual_seed(Runtime.of(None, named).seed)

@@ -7,6 +7,7 @@ __all__ = ['PosteriorLoader', 'train_vae']
 
 # %% ../nbs/03b_vae_training.ipynb #vae_training-imports
 import torch
+from torch import Tensor
 
 from .data.datasets import ImageSet
 from .data.features import Lite0
@@ -14,7 +15,7 @@ from .engine.config import Preset, VAEConfig
 from .engine.loader import Loader
 from .engine.optim import EMA
 from .engine.runtime import Runtime
-from .engine.tensors import noise_like
+from .engine.tensors import NoiseSource
 from .engine.trainer import Trainer, fit
 from .vae import VAE, VAELoss
 
@@ -22,37 +23,40 @@ from .vae import VAE, VAELoss
 class PosteriorLoader(Loader):
     """Images, labels, and the noise of their posterior samples.
 
-    The noise follows from (seed, step, position), not from the process that draws it.
+    The noise follows from (seed, step, position), not from the process that draws it, unless it is drawn on
+    the device (`NoiseSource`).
     """
 
     def __init__(
         self,
         images: Loader,  # of images and labels
         config: VAEConfig,
+        noise: str = "cpu",  # each sample's by name, or drawn on the "device"
     ):
         super().__init__(getattr(images, "length", 1), images.batch, None, images.seed)
         self.images, self.config = images, config
-        self.state_dict = images.state_dict
-        self.load_state_dict = images.load_state_dict
+        self.noise = NoiseSource(noise, self.seed, self.batch)
 
     def micro_batches(
         self, step: int, rank: int = 0, world: int = 1, micro: int = 1
     ) -> list[tuple[object, float]]:
-        def noise(images, positions):
-            sides = [side // self.config.factor for side in images.shape[2:]]
-            return noise_like(
-                (self.config.latent_channels, *sides),
-                self.seed,
-                (step * self.batch + positions).tolist(),
-                images.device,
-                "posterior",
-            )
-
+        "Those of the images, which may be read ahead or from a stream, with their noise."
         parts = self.images.micro_batches(step, rank, world, micro)
+        places = self.shard(step, rank, world, micro)
         return [
-            ((*batch, noise(batch[0], positions)), weight)
-            for (batch, weight), positions in zip(parts, self.shard(step, rank, world, micro), strict=True)
+            ((*batch, self._noise(batch[0], positions, step)), weight)
+            for (batch, weight), positions in zip(parts, places, strict=True)
         ]
+
+    def _noise(self, images: Tensor, positions: Tensor, step: int) -> Tensor:
+        shape = (self.config.latent_channels, *(side // self.config.factor for side in images.shape[2:]))
+        return self.noise.draw("posterior", shape, step, positions, images.device)
+
+    def state_dict(self) -> dict:
+        return self.images.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.images.load_state_dict(state)
 
 # %% ../nbs/03b_vae_training.ipynb #03-decdca30-1
 def train_vae(
@@ -64,7 +68,7 @@ def train_vae(
     part: str = "decoder",
     trainer: Trainer | None = None,  # by default one process, without checkpoints
     flip: bool = False,  # mirror images at random
-    **named,  # fields of a Runtime: seed, device, precision, progress
+    **named,  # fields of a Runtime: seed, device, precision, progress, noise
 ) -> tuple[VAE, list[dict]]:  # averaged weights with measured latents, eval mode; training log
     """Train a VAE from scratch and measure its latents, or continue with a trained one, for example on other
     pictures. Raises ValueError for a VAE of another shape than the preset's, and for an unknown part.
@@ -83,7 +87,7 @@ def train_vae(
     vae.requires_grad_(True).encoder.requires_grad_(not frozen)
     losses = VAELoss(vae, preset.vae_loss, feature_extractor).to(r.device)
     ema = EMA(vae, config.ema)
-    feed = PosteriorLoader(data.feed(config.batch, r.seed, r.device, flip), preset.vae)
+    feed = PosteriorLoader(data.feed(config.batch, r.seed, r.device, flip), preset.vae, r.noise)
     log = fit(losses.objectives(config), feed, config.steps, ema, label="VAE", trainer=trainer, runtime=r)
     ema.apply()
     vae.requires_grad_(True).eval()

@@ -77,7 +77,7 @@ def _how(task: Task, trainer, *without: str) -> dict:
     "What all trainers of models take, by their names."
     r = task.runtime
     named = {"seed": r.seed, "device": r.device, "precision": r.precision, "compile": r.compile}
-    named |= {"progress": r.progress, "trainer": trainer}
+    named |= {"progress": r.progress, "noise": r.noise, "trainer": trainer}
     return {name: value for name, value in named.items() if name not in without}
 
 

@@ -177,10 +177,12 @@ def _task(job: RunContext, stage: Stage, after) -> Task:
         "precision": str(half),
         "preset": as_json(p),
     }
+    if job.config.noise != "cpu":  # (older checkpoints do not say it)
+        recipe["noise"] = job.config.noise
     return Task(
         job.out / stage.name,
         p,
-        Runtime(job.config.seed, job.device, half, job.compile, watched()),
+        Runtime(job.config.seed, job.device, half, job.compile, watched(), job.config.noise),
         job.train,
         learned_from(job.train),
         recipe,

@@ -22,7 +22,7 @@ from .scenes import KINDS, ToyScenes
 from .sets import find_set
 from ..engine.loader import Loader
 from ..engine.runtime import fold
-from ..engine.tensors import from_uint8, named_generator
+from ..engine.tensors import from_uint8, named_generator, onto
 from ..engine.text import plain
 
 # %% ../../nbs/data/datasets.ipynb #01-9564c59b
@@ -311,15 +311,10 @@ def batches(
     """
 
     def make(rows, places, step):
-        images = from_uint8(data.images[rows].to(device))
+        images = from_uint8(onto(data.images[rows], device))
         if flip:
-            images = torch.where(
-                (torch.rand(batch, 1, 1, 1, generator=named_generator(seed, "flip", step))[places] < 0.5).to(
-                    device
-                ),
-                images.flip(-1),
-                images,
-            )
-        return images, data.labels[rows].to(device)
+            chance = torch.rand(batch, 1, 1, 1, generator=named_generator(seed, "flip", step))[places]
+            images = torch.where(onto(chance < 0.5, device), images.flip(-1), images)
+        return images, onto(data.labels[rows], device)
 
     return Loader(len(data), batch, make, seed)

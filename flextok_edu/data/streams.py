@@ -6,7 +6,7 @@
 __all__ = ['StreamSource', 'StreamLoader']
 
 # %% ../../nbs/data/streams.ipynb #data-streams-imports
-import copy, itertools, warnings
+import copy, itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .keys import picture_key
-from .reading import LoaderOptions, decode_quietly
+from .reading import LoaderOptions, decode_quietly, quiet_pillow
 from .set_sources import find_columns, row_item
 from .sources import Item
 from ..engine.runtime import fold
-from ..engine.tensors import from_uint8
+from ..engine.tensors import from_uint8, onto
 
 # %% ../../nbs/data/streams.ipynb #01b-2b923904
 class StreamSource:
@@ -148,8 +148,7 @@ def _decoded(
         found = decode_quietly(item, size, chance[1] if how.crop == "random" else None)
         return found.flip(-1) if how.flip and chance[0] < 0.5 and not isinstance(found, str) else found
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_pillow():
         return list((pool.map if pool else map)(one, items, chances))
 
 # %% ../../nbs/data/streams.ipynb #01b-5d2e80c4
@@ -245,7 +244,10 @@ class StreamLoader(_FrontToBack):
             self._last = step, self._read_batch()
         images, labels, _ = self._last[1]
         return [
-            ((from_uint8(images[p].to(self.device)), labels[p].to(self.device)), len(p) * world / self.batch)
+            (
+                (from_uint8(onto(images[p], self.device)), onto(labels[p], self.device)),
+                len(p) * world / self.batch,
+            )
             for p in (c[rank::world] for c in torch.arange(self.batch).tensor_split(micro))
         ]
 

@@ -80,13 +80,13 @@ def _one_thread_only(parts) -> bool:
     "On Apple's GPUs, PyTorch crashes when two threads compute (github.com/pytorch/pytorch/issues/197805)."
     return any(x.device.type == "mps" for x in _tensors(parts))
 
-# %% ../../nbs/engine/prefetch.ipynb #prefetch-ahead
+# %% ../../nbs/engine/prefetch.ipynb #prefetch-ring
 def _ring(bell) -> None:
     "Wake the one thread that waits for this lock; or let it not fall asleep."
     with contextlib.suppress(RuntimeError):  # it has rung already
         bell.release()
 
-
+# %% ../../nbs/engine/prefetch.ipynb #prefetch-ahead
 class _Ahead:
     "One thread that makes the steps which follow another."
 
