@@ -337,6 +337,12 @@ class VAELoss(nn.Module):
         "rec / exp(s) + s as a function of s: least where exp(s) is the reconstruction error."
         return self.distance / self.logvar.exp() + self.logvar, {"logvar": self.logvar.detach()}
 
+    def networks(self) -> list[nn.Module]:
+        "What the losses call, to be compiled: autoencoder, critic, and the blocks of the frozen network."
+        frozen = getattr(self.feature_extractor, "blocks", None) if self.weights.perceptual else None
+        parts = [self.vae.encoder, self.vae.decoder, self.critic, *(frozen or [])]
+        return [m for m in parts if m is not None]
+
     def objectives(self, config: StageConfig) -> list[Objective]:
         # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."

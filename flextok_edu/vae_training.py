@@ -6,11 +6,14 @@
 __all__ = ['PosteriorLoader', 'train_vae']
 
 # %% ../nbs/03b_vae_training.ipynb #vae_training-imports
+import copy
+
 import torch
 from torch import Tensor
 
 from .data.datasets import ImageSet
 from .data.features import Lite0
+from .engine.compiler import compiled
 from .engine.config import Preset, VAEConfig
 from .engine.loader import Loader
 from .engine.optim import EMA
@@ -68,7 +71,7 @@ def train_vae(
     part: str = "decoder",
     trainer: Trainer | None = None,  # by default one process, without checkpoints
     flip: bool = False,  # mirror images at random
-    **named,  # fields of a Runtime: seed, device, precision, progress, noise
+    **named,  # fields of a Runtime: seed, device, precision, compile, progress, noise
 ) -> tuple[VAE, list[dict]]:  # averaged weights with measured latents, eval mode; training log
     """Train a VAE from scratch and measure its latents, or continue with a trained one, for example on other
     pictures. Raises ValueError for a VAE of another shape than the preset's, and for an unknown part.
@@ -85,10 +88,16 @@ def train_vae(
     torch.manual_seed(r.seed)
     vae = (VAE(preset.vae) if old is None else old).to(r.device)
     vae.requires_grad_(True).encoder.requires_grad_(not frozen)
+    if feature_extractor is not None and r.precision is not None:
+        # frozen, so autocast would round its weights anew in every step
+        feature_extractor = copy.deepcopy(feature_extractor).to(r.precision)
     losses = VAELoss(vae, preset.vae_loss, feature_extractor).to(r.device)
     ema = EMA(vae, config.ema)
     feed = PosteriorLoader(data.feed(config.batch, r.seed, r.device, flip), preset.vae, r.noise)
-    log = fit(losses.objectives(config), feed, config.steps, ema, label="VAE", trainer=trainer, runtime=r)
+    # on a CPU the transformers alone are compiled: here most of the work is in convolutions
+    networks = losses.networks() if torch.device(r.device).type == "cuda" else []
+    with compiled(networks, r.compile):
+        log = fit(losses.objectives(config), feed, config.steps, ema, label="VAE", trainer=trainer, runtime=r)
     ema.apply()
     vae.requires_grad_(True).eval()
     if not frozen:

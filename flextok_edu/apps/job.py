@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .machine import machine_line, pick_noise
 from .pace import with_steps, plan, probe
 from .page import PICTURES
 from .pictures import open_pictures
@@ -48,6 +49,7 @@ class RunContext:
     began: float  # clock at the start
     # stage -> settings under which it went on after an interruption
     changes: dict = field(default_factory=dict)
+    noise: str = "cpu"  # of the training
 
     @property
     def out(self) -> Path:
@@ -66,6 +68,10 @@ _NOT_ASKED = (
     "download",
     "workers",
     "go_on",
+    "graphs",
+    "tf32",
+    "ahead",
+    "noise",
 )  # they change no result, or are kept elsewhere
 
 
@@ -106,7 +112,14 @@ def _stored(config: RunConfig, base: dict | None = None) -> dict | None:
         return None
     stored = conform(
         read_json(file, "run.json of a run"),
-        {"asked": dict, "preset": dict, "data": {"train": str, "val": str}, "base?": dict, "changes?": dict},
+        {
+            "asked": dict,
+            "preset": dict,
+            "data": {"train": str, "val": str},
+            "base?": dict,
+            "changes?": dict,
+            "noise?": str,
+        },
         file,
     )
     stored = renamed(stored)
@@ -220,6 +233,7 @@ def prepare(
         )
     if aside and (place := aside()):
         print(f"{plain(out)} is now {plain(place)}", flush=True)
+    noise = pick_noise(config, device, stored.get("noise", "cpu") if stored else None)
     if stored:
         _same_pictures(config, stored, data)
         p = from_dict(Preset, stored["preset"])
@@ -232,10 +246,13 @@ def prepare(
         "base": asdict(base),
         "data": data,
         "preset": asdict(p),
-    } | ({"changes": changes} if changes else {})
+    }
+    facts |= {k: v for k, v in {"changes": changes, "noise": noise}.items() if v and v != "cpu"}
     write_text(out / "run.json", json.dumps(facts, indent=1))
     compiles, extractors = _compiles(config, p, device), (feature_extractor, reference)
-    return RunContext(config, p, device, precision, compiles, *extractors, train, val, began, changes)
+    if chosen := machine_line(config, device, precision, compiles, noise):
+        print(chosen, flush=True)
+    return RunContext(config, p, device, precision, compiles, *extractors, train, val, began, changes, noise)
 
 # %% ../../nbs/apps/job.ipynb #15-94abd884-2
 def _decide(
@@ -252,9 +269,12 @@ def _decide(
     if config.steps:
         return with_steps(p, {name: config.steps for name in STAGES})
     print("probing how long this will take ...", flush=True)
-    rates = probe(p, train, len(val), device, precision)
+    # on a CPU the compiler makes a step somewhat faster, on a GPU two or three times
+    compiles = device.type == "cuda" and _compiles(config, p, device)
+    rates = probe(p, train, len(val), device, precision, compiles)
     once = 25  # seconds: compiling, caching latents
-    p, seconds = plan(p, rates, config.minutes, config.at_most, time.perf_counter() - began + once)
+    minutes = config.minutes or _usual_minutes(config, p, device)
+    p, seconds = plan(p, rates, minutes, config.at_most, time.perf_counter() - began + once)
     print(
         "about "
         + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
@@ -262,3 +282,15 @@ def _decide(
         flush=True,
     )
     return p
+
+# %% ../../nbs/apps/job.ipynb #apps-job-minutes
+_MINUTES = {"mini": 5.0}  # on CUDA, for presets that are made for so long
+
+
+def _usual_minutes(config: RunConfig, p: Preset, device: torch.device) -> float | None:
+    "How long a run takes that was not told."
+    if device.type != "cuda" or config.at_most:
+        return None
+    if minutes := _MINUTES.get(p.name):
+        print(f"{p.name} on a GPU: {minutes:g} minutes in all, unless --minutes or --at-most say otherwise")
+    return minutes

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
+from .machine import MachineOptions, check_machine
 from ..data.registry import find_kind
 from ..engine.config import Preset, StageConfig, preset
 from ..engine.limits import check_limits
-from ..engine.tensors import check_noise
 from ..engine.text import plain
 
 # %% ../../nbs/apps/run_config.ipynb #15-44c790c8
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(MachineOptions):
     """Train and evaluate every stage of FlexTok: data, VAE, classifier, tokenizer, AR model, table, pictures,
     report.
     """
@@ -72,11 +72,6 @@ class RunConfig:
     """auto (if a compiler is there and the run is long enough), on, off: torch.compile for the transformer
     blocks while they train.
     """
-    noise: str = "cpu"
-    """Of the training: cpu (each sample's by name: neither the device nor the number of processes changes a
-    step) or device (drawn where the batch is, faster on a GPU; the run still resumes exactly, but on another
-    kind of device it is another run).
-    """
     steps: int | None = None
     "Train every stage for exactly so many steps. For tests."
     train_images: int | None = None
@@ -126,7 +121,7 @@ def check(config: RunConfig) -> None:
         pick_precision(config.precision, "cpu")
     if config.compile not in ("auto", "on", "off"):
         raise ValueError(f"compile {config.compile!r}: use auto, on or off")
-    check_noise(config.noise)
+    check_machine(config)
     for name in ("minutes", "at_most"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):

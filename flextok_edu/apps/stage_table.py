@@ -86,7 +86,7 @@ def _train_vae(task: Task, data, trainer) -> tuple[VAE, list[dict]]:
     if eyes is None and p.vae_loss.perceptual:
         eyes = extractor(device=task.runtime.device)
     flip = not data.scenes  # scenes have a left and a right; photographs may be mirrored
-    how = _how(task, trainer, "compile")
+    how = _how(task, trainer)
     return train_vae(data, p, eyes, vae=task.old, part=task.part, flip=flip, **how)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .job import RunContext, as_json
+from .machine import backend_options
 from flextok_edu.apps.page import (
     PICTURES,
     expected_curves,
@@ -177,12 +178,12 @@ def _task(job: RunContext, stage: Stage, after) -> Task:
         "precision": str(half),
         "preset": as_json(p),
     }
-    if job.config.noise != "cpu":  # (older checkpoints do not say it)
-        recipe["noise"] = job.config.noise
+    if job.noise != "cpu":  # (older checkpoints do not say it)
+        recipe["noise"] = job.noise
     return Task(
         job.out / stage.name,
         p,
-        Runtime(job.config.seed, job.device, half, job.compile, watched(), job.config.noise),
+        Runtime(job.config.seed, job.device, half, job.compile, watched(), job.noise),
         job.train,
         learned_from(job.train),
         recipe,
@@ -190,7 +191,7 @@ def _task(job: RunContext, stage: Stage, after) -> Task:
         after=after,
         encoded=job.out / stage.encoded if stage.encoded else None,
         feature_extractor=job.feature_extractor,
-        machine={"minutes": 5.0},
+        machine={"minutes": 5.0, **backend_options(job.config, half)},
     )
 
 

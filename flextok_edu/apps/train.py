@@ -14,6 +14,7 @@ import torch
 
 from .cli import command, stored_options
 from .job import lasting
+from .machine import backend_options, check_machine, machine_line, pick_noise
 from .models import find_model, all_learned, open_tokenizer, open_vae, preset_of
 from .options import UsageError, override
 from .pictures import open_pictures, watched
@@ -36,6 +37,7 @@ from flextok_edu.apps.training import (
     check_latents_fit,
     training_data,
     model_to_go_on_with,
+    noise_before,
 )
 from ..data.learned import Learned, hash_keys, load_learned
 from ..engine.claims import claimed
@@ -64,6 +66,7 @@ def _check(o: TrainOptions, p: Preset, out: Path) -> None:
             "negative, and --micro and --keep not 0"
         )
     check_name(out)
+    check_machine(o)
     if parse_go_on(o.go_on) and o.fresh:
         raise UsageError("--go-on and --fresh: go on with what is there, or begin anew, not both")
 
@@ -110,7 +113,8 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         if first:
             _claim(held, o, out)
         processes.wait_for_everyone()
-        runtime = Runtime(o.seed, o.device, precision, progress=watched())
+        noise = pick_noise(o, device, noise_before(out))
+        runtime = Runtime(o.seed, o.device, precision, progress=watched(), noise=noise)
         return _train_in(o, _task(o, out, p, runtime, (old, made_of), pictures), processes)
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f-1
@@ -144,6 +148,8 @@ def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple
         "learns_from": named,
         "after": weights_hash(made_of) if made_of is not None else None,
     }
+    if runtime.noise != "cpu":  # (older ones do not say it)
+        recipe["noise"] = runtime.noise
     return Task(
         out,
         p,
@@ -156,7 +162,8 @@ def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple
         old=old,
         part=o.part,
         keep_vae=o.stage == "tokenizer",
-        machine={k: getattr(o, k) for k in ("micro", "sharded", "recompute", "minutes", "keep", "track")},
+        machine={k: getattr(o, k) for k in ("micro", "sharded", "recompute", "minutes", "keep", "track")}
+        | backend_options(o, runtime.precision),
         callbacks=(LineAMinute(),),
     )
 
@@ -164,7 +171,8 @@ def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple
 def _compiles(o: TrainOptions, p: Preset) -> bool:  # whether blocks are to be compiled
     device = pick_device(o.device)
     wanted = o.compile == "on" or o.compile == "auto" and STAGE_TABLE[o.stage].config(p).steps >= 500
-    return o.stage != "vae" and wanted and device.type != "mps" and compiler_works(device)
+    pays = o.stage != "vae" or device.type == "cuda"  # on a CPU its convolutions stay as they are
+    return pays and wanted and device.type != "mps" and compiler_works(device)
 
 # %% ../../nbs/apps/train.ipynb #15b-64555ff2-1
 def with_earlier(now: Learned, before: Learned | None) -> Learned:
@@ -250,7 +258,9 @@ def _train_in(o: TrainOptions, asked: Task, processes) -> Path:
     } | ({"changes": went_on} if went_on else {})
     if first:
         write_text(out / "run.json", json.dumps(facts, indent=1))
-    config, data = stage.config(task.preset), task.data
+    config, data, device = stage.config(task.preset), task.data, pick_device(str(runtime.device))
+    if chosen := machine_line(o, device, runtime.precision, runtime.compile, runtime.noise):
+        print(chosen, flush=True)
     print(
         f"{o.stage}: {config.steps} steps of {config.batch}, from "
         f"{plain(getattr(data, 'source', None) or data.facts['source'])}; {plain(out)}",
