@@ -26,6 +26,7 @@ from .run_config import STAGES, pick_precision
 from ..ar import ARModel
 from ..data.datasets import ImageSet
 from ..data.decoding import machine_memory
+from ..data.drawing import processes
 from ..data.extractors import extractor
 from ..data.features import AttributeClassifier
 from ..engine.config import Preset
@@ -206,13 +207,15 @@ def _say_caches(p: Preset, few: ImageSet, device: torch.device, count: int) -> N
         )
 
 
-def _say_scenes(p: Preset, count: int, seconds: float) -> None:  # seconds: to draw one
+def _say_scenes(p: Preset, count: int, seconds: float, workers: int | None) -> None:  # seconds: to draw one
     size = count * 3 * p.image_size**2
     large = size > machine_memory() / 2
     warning = "; that is more than half of the memory of this machine: --train-images" if large else ""
+    number = processes(workers, count)
+    by = f"{number} processes" if number > 1 else "this process"
     _say(
-        f"drawing scenes: {1 / seconds:,.0f} images/s; {count:,} are {size / 1e9:,.2f} GB in memory, "
-        f"{count * seconds / 3600:,.2f} h{warning}"
+        f"drawing scenes: {1 / seconds:,.0f} images/s a process; {count:,} are {size / 1e9:,.2f} GB in "
+        f"memory, {count * seconds / number / 3600:,.2f} h by {by}{warning}"
     )
 
 # %% ../../nbs/apps/estimate.ipynb #92e0d21e
@@ -242,7 +245,7 @@ def estimate_all(o: EstimateOptions, base: Preset | None = None) -> list[Estimat
     )
     _say_caches(p, few, device, count)
     if o.data == "scenes":
-        _say_scenes(p, count, reading)
+        _say_scenes(p, count, reading, o.workers)
     _say(
         f"memory: measured {'on the GPU' if device.type == 'cuda' else 'of the whole process'} | counted "
         "for the preset's batch, float32, without --micro and --recompute. matmul: share of what matrix "

@@ -172,7 +172,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         seed=o.seed,
         progress=watched(),
         facts=trained_how(**made) | {"learned": learned},
-        **for_the_floor(train, val, p, o.seed),
+        **for_the_floor(train, val, p, o.seed, o.workers),
     )
     report.save(out)
     picture_quality(report, out / "quality.png")

@@ -63,8 +63,11 @@ class DataOptions(Common):
 
     (Tar shards and hub sets always are.)
     """
-    workers: int = 0
-    "Processes that decode, if images are read from the disk."
+    workers: int | None = None
+    """Processes that draw the scenes, or that decode images that are read from the disk.
+
+    By default all cores but one draw where it pays, and decoding needs no process of its own.
+    """
     train_images: int | None = None
     """Draw so many scenes for training instead of the preset's number; of anything else, use at most so many
     images.

@@ -38,12 +38,13 @@ def held_out_scenes(
     p: Preset,  # size and level
     seed: int,  # names the scenes
     count: int,  # how many
+    workers: int | None = None,  # processes that draw; None: as many as pay
 ) -> ImageSet:  # with all four columns of labels
     "Scenes that no model has learned from, whatever its seed (see *data*)."
     check_memory(count, p.image_size, "measure fewer (--set evaluate.images=…)")
     scenes = ToyScenes("val", p.image_size, p.level, seed, count)
     return ImageSet(
-        *scenes.render(progress=watched()),
+        *scenes.render(progress=watched(), workers=workers),
         KINDS,
         f"ToyScenes val, level {p.level}, seed {seed}, {p.image_size} px",
         True,
@@ -66,9 +67,10 @@ def open_pictures(
     e = p.evaluate
     if find_kind(o.data).drawn:  # what nobody asks for is not drawn; more for the floor can be
         train = None
-        val = None if only == "train" else held_out_scenes(p, o.seed, e.images)
+        val = None if only == "train" else held_out_scenes(p, o.seed, e.images, o.workers)
         if only != "val":
-            train, _ = load_data(o.data, p.image_size, p.train_images, 0, p.level, o.seed, progress=watched())
+            want = (p.image_size, p.train_images, 0, p.level, o.seed)
+            train, _ = load_data(o.data, *want, progress=watched(), workers=o.workers)
         return train, val
     held = e.images + max(e.images, e.samples)  # what is not measured is the floor of the distances
     if not on_disk(o.data, o.from_disk):
@@ -85,17 +87,23 @@ def open_pictures(
         )
     source = open_source(o.data, p.image_size, root=o.data_root, download=o.download)
     train, val = split_source(source, watched(), limit=o.train_images, val_images=held)
-    return OnDisk(train, p.image_size, o.workers), None if only == "train" else as_image_set(
-        val, p.image_size, workers=o.workers
+    decoders = o.workers or 0  # None: the training decodes
+    return OnDisk(train, p.image_size, decoders), None if only == "train" else as_image_set(
+        val, p.image_size, workers=decoders
     )
 
-
-def for_the_floor(train: ImageSet | OnDisk | None, val: ImageSet, p: Preset, seed: int) -> dict:
-    # other, other_is: for `evaluate_tokenizer`
+# %% ../../nbs/apps/pictures.ipynb #15-5f7ef69a-2
+def for_the_floor(
+    train: ImageSet | OnDisk | None,
+    val: ImageSet,
+    p: Preset,
+    seed: int,
+    workers: int | None = None,  # processes that draw scenes
+) -> dict:  # other, other_is: for `evaluate_tokenizer`
     "Other real pictures, and what they are. (Held-out pictures that are not measured go before them.)"
     if val.scenes:
         return {
-            "other": held_out_scenes(p, seed + 1, len(val)),
+            "other": held_out_scenes(p, seed + 1, len(val), workers),
             "other_is": f"other held-out scenes, seed {seed + 1}",
         }
     return (

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .machine import MachineOptions, check_machine
+from ..data.drawing import processes
 from ..data.registry import find_kind
 from ..engine.config import Preset, StageConfig, preset
 from ..engine.limits import check_limits
@@ -40,8 +41,11 @@ class RunConfig(MachineOptions):
 
     (Tar shards and hub sets always are.)
     """
-    workers: int = 0
-    "Processes that decode, if images are read from the disk."
+    workers: int | None = None
+    """Processes that draw the scenes, or that decode images that are read from the disk.
+
+    By default all cores but one draw where it pays, and decoding needs no process of its own.
+    """
     preset: str = "micro"
     "Size of everything: micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
     out: str = "runs/demo"
@@ -134,6 +138,7 @@ def check(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 2:
             raise ValueError(f"{name} must be at least 2, not {value}")
+    processes(config.workers, 0)
     if config.seed < 0:
         raise ValueError(f"seed must be 0 or more, not {config.seed}")
     parse_go_on(config.go_on)

@@ -268,7 +268,7 @@ def _measured(job: RunContext, models: Models, learned: dict | None) -> tuple[Re
         seed=seed,
         progress=watched(),
         facts=facts,
-        **for_the_floor(job.train if len(job.train) else None, val, p, seed),
+        **for_the_floor(job.train if len(job.train) else None, val, p, seed, job.config.workers),
     )
     report.save(job.out)
     return report, val

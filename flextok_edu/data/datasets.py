@@ -240,7 +240,9 @@ def load_scenes(source: str, want: LoadOptions) -> tuple[ImageSet, ImageSet]:  #
     check_memory(want.train_images + want.val_images, want.size, "draw fewer (--train-images)")
     return tuple(
         ImageSet(
-            *ToyScenes(split, want.size, want.level, want.seed, count).render(progress=want.progress),
+            *ToyScenes(split, want.size, want.level, want.seed, count).render(
+                progress=want.progress, workers=want.workers
+            ),
             KINDS,
             f"ToyScenes {split}, level {want.level}, seed {want.seed}, {want.size} px",
             True,
@@ -281,7 +283,7 @@ def load_data(
     val_images: int,
     level: int = 1,  # complexity of the scenes
     seed: int = 0,  # names the scenes; a folder's split depends on the pictures alone
-    **fields,  # progress, root, download, limit: see `LoadOptions`
+    **fields,  # progress, root, download, limit, workers: see `LoadOptions`
 ) -> tuple[ImageSet, ImageSet]:  # train, val: disjoint
     """Everything training and evaluation need, in memory as bytes.
 

@@ -45,6 +45,7 @@ class LoadOptions:
     root: str | Path | None = None  # where public sets lie; ~/.cache/flextok_edu by default
     download: bool = False  # fetch a public set that is not there
     limit: int | None = None  # of all but scenes: training pictures, at most, evenly spread
+    workers: int | None = None  # of scenes: processes that draw; None: as many as pay
 
 # %% ../../nbs/data/registry.ipynb #data-registry-2
 LOAD_OPENED = "flextok_edu.data.opening:load_opened"  # opens, divides by `split_source`, reads both sides

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .drawing import draw_apart
 from .shapes import PART_COLOURS, SHAPES
 from ..engine.tensors import from_uint8
 
@@ -372,15 +373,27 @@ class ToyScenes(Dataset):
         image = from_uint8(torch.from_numpy(draw(scene, self.size).copy()).permute(2, 0, 1))
         return SceneItem(image, scene.labels[0], scene.caption, scene)
 
-    def render(
-        self, start: int = 0, count: int | None = None, progress: bool = False
-    ) -> tuple[Tensor, Tensor]:  # images (b 3 h w) uint8; labels (b 4): kind, colour, place, light
-        "Draw `count` items into one tensor."
-        count = self.length - start if count is None else count
+    def draw_many(
+        self, start: int, count: int, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:  # (b 3 h w) uint8; (b 4) int64
+        "Draw `count` items, one after the other."
         images = np.empty((count, 3, self.size, self.size), np.uint8)
         labels = np.empty((count, len(ATTRIBUTES)), np.int64)
         for i in tqdm(range(count), desc=f"drawing {self.split}", disable=not progress):
             scene = self.scene(start + i)
             images[i] = draw(scene, self.size).transpose(2, 0, 1)
             labels[i] = scene.labels
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        return images, labels
+
+    def render(
+        self,
+        start: int = 0,
+        count: int | None = None,
+        progress: bool = False,
+        workers: int | None = None,  # processes that draw; 0, 1: this one; None: as many as pay
+    ) -> tuple[Tensor, Tensor]:  # images (b 3 h w) uint8; labels (b 4): kind, colour, place, light
+        "Draw `count` items into one tensor. Raises ValueError and RuntimeError as `draw_apart` does."
+        count = self.length - start if count is None else count
+        drawn = draw_apart(self, start, count, workers, progress) or self.draw_many(start, count, progress)
+        images, labels = map(torch.from_numpy, drawn)
+        return images, labels
