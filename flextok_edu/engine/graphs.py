@@ -6,7 +6,7 @@
 __all__ = ['CUDARecorder', 'OpRecorder', 'take_apart', 'held_by', 'places', 'Graphs']
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-imports
-import contextlib
+import contextlib, os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -202,8 +202,9 @@ class Graphs:
         self.refused.clear()
 
     def used_on(self, device: torch.device) -> bool:
-        "Whether calls on this device are recorded."
-        return self.enabled is not False and self.recorder.works_on(device)
+        "Whether calls on this device are recorded. FLEXTOK_GRAPHS=off in the environment: none are."
+        off = self.enabled is False or os.environ.get("FLEXTOK_GRAPHS") == "off"
+        return not off and self.recorder.works_on(device)
 
     def __call__(
         self,
