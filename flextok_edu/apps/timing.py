@@ -54,7 +54,7 @@ def in_turns(
                 times[name].append(spent)
     return times
 
-
+# %% ../../nbs/apps/timing.ipynb #timing-matmuls
 def matmuls(
     t: TrunkConfig,  # whose matrices
     rows: int,  # positions, of the whole batch
@@ -120,7 +120,7 @@ def variant(tok: FlexTok, name: str):
     finally:
         tok.short_cuts, tok.guidance_together, tok.graphs.enabled = before
 
-
+# %% ../../nbs/apps/timing.ipynb #timing-can_run
 WARM = 2  # rounds that do not count where something is recorded: a rehearsal, the recording
 
 
@@ -214,7 +214,7 @@ class Measured:
     difference: float  # of its answer from the first variant's
     memory: float  # bytes at the peak
 
-
+# %% ../../nbs/apps/timing.ipynb #timing-row
 def bench_row(
     config: BenchConfig,
     what: str,
