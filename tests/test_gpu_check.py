@@ -3,22 +3,28 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flextok_edu.apps.bench_training import TRAINING
+from flextok_edu.apps.bench_writing import WRITING
 from flextok_edu.apps.card import open_parts
 from flextok_edu.apps.stage_table import PARTS as STAGES
+from flextok_edu.apps.timing import VARIANTS, BenchConfig
 from flextok_edu.apps.zoo import pack as pack_for_the_zoo
 from flextok_edu.ar import ARModel
 from flextok_edu.data.features import AttributeClassifier
+from flextok_edu.engine.config import PRESETS
 from flextok_edu.evaluation.report import load_report
 from flextok_edu.tokenizer import FlexTok
 
@@ -130,6 +136,23 @@ def test_a_part_that_fails_leaves_the_rest(tmp_path):
     assert {"results.tar.gz", "weights_0.safetensors", "samples.png"} < names
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         assert {"logs/bench/good.json", "logs/bench/bad.log", "table.json"} < set(archive.getnames())
+
+
+def test_rows_for_a_gpu_ask_for_what_there_is():
+    """They run only on a GPU: here at least their words are right."""
+    known = {
+        "decode": VARIANTS,
+        "encode": VARIANTS,
+        "train": TRAINING,
+        "generate": (*WRITING, "transformers"),
+    }
+    rows = [words.split() for words in re.findall(r"\w+ +(\w+ --preset .*)", SCRIPT.read_text())]
+    assert len(rows) == 4 + 9
+    for what, *words in rows:
+        words = [word.strip('"') for word in words]
+        assert words[1] in PRESETS and words.index("--variants") > 0
+        assert set(words[words.index("--variants") + 1 :]) <= set(known[what]), words
+        assert {w[2:] for w in words if w.startswith("--")} <= {f.name for f in fields(BenchConfig)}
 
 
 def test_a_row_that_hangs_ends_alone(tmp_path):

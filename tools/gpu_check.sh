@@ -100,13 +100,14 @@ else
   DEVICE=cuda
   RUN=(--preset mini)
   rows="decode_1     decode --preset d12_d12 --batch 1 --budgets 8 --repeats 5 --variants short+bf16 short+bf16+graph short+bf16+compile+graph
-        generate_1   generate --preset small --batches 1 --repeats 3 --variants eager graph compile+graph transformers
+        generate_1   generate --preset small --batches 1 --guidance 2 1 --repeats 3 --variants eager graph compile+graph
         train_tiny   train --preset tiny --batch 128 --repeats 5 --variants sorted sorted+graph sorted+bf16+graph
         train_small  train --preset small --batch 128 --repeats 3 --variants sorted+bf16 sorted+bf16+graph sorted+bf16+compile+graph
-        generate_64  generate --preset small --batches 64 --repeats 3 --variants eager graph compile+graph transformers
+        generate_64  generate --preset small --batches 64 --guidance 2 1 --repeats 3 --variants eager graph compile+graph
         decode_64    decode --preset d12_d12 --batch 64 --budgets 8 --repeats 3 --variants short+bf16 short+bf16+compile+graph
         train_d12    train --preset d12_d12 --batch 64 --repeats 3 --variants sorted+bf16 sorted+bf16+graph
-        encode       encode --preset d12_d12 --batch 64 --budgets 256 --repeats 3 --variants short+bf16 short+bf16+graph"
+        encode       encode --preset d12_d12 --batch 64 --budgets 256 --repeats 3 --variants short+bf16 short+bf16+graph
+        llama        generate --preset small --batches 1 64 --guidance 1 --repeats 3 --variants graph transformers"
 fi
 if [ -n "${ROWS:-}" ]; then cp "$ROWS" "$WORK/rows"; else echo "$rows" >"$WORK/rows"; fi
 

@@ -189,8 +189,8 @@ def writing_line(row: dict) -> str:  # one line of text
         f"{row['variant']:13} {row['precision']} {row['seconds']:8.3f} s "
         f"({row['seconds_low']:.3f}-{row['seconds_high']:.3f})  "
         f"{row['tokens_per_second']:8.0f} tokens/s ({row['tokens_per_second_low']:.0f}-"
-        f"{row['tokens_per_second_high']:.0f}) = {row['share_of_limit']:6.1%} of what {row['limit']} allow"
-        f"{'s' * (row['limit'] == 'arithmetic')}  x{row['times_faster']:.2f} "
+        f"{row['tokens_per_second_high']:.0f}) = {row['share_of_limit']:5.1%} of the limit ({row['limit']})  "
+        f"x{row['times_faster']:.2f} "
         f"({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f})  same ids {row['same_ids']:.0%}"
     )
 
