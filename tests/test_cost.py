@@ -244,7 +244,7 @@ def test_bench_command(tmp_path):
     for words, status, says in (
         (("decode", "--variants", "quick"), 1, "use plain"),
         (("paint",), 2, "invalid choice 'paint'"),
-        ((), 2, "{decode,encode,train}"),
+        ((), 2, "{decode,encode,train,generate}"),
         (("encode", "--preset", "micro", "--budgets", "17"), 1, "1 .. 16"),
     ):
         wrong = run(*words)

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING', 'loss_flops', 'loss_positions', 'loss_bytes', 'training_feed', 'sorting_allows', 'bench_train']
 
 # %% ../../nbs/apps/bench_training.ipynb #apps-bench_training-imports
-import math
+import contextlib, math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from .memory import training_bytes
 from flextok_edu.apps.timing import (
     BenchConfig,
     Measured,
+    can_run,
     peak_of,
     bench_row,
     bench_line,
@@ -32,12 +33,22 @@ from flextok_edu.apps.timing import (
     matmuls,
 )
 from ..engine.compiler import compiled
-from ..engine.config import TokenizerConfig, TrunkConfig
+from ..engine.config import TokenizerConfig, TrunkConfig, preset
 from ..engine.loader import Loader
+from ..engine.optim import EMA
+from ..engine.tensors import pick_device
+from ..engine.trainer import SingleDevice, Training
+from ..fsq import CodebookUsage
 from ..registers import BUDGET_DISTRIBUTIONS
 from ..objective import TrainingNoise
 from ..tokenizer import FlexTok
-from ..training import Latents, TokenizerLoader, latent_batches
+from flextok_edu.training import (
+    Latents,
+    NormStatistics,
+    TokenizerLoader,
+    latent_batches,
+    tokenizer_objective,
+)
 from ..objective import FlowObjective
 
 # %% ../../nbs/apps/bench_training.ipynb #16-41b93d6c
@@ -107,22 +118,28 @@ def training_feed(tok: FlexTok, batch: int, dealt: bool = True) -> TokenizerLoad
     )
     return (TokenizerLoader if dealt else _Unsorted)(tok, latent_batches(data, batch, device=tok.device))
 
-
+# %% ../../nbs/apps/bench_training.ipynb #bench_training-step
 TRAINING = {
-    f"{how}{plus}".replace("plain+", ""): (how == "sorted", "bf16" in plus, "compile" in plus)
+    f"{how}{plus}".replace("plain+", ""): (
+        how == "sorted",
+        "bf16" in plus,
+        "compile" in plus,
+        "graph" in plus,
+    )
     for how in ("plain", "sorted")
-    for plus in ("", "+bf16", "+compile", "+bf16+compile")
-}  # name: short cut 4, bfloat16 autocast, torch.compile
+    for graph in ("", "+graph")
+    for plus in (graph, f"+bf16{graph}", f"+compile{graph}", f"+bf16+compile{graph}")
+}  # name: short cut 4, bfloat16 autocast, torch.compile, recorded
 
 
-def _backward(tok: FlexTok, parts, name: str) -> None:
-    "Add the gradient of these micro-batches, computed in this variant."
-    tok.short_cuts, half, compiling = TRAINING[name]
-    with compiled([*tok.encoder.blocks, *tok.decoder.blocks], compiling):
-        for (latents, _, draws), weight in parts:
-            with torch.autocast(tok.device.type, torch.bfloat16, enabled=half):
-                loss = FlowObjective(tok)(latents, draws=draws)[0]
-            (loss * weight).backward()
+def _stage(tok: FlexTok, config: BenchConfig) -> Training:
+    "Stage 1 of the preset, at a learning rate of zero."
+    loss = FlowObjective(tok)
+    loss.usage = CodebookUsage(tok.config.levels, tok.length, device=tok.device)
+    stage, weights = replace(preset(config.preset).train_tokenizer, lr=0.0), tok.own_parameters()
+    ema = EMA([w for _, w in weights], stage.ema)
+    objective = tokenizer_objective(loss, weights, stage, NormStatistics(None, ema))
+    return Training([objective], iter(()), config.repeats, ema, "")
 
 # %% ../../nbs/apps/bench_training.ipynb #16-28081004
 def sorting_allows(
@@ -162,10 +179,15 @@ class _Steps:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the last round, by variant
 
     def __post_init__(self):
-        # all of the optimiser's work, but the weights stay what they are: all rounds are of one model
-        self.optimizer = torch.optim.AdamW(self.tok.parameters(), lr=0.0)
+        device = self.tok.device
         self.feeds = {how: training_feed(self.tok, self.config.batch, how) for how in (False, True)}
         self.turns = {name: iter(range(self.config.repeats)) for name in self.names}
+        self.training = _stage(self.tok, self.config)
+        self.backends = {}
+        for name in self.names:
+            _, half, _, recorded = TRAINING[name]
+            half = torch.bfloat16 if half else None
+            self.backends[name] = SingleDevice(device, half, None if recorded else False)
 
     def parts(self, name: str, step: int) -> Iterator:  # its micro-batches
         return self.feeds[TRAINING[name][0]].micro_batches(step, micro=self.config.micro)
@@ -174,26 +196,44 @@ class _Steps:
         cut = TRAINING[name][0]
         return [(len(batch[0]), batch[2].longest if cut else None) for batch, _ in self.parts(name, step)]
 
+    def around(self, name) -> contextlib.AbstractContextManager:  # for a call
+        blocks = [*self.tok.encoder.blocks, *self.tok.decoder.blocks]
+        return compiled(blocks, name in TRAINING and TRAINING[name][2])
+
+    def backward(self, name: str, parts) -> None:
+        "The gradient of these micro-batches, computed in this variant."
+        backend, self.tok.short_cuts = self.backends[name], TRAINING[name][0]
+        backend.ready(self.training, self.training.objectives[0])
+        parts = list(parts)
+        for i, (batch, weight) in enumerate(parts):
+            backend.gradients(self.training, batch, weight, i == len(parts) - 1)
+
     def wake(self, name: str) -> None:
-        "A compiler must have seen every shape; else one image is enough to wake up."
-        compiling, seen = TRAINING[name][2], {}
-        for step in range(self.config.repeats if compiling else 1):
+        "Compilers and recordings must have seen every shape; else one image is enough to wake up."
+        (_, _, compiling, recorded), seen = TRAINING[name], {}
+        whole = compiling or recorded
+        for step in range(self.config.repeats if whole else 1):
             for (latents, _, draws), weight in self.parts(name, step):
                 seen[len(latents), draws.longest] = ((latents, None, draws), weight)
-        if not compiling:
+        if not whole:
             (latents, _, draws), _ = list(seen.values())[-1]
             few = torch.tensor([0])
             seen = {0: ((latents[few], None, draws.of(few)), 1.0)}
-        _backward(self.tok, seen.values(), name)
+        backend = self.backends[name]
+        with self.around(name):
+            # gradients must lie where they stay; then the rehearsals, and the recording
+            for _ in range(2 + backend.graphs.warm if recorded else 1):
+                self.backward(name, seen.values())
+                if self.config.adamw:
+                    backend.update(self.training)
 
     def call(self, name: str, step: int | None = None) -> None:  # what is timed
         step = next(self.turns[name]) if step is None else step
-        self.optimizer.zero_grad(set_to_none=True)
-        _backward(self.tok, self.parts(name, step), name)
-        if self.config.adamw:
-            self.optimizer.step()
+        self.backward(name, self.parts(name, step))
         if step == self.config.repeats - 1:
             self.gradients[name] = self.gradient()
+        if self.config.adamw:
+            self.backends[name].update(self.training)
 
     def gradient(self) -> Tensor:  # of all parameters, flat
         return torch.cat(
@@ -205,7 +245,8 @@ class _Steps:
 
     def memory(self, name: str, longest: tuple[int, int | None]) -> float:  # bytes of a step, at the peak
         if self.tok.device.type == "cuda":
-            return peak_of(self.tok, partial(self.call, name, 0), name)
+            with self.around(name):
+                return peak_of(self.tok, partial(self.call, name, 0), name)
         if "bf16" in name or "compile" in name:
             return math.nan
         return loss_bytes(self.tok.config, *longest, self.config.micro)
@@ -218,8 +259,9 @@ class _Steps:
 
     def measure(self) -> Iterator[tuple[str, Measured]]:  # variant by variant; all were timed in turns before
         c, config, names = self.tok.config, self.config, self.names
-        for name in names:
-            self.wake(name)
+        with self.backends[names[0]].prepared(self.training):
+            for name in names:
+                self.wake(name)
         at = {name: [self.sizes(name, step) for step in range(config.repeats)] for name in names}
         floor, positions = {}, {}
         for name in names:
@@ -235,7 +277,8 @@ class _Steps:
             | {("matmul", name): run for name, (run, _) in floor.items()},
             config.repeats,
             self.tok.device,
-            warm=0,
+            0,
+            self.around,
         )
         for name in names:
             longest = max((part for step in at[name] for part in step), key=lambda part: loss_flops(c, *part))
@@ -254,10 +297,11 @@ class _Steps:
 # %% ../../nbs/apps/bench_training.ipynb #9562b797
 def bench_train(config: BenchConfig, say: Callable = print) -> list[dict]:
     # one row a distribution and variant
-    """Time loss and gradient of whole steps (with AdamW if wanted), plain or in sorted micro-batches, on the
-    same images and dice. Raises ValueError for settings that make no sense.
+    """Time whole steps (loss and gradient, and the optimisers' work if wanted), plain or in sorted
+    micro-batches, on the same images and dice. Raises ValueError for settings that make no sense.
     """
     names = [v for v in config.variants if v in TRAINING] or ["plain"]
+    names = can_run(names, pick_device(config.device), say)
     if not 1 <= config.micro <= config.batch or config.repeats < 1:
         raise ValueError(
             f"{config.micro} micro-batches of {config.batch} images, {config.repeats} rounds: use 1 .. "
