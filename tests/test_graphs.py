@@ -38,6 +38,11 @@ GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
+def named(settings):
+    """For the tests' names: the same in every process, also for functions."""
+    return ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in settings.items()) or "plain"
+
+
 def listed(keep=8, warm=1, enabled=True):
     return Graphs(enabled, keep, warm, OpRecorder())
 
@@ -293,7 +298,7 @@ IDS = torch.arange(15).view(3, 5) * 61
 LISTS = [IDS[0], IDS[1, :2], IDS[2, :4]]
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("how", WAYS, ids=named)
 @pytest.mark.parametrize("ids", (IDS, LISTS), ids=("alike", "different"))
 def test_a_recorded_decode_is_the_decode(tok, how, ids):
     tok.graphs = Graphs()
@@ -431,7 +436,7 @@ def ar():
     return randomize(ARModel(AR_SMALL)).eval()
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
 def test_a_recorded_list_is_the_list(ar, choice):
     ar.writer = Writer()
     plain = ar.generate(LABELS, **choice)
@@ -529,7 +534,7 @@ def on_the_gpu(work, *modules):
         return work(lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="cuda"))
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("how", WAYS, ids=named)
 @pytest.mark.parametrize("alike", (True, False), ids=("alike", "different"))
 def test_a_decode_stays_on_the_gpu(how, alike, monkeypatch):
     model, s, real = FlexTok(TOK_SMALL), SamplingConfig(**how), flow.euler_times
@@ -654,7 +659,7 @@ def test_a_copy_of_a_model_has_its_own_recordings(tok):
 
 
 @on_gpu
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("how", WAYS, ids=named)
 @pytest.mark.parametrize("half", (False, True), ids=("float32", "bfloat16"))
 def test_gpu_decode_bit_for_bit(how, half):
     made = randomize(FlexTok(TOK_SMALL)).eval().cuda()
@@ -669,7 +674,7 @@ def test_gpu_decode_bit_for_bit(how, half):
 
 
 @on_gpu
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
 def test_gpu_lists_bit_for_bit(choice):
     made = randomize(ARModel(AR_SMALL)).eval().cuda()
     recorded = [made.generate(LABELS, **choice) for _ in range(3)]

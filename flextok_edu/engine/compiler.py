@@ -38,8 +38,11 @@ def compiled(
     blocks = list(blocks) if enabled else []
     for block in blocks:
         block.compile(dynamic=False)
+    # micro-batches come in up to ten shapes, and after eight compilations PyTorch would give up
+    more = torch._dynamo.config.patch(recompile_limit=32) if blocks else contextlib.nullcontext()
     try:
-        yield
+        with more:
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None
