@@ -81,7 +81,8 @@ class Term(Protocol):
     """A further term of the loss.
 
     Optional attributes: `block` (the decoder block whose output it reads), `look` (features of the training
-    images, computed once), `trained` (its own parameters).
+    images, computed once), `trained` (its own parameters), `recorded` (True: a GPU may record it, see
+    *graphs*; it asks tensors nothing, and only its weight may change from step to step).
     """
 
     name: str  # for the log
@@ -194,7 +195,7 @@ class REPA(nn.Module):
     Raises ValueError for a block that does not exist.
     """
 
-    name = "repa"
+    name, recorded = "repa", True
 
     def __init__(
         self,

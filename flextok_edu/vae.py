@@ -347,6 +347,9 @@ class VAELoss(nn.Module):
         # for `fit`; batches are (images, …) or (images, labels, noise of the posterior)
         "The autoencoder; the critic if it has a weight; the scale if it is learned."
 
+        # a pixel loss of one's own may count steps: nobody records it
+        phase = self.adversary_is_there if self.pixel in (F.l1_loss, F.mse_loss) else None
+
         def own(lr):
             return StageConfig(config.steps, config.batch, lr, warmup=config.warmup, weight_decay=0.0)
 
@@ -357,7 +360,7 @@ class VAELoss(nn.Module):
                 list(self.vae.named_parameters()),
                 config,
                 modules=[self.vae],
-                phase=self.adversary_is_there,
+                phase=phase,
             )
         ]
         if self.critic:
@@ -369,17 +372,12 @@ class VAELoss(nn.Module):
                     own(min(config.lr, 5e-4)),
                     start=self.weights.adversarial_start,
                     modules=[self.critic],
-                    phase=self.adversary_is_there,
+                    phase=phase,
                 )
             )
         if self.logvar is not None:
+            scale = [("logvar", self.logvar)]
             objectives.append(
-                Objective(
-                    "scale",
-                    lambda b, s: self.scale(b[0], s),
-                    [("logvar", self.logvar)],
-                    own(0.1),
-                    phase=self.adversary_is_there,
-                )
+                Objective("scale", lambda b, s: self.scale(b[0], s), scale, own(0.1), phase=phase)
             )
         return objectives

@@ -465,8 +465,8 @@ def test_features_of_other_images_are_caught(bug, monkeypatch):
             monkeypatch,
             training,
             "latent_batches",
-            lambda latents, batch, seed=0, device="cpu", features=None, sample=True: real(
-                latents, batch, seed, device, features.roll(1, 0), sample
+            lambda latents, batch, seed=0, device="cpu", features=None, *more: real(
+                latents, batch, seed, device, features.roll(1, 0), *more
             ),
         )
     else:

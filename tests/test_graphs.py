@@ -47,11 +47,26 @@ def listed(keep=8, warm=1, enabled=True):
     return Graphs(enabled, keep, warm, OpRecorder())
 
 
+class Remembering(Graphs):
+    """Recordings are given up with their phase and with the training: the tests want to see them."""
+
+    def clear(self):
+        self.all = getattr(self, "all", {}) | self.recordings
+        self.all_refused = getattr(self, "all_refused", set()) | self.refused
+        super().clear()
+
+
 def backend(recorded, kind=SingleDevice, **options):
     """As on a GPU: what changes from step to step is a tensor; recorded, or with the same arithmetic not."""
     made = kind("cpu", **options)
-    made.tensors, made.graphs = True, listed(24, 2, recorded)
+    made.tensors, made.graphs = True, Remembering(recorded, 24, 2, OpRecorder())
     return made
+
+
+def kinds(graphs):
+    """What was recorded of a training: gradients, updates."""
+    found = (key[0] if isinstance(key[0][0], str) else key[0][0] for key in graphs.all)
+    return {name[0] for name in found}
 
 
 def stage(name, trainer, steps=14, **options):
@@ -73,7 +88,8 @@ def same_training(name="tokenizer", optimizer="muon", kind=SingleDevice, **optio
         how = {} if name == "classifier" else {"optimizer": optimizer}
         model, log = stage(name, Trainer(b), **how)
         made.append((weights_hash(model), [{k: v for k, v in row.items() if k != "seconds"} for row in log]))
-    assert not b.graphs.refused, "something could not be recorded"
+    assert not b.graphs.all_refused, "something could not be recorded"
+    assert not b.graphs.recordings, "what comes after wants their memory"
     assert made[0] == made[1]
     return b
 
@@ -81,15 +97,15 @@ def same_training(name="tokenizer", optimizer="muon", kind=SingleDevice, **optio
 @pytest.mark.parametrize("name", STAGES)
 def test_a_recorded_training_is_the_training(name):
     b = same_training(name)
-    replayed = [r for r in b.graphs.recordings.values() if r.replay]
+    replayed = [r for r in b.graphs.all.values() if r.replay]
     # the adversary comes in the middle of the VAE's training: another loss, other recordings; batches of the
-    # tokenizer have several lengths
+    # tokenizer have several lengths; the AR model's accuracy is only computed when somebody looks
     assert len(replayed) == {"vae": 4, "tokenizer": 3}.get(name, 2)
 
 
 def test_micro_batches_have_one_recording_a_length():
     b = same_training("tokenizer", kind=Distributed, micro=3)
-    lengths = [key[0][1][1][-1] for key in b.graphs.recordings if key[0][0][0] == "gradients"]
+    lengths = [key[0][1][1][-1] for key in b.graphs.all if key[0][0][0] == "gradients"]
     assert len(set(lengths)) > 1 and all(n in (1, 2, 4, 8) for n in lengths)
 
 
@@ -190,7 +206,7 @@ def test_a_loss_that_says_nothing_is_never_recorded():
     loader = Loader(50, 4, lambda rows, positions, step: torch.ones(4, 2))
     objective = Objective("line", loss, list(line.named_parameters()), StageConfig())
     fit([objective], loader, 6, trainer=Trainer(b), progress=False)
-    assert len(set(asked)) == 6 and not b.graphs.recordings
+    assert len(set(asked)) == 6 and not b.graphs.all
 
 
 def test_half_precision_with_a_scaler_steps_as_it_is():
@@ -198,8 +214,7 @@ def test_half_precision_with_a_scaler_steps_as_it_is():
     for precision, recorded in ((torch.bfloat16, {"gradients", "update"}), (torch.float16, {"gradients"})):
         b = backend(True, precision=precision)
         stage("ar", Trainer(b), steps=5)
-        kinds = {key[0][0] if isinstance(key[0][0], str) else key[0][0][0] for key in b.graphs.recordings}
-        assert kinds == recorded
+        assert kinds(b.graphs) == recorded
 
 
 @pytest.mark.parametrize("name", ("vae", "tokenizer"))
@@ -275,6 +290,61 @@ def test_a_question_is_found(monkeypatch):
     real = SingleDevice.move
     monkeypatch.setattr(SingleDevice, "move", lambda self, t, o: torch.tensor(float(real(self, t, o))))
     assert questions("ar", monkeypatch)
+
+
+def counted_terms(recorded):
+    """A term of the loss that counts in Python, and one whose weight is changed on the way."""
+    from flextok_edu.training import recorded_terms
+
+    class Counting:
+        name, weight = "counting", 0.5
+
+        def __call__(self, step):
+            return step.velocity.square().mean()
+
+    term = Counting()
+    if recorded:
+        term.recorded = True
+    return term, recorded_terms([term])
+
+
+def test_a_term_says_whether_it_may_be_recorded():
+    assert counted_terms(False)[1] is None, "it may do anything"
+    term, phase = counted_terms(True)
+    before = phase(0.0)
+    term.weight = 0.25
+    assert phase(0.5) != before, "another weight, another recording"
+
+
+def test_a_phase_that_is_over_gives_its_memory_back():
+    held = []
+
+    class Look(training_loop.Callback):
+        def step(self, training, backend, looked):
+            held.append({key[0][0][2] for key in backend.graphs.recordings if key[0][0][0] == "gradients"})
+
+    stage("vae", Trainer(backend(True), callbacks=[Look()]))
+    assert all(len(phases) <= 1 for phases in held) and len(set.union(*held)) == 2
+
+
+def test_numbers_that_nobody_asks_for_are_not_computed(monkeypatch):
+    """The AR model's accuracy reads all logits: in ten steps once."""
+    asked, real = [], ARModel.loss
+
+    def loss(self, *given):
+        value, numbers = real(self, *given)
+        lazy = numbers["accuracy"]
+        return value, numbers | {"accuracy": lambda: asked.append(1) or lazy()}
+
+    monkeypatch.setattr(ARModel, "loss", loss)
+    _, log = stage("ar", Trainer(backend(False)), steps=14)
+    assert len(asked) == 3 == sum("accuracy" in row for row in log)
+    asked.clear()
+    same = backend(True)
+    _, again = stage("ar", Trainer(same), steps=35)
+    assert [row["accuracy"] for row in again][:2] == [row["accuracy"] for row in log][:2]
+    # before it is known that there are such numbers, in rehearsals, and in the recording of a step with them
+    assert len(asked) <= 4
 
 
 # --- decoding ------------------------
@@ -466,6 +536,39 @@ def test_sheets_are_few_and_fit(ar):
     assert not ar.writer.sheets and not ar.writer.graphs.recordings
 
 
+def test_a_list_of_nan_leaves_nothing_behind(ar):
+    """Hidden positions count nothing, but nothing times NaN is NaN."""
+    import copy
+
+    model = copy.deepcopy(ar)
+    model.writer = Writer(listed())
+    good = {n: w.clone() for n, w in model.state_dict().items()}
+    plain = model.generate(LABELS, guidance=2.0)
+    with torch.no_grad():
+        for w in model.parameters():
+            w.fill_(math.nan)
+    model.generate(LABELS, guidance=2.0)
+    model.load_state_dict(good)
+    assert torch.equal(model.generate(LABELS, guidance=2.0), plain)
+
+
+def test_with_and_without_inference_mode(ar):
+    ar.writer = Writer(listed())
+    with torch.inference_mode():
+        one = ar.generate(LABELS)
+    assert torch.equal(ar.generate(LABELS), one)
+
+
+def test_two_batch_sizes_keep_their_recordings(ar, monkeypatch):
+    steps, real = [], ARModel.step
+    monkeypatch.setattr(ARModel, "step", lambda self, *given: steps.append(1) or real(self, *given))
+    ar.writer = Writer(listed())
+    for _ in range(3):
+        ar.generate(LABELS, guidance=2.0)
+        ar.generate(LABELS[:2], guidance=2.0)
+    assert len(steps) == 4, "for each a rehearsal and a recording"
+
+
 def recorded_lists():
     made = randomize(ARModel(AR_SMALL)).eval()
     plain = [made.generate(LABELS, seed=s, guidance=2.0) for s in range(3)]
@@ -620,6 +723,28 @@ def test_too_little_memory_is_no_end(capsys):
     assert "OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
 
 
+def test_memory_that_recordings_hold_is_given_up(capsys):
+    """A rehearsal that finds no memory beside recordings: they go, and what can be repeated is repeated."""
+    graphs, tight = listed(), []
+
+    def large(x):
+        if graphs.recordings and any(r.replay for r in graphs.recordings.values()):
+            tight.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x * 2
+
+    for _ in range(3):
+        graphs("small", torch.neg, [torch.ones(1)])
+    assert graphs("large", large, [torch.ones(1)]).item() == 2 and tight == [1]
+    assert not graphs.recordings and graphs.enabled is False
+    graphs = listed()
+    for _ in range(3):
+        graphs("small", torch.neg, [torch.ones(1)])
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        graphs("large", large, [torch.ones(1)], copy=False)
+    assert "--graphs off" in "".join(error.value.__notes__), "a step of a training cannot be repeated"
+
+
 def test_a_recording_does_not_run(capsys):
     """Capturing writes down; the replay after it is the call."""
     graphs, count = listed(), torch.zeros(1)
@@ -683,14 +808,21 @@ def test_gpu_lists_bit_for_bit(choice):
     assert all(torch.equal(made.generate(LABELS, **choice), r) for r in recorded)
 
 
+@pytest.fixture
+def repeatable():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("precision", (None, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_gpu_training_bit_for_bit(name, precision):
+def test_gpu_training_bit_for_bit(name, precision, repeatable):
     found = []
     for graphs in (False, None):
-        torch.use_deterministic_algorithms(True, warn_only=True)
         b = SingleDevice("cuda", precision, graphs)
+        b.graphs = Remembering(graphs, 24, 2)
         if name == "classifier":
             data = load_data("scenes", 16, 40, 4, progress=False)[0]
             config = StageConfig(steps=9, batch=4)
@@ -698,8 +830,7 @@ def test_gpu_training_bit_for_bit(name, precision):
         else:
             model, _ = long_run.stage(name, 9, optimizer="muon", trainer=Trainer(b), device="cuda")
         found.append(weights_hash(model))
-        torch.use_deterministic_algorithms(False)
-    assert not b.graphs.refused and any(r.replay for r in b.graphs.recordings.values())
+    assert not b.graphs.all_refused and any(r.replay for r in b.graphs.all.values())
     assert found[0] == found[1]
 
 
@@ -718,6 +849,55 @@ def test_gpu_survives_a_capture_that_fails(capsys):
     assert torch.isfinite(torch.randn(8, device="cuda")).all(), "the generator works on"
     good = [graphs("good", lambda y: y + 1, [x]) for _ in range(3)]
     assert all(torch.equal(g, x + 1) for g in good)
+    assert len(graphs.refused) == 1
+    large = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+    before, side = torch.cuda.memory_reserved(), torch.cuda.Stream()
+    large.record_stream(side)
+    del large
+    torch.cuda.synchronize()
+    torch.empty(1, device="cuda")  # the allocator looks at what other streams have left
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before, "memory is given back as before"
+
+
+@on_gpu
+def test_gpu_recordings_in_any_order():
+    """Several recordings share memory: what one has made is read before another is replayed."""
+    graphs = Graphs(warm=1, keep=8)
+    runs = {n: lambda x, n=n: (x.repeat(n, 1) @ x.T).cumsum(0) * n for n in (1, 5, 3)}
+    for n in (1, 5, 3, 3, 1, 5, 5, 3, 1, 1, 5, 3):
+        x = torch.randn(64, 32, device="cuda")
+        assert torch.equal(graphs(n, runs[n], [x], copy=False), runs[n](x))
+
+
+@on_gpu
+def test_gpu_compiled_blocks_in_a_recording():
+    from flextok_edu.engine.compiler import compiled, compiler_works
+
+    if not compiler_works("cuda"):
+        pytest.skip("no compiler")
+    made = randomize(FlexTok(TOK_SMALL)).eval().cuda()
+    with compiled([*made.encoder.blocks, *made.decoder.blocks]):
+        made.graphs.enabled = False
+        plain = [made.decode_latents(IDS, seed=s, steps=3, guidance=2.0) for s in range(3)]
+        made.graphs.enabled = None
+        recorded = [made.decode_latents(IDS, seed=s, steps=3, guidance=2.0) for s in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded)) and not made.graphs.refused
+
+
+@on_gpu
+def test_gpu_trains_with_a_thread_and_gives_its_memory_back():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    b = SingleDevice("cuda", ahead=2)
+    b.graphs = Remembering(None, 24, 2)
+    model, _ = long_run.stage("tokenizer", 30, optimizer="muon", trainer=Trainer(b), device="cuda")
+    assert any(r.replay for r in b.graphs.all.values()) and not b.graphs.all_refused
+    b.graphs.all.clear()
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 128 * 2**20
 
 
 @on_gpu

@@ -1169,6 +1169,7 @@ def check_recipe():
             config=RunConfig(noise=noise), preset=PRESETS["micro"], precision=None, changes={}, train=data
         )
         job.device, job.compile, job.out, job.feature_extractor = "cpu", False, Path("no_such_run"), None
+        job.noise = noise
         return apps_stages._task(job, STAGE_TABLE["vae"], None)
 
     facts = {"step": 3, "log": [], "feed": {}, "ema_updates": 3, "scalers": {}}

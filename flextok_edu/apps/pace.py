@@ -122,6 +122,8 @@ class Stopwatch(Distributed):
         began, counter = self.now(), FlopCounterMode(display=False)
         with contextlib.ExitStack() as stack:
             if len(self.times) == 1:
+                self.graphs.enabled = False  # (a recording of what is counted would be slow)
+                stack.callback(setattr, self.graphs, "enabled", None)
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(counter)
             found = super().gradients(training, batch, weight, last)

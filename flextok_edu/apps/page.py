@@ -24,7 +24,7 @@ from ..engine.marks import MARK
 from ..engine.tensors import grid
 from ..engine.text import drawable, plain
 from ..engine.tokenizers import Tokenizer
-from ..engine.trainer import plot_log
+from ..engine.figures import plot_log
 from ..evaluation.report import Report, plot_report
 
 # %% ../../nbs/apps/page.ipynb #15-53b5d62f

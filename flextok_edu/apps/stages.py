@@ -6,7 +6,7 @@
 __all__ = ['LineAMinute', 'stage_trainer', 'Finished', 'run_stage', 'Models', 'train_all', 'finished_report', 'evaluate_all']
 
 # %% ../../nbs/apps/stages.ipynb #apps-stages-imports
-import contextlib, json, shutil, sys, time
+import json, shutil, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from ..ar import ARModel
 from ..data.datasets import ImageSet
 from ..data.features import AttributeClassifier
 from ..data.learned import Learned, learned_from, leave_out_learned, load_learned, save_learned
-from ..engine.compiler import compiled
 from ..engine.checks import conform, read_json
 from ..engine.files import weights_hash, write_text
 from ..engine.long_run import Stopped, long_run
@@ -275,15 +274,11 @@ def _measured(job: RunContext, models: Models, learned: dict | None) -> tuple[Re
     return report, val
 
 # %% ../../nbs/apps/stages.ipynb #apps-stages-machine
-@contextlib.contextmanager
-def _on_its_machine(job: RunContext, models: Models):
-    "Decode and write as the run was asked to: blocks compiled on a GPU, recorded or not."
-    recorded = [models.tok.graphs, models.ar.writer.graphs]
-    for graphs in recorded:
+def _recorded(job: RunContext, models: Models) -> None:
+    "Decode and write as the run was asked to: recorded on a GPU, or not."
+    # (not compiled: every batch size and token count would be compiled anew, for longer than it saves)
+    for graphs in (models.tok.graphs, models.ar.writer.graphs):
         graphs.enabled = False if job.config.graphs == "off" else graphs.enabled
-    blocks = [*models.tok.encoder.blocks, *models.tok.decoder.blocks, *models.ar.blocks]
-    with compiled(blocks, job.compile and job.device.type == "cuda"):
-        yield
 
 # %% ../../nbs/apps/stages.ipynb #55fd40e9
 def evaluate_all(
@@ -296,11 +291,11 @@ def evaluate_all(
     "Measure, draw, and write the page."
     began, out, p = time.perf_counter(), job.out, job.preset
     e, seed = p.evaluate, job.config.seed
-    with _on_its_machine(job, models):
-        report, val = _measured(job, models, learned)
-        pictures = from_uint8(val.head(12)), out / "reconstructions.png"
-        picture_reconstructions(models.tok, *pictures, e.steps, e.guidance, seed)
-        picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", e, seed)
+    _recorded(job, models)
+    report, val = _measured(job, models, learned)
+    pictures = from_uint8(val.head(12)), out / "reconstructions.png"
+    picture_reconstructions(models.tok, *pictures, e.steps, e.guidance, seed)
+    picture_samples(models.ar, models.tok, job.train.classes, out / "samples.png", e, seed)
     picture_losses(models.logs, out / "losses.png", expected_curves(p, job.config.data))
     picture_quality(report, out / "quality.png")
     seconds = time.perf_counter() - began

@@ -59,11 +59,14 @@ def short_products(enabled: bool = True):
 
     Parity with the released models needs it off.
     """
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before = None
     if enabled:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # (who has set it by PyTorch's newer names has decided already)
+        with contextlib.suppress(RuntimeError):
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        if enabled:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        if before is not None:
+            torch.set_float32_matmul_precision(before)

@@ -6,39 +6,48 @@
 __all__ = ['CUDARecorder', 'OpRecorder', 'take_apart', 'held_by', 'places', 'Graphs']
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-imports
-import contextlib, os
+import contextlib, gc, os, threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .tensors import onto
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-cuda
+_streams: dict[int, object] = {}  # GPU -> the stream on which this process records
+_failed: list = []  # captures that failed: the allocator may still point to them
+
+
 class CUDARecorder:
     "Captures a function's kernels as a CUDA graph (docs.pytorch.org, notes on CUDA semantics)."
 
     def __init__(self):
-        self.stream = None  # on which functions are rehearsed and captured
-        self.pool = None  # memory of all graphs
+        self.pools: dict[int, object] = {}  # GPU -> memory of all graphs
 
     def works_on(self, device: torch.device) -> bool:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
+    def forget(self) -> None:
+        "No recording is left: the next ones begin with memory of their own."
+        self.pools.clear()
+
     @contextlib.contextmanager
     def _aside(self, device: torch.device):
-        "On the recorder's stream: after all that is queued already, before all that comes."
+        "On the stream for recording: after all that is queued already, before all that comes."
         with torch.cuda.device(device):
-            if self.stream is None:
-                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            index = torch.cuda.current_device()
+            stream = _streams.setdefault(index, torch.cuda.Stream(priority=-1))
             outside = torch.cuda.current_stream()
-            self.stream.wait_stream(outside)
-            with torch.cuda.stream(self.stream):
-                yield
-            outside.wait_stream(self.stream)
+            stream.wait_stream(outside)
+            try:
+                with torch.cuda.stream(stream):
+                    yield index, stream
+            finally:
+                outside.wait_stream(stream)
 
     def rehearse(self, function: Callable, device: torch.device):  # what the function returns
         "Run it as it is, where it will be recorded."
@@ -51,29 +60,34 @@ class CUDARecorder:
         graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(device)
         torch.clear_autocast_cache()  # weights that were cast before would lie outside the graph's memory
         try:
-            with self._aside(device):
+            with self._aside(device) as (index, stream):
+                pool = self.pools.setdefault(index, torch.cuda.graph_pool_handle())
                 # other threads may go on with theirs, a loader for example
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = function()
         except Exception:
-            with contextlib.suppress(RuntimeError):
-                graph.reset()
-            self.pool = torch.cuda.graph_pool_handle()
-            _new_generator_state(device, state)
+            _give_up(graph, index, self.pools.pop(index, None), state)
             raise
         finally:
             torch.clear_autocast_cache()
         return graph.replay, outputs
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-generator
-def _new_generator_state(device: torch.device, state: Tensor) -> None:
-    "A failed capture leaves the device's generator in capture: it gets an inner state of its own again."
-    index = torch.cuda.current_device() if device.index is None else device.index
-    fresh = torch.Generator(torch.device("cuda", index))
-    fresh.set_state(state)
-    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
+def _give_up(graph, index: int, pool, state: Tensor) -> None:
+    "Put back what a capture has left that failed."
+    _failed.append(graph)
+    with contextlib.suppress(RuntimeError):
+        graph.reset()
+    # up to PyTorch 2.13 memory would go on to be allocated for it, and blocks of other streams would never
+    # come back; later the first of these calls says that there is nothing to end, and the second is not made
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        # the device's generator waits for the end of the capture: it gets an inner state of its own again
+        fresh = torch.Generator(torch.device("cuda", index))
+        fresh.set_state(state)
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-ops
 class _Listed(TorchDispatchMode):
@@ -101,6 +115,9 @@ class OpRecorder:
 
     def works_on(self, device: torch.device) -> bool:
         return True
+
+    def forget(self) -> None:
+        pass
 
     def rehearse(self, function: Callable, device: torch.device):
         return function()
@@ -161,7 +178,8 @@ def _modes(device: torch.device) -> tuple:
     kind = device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     products = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    return half, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *products
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return half, *modes, torch.are_deterministic_algorithms_enabled(), *products
 
 # %% ../../nbs/engine/graphs.ipynb #engine-graphs-recording
 @dataclass
@@ -189,6 +207,13 @@ class Graphs:
         self.recorder = recorder or CUDARecorder()
         self.recordings: dict[Hashable, _Recording] = {}  # the newest last
         self.refused: set[Hashable] = set()  # keys that could not be recorded
+        self.lock = threading.RLock()  # inputs, replay and results belong together
+
+    def __enter__(self) -> "Graphs":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.clear()
 
     def __deepcopy__(self, memo) -> "Graphs":
         return Graphs(self.enabled, self.keep, self.warm, type(self.recorder)())  # of other weights
@@ -198,8 +223,10 @@ class Graphs:
 
     def clear(self) -> None:
         "Forget all recordings, and give their memory back."
-        self.recordings.clear()
-        self.refused.clear()
+        with self.lock:
+            self.recordings.clear()
+            self.refused.clear()
+            self.recorder.forget()
 
     def used_on(self, device: torch.device) -> bool:
         "Whether calls on this device are recorded. FLEXTOK_GRAPHS=off in the environment: none are."
@@ -219,27 +246,27 @@ class Graphs:
         device = tensors[0].device if device is None else device
         if not self.used_on(device):
             return function(*tensors)
-        key = key, tuple(map(_kind, tensors)), _modes(device)
-        if key in self.refused:
-            return function(*tensors)
-        found = self._found(key, where)
-        if found.replay is None and found.calls < self.warm:
-            found.calls += 1
-            return self.recorder.rehearse(lambda: function(*tensors), device)
-        if found.replay is None and not self._recorded(key, found, function, tensors, device):
-            return function(*tensors)
-        for mine, given in zip(found.inputs, tensors):
-            mine.copy_(given, non_blocking=True)
-        found.replay()
-        return tree_map_only(Tensor, torch.clone, found.outputs) if copy else found.outputs
+        with self.lock:
+            key = key, tuple(map(_kind, tensors)), _modes(device)
+            if key in self.refused:
+                return function(*tensors)
+            found = self._found(key, where)
+            if found.replay is None and found.calls < self.warm:
+                found.calls += 1
+                return self._rehearsed(function, tensors, device, copy)
+            if found.replay is None and not self._recorded(key, found, function, tensors, device):
+                return function(*tensors)
+            for mine, given in zip(found.inputs, tensors):
+                mine.copy_(given, non_blocking=True)
+            found.replay()
+            return tree_map_only(Tensor, torch.clone, found.outputs) if copy else found.outputs
 
     def of_batch(self, key: Hashable, function: Callable, batch, where: Hashable, device: torch.device):
-        "`function(batch)` for a nested batch. Numbers that are functions are computed, and not copied."
+        "`function(batch)` for a nested batch, which goes to the device. The results are not copied."
         tensors, put_together, rest = take_apart(batch)
 
         def work(*tensors: Tensor):
             found = function(put_together(tensors))
-            found = tree_map(lambda x: x() if callable(x) else x, found)
             return tree_map_only(Tensor, Tensor.detach, found)  # what made them is not kept
 
         tensors = [onto(x, device) for x in tensors]
@@ -254,17 +281,39 @@ class Graphs:
             del self.recordings[next(iter(self.recordings))]
         return found
 
+    def _rehearsed(self, function: Callable, tensors, device: torch.device, again: bool):
+        try:
+            return self.recorder.rehearse(lambda: function(*tensors), device)
+        except torch.OutOfMemoryError as error:
+            if not any(r.replay for r in self.recordings.values()):
+                raise
+            self._out_of_memory()
+            if again:  # nothing but results were made
+                return function(*tensors)
+            error.add_note("recordings held memory; they are given up: the same again may fit (--graphs off)")
+            raise
+
+    def _out_of_memory(self) -> None:
+        "A pool keeps the most that a recording ever needed: without recordings there is more."
+        self.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.enabled = False
+
     def _recorded(self, key: Hashable, found: _Recording, function: Callable, tensors, device) -> bool:
         try:
             found.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
             found.replay, found.outputs = self.recorder.record(lambda: function(*found.inputs), device)
         except Exception as error:
-            self.recordings.pop(key, None)
             if not self.refused:  # once
                 said = " ".join(str(error).split())[:200]
                 print(
                     f"cannot be recorded as a CUDA graph, and runs without ({type(error).__name__}: {said})"
                 )
+            if isinstance(error, torch.OutOfMemoryError):
+                self._out_of_memory()
+            self.recordings.pop(key, None)
             self.refused.add(key)
             return False
         return True

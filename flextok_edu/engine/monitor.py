@@ -51,9 +51,8 @@ class Tally:
         self.sums = {}
 
     def add(self, numbers: dict, weight: float) -> None:
-        # name: scalar, pair (sum, count), or a function of those
+        # name: scalar, or pair (sum, count)
         for name, value in numbers.items():
-            value = value() if callable(value) else value
             total, count = value if isinstance(value, tuple) else (value * weight, weight)
             device = getattr(total, "device", "cpu")
             pair = torch.stack(

@@ -30,6 +30,12 @@ class FixedCache:
         return self.keys, self.values, self.seen
 
 # %% ../../nbs/engine/writing.ipynb #engine-writing-sheet
+def _cache_dtype(weight: Tensor) -> torch.dtype:
+    "Keys and values as attention will read them: under autocast in half precision."
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 @dataclass
 class _Sheet:
     "All memory of a batch that is being written."
@@ -45,7 +51,8 @@ class _Sheet:
     @classmethod
     def of(cls, model: nn.Module, b: int, twice: bool) -> "_Sheet":
         length, w, rows = model.config.length, model.start, b * (1 + twice)
-        caches = model.new_cache(rows, length, FixedCache)
+        half = _cache_dtype(w)
+        caches = model.new_cache(rows, length, lambda shape, like: FixedCache(shape, like.to(half)))
         for cache in caches:
             cache.seen = caches[0].seen
         places = torch.arange(length, device=w.device)
@@ -54,7 +61,8 @@ class _Sheet:
         return cls(caches, caches[0].seen, x, ids, chance, torch.ones(length, device=w.device), places)
 
     def begin(self, model: nn.Module, labels: Tensor, guidance: list[float], chance: Tensor) -> None:
-        "The start of new lists."
+        "The start of new lists. (Hidden positions count nothing; but nothing times NaN would be NaN.)"
+        torch._foreach_zero_([x for cache in self.caches for x in (cache.keys, cache.values)])
         if len(self.x) > len(labels):
             labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
         self.x.copy_((model.start + model.class_table(labels))[:, None])
@@ -104,8 +112,11 @@ class Writer:
         return self.graphs.used_on(device)
 
     def _sheet(self, model: nn.Module, b: int, twice: bool) -> _Sheet:
-        key = b, twice, model.start.device, model.start.dtype
-        sheet = self.sheets.pop(key, None) or _Sheet.of(model, b, twice)
+        key = b, twice, model.start.device, model.start.dtype, _cache_dtype(model.start)
+        sheet = self.sheets.pop(key, None)
+        if sheet is None:
+            with torch.inference_mode(False):  # it may be used with and without
+                sheet = _Sheet.of(model, b, twice)
         self.sheets[key] = sheet
         while len(self.sheets) > 2:  # caches of large batches are large
             del self.sheets[next(iter(self.sheets))]
@@ -121,9 +132,14 @@ class Writer:
         chance: Tensor,  # uniform in (0, 1) (b length)
     ) -> Tensor:  # ids (b, as many as guidances)
         twice = any(g != 1 for g in guidance)
-        sheet = self._sheet(model, len(labels), twice)
+        with self.graphs.lock:
+            return self._write(
+                model, self._sheet(model, len(labels), twice), labels, guidance, sampling, chance
+            )
+
+    def _write(self, model, sheet: _Sheet, labels, guidance: list[float], sampling, chance) -> Tensor:
         sheet.begin(model, labels, guidance, chance)
-        key = "step", sampling.fixed(), is_compiled(model.blocks[0])
+        key = "step", sampling.fixed(), is_compiled(model.blocks[0]), tuple(sheet.x.shape), len(labels)
         where = places([*held_by(model), *sheet.held()])
         for place in sheet.places[: len(guidance)].split(1):
             self.graphs(key, lambda position: _step(model, sheet, sampling.choose, position), [place], where)
