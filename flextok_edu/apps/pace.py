@@ -55,8 +55,8 @@ def _reset_peak(device: torch.device) -> None:
 def _peak(
     device: torch.device,
 ) -> int:  # bytes since `_reset_peak` (where the system cannot forget: since the start)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda":  # with what recordings keep for themselves
+        return torch.cuda.max_memory_reserved(device)
     try:
         return next(
             int(line.split()[1]) * 1024
