@@ -480,9 +480,7 @@ VARIANTS = {  # name: (what this lesson builds, parts that are lit, what stands 
         "latents patches learned encoder registers fsq codes kept noise time decoder loss",
         "loss",
     ),
-    "sampling": ("from logits to a token", "pick ids", ""),
     "ar": ("a model that writes new ids", "class ar pick ids", ""),
-    "evaluation": ("quality at every token count", "image ids kept back", "metrics"),
     "released": (
         "the paper's weights in these boxes",
         "vae vae-out learned encoder fsq kept time decoder",

@@ -40,7 +40,9 @@ class CUDARecorder:
         "On the stream for recording: after all that is queued already, before all that comes."
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
-            stream = _streams.setdefault(index, torch.cuda.Stream(priority=-1))
+            if index not in _streams:
+                _streams[index] = torch.cuda.Stream(priority=-1)
+            stream = _streams[index]
             outside = torch.cuda.current_stream()
             stream.wait_stream(outside)
             try:
@@ -61,7 +63,9 @@ class CUDARecorder:
         torch.clear_autocast_cache()  # weights that were cast before would lie outside the graph's memory
         try:
             with self._aside(device) as (index, stream):
-                pool = self.pools.setdefault(index, torch.cuda.graph_pool_handle())
+                if index not in self.pools:
+                    self.pools[index] = torch.cuda.graph_pool_handle()
+                pool = self.pools[index]
                 # other threads may go on with theirs, a loader for example
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = function()

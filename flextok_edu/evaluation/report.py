@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.datasets import ImageSet
 from ..engine.checks import Range, conform, read_json
 from ..engine.config import EvalConfig, Preset
-from ..engine.figures import figure
+from ..engine.figures import figure, plain_numbers
 from ..engine.files import atomic, read_tensors, weights_hash, write_text
 from ..engine.marks import MARK
 from ..engine.text import drawable, plain
@@ -353,8 +353,6 @@ def plot_report(report: Report):  # the figure
     counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
     if not panels:
         raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     columns = min(3, len(panels))
     fig, axes = figure(columns, -(-len(panels) // columns), height=2.6, squeeze=False)
     for ax, (key, title) in zip(axes.flat, panels):
@@ -365,9 +363,7 @@ def plot_report(report: Report):  # the figure
         ax.set_title(title, fontsize=10, parse_math=False)
         if metric_of(key).of == "set":
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            plain_numbers(ax.yaxis)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     lines = {}  # one of each name
