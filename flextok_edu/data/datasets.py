@@ -6,7 +6,7 @@
 __all__ = ['ImageSet', 'spread', 'Side', 'two_sides', 'load_scenes', 'load_set', 'load_folder', 'load_data', 'batches']
 
 # %% ../../nbs/data/datasets.ipynb #data-datasets-imports
-import hashlib, warnings
+import functools, hashlib, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +67,7 @@ class ImageSet:
             keys=None if self.keys is None else self.keys[rows],
         )
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:  # 16 hexadecimal digits over pixels and labels
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for part in (self.images, self.labels):

@@ -309,15 +309,15 @@ class Graphs:
         try:
             found.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
             found.replay, found.outputs = self.recorder.record(lambda: function(*found.inputs), device)
+            return True
         except Exception as error:
-            if not self.refused:  # once
-                said = " ".join(str(error).split())[:200]
-                print(
-                    f"cannot be recorded as a CUDA graph, and runs without ({type(error).__name__}: {said})"
-                )
-            if isinstance(error, torch.OutOfMemoryError):
-                self._out_of_memory()
-            self.recordings.pop(key, None)
-            self.refused.add(key)
-            return False
-        return True
+            full = isinstance(error, torch.OutOfMemoryError)
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # (outside: an error holds on to what its function held)
+        if not self.refused:  # once
+            print(f"cannot be recorded as a CUDA graph, and runs without ({said})")
+        if full:
+            self._out_of_memory()
+        self.recordings.pop(key, None)
+        self.refused.add(key)
+        return False

@@ -70,7 +70,8 @@ class Reference:
             if self.reader is not None:
                 readings.append(self.reader.read(pictures))
             if scored:
-                scores.append(image_scores(pictures, self.originals(count, count + len(pictures))))
+                originals = self.originals(count, count + len(pictures)).to(pictures.device)
+                scores.append({k: v.cpu() for k, v in image_scores(pictures, originals).items()})
             count += len(pictures)
         joined = {name: torch.cat([each[name] for each in scores]) for name in (scores[0] if scores else ())}
         return Seen(
