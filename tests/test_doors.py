@@ -19,7 +19,7 @@ import flextok_edu.engine.identity as engine_identity
 import flextok_edu.engine.limits as engine_limits
 import flextok_edu.engine.models as engine_models
 import flextok_edu.engine.tensors as engine_tensors
-import flextok_edu.engine.trainer as engine_trainer
+import flextok_edu.engine.figures as engine_figures
 from flextok_edu.ar import (
     ARModel,
     bind_tokenizer,
@@ -768,7 +768,7 @@ def test_drawable_names_can_be_drawn(tmp_path):
 def test_titles_are_no_mathematics():
     import matplotlib.pyplot as plt
 
-    engine_trainer.plot_log(
+    engine_figures.plot_log(
         [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}], title="$5_to_$10 \x1b"
     ).figure.canvas.draw()
     engine_tensors.show(torch.zeros(1, 3, 4, 4), title="$5_to_$10")
