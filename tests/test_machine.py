@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from flextok_edu.apps import job as apps_job
-from flextok_edu.apps.machine import MachineOptions, backend_options, check_machine, machine_line, pick_noise
+from flextok_edu.apps.machine import (
+    MachineOptions,
+    backend_options,
+    check_machine,
+    compiled_stages,
+    machine_line,
+    pick_noise,
+)
 from flextok_edu.apps.run import run
 from flextok_edu.apps.run_config import RunConfig
 from flextok_edu.apps.train import train
@@ -59,18 +66,28 @@ def test_what_auto_means():
 
 
 def test_what_is_said(monkeypatch):
-    assert machine_line(MachineOptions(), "cpu", None, True, "cpu") == ""
+    assert machine_line(MachineOptions(), "cpu", None, ("ar",), "cpu") == ""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
     assert (
-        machine_line(MachineOptions(), "cuda", torch.bfloat16, True, "device")
-        == "NVIDIA X1: bfloat16, compiled, steps recorded as CUDA graphs, TF32 for the rest, "
-        "2 batches ahead, noise drawn on the GPU"
+        machine_line(MachineOptions(), "cuda", torch.bfloat16, ("tokenizer", "ar"), "device")
+        == "NVIDIA X1: bfloat16, tokenizer and ar compiled, steps recorded as CUDA graphs, "
+        "TF32 for the rest, 2 batches ahead, noise drawn on the GPU"
     )
     off = MachineOptions(graphs="off", ahead=0)
     assert (
-        machine_line(off, "cuda", None, False, "cpu")
-        == "NVIDIA X1: float32, not compiled, no CUDA graphs, no batch ahead, noise drawn on the CPU"
+        machine_line(off, "cuda", None, (), "cpu")
+        == "NVIDIA X1: float32, nothing compiled, no CUDA graphs, no batch ahead, noise drawn on the CPU"
     )
+
+
+def test_whose_networks_are_compiled():
+    """The VAE's where it pays, or where somebody asks for it: what is said is what is done."""
+    mini, small = preset("mini"), preset("small")
+    assert compiled_stages("auto", mini, "cuda") == ("tokenizer", "ar")
+    assert compiled_stages("auto", small, "cuda") == ("vae", "tokenizer", "ar")
+    assert compiled_stages("on", mini, "cuda:0") == ("vae", "tokenizer", "ar")
+    assert compiled_stages("auto", small, "cpu") == compiled_stages("on", small, "cpu") == ("tokenizer", "ar")
+    assert compiled_stages("off", small, "cuda") == ()
 
 
 def test_noise_is_kept():

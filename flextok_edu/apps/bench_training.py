@@ -168,6 +168,12 @@ def sorting_allows(
     ]
     return steps * loss_flops(c, batch, None) / sum(loss_flops(c, *part) for part in parts)
 
+# %% ../../nbs/apps/bench_training.ipynb #bench_training-gradient
+def _flat_gradient(tok: FlexTok) -> Tensor:  # of all parameters
+    return torch.cat(
+        [(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in tok.parameters()]
+    )
+
 # %% ../../nbs/apps/bench_training.ipynb #16-549b47e2
 @dataclass
 class _Steps:
@@ -187,7 +193,8 @@ class _Steps:
         self.backends = {}
         for name in self.names:
             _, half, _, recorded = TRAINING[name]
-            self.backends[name] = SingleDevice(device, torch.bfloat16 if half else None, recorded and None)
+            half, graphs = torch.bfloat16 if half else None, None if recorded else False
+            self.backends[name] = SingleDevice(device, half, graphs)
 
     def parts(self, name: str, step: int) -> list:  # its micro-batches, made once: they are not timed
         key = TRAINING[name][0], step
@@ -234,17 +241,9 @@ class _Steps:
         step = next(self.turns[name]) if step is None else step
         self.backward(name, self.parts(name, step))
         if step == self.config.repeats - 1:
-            self.gradients[name] = self.gradient()
+            self.gradients[name] = _flat_gradient(self.tok)
         if self.config.adamw:
             self.backends[name].update(self.training)
-
-    def gradient(self) -> Tensor:  # of all parameters, flat
-        return torch.cat(
-            [
-                torch.zeros(w.numel(), device=self.tok.device) if w.grad is None else w.grad.flatten()
-                for w in self.tok.parameters()
-            ]
-        )
 
     def memory(self, name: str, longest: tuple[int, int | None]) -> float:  # bytes of a step, at the peak
         if self.tok.device.type == "cuda":
@@ -266,7 +265,8 @@ class _Steps:
 
     def timed(self) -> Iterator[tuple[str, Measured]]:
         c, config, names = self.tok.config, self.config, self.names
-        list(map(self.wake, names))
+        for name in names:
+            self.wake(name)
         at = {name: [self.sizes(name, step) for step in range(config.repeats)] for name in names}
         floor, positions = {}, {}
         for name in names:

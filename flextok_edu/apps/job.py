@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .machine import machine_line, pick_noise
+from .machine import compiled_stages, machine_line, pick_noise
 from .pace import with_steps, plan, probe
 from .page import PICTURES
 from .pictures import open_pictures
@@ -250,7 +250,8 @@ def prepare(
     facts |= {k: v for k, v in {"changes": changes, "noise": noise}.items() if v and v != "cpu"}
     write_text(out / "run.json", json.dumps(facts, indent=1))
     compiles, extractors = _compiles(config, p, device), (feature_extractor, reference)
-    if chosen := machine_line(config, device, precision, compiles, noise):
+    stages = compiled_stages(config.compile, p, device) if compiles else ()
+    if chosen := machine_line(config, device, precision, stages, noise):
         print(chosen, flush=True)
     return RunContext(config, p, device, precision, compiles, *extractors, train, val, began, changes, noise)
 
@@ -270,8 +271,9 @@ def _decide(
         return with_steps(p, {name: config.steps for name in STAGES})
     print("probing how long this will take ...", flush=True)
     # on a CPU the compiler makes a step somewhat faster, on a GPU two or three times
-    compiles = device.type == "cuda" and _compiles(config, p, device)
-    rates = probe(p, train, len(val), device, precision, compiles)
+    pays = device.type == "cuda" and _compiles(config, p, device)
+    stages = compiled_stages(config.compile, p, device) if pays else ()
+    rates = probe(p, train, len(val), device, precision, stages)
     once = 25  # seconds: compiling, caching latents
     minutes = config.minutes or _usual_minutes(config, p, device)
     p, seconds = plan(p, rates, minutes, config.at_most, time.perf_counter() - began + once)

@@ -31,7 +31,7 @@ from ..evaluation.metrics import image_scores, token_counts
 from ..tokenizer import FlexTok
 from ..training import Latents, train_tokenizer
 from ..vae import VAE
-from ..vae_training import COMPILED_FROM, train_vae
+from ..vae_training import train_vae
 
 # %% ../../nbs/apps/pace.ipynb #15-ef6fe9e2-1
 SUSTAINED = 1.2  # minutes of training run so much slower than a probe's first steps (measured on 2 CPU cores)
@@ -182,7 +182,7 @@ def dummy_stages(
     few: ImageSet,  # some images
     feature_extractor: nn.Module | None = None,  # for the VAE's perceptual loss
     device="cpu",
-    compile: bool = False,  # as the training will
+    compiled: tuple[str, ...] = (),  # stages whose networks are, as the training's will be
 ) -> dict[str, Callable]:  # stage -> a function of a trainer, that trains until the trainer has had enough
     """Every stage with fresh weights, and in place of what an earlier stage would have made, noise of the
     same shape.
@@ -190,23 +190,23 @@ def dummy_stages(
     q = with_steps(
         replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.0)), dict.fromkeys(STAGES, 10**6)
     )  # with the adversary: the dear half of the training, to be careful
-    c, k, how = p.tokenizer, len(few), {"device": device, "progress": False, "compile": compile}
-    long = {"compile": compile and p.train_vae.steps >= COMPILED_FROM}  # (q has too many steps to tell)
+    c, k = p.tokenizer, len(few)
+    how = {s: {"device": device, "progress": False, "compile": s in compiled} for s in STAGES}
     vae = VAE(p.vae).to(device).eval()
     noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
-    stages = {"vae": lambda trainer: train_vae(few, q, feature_extractor, **(how | long), trainer=trainer)}
+    stages = {"vae": lambda trainer: train_vae(few, q, feature_extractor, **how["vae"], trainer=trainer)}
     if few.scenes:
         stages["classifier"] = lambda trainer: train_classifier(
             few, q.train_classifier, device=device, progress=False, trainer=trainer
         )
-    stages["tokenizer"] = lambda trainer: train_tokenizer(noise, vae, q, **how, trainer=trainer)
+    stages["tokenizer"] = lambda trainer: train_tokenizer(noise, vae, q, **how["tokenizer"], trainer=trainer)
 
     def ar(trainer):
         return train_ar(
             Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes),
             FlexTok(c, vae),
             q,
-            **how,
+            **how["ar"],
             trainer=trainer,
         )
 
@@ -219,11 +219,13 @@ def probe(
     held_out: int,  # images that there are to evaluate on
     device="cpu",
     precision: torch.dtype | None = None,
-    compile: bool = False,  # also probe what the compiler makes of it: its first calls are not counted
+    compiled: tuple[
+        str, ...
+    ] = (),  # stages that will be: what the compiler's first calls take is not counted
 ) -> dict[str, float]:  # seconds a step of each stage, and "evaluate": seconds of the whole evaluation
     """Measure a few steps of every stage with throwaway weights."""
     few = some(train, 512)
-    stages = dummy_stages(p, few, extractor(device=device), device, compile)
+    stages = dummy_stages(p, few, extractor(device=device), device, compiled)
     rates = {
         name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds
         for name, stage in stages.items()

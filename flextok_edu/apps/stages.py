@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .job import RunContext, as_json
-from .machine import backend_options
+from .machine import backend_options, compiled_stages
 from flextok_edu.apps.page import (
     PICTURES,
     expected_curves,
@@ -178,12 +178,13 @@ def _task(job: RunContext, stage: Stage, after) -> Task:
         "precision": str(half),
         "preset": as_json(p),
     }
+    compiles = job.compile and stage.name in compiled_stages(job.config.compile, p, job.device)
     if job.noise != "cpu":  # (older checkpoints do not say it)
         recipe["noise"] = job.noise
     return Task(
         job.out / stage.name,
         p,
-        Runtime(job.config.seed, job.device, half, job.compile, watched(), job.noise),
+        Runtime(job.config.seed, job.device, half, compiles, watched(), job.noise),
         job.train,
         learned_from(job.train),
         recipe,

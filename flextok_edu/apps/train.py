@@ -14,7 +14,7 @@ import torch
 
 from .cli import command, stored_options
 from .job import lasting
-from .machine import backend_options, check_machine, machine_line, pick_noise
+from .machine import backend_options, check_machine, compiled_stages, machine_line, pick_noise
 from .models import find_model, all_learned, open_tokenizer, open_vae, preset_of
 from .options import UsageError, override
 from .pictures import open_pictures, watched
@@ -170,9 +170,9 @@ def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple
 
 def _compiles(o: TrainOptions, p: Preset) -> bool:  # whether blocks are to be compiled
     device = pick_device(o.device)
-    wanted = o.compile == "on" or o.compile == "auto" and STAGE_TABLE[o.stage].config(p).steps >= 500
-    pays = o.stage != "vae" or device.type == "cuda"  # on a CPU its convolutions stay as they are
-    return pays and wanted and device.type != "mps" and compiler_works(device)
+    long = o.compile == "on" or STAGE_TABLE[o.stage].config(p).steps >= 500
+    wanted = long and o.stage in compiled_stages(o.compile, p, device)
+    return wanted and device.type != "mps" and compiler_works(device)
 
 # %% ../../nbs/apps/train.ipynb #15b-64555ff2-1
 def with_earlier(now: Learned, before: Learned | None) -> Learned:
@@ -259,7 +259,7 @@ def _train_in(o: TrainOptions, asked: Task, processes) -> Path:
     if first:
         write_text(out / "run.json", json.dumps(facts, indent=1))
     config, data, device = stage.config(task.preset), task.data, pick_device(str(runtime.device))
-    if chosen := machine_line(o, device, runtime.precision, runtime.compile, runtime.noise):
+    if chosen := machine_line(o, device, runtime.precision, (o.stage,) * runtime.compile, runtime.noise):
         print(chosen, flush=True)
     print(
         f"{o.stage}: {config.steps} steps of {config.batch}, from "

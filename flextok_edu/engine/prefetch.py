@@ -8,13 +8,14 @@ __all__ = ['Prefetched']
 # %% ../../nbs/engine/prefetch.ipynb #engine-prefetch-imports
 import contextlib, copy, itertools, math, threading, time, weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .graphs import take_apart
 from .loader import Loader
 
 # %% ../../nbs/engine/prefetch.ipynb #prefetch-step
@@ -36,13 +37,8 @@ def _make(loader: Loader, asked: tuple[int, int, int, int], before: dict) -> _St
     return _Step(asked, before, copy.deepcopy(loader.state_dict()), parts)
 
 
-def _tensors(batch) -> Iterator[Tensor]:
-    "Those in nested tuples, lists and dictionaries."
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (tuple, list, dict)):
-        for x in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(x)
+def _tensors(parts) -> list[Tensor]:
+    return take_apart(parts)[0]
 
 # %% ../../nbs/engine/prefetch.ipynb #prefetch-stream
 class _DeviceStream:
