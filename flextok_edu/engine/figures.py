@@ -121,11 +121,13 @@ def slider(
     return ipywidgets.VBox([choice, view])
 
 # %% ../../nbs/engine/figures.ipynb #figures-log-axis
-def plain_numbers(axis) -> None:  # a logarithmic one of matplotlib's, `ax.xaxis` or `ax.yaxis`
-    "At the ticks 0.2 and 50, not 2 times ten to the minus first."
+def plain_numbers(axis) -> None:  # a logarithmic one of matplotlib's, when everything is drawn
+    "At the ticks 0.2 and 50, not 2 times ten to the minus first; over many decades only their ends."
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 1000
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if few else LogLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
