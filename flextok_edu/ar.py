@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .engine.binding import WritesIds, check_tokenizer
 from .engine.conditions import Condition, check_condition, count, join, to_device
 from .engine.config import ARConfig
-from .engine.hub import Pretrained
+from .engine.hub import Pretrained, shipped_part
 from .engine.inputs import check_classes, check_prefix, each_budget
 from .engine.models import load_model, save_model
 from .engine.tokenizers import Tokenizer, tokenizer_from_pretrained
@@ -303,7 +303,7 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
     def _load_pretrained(cls, folder: Path, tokenizer: Tokenizer | None = None) -> "ARModel":
         "Checked against the given tokenizer, or for a shipped model against the one stored beside it."
         if tokenizer is None and (folder.parent / "model.json").exists():
-            tokenizer = tokenizer_from_pretrained(folder.parent / "tokenizer")
+            tokenizer = tokenizer_from_pretrained(shipped_part(folder.parent, "tokenizer"))
         return load_ar(folder, tokenizer)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -72,12 +72,13 @@ def tokenizer_parameters(c: TokenizerConfig) -> dict[str, int]:  # parameters of
 # %% ../../nbs/apps/cost.ipynb #16-13d73dd3
 def ar_parameters(
     c: ARConfig,
-    text: bool = False,  # with cross-attention to a prompt
-) -> dict[str, int]:  # "blocks" (what the papers count), and "tables": embeddings, positions, head
-    "The lesson ar, counted."
-    d = c.width
-    blocks = c.depth * (block_parameters(d, c.mlp_ratio) + 2 * d + (4 * d * d if text else 0)) + d
-    return {"blocks": blocks, "tables": d + (c.classes + 1) * d + 2 * c.vocabulary * d + c.length * d}
+) -> dict[str, int]:  # "blocks" (what the papers count), and "tables": embeddings, positions, head, text MLP
+    "The lessons ar and text, counted: 12 d² a block, 16 with cross-attention to a text."
+    d, t = c.width, c.text
+    cross = d + 4 * d * d if t else 0
+    blocks = c.depth * (block_parameters(d, c.mlp_ratio) + 2 * d + cross) + d
+    asked = t.width * (t.width + d) if t else (c.classes + (c.null is None)) * d
+    return {"blocks": blocks, "tables": d + asked + 2 * c.vocabulary * d + c.length * d}
 
 
 def vae_parameters(c: VAEConfig) -> dict[str, int]:  # parameters of "encoder" and "decoder"
