@@ -26,6 +26,7 @@ class Verifier:
     "Says how well pictures fit their prompts."
 
     needs_images = True  # False: it looks at ids alone, and a search need not decode
+    columns = 1  # of its values
 
     def measure(
         self,
@@ -103,7 +104,7 @@ def _clip(place: str | Path):  # CLIPModel, its tokenizer
         raise FileNotFoundError(
             f"there is no CLIP at {place} on this machine, or it has no safetensors "
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]}): on a machine that is online, "
-            f"hf download {place}, and pass the folder (clip=); 'attributes' and 'likelihood' need no download"
+            f"hf download {place}, and pass the folder (clip=); 'attributes' needs no download"
         ) from error
 
 
@@ -186,14 +187,13 @@ class RankSum(Verifier):
     def __init__(self, members: Sequence[Verifier]):
         self.members = list(members)
         self.needs_images = any(m.needs_images for m in self.members)
+        self.columns = sum(m.columns for m in self.members)
 
     def measure(self, images: Tensor | None, ids: Tensor, prompts: Tensor) -> Tensor:
-        parts = [m.measure(images, ids, prompts) for m in self.members]
-        self.columns = [part.shape[1] for part in parts]
-        return torch.cat(parts, 1)
+        return torch.cat([m.measure(images, ids, prompts) for m in self.members], 1)
 
     def combine(self, values: Tensor) -> Tensor:
-        parts = values.split(self.columns, -1)
+        parts = values.split([m.columns for m in self.members], -1)
         return sum(ranks(m.combine(part)) for m, part in zip(self.members, parts))
 
 # %% ../../nbs/evaluation/verifiers.ipynb #evaluation-verifiers-registry
@@ -238,13 +238,15 @@ def make_verifier(
     asked: Asked | None = None,  # what is asked for; or by name
     **named,  # fields of Asked
 ) -> Verifier:
-    "Raises ValueError for unknown names and for what is missing, FileNotFoundError where a download is needed."
+    """Raises ValueError for unknown names and for what is missing, FileNotFoundError where a download is
+    needed.
+    """
     asked = fold(Asked, asked, named)
     each = []
     for one in name.split("+"):
         if one not in VERIFIERS:
             raise ValueError(
-                f"no verifier {one!r}: use {', '.join(VERIFIERS)}, or several, {'+'.join(list(VERIFIERS)[:2])}"
+                f"no verifier {one!r}: use {', '.join(VERIFIERS)}, or several with a + between them"
             )
         each.append(VERIFIERS[one](asked))
     return each[0] if len(each) == 1 else RankSum(each)
