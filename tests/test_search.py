@@ -82,9 +82,7 @@ def check_same_noise_for_all_candidates():
         for batch in (5, 250):  # also where a prompt's candidates are decoded in several batches
             tok = Tok()
             found = search.search(method, TokenPrior(3), tok, Liking(), batch=batch, **SMALL)
-            each = {}
-            for ids, seeds in tok.calls:
-                assert len(ids) == len(seeds)
+            assert all(len(ids) == len(seeds) for ids, seeds in tok.calls)
             assert len(set(tok.noises())) == 3 == len(set(found.noise)), (
                 "one noise a prompt, another for each"
             )
@@ -190,8 +188,9 @@ def check_candidates_differ():
             assert all(
                 set(a[:2]) == set(b[:2]) and a[2:] == b[2:] for a, b in zip(drawn.tolist(), best.tolist())
             )
-    assert torch.equal(drawn, draw_different(logits, 6, s, range(200)))
-    assert not torch.equal(draw_different(logits, 6, TokenSampling(), range(1, 201)), drawn)
+        assert torch.equal(drawn[1:], draw_different(logits[1:], 6, s, range(1, 200))), (
+            "a row has its own seed"
+        )
 
 
 def check_the_prior_is_the_model():
@@ -201,11 +200,13 @@ def check_the_prior_is_the_model():
         none, seeds = torch.zeros(3, 0, dtype=torch.int64), [4, 5, 6]
         written = prior.extend(none, torch.arange(3), K, seeds)
         assert torch.equal(written, ar.generate(labels, seeds=seeds, **settings))
+        assert torch.equal(Prior.extend(prior, none, torch.arange(3), K, seeds), written), "token by token"
         assert torch.equal(prior.extend(written[:, :7], torch.arange(3), K, seeds), written), (
             "wherever it goes on"
         )
         greedy = ar.generate(labels, **(settings | {"temperature": 0.0}))
         assert torch.equal(prior.extend(none, torch.arange(3), K), greedy)
+        assert torch.equal(Prior.extend(prior, none, torch.arange(3), K), greedy)
     swapped = prior.extend(none[:2], torch.tensor([2, 0]), K, [6, 4])
     assert torch.equal(swapped, written[[2, 0]]), "each list has the condition of its prompt"
 
@@ -242,7 +243,7 @@ def check_likelihood():
     tok = Tok()
     found = search.beam(ARPrior(ar, labels), tok, verifier, **SMALL)
     assert found.decodes == 1 and len(tok.noises()) == 2, "only the results are decoded"
-    drawn = search.best_of_n(ARPrior(ar, labels), tok, verifier, n=4)
+    drawn = search.best_of_n(ARPrior(ar, labels), tok, verifier, n=1)
     assert (found.scores > drawn.scores).all()
 
 
@@ -376,8 +377,8 @@ test_passes, test_caught = planted(
                 search,
                 "_Search",
                 (
-                    "values.append(self.verifier.measure(images, flat[part], rows[part]))",
-                    "values.append(self.verifier.measure(images, flat[part], rows[: len(flat[part])]))",
+                    "rows, flat = prompts.repeat_interleave(n)",
+                    "rows, flat = prompts.repeat(n)",
                 ),
             ),
         ),
@@ -395,7 +396,7 @@ test_passes, test_caught = planted(
         ),
         (
             check_the_prior_is_the_model,
-            bug(priors, "ARPrior", ("take(self.cond, prompts)", "take(self.cond, slice(len(ids)))")),
+            bug(priors, "ARPrior", ("take(self.cond, prompts)", "take(self.cond, slice(len(prompts)))")),
         ),
         (check_the_prior_is_the_model, bug(priors, "ARPrior", ("self.guidance[ids.shape[1]]", "1"))),
         (check_the_prior_is_the_model, bug(priors, "Prior", ("chance[:, j : j + 1]", "chance[:, :1]"))),
@@ -410,7 +411,7 @@ test_passes, test_caught = planted(
             bug(
                 verifiers,
                 "LikelihoodVerifier",
-                ("take(self.cond, prompts.to(self.cond[0].device))", "self.cond[:1].expand(len(ids))"),
+                ("take(self.cond, prompts)", "self.cond[:1].expand(len(ids))"),
             ),
         ),
     ]
@@ -475,9 +476,7 @@ def test_verifiers_by_name(monkeypatch):
     with pytest.raises(ValueError, match="needs reader= and wanted="):
         make_verifier("attributes")
     with pytest.raises(ValueError, match="needs cond="):
-        make_verifier(
-            "attributes+likelihood", ar=small_ar(), reader=0, wanted=[]
-        ) if False else make_verifier("likelihood", ar=small_ar())
+        make_verifier("likelihood", ar=small_ar())
     with pytest.raises(TypeError, match="no setting 'readers'"):
         make_verifier("attributes", readers=1)
 
@@ -565,3 +564,27 @@ def test_a_search_with_the_shipped_models():
     assert found.ids.shape == (2, 8) and found.images.shape == (2, 3, 64, 64) and found.decodes == 4 + 3 * 12
     again = tok.detokenize(found.ids, sampling=decoder, seed=found.noise)
     assert (again - found.images).abs().max() < 0.01
+
+
+def test_prompts_in_words():
+    "A text-conditional model: each candidate has the text of its prompt, with guidance too."
+    from flextok_edu.engine.conditions import TextFeatures, take
+    from flextok_edu.engine.settings import TextConfig
+
+    torch.manual_seed(0)
+    config = ARConfig(V, K, 0, 64, 1, 64, text=TextConfig("pretended", 12, 6))
+    ar = randomize(ARModel(config), 0.3).eval()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    text = TextFeatures(torch.randn(3, 4, 12), mask)
+    ar.condition.set_null(TextFeatures(torch.randn(1, 2, 12), torch.ones(1, 2).bool()))
+    prior, seeds = ARPrior(ar, text, guidance=2.0), [4, 5, 6]
+    written = prior.extend(torch.zeros(3, 0, dtype=torch.int64), torch.arange(3), K, seeds)
+    assert torch.equal(written, ar.generate(text, seeds=seeds, guidance=2.0))
+    assert torch.equal(Prior.extend(prior, written[:, :3], torch.arange(3), K, seeds), written)
+    alone = Prior.extend(prior, written[2:, :3], torch.tensor([2]), K, seeds[2:])
+    assert torch.equal(alone, written[2:])
+    verifier = make_verifier("likelihood", ar=ar, cond=text)
+    values = verifier.measure(None, written[[2, 0]], torch.tensor([2, 0]))[:, 0]
+    assert torch.allclose(values, ar.log_likelihood(written[[2, 0]], take(text, [2, 0])).sum(1))
+    found = search.beam(prior, Tok(), verifier, **SMALL)
+    assert found.ids.shape == (3, K)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ar import ARModel
-from ..engine.conditions import Condition, count, join, take
+from ..engine.conditions import Condition, count, join, take, to_device
 from ..engine.tensors import named_generator
 from ..engine.tokenizers import Tokenizer
 from ..sampling import TokenSampling, filter_top_k_top_p, guidance_per_token, token_uniforms
@@ -79,22 +79,34 @@ class ARPrior(Prior):
         self.prompts, self.vocabulary, self.length = count(cond), ar.config.vocabulary, ar.config.length
         self.guidance = guidance_per_token(self.sampling.guidance, self.length)
 
+    def asked(self, prompts: Tensor) -> Condition:  # numbers of prompts (n,) -> the condition of each
+        return to_device(take(self.cond, prompts), self.ar.start.device)
+
     @torch.no_grad()
     def logits(self, ids: Tensor, prompts: Tensor) -> Tensor:
-        cond = take(self.cond, prompts)
-        n, g = len(ids), self.guidance[ids.shape[1]]
-        ids = torch.cat([ids, ids.new_zeros(n, 1)], 1)  # the last one is not read
+        cond, n, g = self.asked(prompts), len(ids), self.guidance[ids.shape[1]]
+        # a last token that is not read
+        ids = torch.cat([ids, ids.new_zeros(n, 1)], 1).to(self.ar.start.device)
         if g == 1:
-            return self.ar(ids, cond)[:, -1].float()
-        without = torch.full_like(cond, self.ar.config.classes)
-        both = self.ar(torch.cat([ids, ids]), join(cond, without))[:, -1].float()
+            return self.ar(ids, cond)[:, -1].float().cpu()
+        both = (
+            self.ar(torch.cat([ids, ids]), join(cond, self.ar.condition.without(cond)))[:, -1].float().cpu()
+        )
         return both[n:] + g * (both[:n] - both[n:])
+
+    def extend(self, ids: Tensor, prompts: Tensor, length: int, seeds: Sequence[int] | None = None) -> Tensor:
+        "As above, by the model's own `generate`, which computes each position once."
+        if ids.shape[1] >= length:
+            return ids
+        s = self.sampling if seeds is not None else replace(self.sampling, temperature=0.0)
+        prefix = ids.to(self.ar.start.device)
+        return self.ar.generate(self.asked(prompts), length, s, seeds=seeds, prefix=prefix).cpu()
 
 # %% ../../nbs/evaluation/priors.ipynb #evaluation-priors-draw
 def draw_different(
     logits: Tensor,  # (n v)
     candidates: int,  # tokens for each, at most v
-    sampling: TokenSampling,  # temperature (0: the most probable ones), top_k, top_p
+    sampling: TokenSampling,  # temperature (0: the most probable ones), top_k, top_p, min_p
     seeds: Sequence[int],  # of each (n,)
 ) -> Tensor:  # (n candidates), all different in each row
     "Tokens without replacement. Raises ValueError for more candidates than tokens."
@@ -102,7 +114,7 @@ def draw_different(
     if not 1 <= candidates <= v:
         raise ValueError(f"candidates must lie in 1 .. {v}, the vocabulary, not {candidates}")
     keys = logits.double() / (sampling.temperature or 1.0)
-    kept = filter_top_k_top_p(keys, sampling.top_k, sampling.top_p) > -math.inf
+    kept = filter_top_k_top_p(keys, *sampling.fixed()[1:]) > -math.inf
     if sampling.temperature:
         noise = [
             torch.rand(v, generator=named_generator("candidates", s), dtype=torch.float64) for s in seeds

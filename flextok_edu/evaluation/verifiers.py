@@ -78,10 +78,8 @@ class LikelihoodVerifier(Verifier):
 
     @torch.no_grad()
     def measure(self, images: Tensor | None, ids: Tensor, prompts: Tensor) -> Tensor:
-        device = self.ar.start.device
-        ids, cond = ids.to(device), take(self.cond, prompts.to(self.cond[0].device))
-        logp = self.ar(ids, cond).float().log_softmax(-1).gather(-1, ids[..., None])
-        return logp[..., 0].sum(1, keepdim=True).cpu()
+        ids = ids.to(self.ar.start.device)
+        return self.ar.log_likelihood(ids, take(self.cond, prompts)).sum(1, keepdim=True).cpu()
 
 # %% ../../nbs/evaluation/verifiers.ipynb #evaluation-verifiers-clip
 CLIP = "openai/clip-vit-base-patch16"  # the verifier's default
