@@ -64,7 +64,7 @@ class UniformPrior(Prior):
     def logits(self, ids: Tensor, prompts: Tensor) -> Tensor:
         return torch.zeros(len(ids), self.vocabulary)
 
-
+# %% ../../nbs/evaluation/priors.ipynb #evaluation-priors-ar
 class ARPrior(Prior):
     "An AR model and what it is asked for."
 

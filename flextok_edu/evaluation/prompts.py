@@ -60,7 +60,7 @@ def _read_part(text: str, words: dict, strict: bool) -> dict[str, str]:  # attri
         warnings.warn(f"words that no reader looks for: {plain(', '.join(unknown[:8]))}", stacklevel=3)
     return found
 
-
+# %% ../../nbs/evaluation/prompts.ipynb #evaluation-prompts-wanted
 def wanted_attributes(
     prompt: str,  # in the words of ToyScenes' captions; whole or a part of one: "a red star"
     strict: bool = True,  # False: unknown words are passed over, with a warning

@@ -187,7 +187,7 @@ class SceneReader(AttributeClassifier):
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(save_directory, self, self.config)
 
-
+# %% ../../nbs/evaluation/readers.ipynb #evaluation-readers-train
 def train_reader(
     data: ImageSet,  # of `labelled_scenes`
     reader: ReaderConfig = ReaderConfig(),  # what it is made of

@@ -55,7 +55,7 @@ class SearchConfig:
             raise ValueError(f"a schedule rises from at least 1 to the length, {end}; {found} does not")
         return found
 
-
+# %% ../../nbs/evaluation/search.ipynb #evaluation-search-result
 @dataclass(frozen=True, repr=False)
 class SearchStep:
     "One look: all candidates of all prompts."

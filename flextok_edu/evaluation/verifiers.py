@@ -134,7 +134,7 @@ class ClipVerifier(Verifier):
         found = self._embedding(self.model.get_image_features(pixel_values=(x - mean) / std))
         return (F.normalize(found, dim=-1) * self.texts[prompts.to(device)]).sum(-1, keepdim=True).cpu()
 
-
+# %% ../../nbs/evaluation/verifiers.ipynb #evaluation-verifiers-dreamsim
 class DreamSimVerifier(Verifier):
     "Minus the DreamSim distance to a picture: for a search of pictures like a given one."
 
