@@ -7,6 +7,7 @@ __all__ = ['Lite0', 'perceptual_distance', 'AttributeClassifier', 'train_classif
 
 # %% ../../nbs/02_features.ipynb #02_features-imports
 import hashlib, math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from .datasets import ImageSet, batches
 from .scenes import ATTRIBUTES
+from ..engine.checks import Range, conform
 from ..engine.config import StageConfig
 from ..engine.hub import Pretrained
-from ..engine.models import load_model, save_model
+from ..engine.models import load_model, read_facts, save_model
 from ..engine.optim import EMA
 from ..engine.runtime import Runtime
 from ..engine.trainer import Objective, Trainer, fit
@@ -131,6 +133,8 @@ class AttributeClassifier(nn.Module, Pretrained):
     def __init__(
         self,
         heads: dict[str, int] | None = None,  # attribute -> number of values; those of ToyScenes by default
+        body: nn.Module
+        | None = None,  # images (b 3 h w) -> feature maps (b dim h w); by default the one below
     ):
         super().__init__()
         self.sizes = dict(heads or ATTRIBUTES)
@@ -140,7 +144,7 @@ class AttributeClassifier(nn.Module, Pretrained):
                 nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
             )
 
-        self.body = nn.Sequential(
+        self.body = body or nn.Sequential(
             nn.PixelUnshuffle(2),
             layer(12, 48, 1),
             layer(48, 64, 2),
@@ -169,7 +173,12 @@ class AttributeClassifier(nn.Module, Pretrained):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:  # images (b 3 h w); labels (b, heads) -> scalar
         "Sum over all attributes; the kind, the hardest, counts three times."
-        return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(self.losses(images, labels)))
+        return self.weighted(self.losses(images, labels))
+
+    @staticmethod
+    def weighted(losses: list[Tensor]) -> Tensor:  # scalars, one per attribute -> scalar
+        "Their sum; the first, the kind, counts three times."
+        return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(losses))
 
     @torch.no_grad()
     def read(
@@ -188,10 +197,14 @@ class AttributeClassifier(nn.Module, Pretrained):
 
     @classmethod
     def _load_pretrained(cls, folder: Path) -> "AttributeClassifier":
-        return load_model(folder, lambda config: cls(), StageConfig)[0]
+        heads = read_facts(folder).get("heads")  # not said by files of before: those of ToyScenes
+        if heads is not None:
+            conform(list(conform(heads, dict, "heads").values()), [Range(1, 10_000)], "heads")
+        return load_model(folder, lambda config: cls(heads), StageConfig)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(save_directory, self, StageConfig())  # how it was trained is not stored
+        # how it was trained is not stored
+        save_model(save_directory, self, StageConfig(), heads=self.sizes)
 
 # %% ../../nbs/02_features.ipynb #02-fa32a573
 def train_classifier(
@@ -199,6 +212,7 @@ def train_classifier(
     config: StageConfig,  # steps, batch, learning rate
     trainer: Trainer | None = None,  # by default one process, without checkpoints
     every: int = 10,  # log every so many steps
+    build: Callable[[], AttributeClassifier] = AttributeClassifier,  # makes the model
     **named,  # fields of a Runtime: seed, device, progress
 ) -> tuple[AttributeClassifier, list[dict]]:
     # trained model in eval mode; training log: the loss, and each attribute's cross-entropy divided by that
@@ -208,13 +222,18 @@ def train_classifier(
     if not data.scenes:
         raise ValueError(f"the attribute classifier reads ToyScenes; {data.source!r} has no attributes")
     torch.manual_seed(r.seed)
-    model = AttributeClassifier().to(r.device)
+    model = build().to(r.device)
+    if data.labels.shape[1] != len(model.sizes):
+        raise ValueError(
+            f"this classifier reads {', '.join(model.sizes)}, and {data.source!r} has "
+            f"{data.labels.shape[1]} columns of labels"
+        )
     ema = EMA(model, config.ema)
 
     def loss(batch, progress):
         each = model.losses(*batch)
         relative = {h: e.detach() / math.log(n) for (h, n), e in zip(model.sizes.items(), each) if n > 1}
-        return sum(e * (3.0 if i == 0 else 1.0) for i, e in enumerate(each)), relative
+        return model.weighted(each), relative
 
     weights, buffers = list(model.named_parameters()), list(model.named_buffers())
     always = lambda progress: "always"  # noqa: E731
