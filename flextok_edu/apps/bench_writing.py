@@ -95,7 +95,7 @@ def limits(c: ARConfig, rows: int, dtype: torch.dtype, bandwidth: float, rate: f
     count = step_weights(c)
     return {"weights": count * dtype.itemsize / bandwidth, "arithmetic": 2 * rows * count / rate}
 
-# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-case
+# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-clock
 @dataclass(frozen=True)
 class _Clock(TokenSampling):
     "Looks at the clock at every choice."
@@ -106,7 +106,7 @@ class _Clock(TokenSampling):
         self.stamps.append(time.perf_counter())
         return super().choose(logits, chance)
 
-
+# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-case
 @dataclass
 class _Lists:
     "So many lists at once, under one guidance."
@@ -225,7 +225,7 @@ def _rows(case: _Lists) -> list[dict]:
         )
     return rows
 
-
+# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-line
 def writing_line(row: dict) -> str:  # one line of text
     "A row as text."
     other = (

@@ -19,7 +19,7 @@ from .conditions import Condition, count, join
 from .graphs import held_by
 from .products import SMALL, int8_works, product
 
-# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-weights
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-plain
 PLAIN = {  # part of a block (or of the model): its type's name
     "norm1": "RMSNorm",
     "attention": "CausalAttention",
@@ -50,7 +50,7 @@ def _is_plain(model: nn.Module) -> bool:
             return False
     return isinstance(model.head, nn.Linear) and type(model.token_table) is nn.Embedding
 
-
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-block
 @dataclass
 class _Block:
     "The matrices of one block."
@@ -182,7 +182,31 @@ class _Weights:
             block.down.add(x, nn.functional.silu(s.gate).mul_(s.up))
         return self.head(_norm(s, self.eps)) if last else None
 
-# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-writer
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-begin
+def _place(model: nn.Module, s: _Sheet, token: Tensor, position: int) -> None:
+    "The next input: a token (b,), for both passes."
+    x = torch.nn.functional.embedding(token, model.token_table.weight).add_(model.positions[position])
+    b = len(x)
+    s.x[:b] = x
+    if b < s.rows:
+        s.x[b:] = x
+
+
+def _begin(model: nn.Module, weights: _Weights, s: _Sheet, first: Tensor, seen, prefix: Tensor) -> Tensor:
+    # inputs at position 0 (rows 1 d), ids that are given (b j) -> logits (rows v) after them
+    "Positions that are known: in one pass, or with whole numbers one after the other."
+    j = prefix.shape[1]
+    if j and not weights.whole:
+        x = torch.cat([first, model.token_table(prefix.repeat(s.rows // len(prefix), 1))], 1)
+        slots = [_Slots(s, i) for i in range(len(model.blocks))]
+        return model.step(x, slots, 0, seen or [None] * len(slots))
+    torch.add(first[:, 0], model.positions[0], out=s.x)
+    for i in range(j):
+        weights.step(s, i, last=False)
+        _place(model, s, prefix[:, i], i + 1)
+    return weights.step(s, j)
+
+
 _said: set[str] = set()
 
 
@@ -192,7 +216,7 @@ def _say(about: str, text: str) -> None:
         print(text)
     _said.add(about)
 
-
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-writer
 @dataclass
 class FlatWriter:
     "Writes lists of ids on a CPU by a flat step. Switch it off with `enabled = False`."
@@ -316,27 +340,3 @@ class FlatWriter:
                     if finished.all():
                         return ids[:, : j + 1].clone()
         return ids
-
-
-def _place(model: nn.Module, s: _Sheet, token: Tensor, position: int) -> None:
-    "The next input: a token (b,), for both passes."
-    x = torch.nn.functional.embedding(token, model.token_table.weight).add_(model.positions[position])
-    b = len(x)
-    s.x[:b] = x
-    if b < s.rows:
-        s.x[b:] = x
-
-
-def _begin(model: nn.Module, weights: _Weights, s: _Sheet, first: Tensor, seen, prefix: Tensor) -> Tensor:
-    # inputs at position 0 (rows 1 d), ids that are given (b j) -> logits (rows v) after them
-    "Positions that are known: in one pass, or with whole numbers one after the other."
-    j = prefix.shape[1]
-    if j and not weights.whole:
-        x = torch.cat([first, model.token_table(prefix.repeat(s.rows // len(prefix), 1))], 1)
-        slots = [_Slots(s, i) for i in range(len(model.blocks))]
-        return model.step(x, slots, 0, seen or [None] * len(slots))
-    torch.add(first[:, 0], model.positions[0], out=s.x)
-    for i in range(j):
-        weights.step(s, i, last=False)
-        _place(model, s, prefix[:, i], i + 1)
-    return weights.step(s, j)
