@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .engine.binding import WritesIds, check_tokenizer
 from .engine.conditions import Condition, check_condition, count, join, to_device
 from .engine.config import ARConfig
+from .engine.flat_writing import FlatWriter
 from .engine.hub import Pretrained, shipped_part
 from .engine.inputs import check_classes, check_prefix, each_budget
 from .engine.models import load_model, save_model
@@ -41,9 +42,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (… d) -> (… d)
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(
-            x.dtype
-        )
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight.to(x.dtype)
 
 
 def causal_mask(m: int, n: int, device=None) -> Tensor | None:  # boolean (m n); None: one position sees all
@@ -298,6 +298,7 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
     def __init__(self, config: ARConfig):
         super().__init__(config)
         self.writer = Writer()  # on CUDA: one recorded step, replayed for each token
+        self.flat = FlatWriter()  # on a CPU: a step without modules
 
     @classmethod
     def _load_pretrained(cls, folder: Path, tokenizer: Tokenizer | None = None) -> "ARModel":
@@ -321,28 +322,27 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
         # instead of seed and first_index: a seed for each sample (b,)
         seeds: Sequence[int] | Tensor | None = None,
         prefix: Tensor | None = None,  # ids that lists begin with (b j)
-        **named,  # fields of TokenSampling
+        **named,  # fields of TokenSampling; quantize="int8": on a CPU, weights as whole numbers
     ) -> Tensor | list[Tensor]:  # ids (b length), int64; for several lengths a list of ids (length,)
         """Write ids, one position at a time.
 
         A sample depends on (seed, index) alone, not on its batch, and not on where it was continued. Raises
         ValueError for conditions, lengths or other settings out of range.
         """
+        quantize = named.pop("quantize", self.flat.quantize)
         s, c, device = TokenSampling.of(sampling, named), self.config, self.start.device
         cond = to_device(self.condition.check(check_condition(cond)), device)
         most, each = each_budget(length, b := count(cond), c.length, "length")
         prefix = check_prefix(prefix, b, min(each or [most]), c.vocabulary)
         if seeds is not None and (seed or first_index):
-            raise ValueError(
-                f"give seeds, or seed and first_index, not both (seed {seed}, first_index {first_index})"
-            )
+            raise ValueError(f"give seeds, or seed and first_index, not both ({seed=}, {first_index=})")
         g = guidance_per_token(s.guidance, most)
-        numbers = range(first_index, first_index + b)
-        chance = token_uniforms(c.length, numbers, seed, seeds).to(device)
+        chance = token_uniforms(c.length, range(first_index, first_index + b), seed, seeds).to(device)
         if self.writer.used_on(device):
             ids = self.writer.write(self, cond, g, s, chance, prefix)
         else:
-            ids = self.write(cond, g, lambda j, l: s.choose(l, chance[:, j : j + 1]), prefix)
+            write = self.flat.of(self, most, quantize) or self.write
+            ids = write(cond, g, lambda j, l: s.choose(l, chance[:, j : j + 1]), prefix)
         return ids if each is None else [row[:k] for row, k in zip(ids, each)]
 
     @torch.no_grad()
