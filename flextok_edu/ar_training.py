@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .ar import ARModel, GPT, bind_tokenizer
+from .ar import ARModel, GPT
 from .data.datasets import ImageSet
+from .engine.binding import bind_tokenizer
 from .engine.compiler import compiled
+from .engine.conditions import Condition, take, to_device
 from .engine.config import Preset
 from .engine.loader import Loader
 from .engine.optim import EMA
@@ -37,14 +39,15 @@ def tokenize_all(
 
 @dataclass
 class Tokens:
-    """Ids and classes of images, in memory.
+    """Ids of images, and what each can be asked for by, in memory.
 
-    The notebook *cache* keeps them on disk, behind the same methods.
+    The notebook *cache* keeps ids on disk, behind the same methods, *caption cache* captions.
     """
 
     all: Tensor  # ids (N k)
     labels: Tensor  # classes (N,)
     classes: tuple[str, ...]  # class names
+    captions: object = None  # with `features(rows, variants)`: see *text*; None: only classes are known
 
     def __len__(self) -> int:
         return len(self.all)
@@ -56,18 +59,46 @@ class Tokens:
 def token_batches(
     data: Tokens,  # or a cache on disk with the same methods
     batch: int,  # lists a batch
-    class_dropout: float = 0.0,  # share of samples trained without their class
+    class_dropout: float = 0.0,  # share of samples trained without their class or text
     seed: int = 0,
     device="cpu",  # where the batch goes
-) -> Loader:  # of ids (b k), classes (b,), and which are hidden (b,)
+    text: bool = False,  # asked by text, one of the captions of each picture, at random
+) -> Loader:  # of ids (b k), classes (b,) or text, and which are hidden (b,)
     "Shuffled batches of ids without end."
 
     def make(rows, positions, step):
         chance = torch.rand(batch, generator=named_generator(seed, "hidden", step))[positions]
-        found = data.ids(rows), data.labels[rows], chance < class_dropout
-        return tuple(onto(x, device) for x in found)
+        ids, hidden = onto(data.ids(rows), device), onto(chance < class_dropout, device)
+        if not text:
+            return ids, onto(data.labels[rows], device), hidden
+        which = torch.rand(batch, generator=named_generator(seed, "caption", step))[positions]
+        variants = (which * data.captions.variants).long()
+        return ids, to_device(data.captions.features(rows, variants), device), hidden
 
     return Loader(len(data), batch, make, seed)
+
+# %% ../nbs/13b_ar_training.ipynb #ar_training-classes
+def _classes(tokens: Tokens, preset: Preset) -> int:  # how many can be asked for; 0: it is asked by text
+    "Raises ValueError for labels without a class, and for captions that are missing or of another encoder."
+    text, captions = preset.ar.text, getattr(tokens, "captions", None)
+    if text is None:
+        if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes):
+            raise ValueError(
+                f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and "
+                f"{len(tokens.classes)} class names: every label needs its class"
+            )
+        return len(tokens.classes)
+    if captions is None:
+        raise ValueError(
+            "preset.ar.text asks for a model that is asked by text, and the data have no captions"
+        )
+    width = captions.null.features.shape[-1]
+    if len(captions) != len(tokens) or width != text.width:
+        raise ValueError(
+            f"{len(tokens)} lists of ids and captions of {len(captions)}; features of width {width}, and the "
+            f"preset says {text.width}: they do not belong together"
+        )
+    return 0
 
 # %% ../nbs/13b_ar_training.ipynb #09-90f2614f
 def train_ar(
@@ -80,7 +111,8 @@ def train_ar(
     **named,  # fields of a Runtime: seed, device, precision, compile, progress
 ) -> tuple[ARModel, list[dict]]:  # averaged weights, eval mode, with the tokenizer's hash; training log
     """Tokenise the training images once, then learn to write their ids, from scratch or from a trained model.
-    Raises ValueError for labels without a class, and for a model to continue that has another shape.
+    Asked by text if `preset.ar.text` says so: then the data need captions. Raises ValueError for labels
+    without a class, for missing captions, and for a model to continue that has another shape.
     """
     r, config = Runtime.of(None, named), preset.train_ar
     tokens = (
@@ -88,12 +120,7 @@ def train_ar(
         if hasattr(data, "ids")
         else Tokens(tokenize_all(tok, data.images), data.labels[:, 0], data.classes)
     )
-    if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes):
-        raise ValueError(
-            f"labels from {int(tokens.labels.min())} to {int(tokens.labels.max())}, and "
-            f"{len(tokens.classes)} class names: every label needs its class"
-        )
-    shape = replace(preset.ar, vocabulary=tok.vocabulary, length=tok.length, classes=len(tokens.classes))
+    shape = replace(preset.ar, vocabulary=tok.vocabulary, length=tok.length, classes=_classes(tokens, preset))
     if ar is not None and ar.config != shape:
         raise ValueError(
             f"the AR model to go on with is {ar.config}, and preset {preset.name} with this tokenizer and "
@@ -102,8 +129,11 @@ def train_ar(
         )
     torch.manual_seed(r.seed)
     model = (ARModel(shape) if ar is None else ar.train()).to(r.device)
+    if shape.text:
+        model.text.set_null(to_device(tokens.captions.null, r.device))
     ema = EMA(model, config.ema)
-    stream = token_batches(tokens, config.batch, model.config.class_dropout, r.seed, r.device)
+    hidden, by_text = model.config.class_dropout, shape.text is not None
+    stream = token_batches(tokens, config.batch, hidden, r.seed, r.device, by_text)
     objective = Objective(
         "ar",
         lambda batch, progress: model.loss(*batch),
@@ -123,17 +153,16 @@ def train_ar(
 def position_losses(
     model: GPT,
     ids: Tensor,  # ids (b k)
-    labels: Tensor,  # classes (b,); `config.classes` for no class
+    cond: Condition,  # classes (b,); `config.classes` for no class; or text
     batch: int = 250,  # samples at a time
 ) -> Tensor:  # mean cross-entropy in nats at each position (k,), on the CPU
     "The loss of each position."
     device = model.start.device
     total = torch.zeros(ids.shape[1], device=model.start.device)
-    for part, c in zip(ids.split(batch), labels.split(batch)):
-        part = part.to(device)
-        total += F.cross_entropy(
-            rearrange(model(part, c.to(device)).float(), "b k v -> b v k"), part, reduction="none"
-        ).sum(0)
+    for i in range(0, len(ids), batch):
+        part = ids[i : i + batch].to(device)
+        logits = model(part, to_device(take(cond, slice(i, i + batch)), device)).float()
+        total += F.cross_entropy(rearrange(logits, "b k v -> b v k"), part, reduction="none").sum(0)
     return total.cpu() / len(ids)
 
 

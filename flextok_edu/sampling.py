@@ -44,15 +44,22 @@ def filter_top_k_top_p(
     logits: Tensor,  # (… v)
     top_k: int | None = None,  # keep so many; None or 0: all
     top_p: float | None = None,  # keep the fewest that reach this probability; None, 0 or 1: all
+    min_p: float
+    | None = None,  # drop what is less probable than this share of the top one; None or 0: nothing
 ) -> Tensor:  # (… v): -inf for what is dropped
     """Logits without the unlikely tokens: first the `top_k` (equals: the lower id first), then of those the
-    top `top_p`. The most probable token always stays. Raises ValueError for values outside these ranges.
+    top `top_p`; and none below `min_p` (Nguyen et al. 2024). The most probable token always stays. Raises
+    ValueError for values outside these ranges.
     """
     v = logits.shape[-1]
     if top_k and not (isinstance(top_k, int) and 1 <= top_k <= v):
         raise ValueError(f"top_k must be a whole number from 1 to {v} (None or 0: all), not {top_k}")
     if top_p and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in 0 .. 1 (None, 0 or 1: all), not {top_p}")
+    if min_p and not 0 < min_p <= 1:
+        raise ValueError(f"min_p must lie in 0 .. 1 (None or 0: nothing is dropped), not {min_p}")
+    if min_p:  # a difference of logits is the logarithm of a ratio of probabilities
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
     if not top_k and (not top_p or top_p == 1):
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -69,9 +76,10 @@ def sample_token(
     temperature: float = 1.0,  # 0 takes the most probable token
     top_k: int | None = None,  # as in `filter_top_k_top_p`
     top_p: float | None = None,  # as in `filter_top_k_top_p`
+    min_p: float | None = None,  # as in `filter_top_k_top_p`
 ) -> Tensor:  # ids (b,), int64
     "The token on whose piece of [0, 1] the uniform number falls."
-    kept = filter_top_k_top_p(logits / temperature if temperature else logits, top_k, top_p)
+    kept = filter_top_k_top_p(logits / temperature if temperature else logits, top_k, top_p, min_p)
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = kept.softmax(-1).cumsum(-1)
@@ -107,6 +115,7 @@ class TokenSampling:
     temperature: float = 1.0  # below 1 is more careful; 0 takes the most probable token
     top_k: int | None = None  # choose among so many most probable tokens; None or 0: all
     top_p: float | None = None  # choose among the fewest that reach this probability; None, 0 or 1: all
+    min_p: float | None = None  # none that is less probable than this share of the top one; None or 0: all
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -119,11 +128,11 @@ class TokenSampling:
 
     def fixed(self) -> tuple:  # hashable
         "All that a choice depends on besides logits and chance."
-        return self.temperature, self.top_k, self.top_p
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     def choose(
         self,
         logits: Tensor,  # (b v)
         chance: Tensor,  # uniform in (0, 1) (b 1)
     ) -> Tensor:  # tokens (b,)
-        return sample_token(logits, chance, self.temperature, self.top_k, self.top_p)
+        return sample_token(logits, chance, *self.fixed())

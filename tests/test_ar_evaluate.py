@@ -18,7 +18,8 @@ import flextok_edu.evaluation.compare as evaluation_compare
 import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
 import flextok_edu.evaluation.report as evaluation_report
-from flextok_edu.ar import ARModel, CachedGPT, sample_images, tokenizer_hash
+from flextok_edu.ar import ARModel, CachedGPT, sample_images
+from flextok_edu.engine.binding import tokenizer_hash
 from flextok_edu.sampling import sample_token, guidance_per_token, filter_top_k_top_p, token_uniforms
 from flextok_edu.ar_training import position_losses, unigram_entropies
 from flextok_edu.engine.config import ARConfig, EvalConfig, TokenizerConfig, TrunkConfig, VAEConfig

@@ -283,7 +283,9 @@ def position_is_a_number(monkeypatch):
     monkeypatch.setattr(
         ARModel,
         "step",
-        lambda self, x, cache, position: real(self, x, [_Numbered(c) for c in cache], int(position)),
+        lambda self, x, cache, position, seen: real(
+            self, x, [_Numbered(c) for c in cache], int(position), seen
+        ),
     )
 
 

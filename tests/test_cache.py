@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from planting import patch, planted
 
-import flextok_edu.ar as ar
 import flextok_edu.engine.shards as engine_shards
 import flextok_edu.io.build as io_build
 import flextok_edu.io.cache_facts as io_cache_facts
 import flextok_edu.io.pictures as io_pictures
+from flextok_edu.engine.binding import tokenizer_hash
 from flextok_edu.engine.shards import DamagedShard, read_header, shard_path, write_shard
 from flextok_edu.engine.tensors import from_uint8
 from flextok_edu.engine.tokenizers import Tokenizer
@@ -850,7 +850,7 @@ def permuted(tok, levels=(5, 5, 5, 8)):
 def test_other_fsq_levels_are_another_tokenizer(models, tmp_path):
     vae, tok, data = models
     other = permuted(tok)
-    assert ar.tokenizer_hash(other) == ar.tokenizer_hash(tok) and other.fsq.vocabulary == tok.fsq.vocabulary
+    assert tokenizer_hash(other) == tokenizer_hash(tok) and other.fsq.vocabulary == tok.fsq.vocabulary
     assert not torch.equal(
         other.tokenize(data.images[:8].float() / 127.5 - 1), tok.tokenize(data.images[:8].float() / 127.5 - 1)
     )

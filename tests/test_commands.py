@@ -26,7 +26,8 @@ import flextok_edu.apps.models as apps_models
 import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.pace as apps_pace
 import flextok_edu.apps.training as apps_training
-from flextok_edu.ar import ARModel, check_tokenizer
+from flextok_edu.ar import ARModel
+from flextok_edu.engine.binding import check_tokenizer
 from flextok_edu.apps.cli import command_line, read_settings
 from flextok_edu.apps.options import UsageError, override, parse_settings
 import flextok_edu.engine.distributed as engine_distributed

@@ -88,7 +88,12 @@ def test_forwards_leave_nothing_on_the_cpu():
         )
         assert ar.loss(ids, labels)[0].device.type == "cuda"
         assert ar(ids, labels).device.type == "cuda"
-        assert ar.step(torch.empty(2, 1, 64, device="cuda"), ar.new_cache(2, 8), 3).device.type == "cuda"
+        assert (
+            ar.step(
+                torch.empty(2, 1, 64, device="cuda"), ar.new_cache(2, 8), 3, [None] * len(ar.blocks)
+            ).device.type
+            == "cuda"
+        )
 
 
 def test_the_fake_device_test_can_fail():

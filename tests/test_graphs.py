@@ -593,7 +593,9 @@ def chance_of_the_first(monkeypatch):
 
 def guidance_is_forgotten(monkeypatch):
     monkeypatch.setattr(
-        _Sheet, "begin", lambda self, model, labels, g, c, real=_Sheet.begin: real(self, model, labels, [], c)
+        _Sheet,
+        "begin",
+        lambda self, model, cond, g, *rest, real=_Sheet.begin: real(self, model, cond, [], *rest),
     )
 
 
@@ -663,7 +665,7 @@ def test_writing_stays_on_the_gpu(choice):
     model = ARModel(AR_SMALL)
 
     def work(new):
-        sheet = _Sheet.of(model, 2, True)
+        sheet = _Sheet.of(model, 2, new(4, dtype=torch.int64))
         with NoTraffic():
             _step(model, sheet, choice.choose, new(1, dtype=torch.int64))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_hash
+from flextok_edu.ar import ARModel
+from flextok_edu.engine.binding import check_tokenizer, tokenizer_hash
 from flextok_edu.engine.config import Preset, preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.limits import from_dict

@@ -21,6 +21,7 @@ import flextok_edu.networks as networks
 import flextok_edu.transformer as transformer
 import flextok_edu.vae as vae
 import flextok_edu.data.datasets as data_datasets
+import flextok_edu.engine.binding as binding
 import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.evaluation.evaluate as evaluation_evaluate
 import flextok_edu.evaluation.metrics as evaluation_metrics
@@ -191,7 +192,7 @@ def check_ar_refuses_other_tokenizer():
     torch.manual_seed(0)
     one, two = (tokenizer.FlexTok(TOK_SMALL, vae.VAE(VAE_SMALL)).eval() for _ in range(2))
     model = ar.ARModel(ARConfig(vocabulary=1000, length=8, classes=3, width=64, depth=1)).eval()
-    model.tokenizer = ar.tokenizer_hash(one)
+    model.tokenizer = binding.tokenizer_hash(one)
     with pytest.raises(ValueError, match="nonsense"):
         ar.sample_images(model, two, torch.tensor([0]), steps=1)
 
@@ -410,11 +411,7 @@ def any_tokenizer_will_do(monkeypatch):
 
 def targets_not_shifted(monkeypatch):
     def forward(self, ids, labels):
-        x = (
-            self.token_table(ids)
-            + (self.start + self.class_table(labels))[:, None]
-            + self.positions[: ids.shape[1]]
-        )
+        x = self.placed(self.token_table(ids) + self.first(labels))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -436,8 +433,8 @@ def cached_step_forgets_the_position(monkeypatch):
     monkeypatch.setattr(
         ar.ARModel,
         "step",
-        lambda self, x, cache, position: real(
-            self, x + self.positions[0] - self.positions[position], cache, position
+        lambda self, x, cache, position, seen: real(
+            self, x + self.positions[0] - self.positions[position], cache, position, seen
         ),
     )
 

@@ -9,7 +9,8 @@ from torch import nn
 from planting import patch
 
 import flextok_edu.engine.tokenizers as engine_tokenizers
-from flextok_edu.ar import ARModel, bind_tokenizer, sample_images
+from flextok_edu.ar import ARModel, sample_images
+from flextok_edu.engine.binding import bind_tokenizer
 from flextok_edu.engine.config import ARConfig, StageConfig, TokenizerConfig, TrunkConfig, preset
 from flextok_edu.engine.loader import Loader
 from flextok_edu.engine.long_run import Checkpointer

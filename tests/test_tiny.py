@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from flextok_edu.ar import ARModel, check_tokenizer, sample_images, tokenizer_hash, tokenizer_identity
+from flextok_edu.ar import ARModel, sample_images
+from flextok_edu.engine.binding import check_tokenizer, tokenizer_hash, tokenizer_identity
 from flextok_edu.engine.config import Preset, preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.hub import shipped_models

@@ -21,7 +21,7 @@ import flextok_edu.apps.generate as apps_generate
 import flextok_edu.apps.models as apps_models
 import flextok_edu.apps.train as apps_train
 import flextok_edu.tokenizer as tokenizer
-from flextok_edu.ar import tokenizer_identity
+from flextok_edu.engine.binding import tokenizer_identity
 from flextok_edu.apps.models import DataOptions
 from flextok_edu.objective import FlowObjective
 import flextok_edu.engine.distributed as engine_distributed

@@ -31,7 +31,8 @@ import flextok_edu.apps.zoo as apps_zoo
 import flextok_edu.ar as ar
 import flextok_edu.engine.hub as engine_hub
 import flextok_edu.engine.models as engine_models
-from flextok_edu.ar import ARModel, check_tokenizer, tokenizer_identity
+from flextok_edu.ar import ARModel
+from flextok_edu.engine.binding import check_tokenizer, tokenizer_identity
 from flextok_edu.engine.config import EvalConfig, Preset, preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.limits import from_dict

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from flextok_edu.ar import ARModel, bind_tokenizer, save_ar, tokenizer_hash
+from flextok_edu.ar import ARModel, save_ar
+from flextok_edu.engine.binding import bind_tokenizer, tokenizer_hash
 from flextok_edu.engine.config import Preset, preset
 from flextok_edu.engine.files import weights_hash, write_text
 from flextok_edu.engine.limits import from_dict

@@ -30,7 +30,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from flextok_edu.ar import load_ar, save_ar, tokenizer_hash
+from flextok_edu.ar import load_ar, save_ar
+from flextok_edu.engine.binding import tokenizer_hash
 from flextok_edu.engine.config import Preset, VAEConfig, preset
 from flextok_edu.engine.files import write_text
 from flextok_edu.engine.models import load_model, save_model

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..ar import ARModel, load_ar, tokenizer_hash
+from ..ar import ARModel, load_ar
+from ..engine.binding import tokenizer_hash
 from ..data.features import AttributeClassifier
 from ..data.learned import Learned, load_learned
 from ..engine.checks import Range, conform, read_json

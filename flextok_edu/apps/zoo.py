@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .card import open_part, open_parts, model_card
 from .stage_table import PARTS, STAGE_TABLE
 from ..ar_training import position_losses
-from ..ar import tokenizer_hash, tokenizer_identity
+from ..engine.binding import tokenizer_hash, tokenizer_identity
 from ..data.datasets import spread
 from ..data.learned import load_learned, save_learned
 from ..data.scenes import ToyScenes

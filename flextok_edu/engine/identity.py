@@ -7,6 +7,7 @@ __all__ = ['canonical', 'meaning', 'identity_of', 'identity']
 
 # %% ../../nbs/engine/identity.ipynb #engine-identity-imports
 import functools, hashlib, json
+from dataclasses import asdict, is_dataclass
 
 from torch import nn
 
@@ -14,6 +15,14 @@ from .files import weights_hash
 from .limits import configuration_of
 
 # %% ../../nbs/engine/identity.ipynb #00-e320bf3d
+def _plain(value, default):  # what json keeps as it is
+    if isinstance(value, tuple):
+        return list(value)
+    if is_dataclass(value):
+        return asdict(value)
+    return float(value) if isinstance(default, float) else value
+
+
 def canonical(
     config,
 ) -> dict:  # {name: {setting: value}}, ready for json; empty for a configuration that decides nothing
@@ -25,11 +34,7 @@ def canonical(
         return {}
     settings = facts.identity
     found = {key: functools.reduce(getattr, place.split("."), config) for key, (place, _) in settings.items()}
-    said = {
-        key: list(v) if isinstance(v, tuple) else float(v) if isinstance(settings[key][1], float) else v
-        for key, v in found.items()
-        if v != settings[key][1]
-    }
+    said = {key: _plain(v, settings[key][1]) for key, v in found.items() if v != settings[key][1]}
     return {facts.part: said}
 
 

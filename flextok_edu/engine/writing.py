@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .conditions import Condition, TextFeatures, count, join
 from .compiler import is_compiled
 from .graphs import Graphs, held_by, places
 
@@ -41,37 +42,46 @@ class _Sheet:
     "All memory of a batch that is being written."
 
     caches: list[FixedCache]  # one for each block
+    text: list  # for each block the keys, values and mask of the text; None where there is none
     seen: Tensor  # boolean (1 1 1 length): the positions that are written; all caches share it
-    x: Tensor  # the next input, embedded (b 1 d); guided (2b 1 d): with the class, then without
+    x: Tensor  # the next input, embedded (b 1 d); guided (2b 1 d): with the condition, then without
     ids: Tensor  # (b length)
+    given: Tensor  # ids that lists begin with (b length); -1: to be written
     chance: Tensor  # uniform in (0, 1) (b length)
     guidance: Tensor  # g at each position (length,)
     places: Tensor  # 0, 1, 2, … (length,)
 
     @classmethod
-    def of(cls, model: nn.Module, b: int, twice: bool) -> "_Sheet":
-        length, w, rows = model.config.length, model.start, b * (1 + twice)
+    def of(cls, model: nn.Module, b: int, cond: Condition) -> "_Sheet":  # cond: of all rows
+        length, w, rows = model.config.length, model.start, count(cond)
         half = _cache_dtype(w)
         caches = model.new_cache(rows, length, lambda shape, like: FixedCache(shape, like.to(half)))
         for cache in caches:
             cache.seen = caches[0].seen
+        text = [seen and tuple(torch.zeros_like(part) for part in seen) for seen in model.seen(cond)]
         places = torch.arange(length, device=w.device)
         chance = torch.zeros(b, length, device=w.device)
         x, ids = w.new_zeros(rows, 1, len(w)), torch.zeros_like(chance, dtype=torch.int64)
-        return cls(caches, caches[0].seen, x, ids, chance, torch.ones(length, device=w.device), places)
+        ones = torch.ones(length, device=w.device)
+        return cls(caches, text, caches[0].seen, x, ids, ids.clone(), chance, ones, places)
 
-    def begin(self, model: nn.Module, labels: Tensor, guidance: list[float], chance: Tensor) -> None:
+    def begin(self, model: nn.Module, cond: Condition, guidance: list[float], chance: Tensor, prefix) -> None:
         "The start of new lists. (Hidden positions count nothing; but nothing times NaN would be NaN.)"
         torch._foreach_zero_([x for cache in self.caches for x in (cache.keys, cache.values)])
-        if len(self.x) > len(labels):
-            labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-        self.x.copy_((model.start + model.class_table(labels))[:, None])
+        for mine, new in zip(self.text, model.seen(cond)):
+            for part, x in zip(mine or (), new or ()):
+                part.copy_(x)
+        self.x.copy_(model.first(cond))
         self.chance.copy_(chance)
         self.guidance[: len(guidance)] = torch.tensor(guidance).to(self.guidance.device)
+        self.given.fill_(-1)
+        if prefix is not None:
+            self.given[:, : prefix.shape[1]] = prefix
 
     def held(self) -> list[Tensor]:
         kept = [x for cache in self.caches for x in (cache.keys, cache.values)]
-        return [*kept, self.seen, self.x, self.ids, self.chance, self.guidance]
+        kept += [x for seen in self.text for x in seen or ()]
+        return [*kept, self.seen, self.x, self.ids, self.given, self.chance, self.guidance]
 
 # %% ../../nbs/engine/writing.ipynb #engine-writing-step
 @torch.no_grad()
@@ -79,12 +89,14 @@ def _step(model: nn.Module, sheet: _Sheet, choose: Callable, position: Tensor) -
     "Write the token of this position into the sheet."
     b = len(sheet.ids)
     torch.le(sheet.places.view(1, 1, 1, -1), position, out=sheet.seen)
-    logits = model.step(sheet.x, sheet.caches, position).float()  # b v, or 2b v
+    logits = model.step(sheet.x, sheet.caches, position, sheet.text).float()  # b v, or 2b v
     if len(logits) > b:
         cond, uncond = logits.split(b)
         g = sheet.guidance.index_select(0, position)
         logits = torch.where(g == 1, cond, uncond + g * (cond - uncond))
     token = choose(logits, sheet.chance.index_select(1, position))  # b
+    given = sheet.given.index_select(1, position)[:, 0]
+    token = torch.where(given < 0, token, given)
     sheet.ids.index_copy_(1, position, token[:, None])
     x = model.token_table(token)[:, None]
     sheet.x.copy_(torch.cat([x, x]) if len(sheet.x) > b else x)
@@ -111,12 +123,13 @@ class Writer:
     def used_on(self, device: torch.device) -> bool:
         return self.graphs.used_on(device)
 
-    def _sheet(self, model: nn.Module, b: int, twice: bool) -> _Sheet:
-        key = b, twice, model.start.device, model.start.dtype, _cache_dtype(model.start)
+    def _sheet(self, model: nn.Module, b: int, cond: Condition) -> _Sheet:
+        shape = tuple(cond.mask.shape) if isinstance(cond, TextFeatures) else (count(cond),)
+        key = b, shape, model.start.device, model.start.dtype, _cache_dtype(model.start)
         sheet = self.sheets.pop(key, None)
         if sheet is None:
             with torch.inference_mode(False):  # it may be used with and without
-                sheet = _Sheet.of(model, b, twice)
+                sheet = _Sheet.of(model, b, cond)
         self.sheets[key] = sheet
         while len(self.sheets) > 2:  # caches of large batches are large
             del self.sheets[next(iter(self.sheets))]
@@ -126,21 +139,24 @@ class Writer:
     def write(
         self,
         model: nn.Module,  # with `step`, `new_cache`, and the tables of *ar*
-        labels: Tensor,  # classes (b,)
+        cond: Condition,  # classes (b,), or text
         guidance: list[float],  # g at each position, as many as tokens are wanted; all 1: no second pass
         sampling,  # hashable, with `choose(logits (b v), uniform numbers (b 1)) -> tokens (b,)`
         chance: Tensor,  # uniform in (0, 1) (b length)
+        prefix: Tensor | None = None,  # ids that lists begin with (b j)
     ) -> Tensor:  # ids (b, as many as guidances)
-        twice = any(g != 1 for g in guidance)
+        b = count(cond)
+        if any(g != 1 for g in guidance):
+            cond = join(cond, model.condition.without(cond))
         with self.graphs.lock:
-            return self._write(
-                model, self._sheet(model, len(labels), twice), labels, guidance, sampling, chance
-            )
+            sheet = self._sheet(model, b, cond)
+            sheet.begin(model, cond, guidance, chance, prefix)
+            return self._write(model, sheet, len(guidance), sampling)
 
-    def _write(self, model, sheet: _Sheet, labels, guidance: list[float], sampling, chance) -> Tensor:
-        sheet.begin(model, labels, guidance, chance)
-        key = "step", sampling.fixed(), is_compiled(model.blocks[0]), tuple(sheet.x.shape), len(labels)
+    def _write(self, model: nn.Module, sheet: _Sheet, length: int, sampling) -> Tensor:
+        shapes = tuple(sheet.x.shape), len(sheet.ids), sheet.text[0] and tuple(sheet.text[0][2].shape)
+        key = "step", sampling.fixed(), is_compiled(model.blocks[0]), shapes
         where = places([*held_by(model), *sheet.held()])
-        for place in sheet.places[: len(guidance)].split(1):
+        for place in sheet.places[:length].split(1):
             self.graphs(key, lambda position: _step(model, sheet, sampling.choose, position), [place], where)
-        return sheet.ids[:, : len(guidance)].clone()
+        return sheet.ids[:, :length].clone()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..ar import ARModel, check_tokenizer
+from ..ar import ARModel
+from ..engine.binding import check_tokenizer
 from ..data.datasets import ImageSet, spread
 from ..data.features import AttributeClassifier
 from ..data.folders import read_folder
