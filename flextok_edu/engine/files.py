@@ -115,7 +115,7 @@ _DTYPES = {
     "BOOL": "bool",
 }
 
-
+# %% ../../nbs/engine/files.ipynb #engine-files-header
 def tensor_header(
     path: str | Path,  # a safetensors file
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ar import ClassCondition, Parts, causal_mask
 from ..engine.conditions import TextFeatures
-from ..engine.settings import ARConfig, ARStyle
+from ..engine.settings import ARConfig
 from ..text import TextCondition
 
 # %% ../../nbs/io/ar_styles.ipynb #ar-styles-norm

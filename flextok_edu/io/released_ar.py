@@ -19,7 +19,7 @@ from ..engine.models import on_meta
 from ..engine.settings import ARConfig
 from ..engine.tensors import pick_device
 from ..engine.tokenizers import Tokenizer
-from .ar_grammar import ReleasedAR, plain_style, read_ar_config
+from .ar_layout import ReleasedAR, plain_style, read_ar_config
 from .released_vae import check_finite
 
 # %% ../../nbs/io/released_ar.ipynb #released-ar-names
@@ -121,7 +121,7 @@ def _build(found: ReleasedAR, file: Path) -> ARModel:
     header = {n: h for n, h in tensor_header(file)[0].items() if not _is_stray(n)}
     if 5 * c.depth > len(header):
         raise ValueError(
-            f"{file}: missing tensors: the configuration asks for {c.depth} blocks, and here are {len(header)}"
+            f"{file}: missing tensors: the configuration asks for {c.depth} blocks; found {len(header)}"
         )
     ar = on_meta(ARModel, c, file)
     shapes = {n: tuple(w.shape) for n, w in ar.state_dict().items()}
@@ -163,8 +163,8 @@ def load_released_ar(
         c, k, v = found.config, tokenizer.length, tokenizer.vocabulary
         if c.vocabulary != v or c.length > k:
             raise ValueError(
-                f"{folder} writes {c.length} tokens out of {c.vocabulary:,}, and this tokenizer has {k} out of "
-                f"{v:,}: it was trained with {found.tokenizer or 'another one'}"
+                f"{folder} writes {c.length} tokens out of {c.vocabulary:,}, and this tokenizer has {k} out "
+                f"of {v:,}: it was trained with {found.tokenizer or 'another one'}"
             )
         bind_tokenizer(ar, tokenizer)
     if encoder is not None:

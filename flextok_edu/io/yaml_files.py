@@ -140,7 +140,7 @@ class _Resolver:
             )
         return str(value)
 
-
+# %% ../../nbs/io/yaml_files.ipynb #io-yaml-resolve-door
 def resolve(
     value,  # a part of a document, or all of it
     root,  # the document
