@@ -35,7 +35,7 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch settings.ini setup.py
 	@touch $@
 $(VENV)/.installed-dev: $(VENV)/.installed-torch settings.ini setup.py
 	@echo "installing the development tools ..."
-	$(PIP) -e '.[metrics,data,dev]'
+	$(PIP) -e '.[metrics,data,text,dev]'
 	@touch $@ $(VENV)/.installed-demo
 
 clean:

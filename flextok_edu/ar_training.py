@@ -39,15 +39,14 @@ def tokenize_all(
 
 @dataclass
 class Tokens:
-    """Ids of images, and what each can be asked for by, in memory.
+    """Ids and classes of images, in memory.
 
-    The notebook *cache* keeps ids on disk, behind the same methods, *caption cache* captions.
+    The notebook *cache* keeps them on disk, behind the same methods.
     """
 
     all: Tensor  # ids (N k)
     labels: Tensor  # classes (N,)
     classes: tuple[str, ...]  # class names
-    captions: object = None  # with `features(rows, variants)`: see *text*; None: only classes are known
 
     def __len__(self) -> int:
         return len(self.all)
@@ -62,7 +61,7 @@ def token_batches(
     class_dropout: float = 0.0,  # share of samples trained without their class or text
     seed: int = 0,
     device="cpu",  # where the batch goes
-    text: bool = False,  # asked by text, one of the captions of each picture, at random
+    text: bool = False,  # asked by text: one of the captions of each picture, at random (see *text*)
 ) -> Loader:  # of ids (b k), classes (b,) or text, and which are hidden (b,)
     "Shuffled batches of ids without end."
 
@@ -71,16 +70,15 @@ def token_batches(
         ids, hidden = onto(data.ids(rows), device), onto(chance < class_dropout, device)
         if not text:
             return ids, onto(data.labels[rows], device), hidden
-        which = torch.rand(batch, generator=named_generator(seed, "caption", step))[positions]
-        variants = (which * data.captions.variants).long()
-        return ids, to_device(data.captions.features(rows, variants), device), hidden
+        which = torch.randint(2**31, (batch,), generator=named_generator(seed, "caption", step))[positions]
+        return ids, to_device(data.text(rows, which), device), hidden
 
     return Loader(len(data), batch, make, seed)
 
 # %% ../nbs/13b_ar_training.ipynb #ar_training-classes
 def _classes(tokens: Tokens, preset: Preset) -> int:  # how many can be asked for; 0: it is asked by text
     "Raises ValueError for labels without a class, and for captions that are missing or of another encoder."
-    text, captions = preset.ar.text, getattr(tokens, "captions", None)
+    text = preset.ar.text
     if text is None:
         if not 0 <= int(tokens.labels.min()) <= int(tokens.labels.max()) < len(tokens.classes):
             raise ValueError(
@@ -88,21 +86,18 @@ def _classes(tokens: Tokens, preset: Preset) -> int:  # how many can be asked fo
                 f"{len(tokens.classes)} class names: every label needs its class"
             )
         return len(tokens.classes)
-    if captions is None:
+    if not hasattr(tokens, "text"):
         raise ValueError(
-            "preset.ar.text asks for a model that is asked by text, and the data have no captions"
+            f"preset.ar.text wants captions encoded by {text.encoder}, and these data have none: "
+            "give Captioned ids, see *text*"
         )
-    width = captions.null.features.shape[-1]
-    if len(captions) != len(tokens) or width != text.width:
-        raise ValueError(
-            f"{len(tokens)} lists of ids and captions of {len(captions)}; features of width {width}, and the "
-            f"preset says {text.width}: they do not belong together"
-        )
+    tokens.check(text)
     return 0
 
 # %% ../nbs/13b_ar_training.ipynb #09-90f2614f
 def train_ar(
-    data: ImageSet | Tokens,  # training images with classes in label column 0, or their ids
+    # training images with classes in label column 0, or their ids; or ids with captions, see *text*
+    data: ImageSet | Tokens,
     tok: Tokenizer,  # trained tokenizer
     preset: Preset,  # sizes and steps
     # a trained one to continue, changed in place; the ids may be of another tokenizer than before
@@ -130,7 +125,7 @@ def train_ar(
     torch.manual_seed(r.seed)
     model = (ARModel(shape) if ar is None else ar.train()).to(r.device)
     if shape.text:
-        model.text.set_null(to_device(tokens.captions.null, r.device))
+        model.text.set_null(to_device(tokens.null, r.device))
     ema = EMA(model, config.ema)
     hidden, by_text = model.config.class_dropout, shape.text is not None
     stream = token_batches(tokens, config.batch, hidden, r.seed, r.device, by_text)

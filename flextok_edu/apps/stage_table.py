@@ -24,6 +24,7 @@ from ..engine.config import Preset, StageConfig, VAEConfig
 from ..engine.models import load_model, save_model
 from ..engine.runtime import Runtime
 from ..io.cache import LatentCache, TokenCache
+from ..text import Captioned
 from ..tokenizer import FlexTok, load_tokenizer, save_tokenizer
 from ..training import fit_tokenizer, train_tokenizer
 from ..vae import VAE
@@ -37,7 +38,9 @@ class Task:
     folder: Path  # where the model goes, beside its log and what it learned from
     preset: Preset
     runtime: Runtime
-    data: ImageSet | OnDisk | LatentCache | TokenCache  # pictures, or what was made of them before
+    data: (
+        ImageSet | OnDisk | LatentCache | TokenCache | Captioned
+    )  # pictures, or what was made of them before
     learned: Learned  # the pictures behind the data
     recipe: dict  # all that decides the weights: a checkpoint of another recipe is refused
     # dotted path in the recipe -> new value: what an interrupted training goes on with
@@ -124,7 +127,8 @@ def _save_classifier(folder: Path, model: AttributeClassifier, task: Task, **fac
 
 
 def _save_ar(folder: Path, model: ARModel, task: Task, **facts) -> None:
-    save_ar(folder, model, classes=list(task.data.classes), **facts)
+    by_text = model.config.text is not None
+    save_ar(folder, model, classes=None if by_text else list(task.data.classes), **facts)
 
 
 def _load_vae(folder: Path, after=None) -> tuple[VAE, dict]:
@@ -189,7 +193,7 @@ PARTS = tuple(sorted(STAGE_TABLE, key=lambda name: STAGE_TABLE[name].only_scenes
 # %% ../../nbs/apps/stage_table.ipynb #apps-stage_table-helpers
 def material_of(stage: Stage, task: Task):  # what the stage's trainer takes
     "Pictures as they are; those that are read from the disk first become latents or ids, in a cache."
-    if stage.encoded is None or isinstance(task.data, (LatentCache, TokenCache)):
+    if stage.encoded is None or isinstance(task.data, (LatentCache, TokenCache, Captioned)):
         return task.data
     return material(task.data, task.after, task.encoded)
 

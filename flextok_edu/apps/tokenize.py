@@ -18,9 +18,13 @@ from tyro.conf import Positional
 from .cli import command
 from .models import Common, DataOptions, open_tokenizer, open_vae, preset_of
 from .options import UsageError
-from .pictures import encode_to, numbered, open_pictures
+from .pictures import encode_to, numbered, open_pictures, watched
 from .run_config import check_name, ready_to_write
+from ..data.captions import variants_of
+from ..data.datasets import ImageSet
 from ..data.folders import image_files, read_squares
+from ..data.opening import open_source
+from ..data.text_encoders import text_encoder
 from ..engine.checks import conform, parse_json
 from ..engine.config import Preset
 from ..engine.files import weights_hash, write_text
@@ -30,6 +34,7 @@ from ..engine.tensors import from_uint8, pick_device
 from ..engine.text import plain
 from ..io.build import latent_recipe, token_recipe
 from ..io.cache import LatentCache, TokenCache
+from ..io.caption_cache import CaptionCache, build_caption_cache
 from ..tokenizer import FlexTok
 
 # %% ../../nbs/apps/tokenize.ipynb #15b-ff873d46
@@ -40,7 +45,7 @@ class CacheOptions(DataOptions):
     Can be stopped and started again, and run by several processes at once.
     """
 
-    kind: Positional[Literal["latents", "tokens"]]
+    kind: Positional[Literal["latents", "tokens", "captions"]]
     "What to make."
     out: str
     "Folder of the cache."
@@ -62,8 +67,37 @@ class CacheOptions(DataOptions):
     "Images at a time."
     verify: bool = False
     "Read what is there already, and make damaged files anew."
+    text: str = "minilm"
+    """captions: the text encoder: minilm (of the extra `text`), flan-t5-xl, or any other of the Hugging Face
+    hub, by its repository or folder."""
+    captions: str = "auto"
+    """captions: where they are: files (.txt, .json, metadata.jsonl, captions.csv), names (of files and
+    folders), column:NAME, scenes, or auto."""
+    variants: int = 4
+    "captions: of scenes, so many of each, in different lengths."
+    positions: int = 64
+    "captions: longest text, in the encoder's positions; longer ones are cut."
 
 # %% ../../nbs/apps/tokenize.ipynb #15b-3da71480
+def _make_captions(o: CacheOptions, p: Preset, device) -> int:  # pictures
+    "Raises as `variants_of` and `text_encoder` do."
+    encoder, data = text_encoder(o.text, device), open_pictures(o, p, "train")[0]
+    if o.variants < 1 or not 3 <= o.positions <= encoder.length:
+        raise UsageError(
+            f"--variants {o.variants} --positions {o.positions}: at least 1, and 3 .. {encoder.length}"
+        )
+    in_memory = isinstance(data, ImageSet) and not data.scenes
+    how = {"root": o.data_root, "download": o.download}
+    source = open_source(o.data, p.image_size, **how) if in_memory else None
+    found = variants_of(data, o.captions, o.variants, seed=o.seed, source=source)
+    facts = {"source": data.source, "source_hash": data.hash, "rule": f"{o.captions}, {o.variants} variants"}
+    shard = {"shard": 4 * o.shard, "batch": o.batch, "verify": o.verify, "progress": watched()}
+    build_caption_cache(o.out, found, encoder, facts, o.positions, **shard)
+    cache = CaptionCache(o.out, encoder)
+    print(f"captions: {cache!r} in {plain(o.out)}", flush=True)
+    return len(cache)
+
+
 def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     "Build what is missing of a cache."
     check_name(o.out)
@@ -71,6 +105,8 @@ def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     p = preset_of(o, base, o.vae, o.tokenizer)
     if min(o.shard, o.batch) < 1:
         raise UsageError(f"--shard {o.shard} --batch {o.batch}: at least 1")
+    if o.kind == "captions":
+        return _make_captions(o, p, device)
     if o.kind == "latents":
         vae = open_vae(o.vae, device)
         recipe = latent_recipe(
@@ -94,7 +130,7 @@ def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
 
 
 def cache_main(argv: list[str] | None = None) -> None:
-    "The console command `flextok_cache latents|tokens`."
+    "The console command `flextok_cache latents|tokens|captions`."
     command(
         "flextok_cache",
         CacheOptions,

@@ -49,6 +49,8 @@ from ..engine.runtime import Runtime
 from ..engine.tensors import pick_device
 from ..engine.text import plain
 from ..evaluation.report import versions
+from ..io.caption_cache import CaptionCache
+from ..text import text_config
 
 # %% ../../nbs/apps/train.ipynb #15b-294c924f
 def _check(o: TrainOptions, p: Preset, out: Path) -> None:
@@ -93,6 +95,8 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
 
     p = preset_of(o, base)
     out = Path(o.out or f"runs/{o.stage}").expanduser().absolute()
+    if o.captions and o.stage == "ar":
+        p = replace(p, ar=replace(p.ar, classes=0, text=text_config(CaptionCache(o.captions))))
     if o.steps is not None:
         p = override(p, {f"train_{o.stage}.steps": o.steps})
     device = pick_device(o.device)

@@ -187,12 +187,13 @@ class TokenizerConfig:
         return (self.latent_size // getattr(self, side).patch) ** 2  # n of "encoder" or "decoder"
 
 # %% ../../nbs/engine/settings.ipynb #settings-ar-parts
-@configuration(limits=dict(encoder=str, width=_COUNT, length=Range(1, 4096)))
+@configuration(limits=dict(encoder=str, identity=(str, None), width=_COUNT, length=Range(1, 4096)))
 @dataclass(frozen=True)
 class TextConfig:
     "What a text-conditional AR model reads."
 
     encoder: str = "minilm"  # frozen text encoder, by name or repository, see *text encoders*
+    identity: str | None = None  # of its weights and of its tokenizer; None: nobody noted it
     width: int = 384  # t, of its features
     length: int = 64  # positions of a text, at most
 
