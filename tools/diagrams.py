@@ -1601,11 +1601,11 @@ def text_block() -> Drawing:
         "text_block",
         478,
         "A block that reads a text",
-        "A prompt is cut into pieces, with marks of beginning and end, and padded. A frozen text encoder gives "
-        "each position a vector of width t, an MLP of ours makes it one of width d. Below, a block of the AR "
-        "model: causal self-attention among the tokens, cross-attention with queries from the tokens and keys "
-        "and values from the text, SwiGLU, each behind a norm and added back. Of parameters, both attentions "
-        "have 4 d², SwiGLU 8 d².",
+        "A prompt is cut into pieces, with marks of beginning and end, and padded. A frozen text encoder "
+        "gives each position a vector of width t, an MLP of ours makes it one of width d. Below, a block of "
+        "the AR model: causal self-attention among the tokens, cross-attention with queries from the tokens "
+        "and keys and values from the text, SwiGLU, each behind a norm and added back. Of parameters, both "
+        "attentions have 4 d², SwiGLU 8 d².",
     )
     d.text(24, 34, "A block that reads a text", "ink h", "start")
     d.text(786, 34, "hatched: frozen, not trained with the rest", "muted s", "end")
