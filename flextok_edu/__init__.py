@@ -39,6 +39,8 @@ _PLACES = {  # module: names
     "io.build": "cache_latents_to cache_tokens_to",
     "io.released": "load_flextok load_vae",
     "io.export": "save_released",
+    "io.released_ar": "load_released_ar",
+    "io.ar_export": "save_released_ar",
     "apps.run_config": "RunConfig",
     "apps.run": "run",
 }

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .engine.binding import WritesIds, check_tokenizer
 from .engine.conditions import Condition, check_condition, count, join, to_device
 from .engine.config import ARConfig
-from .engine.hub import Pretrained
+from .engine.flat_writing import FlatWriter
+from .engine.hub import Pretrained, shipped_part
 from .engine.inputs import check_classes, check_prefix, each_budget
 from .engine.models import load_model, save_model
 from .engine.tokenizers import Tokenizer, tokenizer_from_pretrained
@@ -41,9 +42,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (… d) -> (… d)
         y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(
-            x.dtype
-        )
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight.to(x.dtype)
 
 
 def causal_mask(m: int, n: int, device=None) -> Tensor | None:  # boolean (m n); None: one position sees all
@@ -156,7 +156,8 @@ class GPT(nn.Module):
         condition = parts.condition(c)
         self.class_table, self.text = (None, condition) if c.text else (condition, None)
         self.token_table = nn.Embedding(c.vocabulary, c.width)
-        self.positions = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
+        table = torch.randn(c.length, c.width) * 0.02
+        self.positions = nn.Parameter(table, requires_grad=c.style is None or c.style.positions == "learned")
         self.blocks = nn.ModuleList(parts.block(c) for _ in range(c.depth))
         self.norm = parts.norm(c)
         self.head = parts.head(c)
@@ -298,12 +299,13 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
     def __init__(self, config: ARConfig):
         super().__init__(config)
         self.writer = Writer()  # on CUDA: one recorded step, replayed for each token
+        self.flat = FlatWriter()  # on a CPU: a step without modules
 
     @classmethod
     def _load_pretrained(cls, folder: Path, tokenizer: Tokenizer | None = None) -> "ARModel":
         "Checked against the given tokenizer, or for a shipped model against the one stored beside it."
         if tokenizer is None and (folder.parent / "model.json").exists():
-            tokenizer = tokenizer_from_pretrained(folder.parent / "tokenizer")
+            tokenizer = tokenizer_from_pretrained(shipped_part(folder.parent, "tokenizer"))
         return load_ar(folder, tokenizer)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -321,28 +323,27 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
         # instead of seed and first_index: a seed for each sample (b,)
         seeds: Sequence[int] | Tensor | None = None,
         prefix: Tensor | None = None,  # ids that lists begin with (b j)
-        **named,  # fields of TokenSampling
+        **named,  # fields of TokenSampling; quantize="int8": on a CPU, weights as whole numbers
     ) -> Tensor | list[Tensor]:  # ids (b length), int64; for several lengths a list of ids (length,)
         """Write ids, one position at a time.
 
         A sample depends on (seed, index) alone, not on its batch, and not on where it was continued. Raises
         ValueError for conditions, lengths or other settings out of range.
         """
+        quantize = named.pop("quantize", self.flat.quantize)
         s, c, device = TokenSampling.of(sampling, named), self.config, self.start.device
         cond = to_device(self.condition.check(check_condition(cond)), device)
         most, each = each_budget(length, b := count(cond), c.length, "length")
         prefix = check_prefix(prefix, b, min(each or [most]), c.vocabulary)
         if seeds is not None and (seed or first_index):
-            raise ValueError(
-                f"give seeds, or seed and first_index, not both (seed {seed}, first_index {first_index})"
-            )
+            raise ValueError(f"give seeds, or seed and first_index, not both ({seed=}, {first_index=})")
         g = guidance_per_token(s.guidance, most)
-        numbers = range(first_index, first_index + b)
-        chance = token_uniforms(c.length, numbers, seed, seeds).to(device)
+        chance = token_uniforms(c.length, range(first_index, first_index + b), seed, seeds).to(device)
         if self.writer.used_on(device):
             ids = self.writer.write(self, cond, g, s, chance, prefix)
         else:
-            ids = self.write(cond, g, lambda j, l: s.choose(l, chance[:, j : j + 1]), prefix)
+            write = self.flat.of(self, most, quantize) or self.write
+            ids = write(cond, g, lambda j, l: s.choose(l, chance[:, j : j + 1]), prefix)
         return ids if each is None else [row[:k] for row, k in zip(ids, each)]
 
     @torch.no_grad()

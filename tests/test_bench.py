@@ -217,8 +217,12 @@ def test_a_llama_of_the_same_size_takes_its_turn(monkeypatch):
         "micro", "cpu", variants=("eager", "transformers"), batches=(3,), tokens=5, repeats=2
     )
     rows = bench("generate", config, quiet)
-    assert [(r["guidance"], r["variant"]) for r in rows] == [(1, "eager"), (1, "transformers"), (2, "eager")]
-    assert all(x[:3] == (3, 5, 5) and not x[3]["do_sample"] for x in Llama.asked) and len(Llama.asked) == 4
+    assert [(r["guidance"], r["variant"]) for r in rows] == [
+        (g, name) for g in (1, 2) for name in ("eager", "transformers")
+    ]
+    assert all(x[:3] == (3, 5, 5) and not x[3]["do_sample"] for x in Llama.asked) and len(Llama.asked) == 8
+    assert [x[3].get("guidance_scale") for x in Llama.asked] == [None] * 4 + [2] * 4
+    assert all(r["times_transformers"] == 1 for r in rows[1::2]) and rows[0]["times_transformers"] > 0
     made, c = (
         bench_writing.llama(bench_writer(config, torch.float32).config).config,
         bench_writing.preset("micro").ar,

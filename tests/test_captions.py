@@ -269,7 +269,8 @@ def test_side_files_and_tables_find_their_pictures_whatever_the_order(clips):
     (clips / "sky/thing_02.json").write_text('{"text": "two"}')
     (clips / "sky/thing_04.json").write_text('{"size": 3}')
     (clips / "sea/metadata.jsonl").write_text(
-        '{"file_name": "thing_11.png", "text": "eleven"}\n\n{"file_name": "thing_01.png", "caption": "käse"}\n',
+        '{"file_name": "thing_11.png", "text": "eleven"}\n\n'
+        '{"file_name": "thing_01.png", "caption": "käse"}\n',
         encoding="utf-8",
     )
     (clips / "captions.csv").write_text(

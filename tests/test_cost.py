@@ -94,7 +94,11 @@ def test_the_papers_numbers():
         assert abs(sum(vae_parameters(VAEConfig(latent_channels=channels)).values()) / 84e6 - 1) < 0.01
     for name, config in AR_SIZES.items():
         assert (
-            abs(ar_parameters(config)["blocks"] / (float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]) - 1)
+            abs(
+                ar_parameters(config)["blocks"]
+                / (float((n := name.removesuffix("-text"))[:-1]) * {"M": 1e6, "B": 1e9}[n[-1]])
+                - 1
+            )
             < 0.01
         )
 

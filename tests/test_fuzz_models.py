@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save
 
 from flextok_edu.ar import ARModel, load_ar
@@ -22,6 +23,7 @@ from flextok_edu.engine.checks import parse_json, read_json
 from flextok_edu.engine.config import ARConfig, TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.engine.models import save_model
 from flextok_edu.io.released import load_flextok, load_vae
+from flextok_edu.io.released_ar import load_released_ar
 from flextok_edu.tokenizer import FlexTok, load_tokenizer
 from flextok_edu.vae import VAE
 
@@ -238,7 +240,26 @@ def door_of_vaes(folder: Path):
     return [(load_vae, folder / "v", "config.json", "diffusion_pytorch_model.safetensors")]
 
 
-DOORS = {"ours": door_of_ours, "released": door_of_released, "released vae": door_of_vaes}
+def door_of_released_ar(folder: Path):
+    from flextok_edu.io.ar_export import save_released_ar
+
+    torch.manual_seed(0)
+    save_released_ar(folder / "own", ARModel(ARConfig(20, 4, 3, 16, 1, 8)))
+    (folder / "grid").mkdir()
+    for file in ("config.yaml", "model.safetensors"):
+        (folder / "grid" / file).write_bytes((FIXTURES / "released_ar_grid" / file).read_bytes())
+    for place in (folder / "own", folder / "grid"):  # json is YAML too, and is what these tests can change
+        told = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(json.dumps(told))
+    return [(load_released_ar, folder / n, "config.yaml", "model.safetensors") for n in ("own", "grid")]
+
+
+DOORS = {
+    "ours": door_of_ours,
+    "released": door_of_released,
+    "released vae": door_of_vaes,
+    "released ar": door_of_released_ar,
+}
 
 
 @pytest.fixture

@@ -255,6 +255,25 @@ def test_released_by_name(tmp_path):
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "fine", result.stderr[-2000:]
 
 
+def test_released_ar_by_name(tmp_path):
+    """Only the configuration and the weights are fetched."""
+    hub = Hub()
+    files = {f.name: f.read_bytes() for f in (FIXTURES / "released_ar_class").iterdir()}
+    hub.repos["owner/ar"] = files | {"pytorch_model.bin": b"a pickle"}
+    code = (
+        "from flextok_edu import load_released_ar\nar = load_released_ar('owner/ar')\n"
+        "print(ar.config.depth, ar.released.tokenizer)"
+    )
+    result = in_process(code, hub, tmp_path)
+    assert result.returncode == 0 and result.stdout.split() == ["3", "EPFL-VILAB/flextok_d18_d28_dfn"], (
+        result.stderr[-2000:]
+    )
+    assert not any("io.safetensors" in r or "pickle" in r or ".bin" in r for r in hub.asked if "resolve" in r)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    result = in_process(code, None, elsewhere)
+    assert "FileNotFoundError" in result.stderr and "hf download owner/ar" in result.stderr
+
+
 def test_a_repository_without_the_file(tmp_path):
     """There, but of another kind: what is missing is named, and nobody is told that the network is."""
     hub = Hub()

@@ -6,9 +6,9 @@
 __all__ = ['WRITING', 'bench_writer', 'llama', 'step_weights', 'copying', 'limits', 'writing_line', 'bench_generate']
 
 # %% ../../nbs/apps/bench_writing.ipynb #apps-bench_writing-imports
-import contextlib, math, statistics
+import contextlib, math, statistics, time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,16 +20,28 @@ from .timing import BenchConfig, can_run, device_name, in_turns, matmuls
 from ..ar import ARModel
 from ..engine.compiler import compiled, compiler_works
 from ..engine.config import ARConfig, TrunkConfig, preset
+from ..engine.flat_writing import FlatWriter
 from ..engine.graphs import Graphs, OpRecorder
 from ..engine.tensors import pick_device
 from ..engine.writing import Writer
+from ..sampling import TokenSampling
 
 # %% ../../nbs/apps/bench_writing.ipynb #bench_writing-variants
-WRITING = {  # name: torch.compile, how lists are written
-    "eager": (False, lambda: Writer(Graphs(False))),
-    "compile": (True, lambda: Writer(Graphs(True, warm=10**9, recorder=OpRecorder()))),  # never recorded
-    "graph": (False, lambda: Writer(Graphs())),
-    "compile+graph": (True, lambda: Writer(Graphs())),
+def _never() -> FlatWriter:
+    return FlatWriter(False)
+
+
+WRITING = {  # name: torch.compile, how lists are written where steps are recorded, and where they are not
+    "eager": (False, lambda: Writer(Graphs(False)), _never),
+    "flat": (False, lambda: Writer(Graphs(False)), FlatWriter),
+    "int8": (False, lambda: Writer(Graphs(False)), lambda: FlatWriter(quantize="int8")),
+    "compile": (
+        True,
+        lambda: Writer(Graphs(True, warm=10**9, recorder=OpRecorder())),
+        _never,
+    ),  # never recorded
+    "graph": (False, lambda: Writer(Graphs()), _never),
+    "compile+graph": (True, lambda: Writer(Graphs()), _never),
 }
 
 
@@ -83,6 +95,17 @@ def limits(c: ARConfig, rows: int, dtype: torch.dtype, bandwidth: float, rate: f
     count = step_weights(c)
     return {"weights": count * dtype.itemsize / bandwidth, "arithmetic": 2 * rows * count / rate}
 
+# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-clock
+@dataclass(frozen=True)
+class _Clock(TokenSampling):
+    "Looks at the clock at every choice."
+
+    stamps: list[float] = field(default_factory=list, compare=False)
+
+    def choose(self, logits: Tensor, chance: Tensor) -> Tensor:
+        self.stamps.append(time.perf_counter())
+        return super().choose(logits, chance)
+
 # %% ../../nbs/apps/bench_writing.ipynb #bench_writing-case
 @dataclass
 class _Lists:
@@ -98,27 +121,40 @@ class _Lists:
     def __post_init__(self):
         self.length = self.config.tokens or self.ar.config.length
         self.labels = torch.arange(self.batch) % self.ar.config.classes
-        self.writers = {name: WRITING[name][1]() for name in self.names if name in WRITING}
-        if self.guidance != 1:
-            self.names = tuple(name for name in self.names if name != "transformers")
+        self.writers = {name: [new() for new in WRITING[name][1:]] for name in self.names if name in WRITING}
+        self.steps = {name: [] for name in self.writers}  # of each call, seconds from token to token
 
     def around(self, name) -> contextlib.AbstractContextManager:  # for a call
         if name in self.writers:
-            self.ar.writer = self.writers[name]
+            self.ar.writer, self.ar.flat = self.writers[name]
         return compiled(self.ar.blocks, name in WRITING and WRITING[name][0])
 
     def call(self, name: str) -> Tensor:  # what is timed: ids (b length)
         if name in WRITING:
-            return self.ar.generate(self.labels, self.length, guidance=self.guidance)
+            clock = _Clock(self.guidance)
+            ids = self.ar.generate(self.labels, self.length, clock)
+            self.steps[name].append([b - a for a, b in zip(clock.stamps, clock.stamps[1:])])
+            return ids
         start = torch.zeros(self.batch, 1, dtype=torch.int64, device=self.ar.start.device)
+        more = {"cache_implementation": "static"} if start.is_cuda else {}
+        if self.guidance != 1:
+            more |= {"guidance_scale": self.guidance, "negative_prompt_ids": start}
         return self.other.generate(
             start,
             attention_mask=torch.ones_like(start),
             max_new_tokens=self.length,
             min_new_tokens=self.length,
             do_sample=False,
-            cache_implementation="static",
+            **more,
         )[:, 1:]
+
+    def slower(self, name: str) -> float:  # a token of the last quarter, against one of the first
+        "Medians over all calls but the first; not a number where nobody was asked for each token."
+        steps, quarter = self.steps.get(name, [])[1:], self.length // 4
+        if self.ar.start.device.type != "cpu" or not steps or not quarter or len(steps[0]) < self.length - 1:
+            return math.nan
+        middle = [statistics.median(step) for step in zip(*steps)]
+        return sum(middle[-quarter:]) / sum(middle[:quarter])
 
     def measure(self) -> tuple[dict[str, list[float]], dict[str, Tensor], dict]:
         # seconds of every round and ids of every variant; limits in seconds a list
@@ -148,11 +184,13 @@ def _rows(case: _Lists) -> list[dict]:
     times, ids, limit = case.measure()
     device, dtype = case.ar.start.device, case.ar.start.dtype
     count, first = case.batch * case.length, case.names[0]
-    what = max(limit, key=limit.get)
     rows = []
     for name in case.names:
         each = times[name]
         ratios = [a / b for a, b in zip(times[first], each)]
+        others = [a / b for a, b in zip(times.get("transformers", [math.nan]), each)]
+        may = limit if name != "int8" else {"weights": limit["weights"] / dtype.itemsize}
+        what = max(may, key=may.get)
         same = float((ids[name] == ids[first]).float().mean()) if name in WRITING else math.nan
         rows.append(
             {
@@ -163,7 +201,9 @@ def _rows(case: _Lists) -> list[dict]:
                 "tokens": case.length,
                 "variant": name,
                 "device": device_name(device),
-                "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]],
+                "precision": "int8"
+                if name == "int8"
+                else {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]],
                 "seconds": statistics.median(each),
                 "seconds_low": min(each),
                 "seconds_high": max(each),
@@ -171,19 +211,30 @@ def _rows(case: _Lists) -> list[dict]:
                 "tokens_per_second_low": count / max(each),
                 "tokens_per_second_high": count / min(each),
                 "limit": what,
-                "limit_tokens_per_second": count / limit[what],
-                "share_of_limit": limit[what] / statistics.median(each),
+                "limit_tokens_per_second": count / may[what],
+                "share_of_limit": may[what] / statistics.median(each),
                 "times_faster": statistics.median(ratios),
                 "times_faster_low": min(ratios),
                 "times_faster_high": max(ratios),
+                "times_transformers": statistics.median(others),
+                "times_transformers_low": min(others),
+                "times_transformers_high": max(others),
+                "last_quarter": case.slower(name),
                 "same_ids": same,
             }
         )
     return rows
 
-
+# %% ../../nbs/apps/bench_writing.ipynb #bench_writing-line
 def writing_line(row: dict) -> str:  # one line of text
     "A row as text."
+    other = (
+        ""
+        if math.isnan(row["times_transformers"])
+        else f"x{row['times_transformers']:.2f} ({row['times_transformers_low']:.2f}-"
+        f"{row['times_transformers_high']:.2f}) of transformers  "
+    )
+    late = "" if math.isnan(row["last_quarter"]) else f"last quarter x{row['last_quarter']:.2f}  "
     return (
         f"{row['what']} {row['preset']:8} b={row['batch']:<3} g={row['guidance']:<3g} {row['tokens']} tokens "
         f"{row['variant']:13} {row['precision']} {row['seconds']:8.3f} s "
@@ -191,7 +242,8 @@ def writing_line(row: dict) -> str:  # one line of text
         f"{row['tokens_per_second']:8.0f} tokens/s ({row['tokens_per_second_low']:.0f}-"
         f"{row['tokens_per_second_high']:.0f}) = {row['share_of_limit']:5.1%} of the limit ({row['limit']})  "
         f"x{row['times_faster']:.2f} "
-        f"({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f})  same ids {row['same_ids']:.0%}"
+        f"({row['times_faster_low']:.2f}-{row['times_faster_high']:.2f})  {other}{late}"
+        f"same ids {row['same_ids']:.0%}"
     )
 
 # %% ../../nbs/apps/bench_writing.ipynb #bench_writing-bench
@@ -202,6 +254,9 @@ def _variants(config: BenchConfig, say: Callable) -> tuple[str, ...]:
     if bad := [name for name in names if name not in known]:
         raise ValueError(f"variant {bad[0]!r}: use {', '.join(known)}")
     names = can_run(names, device, say)
+    if device.type != "cpu" and (flat := [name for name in names if name in ("flat", "int8")]):
+        say(f"# {' and '.join(flat)} are for a CPU: left out")
+        names = tuple(name for name in names if name not in flat)
     if any("compile" in name for name in names) and not compiler_works(device):
         names = tuple(name for name in names if "compile" not in name)
     if not any(name in WRITING for name in names):
@@ -240,5 +295,5 @@ def bench_generate(config: BenchConfig, say: Callable = print) -> list[dict]:
             for row in _rows(_Lists(config, ar, other, names, batch, guidance)):
                 rows.append(row)
                 say(writing_line(row))
-    ar.writer = Writer()
+    ar.writer, ar.flat = Writer(), FlatWriter()
     return rows

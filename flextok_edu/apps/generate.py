@@ -9,8 +9,9 @@ __all__ = ['BATCH', 'DecodeOptions', 'DetokenizeOptions', 'detokenize', 'detoken
 # %% ../../nbs/apps/generate.ipynb #apps-generate-imports
 import difflib, math, re, sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from .models import Common, sampling_defaults, open_ar, open_tokenizer
 from .options import UsageError, nearest
 from .run_config import ready_to_write
 from .tokenize import read_ids
-from ..ar import sample_images
+from ..ar import ARModel
+from ..engine.conditions import Condition, take
 from ..engine.config import Preset
 from ..engine.hub import shipped_models
 from ..engine.inputs import check_budget
@@ -29,7 +31,14 @@ from ..engine.marks import may_replace, save_picture
 from ..engine.tensors import grid, pick_device
 from ..engine.text import plain
 from ..engine.tokenizers import Tokenizer
+from ..evaluation.priors import ARPrior
+from ..evaluation.prompts import wanted_attributes
+from ..evaluation.readers import SceneReader
+from ..evaluation.search import search
+from ..evaluation.verifiers import make_verifier
 from ..flow import SamplingConfig
+from ..sampling import TokenSampling
+from ..text import read_texts
 
 # %% ../../nbs/apps/generate.ipynb #15b-1566d5ef
 BATCH = 64  # pictures that are decoded at once, at most: no picture depends on it, but memory does
@@ -190,13 +199,15 @@ def detokenize_main(argv: list[str] | None = None) -> None:
 # %% ../../nbs/apps/generate.ipynb #15b-0f28771e
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(DecodeOptions):
-    "New pictures of some classes: NUMBER_CLASS_seedSEED_TOKENS.png for each, and sheet.png with all."
+    "New pictures of some classes or texts: NUMBER_NAME_seedSEED_TOKENS.png for each, and sheet.png with all."
 
     classes: Positional[tuple[str, ...]]
-    "Names or numbers of classes, or all."
+    """Names or numbers of classes, or all; of a model that is asked by text, prompts: "a red boat at sea".
+    An empty one means anything.
+    """
     ar: str
     """Folder of the AR model (or of a whole flextok_run), or the name of a model that comes with the package:
-    tiny, mini.
+    tiny, mini; tiny-text, which is asked by text.
     """
     tokenizer: str | None = None
     """Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with
@@ -212,6 +223,20 @@ class GenerateOptions(DecodeOptions):
     "Choose among so many likeliest tokens."
     top_p: float | None = None
     "Choose among the fewest tokens that reach this probability."
+    min_p: float | None = None
+    "Drop tokens that are less probable than this share of the likeliest."
+    quantize: Literal["none", "int8"] = "none"
+    "On a CPU: weights of the AR model as whole numbers, for large models."
+    search: Literal["none", "best_of_n", "beam", "lookahead"] = "none"
+    "Try many lists for each picture and keep the best: whole ones, or beginnings at 1, 2, 4, … tokens."
+    verifier: str = "attributes"
+    """Who says which is best: attributes (a classifier that comes with the package, for scenes), likelihood
+    (of the AR model), clip (when downloaded), or several, joined by +.
+    """
+    beams: int = 5
+    "Of a search: beginnings that are kept."
+    candidates: int = 10
+    "Of a search: different next tokens of each; best_of_n tries beams x candidates lists."
     out: str = "generated"
     "Folder for the pictures."
 
@@ -262,19 +287,87 @@ def _class_numbers(classes: tuple[str, ...], names: list[str]) -> list[int]:  # 
     found = range(len(names)) if list(classes) == ["all"] else map(number, classes)
     return list(dict.fromkeys(found))
 
+# %% ../../nbs/apps/generate.ipynb #generate-wanted
+@dataclass(frozen=True)
+class _Wanted:
+    "What is to be made: a row for each prompt (or class) and seed."
+
+    cond: Condition  # (b,), or text
+    prompts: list[str]  # in words
+    files: list[str]
+    seeds: list[int]
+
+
+def _wanted(o: GenerateOptions, ar: ARModel, names: list[str]) -> _Wanted:
+    "Raises ValueError or UsageError for what cannot be asked."
+    each = list(dict.fromkeys(o.seeds))
+    if ar.config.text is None:
+        numbers = _class_numbers(o.classes, names)
+        prompts, labels = [names[c] for c in numbers], [f"{c:03}_{_safe(names[c])}" for c in numbers]
+        cond = torch.tensor(numbers, dtype=torch.int64)
+    else:
+        prompts = list(o.classes)
+        labels = [f"{i:03}_{_safe(text) or 'anything'}" for i, text in enumerate(prompts)]
+        cond = read_texts(ar, prompts) if prompts else None
+    if not prompts or not each:
+        raise UsageError("say which classes, or which texts, and at least one seed")
+    rows = [i for i in range(len(prompts)) for _ in each]
+    files = [f"{labels[i]}_seed{s}" for i, s in zip(rows, each * len(prompts))]
+    return _Wanted(take(cond, rows), [prompts[i] for i in rows], files, each * len(prompts))
+
+# %% ../../nbs/apps/generate.ipynb #generate-search
+def _verifier(o: GenerateOptions, ar: ARModel, w: _Wanted):
+    "Raises ValueError for a verifier that there is not, or that has nothing to go by."
+    place = shipped_models().get("tiny-text")
+    reader = SceneReader.from_pretrained(place / "reader") if place and "attributes" in o.verifier else None
+    wishes = [wanted_attributes(text) for text in w.prompts] if "attributes" in o.verifier else None
+    return make_verifier(o.verifier, texts=w.prompts, wanted=wishes, cond=w.cond, ar=ar, reader=reader)
+
+
+def _searched(
+    o: GenerateOptions, ar: ARModel, tok: Tokenizer, w: _Wanted, choice: TokenSampling, look
+) -> list:
+    # a tensor of pictures for each budget
+    "The best list of each row, by search; all its budgets from the same noise."
+    budgets, found = o.budgets or (tok.length,), [[None] * len(w.seeds) for _ in o.budgets or (1,)]
+    named = {
+        "n": o.beams * o.candidates,
+        "beams": o.beams,
+        "candidates": o.candidates,
+        "length": max(budgets),
+    }
+    for seed in dict.fromkeys(w.seeds):  # a search names its random numbers by seed and prompt
+        rows = [i for i, s in enumerate(w.seeds) if s == seed]
+        some = _Wanted(take(w.cond, rows), [w.prompts[i] for i in rows], [], [])
+        prior = ARPrior(ar, some.cond, choice)
+        best = search(o.search, prior, tok, _verifier(o, ar, some), sampling=look, seed=seed, **named)
+        for each, k in zip(found, budgets):
+            for i, image in zip(rows, tok.detokenize(best.ids[:, :k], replace(look, seed=best.noise)).cpu()):
+                each[i] = image
+    print(f"{o.search}: {best.decodes} pictures were decoded for each", flush=True)
+    return [torch.stack(each) for each in found]
+
 # %% ../../nbs/apps/generate.ipynb #20242c2a
+def _sampled(ar: ARModel, tok: Tokenizer, w: _Wanted, k: int, choice: TokenSampling, look) -> Tensor:
+    "Pictures of k tokens, in batches."
+    found = []
+    for i in range(0, len(w.seeds), BATCH):
+        part = slice(i, i + BATCH)
+        seeds = w.seeds[part]
+        ids = ar.generate(take(w.cond, part), k, choice, seeds=seeds)
+        found.append(tok.detokenize(ids, replace(look, seed=tuple(seeds))).cpu())
+    return torch.cat(found)
+
+
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     "Write ids, decode, write pictures."
     whose = o.tokenizer or _its_tokenizer(o.ar)
     tok = open_tokenizer(whose, pick_device(o.device))
     ar, names = open_ar(o.ar, tok)
-    wanted, each = _class_numbers(o.classes, names), list(dict.fromkeys(o.seeds))
-    if not wanted or not each:
-        raise UsageError("say which classes, and at least one seed")
     budgets = list(o.budgets) or [tok.length]
     for k in budgets:
         check_budget(k, tok.length)
-    labels, seeds = torch.tensor([c for c in wanted for _ in each]), each * len(wanted)
+    w = _wanted(o, ar, names)
     steps, guidance = o.decoding(whose)
     usual = sampling_defaults(o.ar)
     g = usual.ar_guidance if o.ar_guidance is None else o.ar_guidance
@@ -283,20 +376,15 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
         raise UsageError(
             f"--ar-guidance {g:g} --temperature {temperature:g}: finite numbers, the temperature 0 or more"
         )
-    files = [f"{c:03}_{_safe(names[c])}_seed{s}" for c, s in zip(labels.tolist(), seeds)]
-    folder = _may_write(o.out, files, budgets, o.force)
-    how = {"steps": steps, "guidance": guidance, "ar_guidance": g, "temperature": temperature}
-    how |= {"top_k": o.top_k, "top_p": o.top_p}
-    rows = [
-        torch.cat(
-            [
-                sample_images(ar, tok, labels[i : i + BATCH], k, seeds=seeds[i : i + BATCH], **how).cpu()
-                for i in range(0, len(seeds), BATCH)
-            ]
-        )
-        for k in budgets
-    ]
-    _write_pictures(folder, files, list(torch.stack(rows, 1)), [budgets] * len(files), len(budgets))
+    choice = TokenSampling(g, temperature, o.top_k, o.top_p, o.min_p)
+    look = SamplingConfig(steps=steps, guidance=guidance)
+    folder = _may_write(o.out, w.files, budgets, o.force)
+    ar.flat.quantize = None if o.quantize == "none" else o.quantize
+    if o.search != "none":
+        rows = _searched(o, ar, tok, w, choice, look)
+    else:
+        rows = [_sampled(ar, tok, w, k, choice, look) for k in budgets]
+    _write_pictures(folder, w.files, list(torch.stack(rows, 1)), [budgets] * len(w.files), len(budgets))
 
 
 def generate_main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from ..ar import ARModel, load_ar
 from ..data.learned import load_learned
 from ..engine.checks import conform, read_json
 from ..engine.config import EvalConfig, Preset, preset
-from ..engine.hub import shipped_models
+from ..engine.hub import shipped_models, shipped_part
 from ..engine.limits import from_dict
 from ..engine.models import model_kind
 from ..engine.text import plain
@@ -87,8 +87,10 @@ def find_model(
         raise UsageError(
             f"--{part} is missing: say which {what}, by the folder that flextok_train or flextok_run wrote"
         )
-    place = shipped_models().get(folder) or Path(folder).expanduser()
-    found = next((f for f in (place, place / part) if model_kind(f) == part), None)
+    shipped = shipped_models().get(folder)
+    place = shipped or Path(folder).expanduser()
+    inside = shipped_part(shipped, part) if shipped else place / part
+    found = next((f for f in (place, inside) if f and model_kind(f) == part), None)
     if found is None:
         raise FileNotFoundError(
             f"--{part} {folder}: there is no {what} in it"

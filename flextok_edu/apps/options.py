@@ -10,6 +10,7 @@ import difflib, json, math, re, typing
 from dataclasses import fields, is_dataclass, replace
 from typing import Literal
 
+from ..engine.config import AR_SIZES
 from ..engine.limits import check_limits, RENAMED
 
 # %% ../../nbs/apps/options.ipynb #15b-d5d0a8bf
@@ -114,9 +115,13 @@ def _put(config, parts: list[str], value, name: str, names: list[str]):
         return replace(config, **{head: _put(now, rest, value, name, names)})
     if not is_dataclass(now):
         return replace(config, **{head: typed(value, kinds[head], name)})
+    if head == "ar" and value in AR_SIZES:
+        sized, kept = AR_SIZES[value], {"vocabulary": now.vocabulary, "length": now.length}
+        return replace(config, ar=replace(sized, **kept, classes=0 if sized.text else now.classes or 1000))
     if not isinstance(value, dict):
         raise UsageError(
             f"{name} is a group; set one of {', '.join(f'{name}.{f.name}' for f in fields(now))}"
+            + (f", or give a size: {', '.join(AR_SIZES)}" if head == "ar" else "")
         )
     for k, v in value.items():
         now = _put(now, [k], v, f"{name}.{k}", names)

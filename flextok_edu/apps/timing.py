@@ -167,7 +167,7 @@ class BenchConfig:
     plain, short, short+apart, short+together, plain+together, short+bf16, short+compile, short+bf16+compile,
     and on CUDA, recorded and replayed, short+graph, short+bf16+graph, short+bf16+compile+graph.
     (train: plain, sorted, and +bf16, +compile, +bf16+compile, +graph, +bf16+graph, +bf16+compile+graph of
-    both. generate: eager, compile, graph, compile+graph, transformers; all of them by default.)
+    both. generate: eager, flat, int8, compile, graph, compile+graph, transformers; all of them by default.)
     """
     laws: tuple[str, ...] = ()
     """train: distributions of the budget (powers_of_two, uniform, uniform_rounded_up, half_full); the

@@ -110,7 +110,7 @@ class CaptionTable:
     def null(self) -> TextFeatures:  # (1 l t)
         return padded(self.each_text(torch.zeros(1, dtype=torch.long)))  # of the empty prompt
 
-
+# %% ../../nbs/data/caption_features.ipynb #data-caption_features-table-1
 class Captions(CaptionTable):
     "Encoded when made, and held in memory (as float16, as a cache holds them)."
 

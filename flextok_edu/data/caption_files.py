@@ -106,7 +106,7 @@ def _in_table(path: Path, root: str, rows: dict[str, int]) -> Iterator[tuple[int
             f"not there, the first: {first}; paths are relative to {path.parent}"
         )
 
-
+# %% ../../nbs/data/caption_files.ipynb #data-caption_files-match-1
 def _beside(source: FolderSource, row: int) -> tuple[str | None, str]:  # caption, where it stands
     "In the text file of a picture. Raises OSError or ValueError for one that cannot be used."
     file = os.path.splitext(source.files[row])[0] + (".txt", ".json")[source.texts[row] - 1]

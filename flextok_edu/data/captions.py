@@ -250,7 +250,7 @@ def variants_of(
         )
     return found
 
-
+# %% ../../nbs/data/captions.ipynb #data-captions-doors-1
 def captions_of(
     data: Source | ImageSet | OnDisk | ToyScenes,  # pictures
     how: str = "auto",  # "auto" | "files" | "names" | "column:<name>" | "scenes"

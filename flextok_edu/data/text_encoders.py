@@ -161,7 +161,7 @@ def _transformers():
         ) from error
     return transformers
 
-
+# %% ../../nbs/data/text_encoders.ipynb #data-text_encoders-load-1
 def _loaded(folder: Path) -> tuple:  # network, tokenizer, configuration
     "Raises FileNotFoundError or ValueError for a folder that holds no whole text encoder."
     transformers = _transformers()
@@ -193,7 +193,7 @@ def _loaded(folder: Path) -> tuple:  # network, tokenizer, configuration
 _MOST = 512  # positions, where an encoder itself knows no end
 _OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")  # positions begin after padding
 
-
+# %% ../../nbs/data/text_encoders.ipynb #data-text_encoders-encoder-1
 class TextEncoder:
     "A frozen text encoder with its tokenizer. (No module: it is never a part of what is trained or saved.)"
 

@@ -11,6 +11,7 @@ from flextok_edu.engine.settings import (
     EvalConfig,
     Preset,
     StageConfig,
+    TextConfig,
     TokenizerConfig,
     TrunkConfig,
     VAEConfig,
@@ -18,6 +19,7 @@ from flextok_edu.engine.settings import (
 )
 
 # %% ../../nbs/engine/config.ipynb #00-3be6ccaa
+_FLAN_T5_XL = TextConfig("google/flan-t5-xl", width=2048, length=120)
 AR_SIZES = {
     # class-conditional sizes that the paper trained, by their parameters without embeddings
     name: ARConfig(width=width, depth=depth)
@@ -29,6 +31,10 @@ AR_SIZES = {
         ("679M", 1536, 24),
         ("1.33B", 1920, 30),
     )
+} | {
+    # text-conditional: those of the released models, and one for paper (--set ar=30B-text)
+    f"{name}-text": ARConfig(classes=0, width=64 * depth, depth=depth, text=_FLAN_T5_XL)
+    for name, depth in (("113M", 12), ("382M", 18), ("1.15B", 26), ("3.06B", 36), ("30B", 77))
 }
 
 # %% ../../nbs/engine/config.ipynb #00-a0fc491f

@@ -115,7 +115,7 @@ _DTYPES = {
     "BOOL": "bool",
 }
 
-
+# %% ../../nbs/engine/files.ipynb #engine-files-header
 def tensor_header(
     path: str | Path,  # a safetensors file
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:  # tensor: (dtype, shape); metadata
@@ -133,10 +133,13 @@ def tensor_header(
 
 def read_tensors(
     path: str | Path,  # a safetensors file
+    names: set[str] | None = None,  # of the tensors that are read; by default all
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors; metadata
     "A safetensors file. Raises ValueError for anything else, without looking further into it."
     with _opened(Path(path)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return {
+            n: file.get_tensor(n) for n in (file.keys() if names is None else names)
+        }, file.metadata() or {}
 
 # %% ../../nbs/engine/files.ipynb #00-d4db214a-1
 def fit_header(

@@ -197,7 +197,7 @@ class TextConfig:
     width: int = 384  # t, of its features
     length: int = 64  # positions of a text, at most
 
-
+# %% ../../nbs/engine/settings.ipynb #settings-ar-style
 @configuration(
     limits=dict(
         norm=one_of("rms", "layer"),
@@ -206,6 +206,12 @@ class TextConfig:
         norm_bias=bool,
         qk_norm=one_of(None, "rms", "layer"),
         qk_eps=Range(0, 1, float),
+        heads=(None, _COUNT),
+        kv_heads=(None, _COUNT),
+        cross_heads=(None, _COUNT),
+        cross_qk_norm=one_of(None, "rms", "layer"),
+        cross_qk_eps=Range(0, 1, float),
+        cross_qkv_bias=bool,
         mlp=one_of("swiglu", "geglu", "gelu", "gelu_tanh"),
         hidden=_COUNT,
         bias=bool,
@@ -215,7 +221,6 @@ class TextConfig:
         final_norm=bool,
         positions=one_of("learned", "fixed", "none"),
         rope=(None, Range(1, 1e9, float)),
-        kv_heads=(None, _COUNT),
         scale=(None, Range(1e-9, 1e9, float)),
         text_hidden=_COUNT,
         text_act=one_of("gelu", "gelu_tanh", "silu", "relu"),
@@ -242,7 +247,13 @@ class ARStyle:
     positions: str = "learned"  # "learned" | "fixed" (a table that is not trained) | "none"
     rope: float | None = None  # base of rotary positions
     kv_heads: int | None = None  # heads of keys and values; None: as many as of queries
+    heads: int | None = None  # of queries; None: width / head_dim. (Given together with kv_heads)
     scale: float | None = None  # of self-attention; None: head_dim ** -0.5
+    # attention to the text has options of its own
+    cross_heads: int | None = None  # None: width / head_dim
+    cross_qk_norm: str | None = None
+    cross_qk_eps: float = 1e-6
+    cross_qkv_bias: bool = False
     text_hidden: int = 2048  # width inside the MLP that projects the text
     text_act: str = "gelu_tanh"
     text_bias: bool = False

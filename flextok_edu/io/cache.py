@@ -56,7 +56,7 @@ def finished_shards(folder: Path, facts: dict) -> list[Path]:
         )
     return [shard_path(folder, kind, i) for i in range(shards)]
 
-
+# %% ../../nbs/io/cache.ipynb #11b-d8c20f96-1
 class OpenCache:
     """A finished cache, looked at.
 

@@ -119,7 +119,7 @@ class _Texts:
             len(self.texts), missing, shards, row, rate, disk.free, int(margin * disk.total), "captions"
         )
 
-
+# %% ../../nbs/io/caption_cache.ipynb #io-caption_cache-build-1
 def build_caption_cache(
     folder: str | Path,
     captions: Sequence,  # of each picture, in its order: a text, several, or none (None, [])
