@@ -1618,9 +1618,7 @@ def text_block() -> Drawing:
     out = d.data(Box(744, y - 26, 48, 52), "x")
     d.arrow((before, y), (out.x - 2, y))
     d.text(229, y - 38, "causal: itself and earlier", "muted s")
-    words = (
-        "The text is encoded once. Each block has keys and values of its own for it, the same for all tokens."
-    )
+    words = "The text is encoded once. Each block has its own keys and values of it, for all tokens."
     d.text(24, 452, words, "muted", "start")
     return d
 
