@@ -224,16 +224,19 @@ class FlatWriter:
 
     enabled: bool = True
     quantize: str | None = None  # or "int8": what `generate` takes if it is not told
+    least: int = 64  # tokens for which a large model is taken apart
     # for whole numbers, or for so many rows: where the model's weights were, and what was made of them
     made: dict[Hashable, tuple[Hashable, _Weights]] = field(default_factory=dict, repr=False)
     sheets: dict[Hashable, _Sheet] = field(default_factory=dict, repr=False)  # the newest last
     lock: object = field(default_factory=threading.RLock, repr=False)
 
     def __deepcopy__(self, memo) -> "FlatWriter":
-        return FlatWriter(self.enabled, self.quantize)  # of another model: with weights of its own
+        return FlatWriter(
+            self.enabled, self.quantize, self.least
+        )  # of another model: with weights of its own
 
     def __reduce__(self):
-        return FlatWriter, (self.enabled, self.quantize)
+        return FlatWriter, (self.enabled, self.quantize, self.least)
 
     def clear(self) -> None:
         "Forget weights and memory."
@@ -253,7 +256,7 @@ class FlatWriter:
         if quantize and not can:
             _say("quantize", f"{quantize} weights are for plain blocks in float32 on a CPU: not used here")
         # taking a large model apart takes as long as writing some tokens
-        small = tokens is None or tokens >= 64 or sum(x.numel() for x in held_by(model)) < LARGE
+        small = tokens is None or tokens >= self.least or sum(x.numel() for x in held_by(model)) < LARGE
         return can and (small or quantize is not None or bool(self.made))
 
     def of(self, model: nn.Module, tokens: int | None = None, quantize: str | None = None):
