@@ -88,8 +88,9 @@ class _Block:
 class _Sheet:
     "Memory of a batch that is being written: so many rows, with guidance two for each list."
 
-    def __init__(self, rows: int, config, hidden: int, seen: list | None):
-        d, e, self.length = config.width, config.head_dim, config.length
+    def __init__(self, rows: int, length: int, weights: "_Weights", text: bool):
+        config, hidden = weights.config, weights.hidden
+        d, e, self.length = config.width, config.head_dim, length
         self.rows, self.heads, self.text = rows, d // e, [None] * config.depth
         self.x, self.normed, self.y = (torch.zeros(rows, d) for _ in range(3))
         self.size, self.inverse = (torch.zeros(rows, 1) for _ in range(2))
@@ -100,7 +101,7 @@ class _Sheet:
         # of one row, the queries lie as they are wanted
         self.q = self.qkv[0, :d].view(self.heads, 1, e) if rows == 1 else torch.zeros(rows * self.heads, 1, e)
         self.q_all, self.y_heads = self.q.view(rows, self.heads, e), self.y.view(rows * self.heads, 1, e)
-        self.cross_q = torch.zeros(rows, d) if seen else None
+        self.cross_q = torch.zeros(rows, d) if text else None
         shape = rows * self.heads, e, self.length
         self.keys = [torch.zeros(shape) for _ in range(config.depth)]
         self.values = [torch.zeros(shape[0], self.length, e) for _ in range(config.depth)]
@@ -292,12 +293,15 @@ class FlatWriter:
                 self.made[key] = stamp, _Weights(model, rows, whole)
         return self.made[key][1]
 
-    def _sheet(self, weights: _Weights, rows: int, seen: list | None) -> _Sheet:
-        key = rows, seen is None
+    def _sheet(self, weights: _Weights, rows: int, length: int, text: bool) -> _Sheet:
+        c = weights.config
+        if rows * c.depth * c.width * c.length < 2**23:  # small: it serves lists of every length
+            length = c.length
+        key = rows, length, text
         sheet = self.sheets.pop(key, None)
         if sheet is None:
             with torch.inference_mode(False):  # it may be used with and without
-                sheet = _Sheet(rows, weights.config, weights.hidden, seen)
+                sheet = _Sheet(rows, length, weights, text)
         self.sheets[key] = sheet
         while sum(s.bytes() for s in self.sheets.values()) > 2**26:  # (large ones are soon made again)
             del self.sheets[next(iter(self.sheets))]
@@ -328,7 +332,7 @@ class FlatWriter:
             weights = self._weights(model, count(cond), quantize)
             seen = model.seen(cond)
             seen = None if seen[0] is None else seen
-            s = self._sheet(weights, count(cond), seen)
+            s = self._sheet(weights, count(cond), len(guidance), seen is not None)
             s.read(seen)
             for j in range(given, len(guidance)):
                 if j > given:
