@@ -378,6 +378,8 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
         )
     choice = TokenSampling(g, temperature, o.top_k, o.top_p, o.min_p)
     look = SamplingConfig(steps=steps, guidance=guidance)
+    if o.search != "none":
+        _verifier(o, ar, w)  # whatever is wrong with it is said before anything is written
     folder = _may_write(o.out, w.files, budgets, o.force)
     ar.flat.quantize = None if o.quantize == "none" else o.quantize
     if o.search != "none":
