@@ -51,6 +51,20 @@ def _is_plain(model: nn.Module) -> bool:
             return False
     return isinstance(model.head, nn.Linear) and type(model.token_table) is nn.Embedding
 
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-can
+def _can_be_flat(model: nn.Module) -> bool:
+    "Plain blocks, in float32 on a CPU, without gradients."
+    held = held_by(model)
+    if any(
+        x.device.type != "cpu" or x.dtype is not torch.float32 or x.is_inference()
+        for x in held
+        if x.is_floating_point()
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(x.requires_grad for x in held)):
+        return False
+    return _is_plain(model)
+
 # %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-block
 @dataclass
 class _Block:
@@ -253,7 +267,7 @@ class FlatWriter:
         "Whether `write` would do what the modules do, and in less time. Raises ValueError for `quantize`."
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', not {quantize!r}")
-        can = self._can(model)
+        can = self.enabled and _can_be_flat(model)
         if quantize and not can:
             _say("quantize", f"{quantize} weights are for plain blocks in float32 on a CPU: not used here")
         # taking a large model apart takes as long as writing some tokens
@@ -263,20 +277,6 @@ class FlatWriter:
     def of(self, model: nn.Module, tokens: int | None = None, quantize: str | None = None):
         # as `usable` -> `write` for this model, to be called like the model's own; or None
         return partial(self.write, model, quantize=quantize) if self.usable(model, tokens, quantize) else None
-
-    def _can(self, model: nn.Module) -> bool:
-        held = held_by(model)
-        if not self.enabled or any(
-            x.device.type != "cpu" or x.dtype is not torch.float32 or x.is_inference()
-            for x in held
-            if x.is_floating_point()
-        ):
-            return False
-        if torch.is_autocast_enabled("cpu") or (
-            torch.is_grad_enabled() and any(x.requires_grad for x in held)
-        ):
-            return False
-        return _is_plain(model)
 
     def _weights(self, model: nn.Module, rows: int, quantize: str | None) -> _Weights:
         whole = quantize is not None and int8_works()
