@@ -303,7 +303,7 @@ def _training_steps(p: Preset) -> dict[str, tuple]:  # stage: batch of the prese
         "AR model": (p.train_ar.batch, lambda: ARModel(p.ar), lambda m, b: m.loss(*ids(b))[0]),
     }
 
-
+# %% ../../nbs/apps/cost.ipynb #5012a44b-memory
 def _describe_memory(p: Preset) -> list[str]:
     giga = 1e9
     lines = [
