@@ -1,13 +1,13 @@
 """What larger AR models, more tokens and searches give: the measurements behind nbs/experiments/generation.
 
 python tools/generation_study.py caches FOLDER        tokens and captions of 80,000 scenes (ten minutes)
-python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE is one of SIZES; goes on where it was
+python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE of SIZES; goes on where it was
 python tools/generation_study.py measure FOLDER       trained models, and the shipped one: FOLDER/models.json
 python tools/generation_study.py search FOLDER        searches with the shipped model: FOLDER/searches.json
 python tools/generation_study.py stop FOLDER          the stop rule: FOLDER/stops.json
 
-Everything is counted in successes and numbers of samples, so that whoever reads can make intervals. A part that
-is measured already is not measured again. The numbers of the notebook are these json files.
+Everything is counted in successes and numbers of samples, so that whoever reads can make intervals. A part
+that is measured already is not measured again. The numbers of the notebook are these json files.
 """
 
 from __future__ import annotations
