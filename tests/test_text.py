@@ -307,3 +307,12 @@ def test_configurations_that_may_be_there_come_back():
     )
     with pytest.raises(ValueError, match="382M-text"):
         override(p, {"ar": "382M"})
+
+
+def test_features_of_another_type():
+    """A model in half precision, and features as encoders give them."""
+    half = model().to(torch.bfloat16)
+    assert half(IDS, ASKED).dtype == torch.bfloat16
+    assert half.generate(ASKED, 3, guidance=2.0).shape == (3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model().generate(ASKED, 3, guidance=2.0).shape == (3, 3)
