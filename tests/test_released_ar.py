@@ -508,7 +508,8 @@ def test_a_style_can_be_trained():
         loss, _ = ar.loss(IDS, TEXT if ar.text is not None else CLASSES)
         loss.backward()
         assert abs(float(loss.detach()) - 3.9) < 0.2, "ln 50: small at the beginning"
-        assert all(w.grad is not None for w in ar.parameters())
+        assert all(w.grad is not None for w in ar.parameters() if w.requires_grad)
+        assert ar.positions.requires_grad == (ar.config.style.positions == "learned")
 
 
 # --- the way back ------------------------

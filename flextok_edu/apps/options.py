@@ -110,7 +110,7 @@ def _put(config, parts: list[str], value, name: str, names: list[str]):
         raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
     now, inside = getattr(config, head), configurations_inside(type(config)).get(head)
     if inside and not inside.many and inside.others:  # it may be there or not: ar.text, ar.style
-        if value is None and not rest:
+        if value in (None, "None") and not rest:
             return replace(config, **{head: None})
         now = inside.cls() if now is None else now
     if rest and not is_dataclass(now):
