@@ -156,7 +156,8 @@ class GPT(nn.Module):
         condition = parts.condition(c)
         self.class_table, self.text = (None, condition) if c.text else (condition, None)
         self.token_table = nn.Embedding(c.vocabulary, c.width)
-        self.positions = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
+        table = torch.randn(c.length, c.width) * 0.02
+        self.positions = nn.Parameter(table, requires_grad=c.style is None or c.style.positions == "learned")
         self.blocks = nn.ModuleList(parts.block(c) for _ in range(c.depth))
         self.norm = parts.norm(c)
         self.head = parts.head(c)

@@ -65,7 +65,7 @@ class TextCondition(nn.Module):
         return cond
 
     def start(self, cond: TextFeatures) -> Tensor:  # (b d): nothing is added to the start vector
-        return cond.features.new_zeros(len(cond.features), self.width)
+        return self.fc2.weight.new_zeros(len(cond.features), self.width)
 
     def read(self, cond: TextFeatures) -> tuple[Tensor, Tensor]:  # (b l d), mask (b l)
         "The text as the blocks see it."

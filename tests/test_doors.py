@@ -20,15 +20,8 @@ import flextok_edu.engine.limits as engine_limits
 import flextok_edu.engine.models as engine_models
 import flextok_edu.engine.tensors as engine_tensors
 import flextok_edu.engine.figures as engine_figures
-from flextok_edu.ar import (
-    ARModel,
-    bind_tokenizer,
-    check_tokenizer,
-    load_ar,
-    save_ar,
-    tokenizer_hash,
-    tokenizer_identity,
-)
+from flextok_edu.ar import ARModel, load_ar, save_ar
+from flextok_edu.engine.binding import bind_tokenizer, check_tokenizer, tokenizer_hash, tokenizer_identity
 from flextok_edu.engine.checks import Range, conform, one_of, parse_json, read_json
 from flextok_edu.engine.config import (
     ARConfig,

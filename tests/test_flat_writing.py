@@ -24,7 +24,7 @@ WIDE = replace(AR_SMALL, width=128, head_dim=32)  # four heads
 CONFIGS = {
     "class": WIDE,
     "class, null is nothing": replace(WIDE, null="nothing"),
-    "text": replace(WIDE, classes=0, text=TextConfig("minilm", 24, 6)),
+    "text": replace(WIDE, classes=0, text=TextConfig(width=24, length=6)),
 }
 CHOICES = {
     "plain": {},
@@ -218,6 +218,24 @@ def test_memory_comes_back(monkeypatch):
     assert not any(x() for x in held)
     model.generate(cond.repeat(3000), 1)
     assert not model.flat.sheets, "caches of large batches are large"
+
+
+def test_weights_are_taken_out_once(size, monkeypatch):
+    """A search goes back and forth between numbers of rows; only packed weights depend on them."""
+    model, cond = made("class")
+    times, real = [], flat_writing._Weights
+    monkeypatch.setattr(flat_writing, "_Weights", lambda *given: times.append(1) or real(*given))
+    for _ in range(3):
+        for b, g in ((1, 1.0), (2, 1.0), (2, 2.0)):
+            model.generate(cond[:b], 2, guidance=g)
+    assert len(times) == len(model.flat.made) == (1 if size == "small" else 3)
+    assert len(model.flat.sheets) == 3
+    for b in range(1, 9):
+        model.generate(cond[:1].expand(b), 2)
+    assert len(model.flat.made) == (1 if size == "small" else 4)
+    monkeypatch.setattr(flat_writing, "LARGE", 0)
+    model.generate(cond[:1].expand(9), 2)
+    assert len(model.flat.made) == 1, "of a large model there is one copy"
 
 
 def test_copies_have_weights_of_their_own():

@@ -247,7 +247,7 @@ def test_a_reader_comes_back(body, tmp_path):
     "change,words",
     [
         ({"body": "lstm"}, "body"),
-        ({"width": 40}, "no multiple of 32"),
+        ({"body": "attention", "width": 40}, "no multiple of 32"),
         ({"depth": 0}, "depth"),
         ({"attributes": ["kind", "taste"]}, "attributes"),
         ({"attributes": ["kind"]}, "do not fit"),
@@ -329,3 +329,9 @@ def test_long_and_odd_prompts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prompts.wanted_attributes(" , ,, ") == {}
+
+
+def test_a_reader_that_could_not_be_read_back_is_not_made():
+    with pytest.raises(ValueError, match="no multiple of 32"):
+        SceneReader(ReaderConfig("attention", 80, 2))
+    assert SceneReader(ReaderConfig("dilated", 80, 1)).config.width == 80

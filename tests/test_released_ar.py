@@ -408,7 +408,7 @@ def config(name):
         2,
         8,
         null=None if by_text else "nothing",
-        text=TextConfig("t5", 10, 6) if by_text else None,
+        text=TextConfig("t5", width=10, length=6) if by_text else None,
         style=STYLES[name],
     )
 
@@ -545,18 +545,23 @@ def test_the_shipped_model_goes_out_and_comes_back(tmp_path, capsys):
 
 @torch.no_grad()
 def test_a_text_model_of_ours_goes_out_and_comes_back(tmp_path, capsys):
-    ar = randomize(ARModel(ARConfig(50, 9, 0, 32, 2, 8, text=TextConfig("t5", 10, 6)))).eval()
+    ar = randomize(ARModel(ARConfig(50, 9, 0, 32, 2, 8, text=TextConfig("t5", width=10, length=6)))).eval()
     ar.text.set_null(TextFeatures(torch.ones(1, 2, 10), torch.ones(1, 2, dtype=torch.bool)))
     save_released_ar(tmp_path, ar)
     assert "encoder=" in capsys.readouterr().out
 
     class Encoder:
+        identity = "0" * 16
+
         def encode(self, texts):
             assert texts == [""]
             return TextFeatures(torch.ones(1, 2, 10), torch.ones(1, 2, dtype=torch.bool))
 
     back = load_released_ar(tmp_path, encoder=Encoder())
-    assert back.config == ar.config and torch.equal(back(IDS, TEXT), ar(IDS, TEXT))
+    assert back.config == replace(ar.config, text=replace(ar.config.text, identity="0" * 16))
+    assert torch.equal(back(IDS, TEXT), ar(IDS, TEXT))
+    save_released_ar(tmp_path / "again", back)
+    assert load_released_ar(tmp_path / "again").config == ar.config, "who read it has no place there"
     assert torch.equal(ar.generate(TEXT, guidance=2.0), back.generate(TEXT, guidance=2.0))
 
 

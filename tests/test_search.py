@@ -572,7 +572,7 @@ def test_prompts_in_words():
     from flextok_edu.engine.settings import TextConfig
 
     torch.manual_seed(0)
-    config = ARConfig(V, K, 0, 64, 1, 64, text=TextConfig("pretended", 12, 6))
+    config = ARConfig(V, K, 0, 64, 1, 64, text=TextConfig(encoder="pretended", width=12, length=6))
     ar = randomize(ARModel(config), 0.3).eval()
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
     text = TextFeatures(torch.randn(3, 4, 12), mask)

@@ -19,7 +19,9 @@ from tyro.conf import Positional
 
 from .cli import command
 from .memory import faked, on_meta, peak_bytes, training_bytes
+from .options import override
 from ..ar import ARModel
+from ..engine.conditions import TextFeatures
 from ..engine.config import ARConfig, Preset, TokenizerConfig, TrunkConfig, VAEConfig, preset
 from ..short_cuts import condition_of, null_condition_of
 from ..tokenizer import FlexTok
@@ -180,10 +182,13 @@ def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and con
 def training_line(
     build: Callable,
     loss: Callable,  # model; (model, batch) -> scalar
+    batch: int = 4,  # near which it shall hold: of a large model few images need less than its gradients
 ) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
     "Two measurements make a line."
-    two, four = (training_bytes(build, lambda m: loss(m, b)) for b in (2, 4))
-    return max(0.0, two - (four - two)), (four - two) / 2
+    few, many = max(1, batch // 2), max(2, batch)
+    low, high = (training_bytes(build, lambda m: loss(m, b)) for b in (few, many))
+    each = (high - low) / (many - few)
+    return max(0.0, high - many * each), each
 
 
 def decoding_bytes(p: Preset, budget: int, steps: int) -> int:  # bytes
@@ -222,14 +227,24 @@ def _describe_parameters(p: Preset) -> list[str]:
     ]
 
 
+def _ar_products(c: ARConfig) -> tuple[int, int]:  # multiplications of a whole list
+    "With weights; of attention. Keys and values of a text are made once for all its tokens."
+    text = 2 * c.depth * c.width**2 if c.text else 0
+    weights = c.length * (ar_parameters(c)["blocks"] - text + c.width * c.vocabulary)
+    attention = c.depth * c.width * c.length * (c.length + 1)
+    if c.text:
+        weights += c.text.length * (text + c.text.width * (c.text.width + c.width))
+        attention += 2 * c.depth * c.width * c.length * c.text.length
+    return weights, attention
+
+
 def _fixed_flops(p: Preset) -> dict[str, int]:  # FLOPs an image of what has no budget
     c, ar = p.tokenizer, p.ar
     with torch.device("meta"):
         vae = VAE(p.vae).requires_grad_(False)
         images = torch.empty(1, p.vae.in_channels, p.image_size, p.image_size)
         latents = torch.empty(1, c.latent_channels, c.latent_size, c.latent_size)
-        tokens = ar.length * (ar_parameters(ar)["blocks"] + ar.width * ar.vocabulary)
-        attention = ar.depth * ar.width * ar.length * (ar.length + 1)
+        tokens, attention = _ar_products(ar)
         return {
             "VAE, encode": counted_flops(lambda: vae.encode(images)),
             "VAE, decode": counted_flops(lambda: vae.decode(latents)),
@@ -270,8 +285,13 @@ def _training_steps(p: Preset) -> dict[str, tuple]:  # stage: batch of the prese
     def latents(b):
         return torch.empty(b, c.latent_channels, c.latent_size, c.latent_size)
 
-    def ids(b):  # and classes
-        return torch.zeros(b, p.ar.length, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+    def ids(b):  # and classes, or texts
+        found, t = torch.zeros(b, p.ar.length, dtype=torch.int64), p.ar.text
+        if t is None:
+            return found, torch.zeros(b, dtype=torch.int64)
+        return found, TextFeatures(
+            torch.empty(b, t.length, t.width), torch.empty(b, t.length, dtype=torch.bool)
+        )
 
     return {
         "VAE": (p.train_vae.batch, lambda: VAE(p.vae), lambda m, b: _vae_loss(m, images(b))),
@@ -292,7 +312,7 @@ def _describe_memory(p: Preset) -> list[str]:
         "without its critic and perceptual network)",
     ]
     for name, (batch, build, loss) in _training_steps(p).items():
-        fixed, each = training_line(build, loss)
+        fixed, each = training_line(build, loss, batch)
         lines.append(
             f"  {name:10} {fixed / giga:7.2f} GB + {each / giga:.3f} GB an image; "
             f"{fixed / giga + batch * each / giga:8.1f} GB at the preset's batch of {batch}"
@@ -321,12 +341,17 @@ class InfoOptions:
 
     presets: Positional[tuple[str, ...]]
     "micro, tiny, mini, small, d12_d12, d18_d18, d18_d28."
+    ar: str | None = None
+    """With an AR model of another size: 49M, 85M, 201M, 393M, 679M, 1.33B; by text: 113M-text, 382M-text,
+    1.15B-text, 3.06B-text, 30B-text.
+    """
 
 
 def info_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_info PRESET …`."
 
     def work(o: InfoOptions, base: None) -> None:
-        print("\n\n".join(describe(preset(name)) for name in o.presets))
+        sized = {"ar": o.ar} if o.ar else {}
+        print("\n\n".join(describe(override(preset(name), sized)) for name in o.presets))
 
     command("flextok_info", InfoOptions, work, argv, help_if_empty=True)

@@ -86,7 +86,7 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
 
     (The VAE without critic and perceptual network.)
     """
-    c = p.tokenizer
+    c, batch = p.tokenizer, getattr(p, f"train_{stage}").batch
     if stage == "vae":
         return training_line(
             lambda: VAE(p.vae),
@@ -97,6 +97,7 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
                 .square()
                 .mean()
             ),
+            batch,
         )
     if stage == "classifier":
         return training_line(
@@ -104,17 +105,20 @@ def counted_memory(p: Preset, stage: str) -> tuple[float, float]:  # bytes whate
             lambda m, b: sum(
                 x.square().mean() for x in tree_leaves(m(torch.empty(b, 3, p.image_size, p.image_size)))
             ),
+            batch,
         )
     if stage == "tokenizer":
         return training_line(
             lambda: FlexTok(c),
             lambda m, b: FlowObjective(m)(torch.empty(b, c.latent_channels, c.latent_size, c.latent_size))[0],
+            batch,
         )
     return training_line(
         lambda: ARModel(replace(p.ar, vocabulary=c.vocabulary, length=c.registers)),
         lambda m, b: m.loss(
             torch.zeros(b, c.registers, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
         )[0],
+        batch,
     )
 
 

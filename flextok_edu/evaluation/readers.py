@@ -27,7 +27,7 @@ from flextok_edu.data.scenes import (
 )
 from ..engine.checks import Range, one_of
 from ..engine.config import StageConfig
-from ..engine.limits import configuration
+from ..engine.limits import check_limits, configuration
 from ..engine.models import load_model, save_model
 
 # %% ../../nbs/evaluation/readers.ipynb #evaluation-readers-labels
@@ -133,12 +133,17 @@ class _Attending(nn.Module):
 BODIES = {"dilated": _Dilated, "attention": _Attending}
 
 # %% ../../nbs/evaluation/readers.ipynb #evaluation-readers-reader
+def _misfit(c: "ReaderConfig") -> str | None:
+    fits = c.body != "attention" or c.width % 32 == 0
+    return None if fits else f"width {c.width} of attention is no multiple of 32, the width of its heads"
+
+
 @configuration(
     "reader",
     limits=dict(
         body=one_of(*BODIES), width=Range(32, 1024), depth=Range(1, 64), attributes=[one_of(*VALUES)]
     ),
-    misfit=lambda c: None if c.width % 32 == 0 else f"width {c.width} is no multiple of 32",
+    misfit=_misfit,
     blocks=lambda c: c.depth,
 )
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class SceneReader(AttributeClassifier):
     name, part = "scenes_reader", "reader"
 
     def __init__(self, config: ReaderConfig = ReaderConfig()):
+        check_limits(config)
         body = BODIES[config.body](config.width, config.depth, self.dim)
         super().__init__({name: ALL_ATTRIBUTES[name] for name in config.attributes}, body)
         self.config = config

@@ -213,7 +213,9 @@ def _nothing_learned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _meant(c: ARConfig) -> ARConfig:
-    "With the style written out, and nothing said of text where none is read."
+    "What the layout can say: the style written out, nothing of text where none is read, no identities."
+    if c.text:
+        c = replace(c, text=replace(c.text, identity=None))
     s = c.style or plain_style(c)
     about_text = {f.name: f.default for f in fields(s) if f.name.startswith(("text_", "cross_"))}
     return replace(c, style=s if c.text else replace(s, **about_text))
@@ -226,7 +228,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _layout(ar: ARModel, tokenizer: str | None) -> ReleasedAR:  # what the file will say
     known, c = getattr(ar, "released", None), replace(ar.config, null=None if ar.config.text else "nothing")
-    if known is not None and known.config == c and tokenizer is None:
+    if known is not None and _meant(known.config) == _meant(c) and tokenizer is None:
         return known
     grid = None if known is None else known.grid
     found = read_ar_description(describe_ar(c, grid, tokenizer), "what would be written")
@@ -249,9 +251,7 @@ def save_released_ar(
         print("The learned null class becomes part of the start vector: equal up to rounding.")
         state = _nothing_learned(state)
     if c.text:
-        print(
-            "The features of the empty text are not part of this layout: pass encoder= to load_released_ar."
-        )
+        print("What the empty text is has no place in this layout: pass encoder= to load_released_ar.")
     if c.style is not None and c.style.positions == "none" and state["positions"].any():
         raise ValueError("this model has no positions by its style, and has learned some: they would be lost")
     names = ar_names(layout.config, layout.merged)

@@ -210,7 +210,7 @@ def _text(described, width: int, length: int) -> tuple[TextConfig, dict, float |
     _equal("the number of tokens", token_grid_size=length, t5_embedder__decoder_seqlen=t5["decoder_seqlen"])
     act = _activation(mlp["act_layer"], f"{where}.mlp.act_layer")
     # without a limit (null) a text is as long as the encoder was trained for
-    text = TextConfig(t5["hf_hub_path"], mlp["text_dim"], t5["encoder_seqlen_max"] or 512)
+    text = TextConfig(t5["hf_hub_path"], width=mlp["text_dim"], length=t5["encoder_seqlen_max"] or 512)
     style = dict(text_hidden=mlp["text_dim"], text_act=act, text_bias=mlp["use_bias"])
     return text, style, t5["cond_dropout_p"]
 

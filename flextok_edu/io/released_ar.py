@@ -6,13 +6,16 @@
 __all__ = ['ar_names', 'load_released_ar']
 
 # %% ../../nbs/io/released_ar.ipynb #released-ar-imports
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..ar import ARModel
+from ..data.text_encoders import TextEncoder
 from ..engine.binding import bind_tokenizer
+from ..engine.conditions import to_device
 from ..engine.files import fit_header, read_tensors, tensor_header
 from ..engine.hub import hub_folder
 from ..engine.models import on_meta
@@ -144,7 +147,8 @@ def load_released_ar(
     path_or_repo: str | Path,  # a folder with config.yaml and model.safetensors, or a hub repository
     device="cpu",  # where it goes; "auto" takes the GPU
     tokenizer: Tokenizer | None = None,  # whose ids it writes: they are bound to each other
-    encoder=None,  # text encoder of a model asked by text: it says what the empty prompt is
+    # of a model asked by text: says what the empty prompt is, and no other encoder is taken from then on
+    encoder: TextEncoder | None = None,
 ) -> ARModel:  # float32, eval mode; `ar.released` says what the file said, and how it is meant to be sampled
     """Read a released AR model.
 
@@ -158,6 +162,11 @@ def load_released_ar(
         raise FileNotFoundError(
             f"{folder} holds no model.safetensors (a .bin, .pt or .ckpt is a pickle, and is not read)"
         )
+    if encoder is not None:
+        if found.config.text is None:
+            raise ValueError(f"{folder} is asked by class: it has no use for a text encoder")
+        text = replace(found.config.text, identity=encoder.identity)
+        found = replace(found, config=replace(found.config, text=text))
     ar = _build(found, file)
     if tokenizer is not None:
         c, k, v = found.config, tokenizer.length, tokenizer.vocabulary
@@ -168,7 +177,5 @@ def load_released_ar(
             )
         bind_tokenizer(ar, tokenizer)
     if encoder is not None:
-        if ar.text is None:
-            raise ValueError(f"{folder} is asked by class: it has no use for a text encoder")
-        ar.text.set_null(encoder.encode([""]))
+        ar.text.set_null(to_device(encoder.encode([""]), "cpu"))
     return ar.to(pick_device(device))
