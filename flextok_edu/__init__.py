@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PLACES = {  # module: names
     "engine.config": "PRESETS Preset preset",
-    "engine.settings": "VAEConfig TrunkConfig TokenizerConfig ARConfig StageConfig EvalConfig",
+    "engine.settings": "VAEConfig TrunkConfig TokenizerConfig ARConfig TextConfig StageConfig EvalConfig",
     "engine.limits": "configuration",
     "engine.runtime": "Runtime",
     "engine.tokenizers": "Tokenizer load_any_tokenizer register_tokenizer tokenizer_from_pretrained",
@@ -31,6 +31,11 @@ _PLACES = {  # module: names
     "ar_training": "train_ar",
     "tokenizer": "FlexTok load_tokenizer save_tokenizer",
     "ar": "ARModel load_ar sample_images save_ar",
+    "text": "Captioned read_texts",
+    "data.text_encoders": "text_encoder",
+    "data.captions": "captions_of",
+    "evaluation.search": "search",
+    "evaluation.growing": "grow until_still",
     "evaluation.metrics": "Metric register_metric",
     "evaluation.evaluate": "evaluate_tokenizer",
     "evaluation.report": "Report load_report plot_report",

@@ -106,7 +106,7 @@ class CrossAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(y, "b heads m e -> b m (heads e)"))
 
-
+# %% ../nbs/13c_text.ipynb #text-block
 class TextBlock(ARBlock):
     "A block that reads a text between self-attention and MLP."
 
@@ -153,7 +153,7 @@ class Captioned:
         pictures = self.rows if items is None else items[self.rows % len(items)]
         if len(pictures) and int(pictures.max()) >= len(captions):
             raise ValueError(
-                f"ids of {int(pictures.max()) + 1:,} pictures or more, captions of {len(captions):,}: they "
+                f"ids of {int(pictures.max()) + 1:,} pictures or more, captions of {len(captions):,}: "
                 "they do not belong together"
             )
         self.pictures = pictures

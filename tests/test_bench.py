@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 
 from flextok_edu.apps import bench_training, bench_writing, timing
 from flextok_edu.apps.bench import bench
+from flextok_edu.engine import flat_writing
+from flextok_edu.engine.flat_writing import FlatWriter
 from flextok_edu.apps.bench_writing import WRITING, bench_writer, copying, limits, step_weights
 from flextok_edu.apps.timing import BenchConfig, can_run, in_turns
 from flextok_edu.ar import ARModel
@@ -229,6 +231,26 @@ def test_a_llama_of_the_same_size_takes_its_turn(monkeypatch):
     )
     assert (made.hidden_size, made.num_hidden_layers, made.vocab_size) == (c.width, c.depth, c.vocabulary)
     assert made.num_attention_heads * c.head_dim == c.width and math.isnan(rows[1]["same_ids"])
+
+
+def test_flat_is_measured_flat_however_few_tokens(monkeypatch):
+    monkeypatch.setattr(flat_writing, "LARGE", 0)
+    written, real = [], FlatWriter.write
+    monkeypatch.setattr(
+        FlatWriter, "write", lambda self, *a, **k: written.append(self.quantize) or real(self, *a, **k)
+    )
+    config = BenchConfig(
+        "micro", "cpu", variants=("eager", "flat", "int8"), batches=(2,), tokens=8, repeats=2
+    )
+    rows = bench("generate", config, quiet)
+    assert written.count(None) == written.count("int8") == 8, "each a rehearsal, two rounds, the ids; twice"
+    assert [r["precision"] for r in rows] == ["fp32", "fp32", "int8"] * 2
+    assert all(r["same_ids"] == 1 for r in rows if r["variant"] == "flat")
+    assert all(0.1 < r["last_quarter"] < 10 for r in rows), "positions are timed"
+    int8, flat = rows[2], rows[1]
+    assert math.isclose(
+        int8["limit_tokens_per_second"], 4 * flat["limit_tokens_per_second"], rel_tol=1e-6
+    ) or (flat["limit"] == "arithmetic")
 
 
 def test_one_line_says_that_there_is_no_llama(monkeypatch):

@@ -216,7 +216,7 @@ def test_memory_comes_back(monkeypatch):
     model.flat.clear()
     gc.collect()
     assert not any(x() for x in held)
-    model.generate(cond.repeat(3000), 1)
+    model.generate(cond.repeat(1500))
     assert not model.flat.sheets, "caches of large batches are large"
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from planting import planted, randomize
 
 import flextok_edu.text as text_module
 from flextok_edu.apps.cost import ar_parameters
+from flextok_edu.apps.options import override
 from flextok_edu.ar import ARModel, cached_logits, load_ar, save_ar
 from flextok_edu.ar_training import Tokens, position_losses, token_batches, train_ar
 from flextok_edu.engine.conditions import TextFeatures, count, join, take
@@ -292,3 +293,26 @@ def test_nonsense_is_refused():
 def test_a_prefix_that_cannot_be(prefix):
     with pytest.raises(ValueError, match="prefix"):
         model().generate(ASKED, prefix=prefix)
+
+
+def test_configurations_that_may_be_there_come_back():
+    """A preset as run.json keeps it; a size by name; there and away again."""
+    p = preset("tiny")
+    text = override(p, {"ar": "382M-text"})
+    assert text.ar.text.width == 2048 and (text.ar.vocabulary, text.ar.length) == (1000, 32)
+    kept = json.loads(json.dumps(asdict(text.ar)))
+    assert (
+        override(p, {"ar": kept}) == text
+        and override(text, {"ar": json.loads(json.dumps(asdict(p.ar)))}) == p
+    )
+    with pytest.raises(ValueError, match="382M-text"):
+        override(p, {"ar": "382M"})
+
+
+def test_features_of_another_type():
+    """A model in half precision, and features as encoders give them."""
+    half = model().to(torch.bfloat16)
+    assert half(IDS, ASKED).dtype == torch.bfloat16
+    assert half.generate(ASKED, 3, guidance=2.0).shape == (3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model().generate(ASKED, 3, guidance=2.0).shape == (3, 3)

@@ -1592,6 +1592,78 @@ def ar_step(d: Drawing, x: float, step: int) -> None:
         d.text(x + 228, 384, "append", "muted s", "end")
 
 
+PROMPT = ("[CLS]", "a", "red", "boat", "at", "night", "[SEP]", "", "")  # two positions of padding
+
+
+def text_block() -> Drawing:
+    """From a prompt to the cross-attention of a block."""
+    d = Drawing(
+        "text_block",
+        478,
+        "A block that reads a text",
+        "A prompt is cut into pieces, with marks of beginning and end, and padded. A frozen text encoder "
+        "gives each position a vector of width t, an MLP of ours makes it one of width d. Below, a block of "
+        "the AR model: causal self-attention among the tokens, cross-attention with queries from the tokens "
+        "and keys and values from the text, SwiGLU, each behind a norm and added back. Of parameters, both "
+        "attentions have 4 d², SwiGLU 8 d².",
+    )
+    d.text(24, 34, "A block that reads a text", "ink h", "start")
+    d.text(786, 34, "hatched: frozen, not trained with the rest", "muted s", "end")
+    text_side(d)
+    y, x = 352, d.data(Box(24, 326, 64, 52), "x", ("(b k d)", "muted m"))
+    names = (("self-attn.", "4 d²"), ("cross-attn.", "4 d²"), ("SwiGLU", "8 d²"))
+    before = x.right
+    for i, inside in enumerate(names):
+        before = residual_part(d, y, before, 112 + 210 * i, *inside)
+    out = d.data(Box(744, y - 26, 48, 52), "x")
+    d.arrow((before, y), (out.x - 2, y))
+    d.text(229, y - 38, "causal: itself and earlier", "muted s")
+    words = "The text is encoded once. Each block has its own keys and values of it, for all tokens."
+    d.text(24, 452, words, "muted", "start")
+    return d
+
+
+def text_side(d: Drawing) -> None:
+    """Pieces of the prompt, their features, and the text as the blocks see it."""
+    step, w = 66, 62
+    for i, piece in enumerate(PROMPT):
+        x, padding = 24 + step * i, not piece
+        d.rect(Box(x, 56, w, 26), "ghost" if padding else "data", 3)
+        d.text(x + w / 2, 74, piece or "pad", "muted s" if padding else "ink m")
+        for y in (152, 234):
+            if padding:
+                d.rect(Box(x + 22, y, 18, 18), "ghost", 2.5)
+            else:
+                d.squares(x + 22, y, 1, 18, "any-f" if y == 152 else "ar-f")
+        if not padding:
+            for y in (83, 138, 172, 220):
+                d.arrow((x + w / 2, y), (x + w / 2, y + (14 if y != 83 else 16)))
+    whole_width = step * len(PROMPT) - 4
+    d.net(Box(24, 101, whole_width, 36), "any", "text encoder", frozen=True)
+    d.net(Box(24, 188, whole_width, 31), "ar", "MLP, at each position by itself")
+    for y, words, shape in ((74, "pieces", "(b l)"), (166, "features", "(b l t)"), (248, "text", "(b l d)")):
+        d.text(632, y, words, "ink s", "start")
+        d.text(786, y, shape, "muted m", "end")
+    x = 322 + 70 + 47
+    d.arrow((46, 260), (460, 260), head=False)
+    d.arrow((x, 260), (x, 318))
+    d.text(x + 12, 284, "keys, values", "ink s", "start")
+    d.text(x + 12, 302, "padding is masked", "muted s", "start")
+
+
+def residual_part(d: Drawing, y: float, before: float, start: float, name: str, count: str) -> float:
+    """Norm, a network, and the way around it; returns where it ends."""
+    norm = d.op(Box(start + 6, y - 22, 48, 44), "ar", "norm")
+    net = d.net(Box(start + 70, y - 30, 94, 60), "ar", name, (count, "on s"))
+    d.arrow((before, y), (norm.x - 2, y))
+    d.arrow((norm.right + 2, y), (net.x - 2, y))
+    d.arrow((net.right + 2, y), (start + 174, y), head=False)
+    d.add("circle", "data", cx=start + 186, cy=y, r=12)
+    d.text(start + 186, y + 6, "+", "ink sign")
+    d.arrow((start - 6, y), (start - 6, y + 52), (start + 186, y + 52), (start + 186, y + 14))
+    return start + 198
+
+
 def sampling() -> Drawing:
     """Logits to one token."""
     d = Drawing(
@@ -1805,6 +1877,7 @@ DRAWN = (
     short_cuts,
     training_loop,
     ar,
+    text_block,
     sampling,
     evaluation,
     search,

@@ -28,21 +28,24 @@ import importlib.util, pathlib, subprocess, sys
 if importlib.util.find_spec("flextok_edu") is None:
     around = (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
     clone = next((str(p) for p in around if (p / "settings.ini").exists()), None)
-    hub = "flextok_edu[metrics] @ git+https://github.com/{repo}"
-    what = ["-e", f"{{clone}}[metrics]"] if clone else [hub]
+    hub = "flextok_edu[{extras}] @ git+https://github.com/{repo}"
+    what = ["-e", f"{{clone}}[{extras}]"] if clone else [hub]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)"""
+
+NEEDS_TEXT = ("13c_text",)  # lessons, and their solutions, that need more extras than all do
 
 
 def frame(path: Path) -> bool:
     """Put both cells into a notebook. Returns whether it changed."""
     notebook = nbformat.read(path, 4)
     before = nbformat.writes(notebook)
+    extras = "metrics,text" if path.stem in NEEDS_TEXT else "metrics"
     cells = [c for c in notebook.cells if not c.id.endswith(("-badge", "-setup"))]
     at = 1 + next(i for i, c in enumerate(cells) if c.cell_type == "markdown")
     badge = nbformat.v4.new_markdown_cell(
         BADGE.format(repo=REPO, branch=BRANCH, path=path.relative_to(ROOT).as_posix()), id="colab-badge"
     )
-    setup = nbformat.v4.new_code_cell(SETUP.format(repo=REPO), id="colab-setup", metadata={})
+    setup = nbformat.v4.new_code_cell(SETUP.format(repo=REPO, extras=extras), id="colab-setup", metadata={})
     notebook.cells = cells[:at] + [badge, setup] + cells[at:]
     after = nbformat.writes(notebook)
     if after != before and "--check" not in sys.argv:

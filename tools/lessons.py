@@ -35,6 +35,7 @@ BUILT = {
     "12_sampling": "from logits to a token: temperature, top-k, top-p",
     "13_ar": "the GPT that writes tokens",
     "13b_ar_training": "pictures as ids, and the loop of stage 2",
+    "13c_text": "cross-attention to a text encoder: pictures for sentences",
     "14_evaluation": "quality against token count; metrics, and what each of them misses",
     "17_released": "released FlexTok and VAE checkpoints, in and out",
 }  # lesson: what one builds
@@ -94,7 +95,7 @@ def table(times: dict[str, float]) -> str:
     """For the README."""
     rows = ["| lesson | you build | module | read | run |", "|---|---|---|---|---|"]
     for lesson in map(read, LESSONS):
-        title = re.sub(r"^\d+b?_", "", lesson.name).replace("_", " ")
+        title = re.sub(r"^\d+[a-z]?_", "", lesson.name).replace("_", " ")
         module = f"`{lesson.module}`" if lesson.module else ""
         run = f"{max(1, round(times[lesson.name]))} s" if lesson.name in times else ""
         link = f"[{title}](nbs/{lesson.name}.ipynb)"

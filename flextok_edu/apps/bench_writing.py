@@ -33,7 +33,7 @@ def _never() -> FlatWriter:
 
 WRITING = {  # name: torch.compile, how lists are written where steps are recorded, and where they are not
     "eager": (False, lambda: Writer(Graphs(False)), _never),
-    "flat": (False, lambda: Writer(Graphs(False)), FlatWriter),
+    "flat": (False, lambda: Writer(Graphs(False)), lambda: FlatWriter(least=1)),
     "int8": (False, lambda: Writer(Graphs(False)), lambda: FlatWriter(quantize="int8")),
     "compile": (
         True,

@@ -182,7 +182,7 @@ def counted_flops(run: Callable) -> int:  # FLOPs of all matrix products and con
 def training_line(
     build: Callable,
     loss: Callable,  # model; (model, batch) -> scalar
-    batch: int = 4,  # near which it shall hold: of a large model few images need less than its gradients
+    batch: int = 4,  # for which it holds; of a large model a few images need less than its gradients
 ) -> tuple[float, float]:  # bytes whatever the batch; bytes an image
     "Two measurements make a line."
     few, many = max(1, batch // 2), max(2, batch)
@@ -303,7 +303,7 @@ def _training_steps(p: Preset) -> dict[str, tuple]:  # stage: batch of the prese
         "AR model": (p.train_ar.batch, lambda: ARModel(p.ar), lambda m, b: m.loss(*ids(b))[0]),
     }
 
-
+# %% ../../nbs/apps/cost.ipynb #5012a44b-memory
 def _describe_memory(p: Preset) -> list[str]:
     giga = 1e9
     lines = [

@@ -22,7 +22,7 @@ from .models import Common, sampling_defaults, open_ar, open_tokenizer
 from .options import UsageError, nearest
 from .run_config import ready_to_write
 from .tokenize import read_ids
-from ..ar import ARModel
+from ..ar import ARModel, sample_images
 from ..engine.conditions import Condition, take
 from ..engine.config import Preset
 from ..engine.hub import shipped_models
@@ -350,13 +350,11 @@ def _searched(
 # %% ../../nbs/apps/generate.ipynb #20242c2a
 def _sampled(ar: ARModel, tok: Tokenizer, w: _Wanted, k: int, choice: TokenSampling, look) -> Tensor:
     "Pictures of k tokens, in batches."
-    found = []
-    for i in range(0, len(w.seeds), BATCH):
-        part = slice(i, i + BATCH)
-        seeds = w.seeds[part]
-        ids = ar.generate(take(w.cond, part), k, choice, seeds=seeds)
-        found.append(tok.detokenize(ids, replace(look, seed=tuple(seeds))).cpu())
-    return torch.cat(found)
+    how = {"steps": look.steps, "guidance": look.guidance, "ar_guidance": choice.guidance}
+    how |= {name: getattr(choice, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    parts = [slice(i, i + BATCH) for i in range(0, len(w.seeds), BATCH)]
+    each = [sample_images(ar, tok, take(w.cond, p), k, seeds=w.seeds[p], **how).cpu() for p in parts]
+    return torch.cat(each)
 
 
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
@@ -378,6 +376,8 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
         )
     choice = TokenSampling(g, temperature, o.top_k, o.top_p, o.min_p)
     look = SamplingConfig(steps=steps, guidance=guidance)
+    if o.search != "none":
+        _verifier(o, ar, w)  # whatever is wrong with it is said before anything is written
     folder = _may_write(o.out, w.files, budgets, o.force)
     ar.flat.quantize = None if o.quantize == "none" else o.quantize
     if o.search != "none":

@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Literal
 
 from ..engine.config import AR_SIZES
-from ..engine.limits import check_limits, RENAMED
+from ..engine.limits import RENAMED, check_limits, configurations_inside
 
 # %% ../../nbs/apps/options.ipynb #15b-d5d0a8bf
 class UsageError(ValueError):
@@ -108,14 +108,18 @@ def _put(config, parts: list[str], value, name: str, names: list[str]):
     head = RENAMED.get(head, head)
     if head not in kinds:
         raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
-    now = getattr(config, head)
+    now, inside = getattr(config, head), configurations_inside(type(config)).get(head)
+    if inside and not inside.many and inside.others:  # it may be there or not: ar.text, ar.style
+        if value is None and not rest:
+            return replace(config, **{head: None})
+        now = inside.cls() if now is None else now
     if rest and not is_dataclass(now):
         raise UsageError(f"there is no setting {name!r}{nearest(name, names)}")
     if rest:
         return replace(config, **{head: _put(now, rest, value, name, names)})
     if not is_dataclass(now):
         return replace(config, **{head: typed(value, kinds[head], name)})
-    if head == "ar" and value in AR_SIZES:
+    if head == "ar" and isinstance(value, str) and value in AR_SIZES:
         sized, kept = AR_SIZES[value], {"vocabulary": now.vocabulary, "length": now.length}
         return replace(config, ar=replace(sized, **kept, classes=0 if sized.text else now.classes or 1000))
     if not isinstance(value, dict):

@@ -51,6 +51,20 @@ def _is_plain(model: nn.Module) -> bool:
             return False
     return isinstance(model.head, nn.Linear) and type(model.token_table) is nn.Embedding
 
+# %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-can
+def _can_be_flat(model: nn.Module) -> bool:
+    "Plain blocks, in float32 on a CPU, without gradients."
+    held = held_by(model)
+    if any(
+        x.device.type != "cpu" or x.dtype is not torch.float32 or x.is_inference()
+        for x in held
+        if x.is_floating_point()
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(x.requires_grad for x in held)):
+        return False
+    return _is_plain(model)
+
 # %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-block
 @dataclass
 class _Block:
@@ -88,8 +102,9 @@ class _Block:
 class _Sheet:
     "Memory of a batch that is being written: so many rows, with guidance two for each list."
 
-    def __init__(self, rows: int, config, hidden: int, seen: list | None):
-        d, e, self.length = config.width, config.head_dim, config.length
+    def __init__(self, rows: int, length: int, weights: "_Weights", text: bool):
+        config, hidden = weights.config, weights.hidden
+        d, e, self.length = config.width, config.head_dim, length
         self.rows, self.heads, self.text = rows, d // e, [None] * config.depth
         self.x, self.normed, self.y = (torch.zeros(rows, d) for _ in range(3))
         self.size, self.inverse = (torch.zeros(rows, 1) for _ in range(2))
@@ -100,7 +115,7 @@ class _Sheet:
         # of one row, the queries lie as they are wanted
         self.q = self.qkv[0, :d].view(self.heads, 1, e) if rows == 1 else torch.zeros(rows * self.heads, 1, e)
         self.q_all, self.y_heads = self.q.view(rows, self.heads, e), self.y.view(rows * self.heads, 1, e)
-        self.cross_q = torch.zeros(rows, d) if seen else None
+        self.cross_q = torch.zeros(rows, d) if text else None
         shape = rows * self.heads, e, self.length
         self.keys = [torch.zeros(shape) for _ in range(config.depth)]
         self.values = [torch.zeros(shape[0], self.length, e) for _ in range(config.depth)]
@@ -224,16 +239,19 @@ class FlatWriter:
 
     enabled: bool = True
     quantize: str | None = None  # or "int8": what `generate` takes if it is not told
+    least: int = 64  # tokens for which a large model is taken apart
     # for whole numbers, or for so many rows: where the model's weights were, and what was made of them
     made: dict[Hashable, tuple[Hashable, _Weights]] = field(default_factory=dict, repr=False)
     sheets: dict[Hashable, _Sheet] = field(default_factory=dict, repr=False)  # the newest last
     lock: object = field(default_factory=threading.RLock, repr=False)
 
     def __deepcopy__(self, memo) -> "FlatWriter":
-        return FlatWriter(self.enabled, self.quantize)  # of another model: with weights of its own
+        return FlatWriter(
+            self.enabled, self.quantize, self.least
+        )  # of another model: with weights of its own
 
     def __reduce__(self):
-        return FlatWriter, (self.enabled, self.quantize)
+        return FlatWriter, (self.enabled, self.quantize, self.least)
 
     def clear(self) -> None:
         "Forget weights and memory."
@@ -249,30 +267,16 @@ class FlatWriter:
         "Whether `write` would do what the modules do, and in less time. Raises ValueError for `quantize`."
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', not {quantize!r}")
-        can = self._can(model)
+        can = self.enabled and _can_be_flat(model)
         if quantize and not can:
             _say("quantize", f"{quantize} weights are for plain blocks in float32 on a CPU: not used here")
         # taking a large model apart takes as long as writing some tokens
-        small = tokens is None or tokens >= 64 or sum(x.numel() for x in held_by(model)) < LARGE
+        small = tokens is None or tokens >= self.least or sum(x.numel() for x in held_by(model)) < LARGE
         return can and (small or quantize is not None or bool(self.made))
 
     def of(self, model: nn.Module, tokens: int | None = None, quantize: str | None = None):
         # as `usable` -> `write` for this model, to be called like the model's own; or None
         return partial(self.write, model, quantize=quantize) if self.usable(model, tokens, quantize) else None
-
-    def _can(self, model: nn.Module) -> bool:
-        held = held_by(model)
-        if not self.enabled or any(
-            x.device.type != "cpu" or x.dtype is not torch.float32 or x.is_inference()
-            for x in held
-            if x.is_floating_point()
-        ):
-            return False
-        if torch.is_autocast_enabled("cpu") or (
-            torch.is_grad_enabled() and any(x.requires_grad for x in held)
-        ):
-            return False
-        return _is_plain(model)
 
     def _weights(self, model: nn.Module, rows: int, quantize: str | None) -> _Weights:
         whole = quantize is not None and int8_works()
@@ -289,12 +293,15 @@ class FlatWriter:
                 self.made[key] = stamp, _Weights(model, rows, whole)
         return self.made[key][1]
 
-    def _sheet(self, weights: _Weights, rows: int, seen: list | None) -> _Sheet:
-        key = rows, seen is None
+    def _sheet(self, weights: _Weights, rows: int, length: int, text: bool) -> _Sheet:
+        c = weights.config
+        if rows * c.depth * c.width * c.length < 2**23:  # small: it serves lists of every length
+            length = c.length
+        key = rows, length, text
         sheet = self.sheets.pop(key, None)
         if sheet is None:
             with torch.inference_mode(False):  # it may be used with and without
-                sheet = _Sheet(rows, weights.config, weights.hidden, seen)
+                sheet = _Sheet(rows, length, weights, text)
         self.sheets[key] = sheet
         while sum(s.bytes() for s in self.sheets.values()) > 2**26:  # (large ones are soon made again)
             del self.sheets[next(iter(self.sheets))]
@@ -325,7 +332,7 @@ class FlatWriter:
             weights = self._weights(model, count(cond), quantize)
             seen = model.seen(cond)
             seen = None if seen[0] is None else seen
-            s = self._sheet(weights, count(cond), seen)
+            s = self._sheet(weights, count(cond), len(guidance), seen is not None)
             s.read(seen)
             for j in range(given, len(guidance)):
                 if j > given:
