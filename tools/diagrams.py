@@ -1798,6 +1798,70 @@ def evaluation_table(d: Drawing) -> None:
     d.text(786, 352, "↓ lower is better; the bars show usual shapes, no measurements", "muted s", "end")
 
 
+# ---------------------------------------------------------------------------------------------------- search
+
+LOOKS = (  # length: (scores of its candidates, which of them go on)
+    (1, (0.35, 0.8, 0.55), (1, 2)),
+    (2, (0.45, 0.75, 0.3, 0.6, 0.9, 0.4), (1, 4)),
+    (4, (0.5, 0.7, 0.85, 0.6, 0.95, 0.55), (2, 4)),
+    (8, (0.8, 0.7, 0.85, 0.9, 0.75, 1.0), (5,)),
+)
+
+
+def search() -> Drawing:
+    """Whole lists, and a beam over beginnings."""
+    d = Drawing(
+        "search",
+        590,
+        "Best of n, and a beam over beginnings of lists",
+        "Above: best of n draws whole lists, decodes each, and a verifier scores the pictures; the best is "
+        "kept. Below: a beam decodes beginnings of 1, 2, 4 and 8 tokens. At each length it keeps the two "
+        "that score best and continues each with three different tokens; 3 + 6 + 6 + 6 = 21 decodes.",
+    )
+    d.text(24, 34, "Best of n", "ink h", "start")
+    d.text(786, 34, "5 whole lists, 5 decodes", "muted s", "end")
+    for i, score in enumerate((0.5, 0.35, 0.85, 0.25, 0.6)):
+        candidate(d, Box(24 + 155 * i, 54, 142, 44), 8, score, i == 2)
+    d.arrow((24, 122), (786, 122), head=False)
+    d.text(24, 154, "Beam over beginnings", "ink h", "start")
+    d.text(
+        786, 154, "two go on, each with three different last tokens: 3 + 6 + 6 + 6 decodes", "muted s", "end"
+    )
+    before = []
+    for column, (length, scores, kept) in enumerate(LOOKS):
+        x, step = 24 + 207 * column, 58
+        top = 206 + step * (6 - len(scores)) / 2
+        d.text(x + 71, 184, f"{length} token" + "s" * (length > 1), "ink b s")
+        here = [Box(x, top + step * i, 142, 44) for i in range(len(scores))]
+        for i, box in enumerate(here):
+            candidate(d, box, length, scores[i], i in kept)
+            if before:
+                parent = before[i // 3]
+                middle = x - 38 + 14 * (i // 3)
+                start, end = (parent.right + 3, parent.cy), (box.x - 3, box.cy)
+                bend = ((middle, start[1]), (middle, end[1])) if abs(start[1] - end[1]) > 1 else ()
+                d.arrow(start, *bend, end, kind="aim" if i in kept else "")
+        before = [here[i] for i in kept]
+    d.text(
+        24,
+        572,
+        "Blue bar: what the verifier says of the picture. Framed: what is kept.",
+        "muted s",
+        "start",
+    )
+    return d
+
+
+def candidate(d: Drawing, box: Box, length: int, score: float, kept: bool) -> None:
+    """A beginning of a list, its picture and its score."""
+    d.rect(box, "plate", 5)
+    d.tokens(Box(box.x + 6, box.y + 8, 84, 12), 8, kept=length, gap=2)
+    d.rect(Box(box.x + 6, box.y + 28, 84, 8), "data", 3)
+    d.rect(Box(box.x + 6, box.y + 28, 84 * score, 8), "tok", 3)
+    d.picture(Box(box.right - 44, box.y + 4, 36, 36), {1: 0, 2: 0.5, 4: 1, 8: 2}[length])
+    d.rect(box, "frame" if kept else "bare", 5)
+
+
 # ------------------------------------------------------------------------------------------------- all of it
 
 
@@ -1816,6 +1880,7 @@ DRAWN = (
     text_block,
     sampling,
     evaluation,
+    search,
 )
 
 
