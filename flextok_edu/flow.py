@@ -231,6 +231,8 @@ class SamplingConfig:
     def __post_init__(self):
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+        if isinstance(self.seed, (list, Tensor)):
+            object.__setattr__(self, "seed", tuple(int(seed) for seed in self.seed))
 
     @property
     def nfe(self) -> int:  # evaluations of the network, with guidance each twice

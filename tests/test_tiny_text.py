@@ -198,3 +198,12 @@ def test_nothing_of_it_is_needed_for_the_rest():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and "torch.Size([1, 2])" in out.stdout and "flextok_edu[text]" in out.stdout
+
+
+def test_a_list_of_seeds_is_a_seed_for_each():
+    """And not one name for all: the noise of a picture is that of its own seed."""
+    tok, ids = FlexTok.from_pretrained("tiny"), torch.arange(8).view(2, 4) * 31
+    each = [tok.detokenize(ids[i : i + 1], steps=2, seed=s) for i, s in enumerate((5, 9))]
+    for seeds in ([5, 9], (5, 9), torch.tensor([5, 9])):
+        assert torch.allclose(tok.detokenize(ids, steps=2, seed=seeds), torch.cat(each), atol=1e-5)
+    assert SamplingConfig(seed=[5, 9]) == SamplingConfig(seed=(5, 9))
