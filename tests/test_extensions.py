@@ -1,4 +1,4 @@
-"""What a reader adds from outside, in one place each: a tokenizer, a number, pictures, a loss, a solver.
+"""What a reader adds from outside, in one place each: a tokenizer, a number, pictures, a loss, a solver, …
 
 Each goes through training, caching, evaluation and the commands as what the package brings does.
 """
@@ -32,9 +32,10 @@ from flextok_edu.engine.limits import configuration
 from flextok_edu.engine.models import load_model, model_kind, save_model
 from flextok_edu.engine.tensors import noise_like
 from flextok_edu.engine.tokenizers import Tokenizer, known_identity, powers_of_two, register_tokenizer
-from flextok_edu.evaluation import metrics
+from flextok_edu.evaluation import metrics, verifiers
 from flextok_edu.evaluation.metrics import Metric, register_metric
 from flextok_edu.evaluation.report import load_report
+from flextok_edu.evaluation.verifiers import Verifier
 from flextok_edu.short_cuts import guided_velocity
 from flextok_edu.training import train_tokenizer
 from flextok_edu.vae import VAE
@@ -275,3 +276,32 @@ def test_a_loss_and_a_solver_go_through_training_and_decoding(stripes, solver):
         assert not torch.allclose(found, tok.decode_latents(ids, steps=4, guidance=1.0, seed=3), atol=1e-3)
     with pytest.raises(ValueError, match="solver 'upside_down': use one of .*midpoint"):
         tok.decode_latents(ids, steps=4, solver="upside_down")
+
+
+# --- a verifier: who likes it dark
+# ----------------------------------------------------------------------
+
+
+class Dark(Verifier):
+    """Scores what a search decodes; whatever was asked for."""
+
+    def measure(self, images, ids, prompts):  # images (n 3 h w) in [-1, 1] -> (n,)
+        return -images.mean((1, 2, 3))
+
+
+@pytest.fixture()
+def dark(monkeypatch):
+    monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))
+    verifiers.register_verifier("dark", lambda asked: Dark())
+
+
+def test_a_verifier_guides_the_command(dark, tmp_path):
+    few = ["--budgets", "2", "--beams", "2", "--candidates", "4", "--steps", "1"]
+    words = ["boat", "fish", "--ar", "tiny", *few, "--seeds", "3", "--out"]
+    light = {}
+    for name, how in (("plain", ()), ("dark", ("--search", "best_of_n", "--verifier", "dark"))):
+        run(generate_main, *words, str(tmp_path / name), *how)
+        files = sorted((tmp_path / name).glob("0*.png"))
+        assert len(files) == 2
+        light[name] = np.mean([np.asarray(Image.open(file)).mean() for file in files])
+    assert light["dark"] < light["plain"] - 10
