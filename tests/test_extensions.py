@@ -285,8 +285,8 @@ def test_a_loss_and_a_solver_go_through_training_and_decoding(stripes, solver):
 class Dark(Verifier):
     """Scores what a search decodes; whatever was asked for."""
 
-    def measure(self, images, ids, prompts):  # images (n 3 h w) in [-1, 1] -> (n,)
-        return -images.mean((1, 2, 3))
+    def measure(self, images, ids, prompts):  # images (n 3 h w) in [-1, 1] -> (n, 1)
+        return -images.mean((1, 2, 3))[:, None]
 
 
 @pytest.fixture()

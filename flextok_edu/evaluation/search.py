@@ -128,7 +128,12 @@ class _Search:
             if self.verifier.needs_images:
                 pictures.append(self.decode(flat[part], seeds[part]))
                 images = from_uint8(pictures[-1])
-            values.append(self.verifier.measure(images, flat[part], rows[part]))
+            value = self.verifier.measure(images, flat[part], rows[part])
+            if value.shape != (wanted := (len(rows[part]), self.verifier.columns)):
+                raise ValueError(
+                    f"a verifier must give values {wanted}, larger is better, not {tuple(value.shape)}"
+                )
+            values.append(value)
         scores = self.verifier.combine(torch.cat(values).unflatten(0, (p, n)))
         return scores, torch.cat(pictures).unflatten(0, (p, n)) if pictures else None
 
