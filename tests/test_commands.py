@@ -1172,20 +1172,22 @@ def test_new_pictures_depend_on_class_and_seed_alone(trained, tmp_path):
 
 
 def test_many_pictures_are_decoded_in_batches(trained, tmp_path, monkeypatch):
-    """No batch is larger than `BATCH`, and the pictures are those of one large batch."""
+    """No batch is larger than `BATCH`, lists are written once, and pictures are those of one large batch."""
     argv = ["boat", "3", "0", "--ar", trained / "ar", "--device", "cpu", "--steps", 2, "--budgets", 1, 16]
     argv += ["--seeds", *range(4)]
     assert call("generate", *argv, "--out", tmp_path / "whole") == 0
-    real, sizes = apps_generate.sample_images, []
+    real, sizes, there = apps_generate.grow, [], []
 
-    def sample_images(ar, tok, labels, *rest, **more):
+    def grow(ar, tok, labels, *rest):
         sizes.append(len(labels))
-        return real(ar, tok, labels, *rest, **more)
+        for found in real(ar, tok, labels, *rest):
+            there.append(len(list((tmp_path / "parts").glob("0*.png"))))
+            yield found
 
-    patch(monkeypatch, apps_generate, "sample_images", sample_images)
+    patch(monkeypatch, apps_generate, "grow", grow)
     monkeypatch.setattr(apps_generate, "BATCH", 5)
     assert call("generate", *argv, "--out", tmp_path / "parts") == 0
-    assert sizes == [5, 5, 2] * 2
+    assert sizes == [5, 5, 2] and there == [0, 5, 10, 15, 20, 22], "a picture is there as soon as it can be"
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert files == sorted(f.name for f in (tmp_path / "parts").iterdir()) and len(files) == 25
     for file in files:

@@ -147,31 +147,6 @@ def test_inference_mode_leaves_no_trace(asked):
     model(outside, cond).sum().backward()
 
 
-# --- while it writes ------------------------
-
-
-def test_each_token_is_shown_and_may_be_the_last(asked):
-    model, cond = asked
-    full, shown = model.generate(cond), []
-    write, guidance = partial(model.flat.write, model), [1.0] * 8
-
-    def pick(j, logits):
-        return full[:, j]
-
-    def look(n, ids):
-        assert not ids.is_inference() and not torch.is_inference_mode_enabled()
-        shown.append((n, ids.clone()))
-
-    assert torch.equal(write(cond, guidance, pick, on_token=look), full)
-    assert [n for n, _ in shown] == list(range(1, 9))
-    assert all(torch.equal(ids, full[:, :n]) for n, ids in shown)
-    # each finished at another token: it ends when all are
-    ids = write(cond, guidance, pick, on_token=lambda n, ids: torch.tensor([n == 2, n == 5, n == 3]))
-    assert torch.equal(ids, full[:, :5])
-    ids = write(cond, guidance, pick, full[:, :3], on_token=lambda n, ids: torch.ones(3, dtype=torch.bool))
-    assert torch.equal(ids, full[:, :4])
-
-
 # --- weights ------------------------
 
 

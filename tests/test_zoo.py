@@ -28,7 +28,7 @@ import flextok_edu.apps.options as apps_options
 import flextok_edu.apps.page as apps_page
 import flextok_edu.apps.train as apps_train
 import flextok_edu.apps.zoo as apps_zoo
-import flextok_edu.ar as ar
+import flextok_edu.evaluation.growing as growing
 import flextok_edu.engine.hub as engine_hub
 import flextok_edu.engine.models as engine_models
 from flextok_edu.ar import ARModel
@@ -412,15 +412,12 @@ def test_commands_take_a_shipped_model_by_its_name(shipped, tmp_path, monkeypatc
         lambda model: replace(from_dict(Preset, facts["preset"]), evaluate=own),
     )
     asked = []
-    patch(
-        monkeypatch,
-        ar,
-        "sample_images",
-        lambda ar, tok, labels, k, **how: (
-            asked.append(tuple(how[x] for x in ("steps", "guidance", "ar_guidance", "temperature")))
-            or torch.zeros(len(labels), 3, 32, 32)
-        ),
-    )
+
+    def grown(ar, tok, labels, counts, choice, look, seeds):
+        asked.append((look.steps, look.guidance, choice.guidance, choice.temperature))
+        yield from ((torch.zeros(len(labels), k), torch.zeros(len(labels), 3, 32, 32)) for k in counts)
+
+    patch(monkeypatch, growing, "grow", grown)
     for more in ([], ["--steps", "1", "--ar-guidance", "1"], ["--guidance", "1", "--temperature", "0"]):
         assert (
             status(

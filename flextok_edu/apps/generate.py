@@ -7,7 +7,7 @@ __all__ = ['BATCH', 'DecodeOptions', 'DetokenizeOptions', 'detokenize', 'detoken
            'generate_main']
 
 # %% ../../nbs/apps/generate.ipynb #apps-generate-imports
-import difflib, math, re, sys
+import difflib, functools, math, re, sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .models import Common, sampling_defaults, open_ar, open_tokenizer
 from .options import UsageError, nearest
 from .run_config import ready_to_write
 from .tokenize import read_ids
-from ..ar import ARModel, sample_images
+from ..ar import ARModel
 from ..engine.conditions import Condition, take
 from ..engine.config import Preset
 from ..engine.hub import shipped_models
@@ -31,11 +31,12 @@ from ..engine.marks import may_replace, save_picture
 from ..engine.tensors import grid, pick_device
 from ..engine.text import plain
 from ..engine.tokenizers import Tokenizer
+from ..evaluation.growing import grow
 from ..evaluation.priors import ARPrior
 from ..evaluation.prompts import wanted_attributes
 from ..evaluation.readers import SceneReader
 from ..evaluation.search import search
-from ..evaluation.verifiers import make_verifier
+from ..evaluation.verifiers import Verifier, make_verifier
 from ..flow import SamplingConfig
 from ..sampling import TokenSampling
 from ..text import read_texts
@@ -100,26 +101,23 @@ def _sheet(rows: list[Tensor | None], columns: int) -> Tensor:
     return grid(torch.cat(filled), columns * beside, max(1, 64 // side))
 
 # %% ../../nbs/apps/generate.ipynb #15b-1566d5ef-1
-def _write_pictures(
-    folder: Path, names: list[str], rows: list[Tensor], counts: list[list[int]], columns: int
-) -> None:
-    """A file for each picture and count, and all on one sheet.
+def _save(folder: Path, name: str, images: Tensor, counts: list[int]) -> None:
+    "A file for each count. images: (m 3 h w) in [-1, 1]. Raises ValueError for what is no picture."
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, or "
+            "--device cpu; nothing was written of it"
+        )
+    for image, k in zip(images, counts):
+        save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
 
-    rows: of each name, images (m 3 h w) in [-1, 1]; counts: their tokens.
-    """
-    for name, images, ks in zip(names, rows, counts):
-        if not torch.isfinite(images).all():
-            raise ValueError(
-                f"{plain(name)}: the decoder's picture is not finite: a smaller --guidance, more --steps, "
-                "or --device cpu; nothing was written of it"
-            )
-        for image, k in zip(images, ks):
-            save_picture(folder / _file_name(name, k), grid(image[None], 1, 1, 0))
+
+def _save_sheet(folder: Path, rows: list[Tensor], columns: int) -> None:
+    "All on one sheet. rows: of each name, images (m 3 h w) in [-1, 1]."
     shown = rows[: 1024 // columns]
     save_picture(folder / "sheet.png", _sheet(shown, columns))
-    count = sum(map(len, counts))
     print(
-        f"{count} pictures in {plain(folder)}, "
+        f"{sum(map(len, rows))} pictures in {plain(folder)}, "
         f"{'all of them' if len(shown) == len(rows) else f'those of the first {len(shown)}'} on "
         f"{plain(folder / 'sheet.png')}",
         flush=True,
@@ -189,7 +187,9 @@ def detokenize(o: DetokenizeOptions, base: Preset | None = None) -> None:
     asked = [(i, row[:k]) for i, (row, ks) in enumerate(zip(ids, counts)) for k in ks]
     pictures = _decoded(tok, asked, SamplingConfig(steps=steps, guidance=guidance, seed=o.seed))
     rows = pictures.split([len(ks) for ks in counts])
-    _write_pictures(folder, names, list(rows), counts, max(map(len, counts)))
+    for name, images, ks in zip(names, rows, counts):
+        _save(folder, name, images, ks)
+    _save_sheet(folder, list(rows), max(map(len, counts)))
 
 
 def detokenize_main(argv: list[str] | None = None) -> None:
@@ -210,9 +210,7 @@ class GenerateOptions(DecodeOptions):
     tiny, mini; tiny-text, which is asked by text.
     """
     tokenizer: str | None = None
-    """Folder of its tokenizer; by default the one that the AR model's run was begun with, or that comes with
-    it.
-    """
+    "Folder of its tokenizer; by default that of the AR model's run, or the one that comes with it."
     seeds: tuple[int, ...] = (0,)
     "One picture of each class for each seed."
     ar_guidance: float | None = None
@@ -316,11 +314,17 @@ def _wanted(o: GenerateOptions, ar: ARModel, names: list[str]) -> _Wanted:
     return _Wanted(take(cond, rows), [prompts[i] for i in rows], files, each * len(prompts))
 
 # %% ../../nbs/apps/generate.ipynb #generate-search
-def _verifier(o: GenerateOptions, ar: ARModel, w: _Wanted):
-    "Raises ValueError for a verifier that there is not, or that has nothing to go by."
+@functools.cache
+def _reader() -> SceneReader | None:  # what comes with the package
     place = shipped_models().get("tiny-text")
-    reader = SceneReader.from_pretrained(place / "reader") if place and "attributes" in o.verifier else None
-    wishes = [wanted_attributes(text) for text in w.prompts] if "attributes" in o.verifier else None
+    return SceneReader.from_pretrained(place / "reader") if place else None
+
+
+def _verifier(o: GenerateOptions, ar: ARModel, w: _Wanted) -> Verifier:
+    "Raises ValueError for a verifier that there is not, or that has nothing to go by."
+    reads = "attributes" in o.verifier.split("+")
+    wishes = [wanted_attributes(text) for text in w.prompts] if reads else None
+    reader = _reader().to(ar.start.device) if reads and _reader() else None
     return make_verifier(o.verifier, texts=w.prompts, wanted=wishes, cond=w.cond, ar=ar, reader=reader)
 
 
@@ -329,18 +333,15 @@ def _searched(
 ) -> list:
     # a tensor of pictures for each budget
     "The best list of each row, by search; all its budgets from the same noise."
-    budgets, found = o.budgets or (tok.length,), [[None] * len(w.seeds) for _ in o.budgets or (1,)]
-    named = {
-        "n": o.beams * o.candidates,
-        "beams": o.beams,
-        "candidates": o.candidates,
-        "length": max(budgets),
-    }
+    budgets = o.budgets or (tok.length,)
+    found = [[None] * len(w.seeds) for _ in budgets]
+    named = {"beams": o.beams, "candidates": o.candidates, "n": o.beams * o.candidates}
     for seed in dict.fromkeys(w.seeds):  # a search names its random numbers by seed and prompt
         rows = [i for i, s in enumerate(w.seeds) if s == seed]
         some = _Wanted(take(w.cond, rows), [w.prompts[i] for i in rows], [], [])
         prior = ARPrior(ar, some.cond, choice)
-        best = search(o.search, prior, tok, _verifier(o, ar, some), sampling=look, seed=seed, **named)
+        named |= {"length": max(budgets), "seed": seed}
+        best = search(o.search, prior, tok, _verifier(o, ar, some), sampling=look, **named)
         for each, k in zip(found, budgets):
             for i, image in zip(rows, tok.detokenize(best.ids[:, :k], replace(look, seed=best.noise)).cpu()):
                 each[i] = image
@@ -348,13 +349,17 @@ def _searched(
     return [torch.stack(each) for each in found]
 
 # %% ../../nbs/apps/generate.ipynb #20242c2a
-def _sampled(ar: ARModel, tok: Tokenizer, w: _Wanted, k: int, choice: TokenSampling, look) -> Tensor:
-    "Pictures of k tokens, in batches."
-    how = {"steps": look.steps, "guidance": look.guidance, "ar_guidance": choice.guidance}
-    how |= {name: getattr(choice, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    parts = [slice(i, i + BATCH) for i in range(0, len(w.seeds), BATCH)]
-    each = [sample_images(ar, tok, take(w.cond, p), k, seeds=w.seeds[p], **how).cpu() for p in parts]
-    return torch.cat(each)
+def _grown(ar: ARModel, tok: Tokenizer, w: _Wanted, budgets: list[int], choice, look, folder: Path) -> list:
+    # a tensor of pictures for each budget
+    "Each list is written once; its pictures lie in the folder as soon as it has so many tokens."
+    found = {k: [] for k in sorted(set(budgets))}
+    for i in range(0, len(w.seeds), BATCH):
+        part = slice(i, i + BATCH)
+        for ids, images in grow(ar, tok, take(w.cond, part), list(found), choice, look, w.seeds[part]):
+            found[ids.shape[1]].append(images := images.cpu())
+            for name, image in zip(w.files[part], images):
+                _save(folder, name, image[None], [ids.shape[1]])
+    return [torch.cat(found[k]) for k in budgets]
 
 
 def generate(o: GenerateOptions, base: Preset | None = None) -> None:
@@ -380,11 +385,13 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
         _verifier(o, ar, w)  # whatever is wrong with it is said before anything is written
     folder = _may_write(o.out, w.files, budgets, o.force)
     ar.flat.quantize = None if o.quantize == "none" else o.quantize
-    if o.search != "none":
-        rows = _searched(o, ar, tok, w, choice, look)
+    if o.search == "none":
+        rows = list(torch.stack(_grown(ar, tok, w, budgets, choice, look, folder), 1))
     else:
-        rows = [_sampled(ar, tok, w, k, choice, look) for k in budgets]
-    _write_pictures(folder, w.files, list(torch.stack(rows, 1)), [budgets] * len(w.files), len(budgets))
+        rows = list(torch.stack(_searched(o, ar, tok, w, choice, look), 1))
+        for name, images in zip(w.files, rows):
+            _save(folder, name, images, budgets)
+    _save_sheet(folder, rows, len(budgets))
 
 
 def generate_main(argv: list[str] | None = None) -> None:

@@ -315,13 +315,11 @@ class FlatWriter:
         guidance: list[float],  # g at each position, as many as tokens are wanted; all 1: no second pass
         pick: Callable[[int, Tensor], Tensor],  # (position, logits (b v)) -> tokens (b,)
         prefix: Tensor | None = None,  # ids that are given (b j): those after them are written
-        # (tokens so far, ids (b n)) -> which lists are finished (b,), or None; when all are, writing ends
-        on_token: Callable[[int, Tensor], Tensor | None] | None = None,
         quantize: str | None = None,  # "int8": weights as whole numbers
     ) -> Tensor:  # ids (b length)
         "What `write` of *ar* writes."
         b, given = count(cond), 0 if prefix is None else prefix.shape[1]
-        ids, finished = torch.zeros(b, len(guidance), dtype=torch.int64), torch.zeros(b, dtype=torch.bool)
+        ids = torch.zeros(b, len(guidance), dtype=torch.int64)
         if given:
             ids[:, :given] = prefix
         if given == len(guidance):
@@ -344,10 +342,4 @@ class FlatWriter:
                     with_it, without = logits.split(b)
                     logits = torch.add(without, with_it - without, alpha=guidance[j])
                 ids[:, j] = pick(j, logits[:b])
-                if on_token is not None:
-                    with torch.inference_mode(False), torch.no_grad():
-                        done = on_token(j + 1, ids[:, : j + 1])
-                    finished |= finished if done is None else done
-                    if finished.all():
-                        return ids[:, : j + 1].clone()
         return ids
