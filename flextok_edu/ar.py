@@ -235,7 +235,7 @@ class CachedGPT(GPT):
     def new_cache(self, b: int, length: int, kind: type = KVCache) -> list[KVCache]:  # one for each block
         "Room for the keys and values of `length` positions."
         c = self.config
-        heads = c.width // c.head_dim if c.style is None or c.style.kv_heads is None else c.style.kv_heads
+        heads = (c.style and (c.style.kv_heads or c.style.heads)) or c.width // c.head_dim
         return [kind((b, heads, length, c.head_dim), self.start) for _ in self.blocks]
 
     def step(
@@ -305,7 +305,8 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
     def _load_pretrained(cls, folder: Path, tokenizer: Tokenizer | None = None) -> "ARModel":
         "Checked against the given tokenizer, or for a shipped model against the one stored beside it."
         if tokenizer is None and (folder.parent / "model.json").exists():
-            tokenizer = tokenizer_from_pretrained(shipped_part(folder.parent, "tokenizer"))
+            place = shipped_part(folder.parent, "tokenizer")  # None: it was copied without it
+            tokenizer = tokenizer_from_pretrained(place) if place else None
         return load_ar(folder, tokenizer)[0]
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -314,8 +315,7 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
     @torch.no_grad()
     def generate(
         self,
-        # classes (b,), int64, `config.classes` for no class; or text, see *text*
-        cond: Condition,
+        cond: Condition,  # classes (b,), int64, `config.classes` for none; or text, see *text*
         length: int | Sequence[int] | None = None,  # tokens to write, or so many of each; all by default
         sampling: TokenSampling | None = None,  # guidance, temperature, top_k, top_p, min_p; or by name
         seed: int = 0,  # names the random numbers
@@ -334,7 +334,7 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
         s, c, device = TokenSampling.of(sampling, named), self.config, self.start.device
         cond = to_device(self.condition.check(check_condition(cond)), device)
         most, each = each_budget(length, b := count(cond), c.length, "length")
-        prefix = check_prefix(prefix, b, min(each or [most]), c.vocabulary)
+        prefix = check_prefix(prefix, b, min(each or [most]), c.vocabulary, device)
         if seeds is not None and (seed or first_index):
             raise ValueError(f"give seeds, or seed and first_index, not both ({seed=}, {first_index=})")
         g = guidance_per_token(s.guidance, most)
@@ -342,7 +342,8 @@ class ARModel(CachedGPT, WritesIds, Pretrained):
         if self.writer.used_on(device):
             ids = self.writer.write(self, cond, g, s, chance, prefix)
         else:
-            write = self.flat.of(self, most, quantize) or self.write
+            new = most if prefix is None else most - prefix.shape[1]
+            write = self.flat.of(self, new, quantize) or self.write
             ids = write(cond, g, lambda j, l: s.choose(l, chance[:, j : j + 1]), prefix)
         return ids if each is None else [row[:k] for row, k in zip(ids, each)]
 

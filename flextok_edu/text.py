@@ -7,6 +7,7 @@ __all__ = ['TextCondition', 'CrossAttention', 'TextBlock', 'text_parts', 'text_c
 
 # %% ../nbs/13c_text.ipynb #text-imports
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,11 @@ class Captioned:
             raise ValueError(f"the captions are {ours}, and the model reads {text}")
 
 # %% ../nbs/13c_text.ipynb #text-ask
+@lru_cache(1)
+def _opened(name: str, device: torch.device) -> TextEncoder:  # the last one
+    return text_encoder(name, device)
+
+
 def read_texts(
     ar: ARModel,  # asked by text
     texts: Sequence[str],  # prompts; "" means: anything
@@ -192,7 +198,9 @@ def read_texts(
     c = ar.config.text
     if c is None:
         raise ValueError("this AR model is asked by class, not by text")
-    encoder = encoder or text_encoder(c.encoder, ar.start.device)
+    if isinstance(texts, str):
+        raise TypeError("give a list of prompts, not one text")
+    encoder = encoder or _opened(c.encoder, ar.start.device)
     if c.identity not in (None, encoder.identity):
         raise ValueError(
             f"this AR model reads features of encoder {c.encoder!r} (identity {c.identity}), not of "

@@ -209,6 +209,7 @@ def test_weights_are_taken_out_once(size, monkeypatch):
         model.generate(cond[:1].expand(b), 2)
     assert len(model.flat.made) == (1 if size == "small" else 4)
     monkeypatch.setattr(flat_writing, "LARGE", 0)
+    model.flat.least = 2
     model.generate(cond[:1].expand(9), 2)
     assert len(model.flat.made) == 1, "of a large model there is one copy"
 

@@ -24,7 +24,7 @@ V, K = 23, 16
 class Tok:
     "Decodes a list to one pixel, and notes who was decoded from which noise."
 
-    vocabulary, length, image_size, kind = V, K, 1, "pretended"
+    vocabulary, length, image_size, kind, identity = V, K, 1, "pretended", "1" * 16
 
     def __init__(self):
         self.calls = []
@@ -70,7 +70,9 @@ SMALL = dict(beams=3, candidates=4)
 
 def small_ar(seed=0):
     torch.manual_seed(seed)
-    return randomize(ARModel(ARConfig(V, K, 5, 64, 1, 64)), 0.3).eval()
+    ar = randomize(ARModel(ARConfig(V, K, 5, 64, 1, 64)), 0.3).eval()
+    ar.tokenizer_identity = Tok().identity
+    return ar
 
 
 # --- the checks
@@ -278,7 +280,7 @@ def bug(module, name, *pairs):
     return plant
 
 
-PER_CANDIDATE = "noise = [[_named('noise', c.seed, i, j) for j in range(n)] for i in prompts.tolist()]"
+PER_CANDIDATE = "noise = [[_named('noise', *c.name(i), j) for j in range(n)] for i in prompts.tolist()]"
 test_passes, test_caught = planted(
     [
         (
@@ -287,11 +289,11 @@ test_passes, test_caught = planted(
         ),
         (
             check_same_noise_for_all_candidates,
-            bug(search, "_beam", ('_named("noise", c.seed, i) for', '_named("noise", c.seed) for')),
+            bug(search, "_beam", ('_named("noise", *c.name(i)) for', '_named("noise", c.seed) for')),
         ),
         (
             check_independent_noise_of_best_of_n,
-            bug(search, "_best_of_n", ('_named("noise", c.seed, i, j)', '_named("noise", c.seed, i)')),
+            bug(search, "_best_of_n", ('_named("noise", *c.name(i), j)', '_named("noise", *c.name(i))')),
         ),
         (
             check_first_step_has_one_beam,
@@ -366,8 +368,8 @@ test_passes, test_caught = planted(
                 search,
                 "_candidates",
                 (
-                    "(s.config.seed, i, j) for i in prompts.tolist()",
-                    "(s.config.seed, i, j) for i in range(p)",
+                    "(*s.config.name(i), j) for i in prompts.tolist()",
+                    "(*s.config.name(i), j) for i in range(p)",
                 ),
             ),
         ),
@@ -586,5 +588,48 @@ def test_prompts_in_words():
     verifier = make_verifier("likelihood", ar=ar, cond=text)
     values = verifier.measure(None, written[[2, 0]], torch.tensor([2, 0]))[:, 0]
     assert torch.allclose(values, ar.log_likelihood(written[[2, 0]], take(text, [2, 0])).sum(1))
+    ar.tokenizer_identity = Tok().identity
     found = search.beam(prior, Tok(), verifier, **SMALL)
     assert found.ids.shape == (3, K)
+
+
+def test_a_prompt_by_its_own_seed():
+    "With seeds a prompt depends on no other, and on its place neither."
+    ar, prompts = small_ar(), torch.tensor([2, 4, 1])
+    seeds = (7, 3, 9)
+
+    def found(which, method="beam"):
+        liking = Liking(pixels=True)
+        how = SMALL | {"seeds": tuple(seeds[i] for i in which), "n": 5}
+        return search.search(method, ARPrior(ar, prompts[list(which)]), Tok(), liking, **how)
+
+    for method in ("beam", "lookahead", "best_of_n"):
+        together = found((0, 1, 2), method)
+        for i in range(3):
+            assert torch.equal(found((i,), method).ids[0], together.ids[i])
+        assert torch.equal(found((2, 0), method).ids, together.ids[[2, 0]])
+    with pytest.raises(ValueError, match="seeds must be 3"):
+        search.beam(ARPrior(ar, prompts), Tok(), Liking(), seeds=(1, 2))
+
+
+def test_what_a_model_cannot_be_asked_is_said_at_once():
+    from flextok_edu.engine.conditions import TextFeatures
+    from flextok_edu.engine.settings import TextConfig
+
+    text = ARConfig(V, K, 0, 64, 1, 64, text=TextConfig(encoder="pretended", width=12, length=6))
+    told = TextFeatures(torch.randn(1, 2, 12), torch.ones(1, 2).bool())
+    for ar, cond, words in (
+        (small_ar(), torch.tensor([99]), "classes must lie"),
+        (ARModel(text), told, "set_null"),
+        (small_ar(), told, "by class"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            ARPrior(ar, cond)
+    other = small_ar()
+    other.tokenizer_identity = "f" * 16
+    with pytest.raises(ValueError, match="nonsense"):
+        search.beam(ARPrior(other, torch.tensor([1])), Tok(), Liking(), **SMALL)
+    with pytest.raises(ValueError, match="values"):
+        bad = Liking()
+        bad.measure = lambda images, ids, prompts: torch.zeros(len(ids))
+        search.beam(ARPrior(small_ar(), torch.tensor([1])), Tok(), bad, **SMALL)

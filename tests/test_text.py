@@ -17,7 +17,8 @@ from flextok_edu.engine.conditions import TextFeatures, count, join, take
 from flextok_edu.engine.config import AR_SIZES, ARConfig, StageConfig, TextConfig, preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.graphs import Graphs, OpRecorder
-from flextok_edu.engine.limits import from_dict
+from flextok_edu.engine.limits import check_limits, from_dict
+from flextok_edu.engine.settings import ARStyle
 from flextok_edu.engine.writing import Writer
 from flextok_edu.text import Captioned, CrossAttention, TextBlock, read_texts, text_config
 
@@ -267,6 +268,12 @@ def test_nonsense_is_refused():
         ARModel(CONFIG).generate(ASKED)
     with pytest.raises(ValueError, match="classes or a text encoder"):
         from_dict(ARConfig, json.loads(json.dumps({"classes": 3, "text": {"encoder": "toy"}})))
+    with pytest.raises(TypeError, match="a list of prompts"):
+        read_texts(ar, "a red boat")
+    for bad, words in (({"heads": 4, "kv_heads": 3}, "kv_heads 3"), ({"rope": 1e4, "head": 31}, "is odd")):
+        head = bad.pop("head", 32)
+        with pytest.raises(ValueError, match=words):
+            check_limits(replace(CONFIG, width=2 * head, head_dim=head, style=ARStyle(**bad)))
     with pytest.raises(ValueError, match="by class"):
         read_texts(model(replace(CONFIG, text=None, classes=2)), ["a boat"])
 

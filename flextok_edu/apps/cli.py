@@ -86,6 +86,7 @@ _PLACES = (
     "tokenizer",
     "ar",
     "cache",
+    "captions",
     "latents",
     "classifier",
     "model",

@@ -9,7 +9,7 @@ __all__ = ['BATCH', 'DecodeOptions', 'DetokenizeOptions', 'detokenize', 'detoken
 # %% ../../nbs/apps/generate.ipynb #apps-generate-imports
 import difflib, functools, math, re, sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -329,24 +329,21 @@ def _verifier(o: GenerateOptions, ar: ARModel, w: _Wanted) -> Verifier:
 
 
 def _searched(
-    o: GenerateOptions, ar: ARModel, tok: Tokenizer, w: _Wanted, choice: TokenSampling, look
+    o: GenerateOptions, prior: ARPrior, tok: Tokenizer, w: _Wanted, budgets: list[int], look, says: Verifier
 ) -> list:
     # a tensor of pictures for each budget
     "The best list of each row, by search; all its budgets from the same noise."
-    budgets = o.budgets or (tok.length,)
-    found = [[None] * len(w.seeds) for _ in budgets]
-    named = {"beams": o.beams, "candidates": o.candidates, "n": o.beams * o.candidates}
-    for seed in dict.fromkeys(w.seeds):  # a search names its random numbers by seed and prompt
-        rows = [i for i, s in enumerate(w.seeds) if s == seed]
-        some = _Wanted(take(w.cond, rows), [w.prompts[i] for i in rows], [], [])
-        prior = ARPrior(ar, some.cond, choice)
-        named |= {"length": max(budgets), "seed": seed}
-        best = search(o.search, prior, tok, _verifier(o, ar, some), sampling=look, **named)
-        for each, k in zip(found, budgets):
-            for i, image in zip(rows, tok.detokenize(best.ids[:, :k], replace(look, seed=best.noise)).cpu()):
-                each[i] = image
+    lists = {"n": o.beams * o.candidates, "beams": o.beams, "candidates": o.candidates}
+    lists |= {"length": max(budgets), "seeds": tuple(w.seeds)}
+    best = search(o.search, prior, tok, says, sampling=look, **lists)
     print(f"{o.search}: {best.decodes} pictures were decoded for each", flush=True)
-    return [torch.stack(each) for each in found]
+    found = []
+    for k in budgets:
+        parts = zip(best.ids[:, :k].split(BATCH), torch.tensor(best.noise).split(BATCH))
+        found.append(
+            torch.cat([tok.detokenize(ids, look, seed=noise.tolist()).cpu() for ids, noise in parts])
+        )
+    return found
 
 # %% ../../nbs/apps/generate.ipynb #20242c2a
 def _grown(ar: ARModel, tok: Tokenizer, w: _Wanted, budgets: list[int], choice, look, folder: Path) -> list:
@@ -367,9 +364,10 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
     whose = o.tokenizer or _its_tokenizer(o.ar)
     tok = open_tokenizer(whose, pick_device(o.device))
     ar, names = open_ar(o.ar, tok)
-    budgets = list(o.budgets) or [tok.length]
+    most = min(tok.length, ar.config.length)
+    budgets = list(o.budgets) or [most]
     for k in budgets:
-        check_budget(k, tok.length)
+        check_budget(k, most)
     w = _wanted(o, ar, names)
     steps, guidance = o.decoding(whose)
     usual = sampling_defaults(o.ar)
@@ -381,14 +379,15 @@ def generate(o: GenerateOptions, base: Preset | None = None) -> None:
         )
     choice = TokenSampling(g, temperature, o.top_k, o.top_p, o.min_p)
     look = SamplingConfig(steps=steps, guidance=guidance)
-    if o.search != "none":
-        _verifier(o, ar, w)  # whatever is wrong with it is said before anything is written
-    folder = _may_write(o.out, w.files, budgets, o.force)
+    if min(o.beams, o.candidates) < 1:
+        raise UsageError(f"--beams {o.beams} --candidates {o.candidates}: at least 1")
     ar.flat.quantize = None if o.quantize == "none" else o.quantize
-    if o.search == "none":
+    says = _verifier(o, ar, w) if o.search != "none" else None
+    folder = _may_write(o.out, w.files, budgets, o.force)
+    if says is None:
         rows = list(torch.stack(_grown(ar, tok, w, budgets, choice, look, folder), 1))
     else:
-        rows = list(torch.stack(_searched(o, ar, tok, w, choice, look), 1))
+        rows = list(torch.stack(_searched(o, ARPrior(ar, w.cond, choice), tok, w, budgets, look, says), 1))
         for name, images in zip(w.files, rows):
             _save(folder, name, images, budgets)
     _save_sheet(folder, rows, len(budgets))

@@ -70,7 +70,7 @@ class CacheOptions(DataOptions):
     text: str = "minilm"
     """captions: the text encoder: minilm (of the extra `text`), flan-t5-xl, or any other of the Hugging Face
     hub, by its repository or folder."""
-    captions: str = "auto"
+    captions_from: str = "auto"
     """captions: where they are: files (.txt, .json, metadata.jsonl, captions.csv), names (of files and
     folders), column:NAME, scenes, or auto."""
     variants: int = 4
@@ -89,8 +89,12 @@ def _make_captions(o: CacheOptions, p: Preset, device) -> int:  # pictures
     in_memory = isinstance(data, ImageSet) and not data.scenes
     how = {"root": o.data_root, "download": o.download}
     source = open_source(o.data, p.image_size, **how) if in_memory else None
-    found = variants_of(data, o.captions, o.variants, seed=o.seed, source=source)
-    facts = {"source": data.source, "source_hash": data.hash, "rule": f"{o.captions}, {o.variants} variants"}
+    found = variants_of(data, o.captions_from, o.variants, seed=o.seed, source=source)
+    facts = {
+        "source": data.source,
+        "source_hash": data.hash,
+        "rule": f"{o.captions_from}, {o.variants} variants",
+    }
     shard = {"shard": 4 * o.shard, "batch": o.batch, "verify": o.verify, "progress": watched()}
     build_caption_cache(o.out, found, encoder, facts, o.positions, **shard)
     cache = CaptionCache(o.out, encoder)

@@ -107,7 +107,15 @@ def train(o: TrainOptions, base: Preset | None = None) -> Path:  # the folder
         p = replace(p, image_size=made_of.image_size)
     pictures = None if o.cache else open_pictures(o, p, "train")[0]
     if o.fresh:
-        inside(out, vae=o.vae, tokenizer=o.tokenizer, ar=o.ar, cache=o.cache, data=lasting(o.data))
+        inside(
+            out,
+            vae=o.vae,
+            tokenizer=o.tokenizer,
+            ar=o.ar,
+            cache=o.cache,
+            captions=o.captions,
+            data=lasting(o.data),
+        )
     processes = PartialState(cpu=o.device == "cpu")
     first = processes.is_main_process
     with contextlib.ExitStack() as held:

@@ -7,6 +7,7 @@ __all__ = ['TrainOptions', 'begin_folder', 'noise_before', 'check_latents_fit', 
            'captioned', 'begun_from', 'cache_folder', 'training_data', 'check_classes']
 
 # %% ../../nbs/apps/training.ipynb #apps-training-imports
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -247,18 +248,30 @@ def captioned(o: TrainOptions, tokens: TokenCache) -> Captioned:
             f"({theirs}), and --cache {plain(o.cache)} of {plain(tokens.facts.get('source', 'others'))} "
             f"({ours}): make both of the same pictures, with the same options"
         )
-    counts, items = cache.counts[tokens.items], tokens.items.tolist()
-    said = [[cache.caption(i, j) for j in range(n)] for i, n in zip(items, counts.tolist())]
-    kept = set(rows_to_train(said, o.without).tolist())
-    rows = [i for i in sorted(kept) if not any(part in text for text in said[i] for part in o.leave_out)]
+    counts, n = cache.counts[tokens.items], len(tokens.items)
+    kept = rows_to_train(counts.tolist(), o.without).tolist()
+    rows, mirrored, left_out = [], [], 0
+    for row in kept:
+        item = int(tokens.items[row])
+        read = o.leave_out or tokens.sides == 2  # otherwise nobody need know what it says
+        said = [cache.caption(item, j) for j in range(int(counts[row]))] if read else []
+        if any(part in text for text in said for part in o.leave_out):
+            left_out += 1
+            continue
+        rows.append(row)
+        if tokens.sides == 2 and not any(re.search(r"\b(left|right)\b", text) for text in said):
+            mirrored.append(row + n)
     if not rows:
         raise ValueError(f"--leave-out {' '.join(o.leave_out)}: every picture would be left out")
     print(
-        f"captions: {len(rows):,} of {len(said):,} pictures are learned from; {cache.without:,} have no "
-        f"caption, {len(kept) - len(rows):,} are left out by their words",
+        f"captions: {len(rows):,} of {n:,} pictures are learned from; {int((counts == 0).sum()):,} have no "
+        f"caption, {left_out:,} are left out by their words"
+        + (
+            f"; {len(mirrored):,} mirrored as well, the others say left or right" if tokens.sides == 2 else ""
+        ),
         flush=True,
     )
-    return Captioned(tokens, cache, torch.tensor(rows))
+    return Captioned(tokens, cache, torch.tensor(rows + mirrored))
 
 # %% ../../nbs/apps/training.ipynb #15b-5131712f-1
 def begun_from(

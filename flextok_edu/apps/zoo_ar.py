@@ -65,7 +65,10 @@ def pack_ar(
         raise ValueError(f"{name!r} cannot be a name, or {list(options)} is no option")
     if goal.exists() and not again:
         raise ValueError(f"{goal} is there already: remove it first, choose another name, or say again=True")
-    tok = tokenizer_from_pretrained(shipped_part(Path(zoo) / needs, "tokenizer"))
+    theirs = shipped_part(Path(zoo) / needs, "tokenizer")
+    if theirs is None:
+        raise ValueError(f"{Path(zoo) / needs} has no tokenizer: `needs` names a whole model of this zoo")
+    tok = tokenizer_from_pretrained(theirs)
     model, facts = load_ar(place, tok)
     told = read_json(place / "run.json") if (place / "run.json").is_file() else {}
     hidden = goal.with_name(f".{name}.new")

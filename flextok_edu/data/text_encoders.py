@@ -221,17 +221,18 @@ class TextEncoder:
     def ids(self, texts: list[str], length: int) -> list[list[int]]:  # of each text, at most `length`
         "Tokens with their marks of beginning and end, which also the empty text has. Warns of what was cut."
         bound = _LONGEST_TOKEN * length
-        short = [clean_text(t.lstrip()[:bound] if isinstance(t, str) else t) for t in texts]
+        clean = [clean_text(t) for t in texts]
+        short = [t[:bound] for t in clean]
         rows = self.tokenizer(short, verbose=False)["input_ids"]
-        beyond = [len(t) > bound for t in texts]
-        cut = [i for i, row in enumerate(rows) if len(row) > length]
+        beyond = [len(t) > bound for t in clean]
+        cut = [i for i, row in enumerate(rows) if len(row) > length or beyond[i]]
         if cut:
             i, rest = cut[0], f" (and {len(cut) - 1:,} more texts)" if len(cut) > 1 else ""
-            many = f"more than {len(rows[i]):,}" if beyond[i] else f"{len(rows[i]):,}"
-            gone = f"more than {len(rows[i]) - length:,}" if beyond[i] else f"{len(rows[i]) - length:,}"
+            told = f"{len(rows[i]):,} tokens was cut to {length}, {len(rows[i]) - length:,} are left out"
+            if beyond[i]:  # nobody counted its tokens
+                told = f"{len(clean[i]):,} characters was cut to {min(len(rows[i]), length)} tokens"
             warnings.warn(
-                f"a text of {many} tokens was cut to {length}, {gone} are left out: "
-                f"'{plain(short[i][:60])} …'{rest}",
+                f"a text of {told}: '{plain(short[i][:60])} …'{rest}",
                 stacklevel=4,
             )
             kept = self.tokenizer([short[i] for i in cut], truncation=True, max_length=length)["input_ids"]
@@ -280,9 +281,9 @@ class TextEncoder:
         batch: int = 64,  # texts at a time
     ) -> TextFeatures:  # features (b l t) float32, mask (b l); l is that of the longest
         "The last hidden states of each text's tokens. Raises TypeError or ValueError for what is no text."
-        each = self.each(texts, length, batch)
-        if not each:
+        if not texts:
             raise ValueError("there are no texts to encode")
+        each = self.each(texts, length, batch)
         lengths = torch.tensor([len(e) for e in each], device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         return TextFeatures(torch.nn.utils.rnn.pad_sequence(each, batch_first=True), mask)

@@ -33,7 +33,7 @@ class WritesIds:
         return {name: getattr(self, name) for name in kept}
 
     def bind(self, facts: dict) -> None:  # what the file of a model says
-        "As it was saved. Of a packed model the its weights were rounded: it has another identity then."
+        "As it was saved. Of a packed model the tokenizer was rounded: it has another identity then."
         self.tokenizer = facts.get("tokenizer")
         self.tokenizer_means = means = facts.get("tokenizer_means")
         known = None not in (self.tokenizer, means)

@@ -235,7 +235,10 @@ def _say(about: str, text: str) -> None:
 # %% ../../nbs/engine/flat_writing.ipynb #engine-flat_writing-writer
 @dataclass
 class FlatWriter:
-    "Writes lists of ids on a CPU by a flat step. Switch it off with `enabled = False`."
+    """Writes lists of ids on a CPU by a flat step. Switch it off with `enabled = False`.
+
+    It notices when weights change, but for changes through `.data`: then `clear()`.
+    """
 
     enabled: bool = True
     quantize: str | None = None  # or "int8": what `generate` takes if it is not told
@@ -261,7 +264,7 @@ class FlatWriter:
     def usable(
         self,
         model: nn.Module,  # of *ar*
-        tokens: int | None = None,  # as many are wanted
+        tokens: int | None = None,  # as many are to be written
         quantize: str | None = None,  # or "int8"
     ) -> bool:
         "Whether `write` would do what the modules do, and in less time. Raises ValueError for `quantize`."
@@ -272,7 +275,7 @@ class FlatWriter:
             _say("quantize", f"{quantize} weights are for plain blocks in float32 on a CPU: not used here")
         # taking a large model apart takes as long as writing some tokens
         small = tokens is None or tokens >= self.least or sum(x.numel() for x in held_by(model)) < LARGE
-        return can and (small or quantize is not None or bool(self.made))
+        return can and (small or quantize is not None)
 
     def of(self, model: nn.Module, tokens: int | None = None, quantize: str | None = None):
         # as `usable` -> `write` for this model, to be called like the model's own; or None

@@ -75,7 +75,8 @@ def check_prefix(
     b: int,  # lists
     most: int,  # longest beginning
     vocabulary: int,  # v
-) -> Tensor | None:  # the same
+    device="cpu",  # where it goes
+) -> Tensor | None:  # the same there
     "Raises ValueError for what no list of this model begins with."
     if ids is None:
         return None
@@ -85,14 +86,16 @@ def check_prefix(
         )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(f"ids of a prefix must lie in 0 .. {vocabulary - 1}")
-    return ids
+    return ids.to(device)
 
 
 def check_classes(
     classes: Tensor,  # (b,); number `count` means none
     count: int,  # how many there are
 ) -> Tensor:  # the same
-    "Raises ValueError for classes that there are not."
+    "Raises ValueError for classes that there are not, and for what are no classes."
+    if not isinstance(classes, Tensor):
+        raise ValueError(f"this model is asked by class, a tensor (b,), not by {type(classes).__name__}")
     if classes.numel() == 0 or classes.min() < 0 or classes.max() > count:
         raise ValueError(
             f"classes must lie in 0 .. {count - 1} (or {count} for none), not {classes.tolist()[:8]}"

@@ -262,6 +262,12 @@ class ARStyle:
 def _ar_misfit(c) -> str | None:
     if (c.text is None) == (c.classes == 0):
         return f"an AR model has classes or a text encoder, one of them: classes {c.classes}, text {c.text}"
+    s = c.style
+    heads = (s and s.heads) or c.width // c.head_dim
+    if s and s.kv_heads and heads % s.kv_heads:
+        return f"{heads} heads are not a multiple of kv_heads {s.kv_heads}"
+    if s and s.rope and c.head_dim % 2:
+        return f"head_dim {c.head_dim} is odd, and rotary positions turn pairs"
     return _heads_misfit(c)
 
 

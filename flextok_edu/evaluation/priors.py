@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ar import ARModel
-from ..engine.conditions import Condition, count, join, take, to_device
+from ..engine.conditions import Condition, check_condition, count, join, take, to_device
 from ..engine.tensors import named_generator
 from ..engine.tokenizers import Tokenizer
 from ..sampling import TokenSampling, filter_top_k_top_p, guidance_per_token, token_uniforms
@@ -71,11 +71,12 @@ class ARPrior(Prior):
     def __init__(
         self,
         ar: ARModel,
-        cond: Condition,  # one for each prompt
+        cond: Condition,  # one for each prompt; ValueError for what the model cannot be asked
         sampling: TokenSampling | None = None,  # guidance, temperature, top_k, top_p; or by name
         **named,  # fields of TokenSampling
     ):
-        self.ar, self.cond, self.sampling = ar, cond, TokenSampling.of(sampling, named)
+        self.ar, self.sampling = ar, TokenSampling.of(sampling, named)
+        self.cond = ar.condition.check(check_condition(cond))
         self.prompts, self.vocabulary, self.length = count(cond), ar.config.vocabulary, ar.config.length
         self.guidance = guidance_per_token(self.sampling.guidance, self.length)
 
@@ -85,14 +86,13 @@ class ARPrior(Prior):
     @torch.no_grad()
     def logits(self, ids: Tensor, prompts: Tensor) -> Tensor:
         cond, n, g = self.asked(prompts), len(ids), self.guidance[ids.shape[1]]
-        # a last token that is not read
-        ids = torch.cat([ids, ids.new_zeros(n, 1)], 1).to(self.ar.start.device)
-        if g == 1:
-            return self.ar(ids, cond)[:, -1].float().cpu()
-        both = (
-            self.ar(torch.cat([ids, ids]), join(cond, self.ar.condition.without(cond)))[:, -1].float().cpu()
-        )
-        return both[n:] + g * (both[:n] - both[n:])
+        ids = ids.to(self.ar.start.device)
+        if g != 1:
+            ids, cond = torch.cat([ids, ids]), join(cond, self.ar.condition.without(cond))
+        x = torch.cat([self.ar.first(cond), self.ar.token_table(ids)], 1)  # all positions, and one logit row
+        cache, seen = self.ar.new_cache(*x.shape[:2]), self.ar.seen(cond)
+        logits = self.ar.step(x, cache, 0, seen).float().cpu()
+        return logits if g == 1 else logits[n:] + g * (logits[:n] - logits[n:])
 
     def extend(self, ids: Tensor, prompts: Tensor, length: int, seeds: Sequence[int] | None = None) -> Tensor:
         "As above, by the model's own `generate`, which computes each position once."

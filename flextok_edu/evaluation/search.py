@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.binding import check_tokenizer
 from ..engine.runtime import fold
 from ..engine.tensors import from_uint8, named_generator, to_uint8
 from ..engine.tokenizers import Tokenizer, powers_of_two
-from .priors import Prior, draw_different
+from .priors import ARPrior, Prior, draw_different
 from .verifiers import Verifier
 from ..flow import SamplingConfig
 
@@ -30,7 +31,8 @@ class SearchConfig:
     ahead: int = 8  # tokens of a lookahead
     length: int | None = None  # tokens of the result; all by default
     schedule: tuple[int, ...] | None = None  # lengths at which it looks; 1, 2, 4, … by default
-    seed: int = 0  # names all random numbers
+    seed: int = 0  # names all random numbers, with the number of the prompt
+    seeds: tuple[int, ...] | None = None  # instead: one for each prompt, which then depends on no other
     batch: int = 250  # pictures decoded at once, and about as many kept in memory
 
     def __post_init__(self):
@@ -39,6 +41,9 @@ class SearchConfig:
                 raise ValueError(f"{name} must be a whole number, at least 1, not {getattr(self, name)!r}")
         if not (isinstance(self.ahead, int) and self.ahead >= 0):
             raise ValueError(f"ahead must be a whole number of tokens, 0 or more, not {self.ahead!r}")
+
+    def name(self, prompt: int) -> tuple[int, int]:  # of a prompt, for its random numbers
+        return (self.seed, prompt) if self.seeds is None else (self.seeds[prompt], 0)
 
     @classmethod
     def of(cls, config: "SearchConfig | None", named: dict) -> "SearchConfig":
@@ -152,11 +157,11 @@ def _best_of_n(s: _Search, prompts: Tensor) -> tuple[tuple, list[SearchStep]]:
     c, p = s.config, len(prompts)
     length = c.lengths(s.prior.length)[-1]
     rows = prompts.repeat_interleave(c.n)
-    names = [(c.seed, i, j) for i in prompts.tolist() for j in range(c.n)]
+    names = [(*c.name(i), j) for i in prompts.tolist() for j in range(c.n)]
     start = torch.zeros(p * c.n, 0, dtype=torch.int64)
     ids = s.prior.extend(start, rows, length, [_named("tokens", *name) for name in names])
     ids = ids.unflatten(0, (p, c.n))
-    noise = [[_named("noise", c.seed, i, j) for j in range(c.n)] for i in prompts.tolist()]  # independent
+    noise = [[_named("noise", *c.name(i), j) for j in range(c.n)] for i in prompts.tolist()]  # independent
     scores, pictures = s.look(ids, prompts, noise)
     kept = scores.argmax(1, keepdim=True)
     step = SearchStep(ids, scores, torch.zeros(c.n, dtype=torch.int64), kept, ids)
@@ -168,7 +173,7 @@ def _candidates(s: _Search, beams: Tensor, prompts: Tensor, length: int) -> Tens
     "Draw the block once for each beam, and branch at its last token."
     p, b, _ = beams.shape
     rows = prompts.repeat_interleave(b)
-    names = [(s.config.seed, i, j) for i in prompts.tolist() for j in range(b)]
+    names = [(*s.config.name(i), j) for i in prompts.tolist() for j in range(b)]
     seeds = [_named("tokens", *name) for name in names]
     whole = s.prior.extend(beams.flatten(0, 1), rows, length - 1, seeds)
     seeds = [_named("candidates", *name, length) for name in names]
@@ -182,7 +187,7 @@ def _beam(s: _Search, prompts: Tensor, ahead: int = 0) -> tuple[tuple, list[Sear
     c, p, steps = s.config, len(prompts), []
     lengths = c.lengths(s.prior.length)
     beams = torch.zeros(p, 1, 0, dtype=torch.int64)  # one beam, and it is empty
-    same = [_named("noise", c.seed, i) for i in prompts.tolist()]  # of all candidates of a prompt
+    same = [_named("noise", *c.name(i)) for i in prompts.tolist()]  # of all candidates of a prompt
     for length in lengths:
         ids = _candidates(s, beams, prompts, length)
         b, n = ids.shape[1], ids.shape[1] * ids.shape[2]
@@ -223,7 +228,11 @@ def search(
             f"the prior writes {prior.length} tokens out of {prior.vocabulary}, and this tokenizer has "
             f"{tok.length} out of {tok.vocabulary}"
         )
+    if isinstance(prior, ARPrior):
+        check_tokenizer(prior.ar, tok)
     c = SearchConfig.of(config, named)
+    if c.seeds is not None and len(c.seeds) != prior.prompts:
+        raise ValueError(f"seeds must be {prior.prompts}, one for each prompt, not {len(c.seeds)}")
     s = _Search(prior, tok, verifier, c, sampling or SamplingConfig(steps=10))
     each = c.n if method == "best_of_n" else c.beams * c.candidates
     groups = torch.arange(prior.prompts).split(max(1, c.batch // each))
