@@ -78,7 +78,7 @@ class CacheOptions(DataOptions):
     positions: int = 64
     "captions: longest text, in the encoder's positions; longer ones are cut."
 
-# %% ../../nbs/apps/tokenize.ipynb #15b-3da71480
+# %% ../../nbs/apps/tokenize.ipynb #tokenize-captions
 def _make_captions(o: CacheOptions, p: Preset, device) -> int:  # pictures
     "Raises as `variants_of` and `text_encoder` do."
     encoder, data = text_encoder(o.text, device), open_pictures(o, p, "train")[0]
@@ -101,7 +101,7 @@ def _make_captions(o: CacheOptions, p: Preset, device) -> int:  # pictures
     print(f"captions: {cache!r} in {plain(o.out)}", flush=True)
     return len(cache)
 
-
+# %% ../../nbs/apps/tokenize.ipynb #15b-3da71480
 def make_cache(o: CacheOptions, base: Preset | None = None) -> int:  # rows
     "Build what is missing of a cache."
     check_name(o.out)

@@ -102,7 +102,7 @@ def _step(model: nn.Module, sheet: _Sheet, choose: Callable, position: Tensor) -
     x = model.token_table(token)[:, None]
     sheet.x.copy_(torch.cat([x, x]) if len(sheet.x) > b else x)
 
-# %% ../../nbs/engine/writing.ipynb #engine-writing-writer
+# %% ../../nbs/engine/writing.ipynb #engine-writing-roomy
 def _roomy(cond: Condition, model: nn.Module) -> Condition:
     "A text with some padding more, so that one recording serves texts of several lengths."
     if not isinstance(cond, TextFeatures):
@@ -111,7 +111,7 @@ def _roomy(cond: Condition, model: nn.Module) -> Condition:
     more = min(-(-length // 16) * 16, model.config.text.length) - length
     return TextFeatures(F.pad(cond.features, (0, 0, 0, more)), F.pad(cond.mask, (0, more)))
 
-
+# %% ../../nbs/engine/writing.ipynb #engine-writing-writer
 class Writer:
     "Writes lists of ids by replaying one step. Switch it off with `graphs.enabled = False`."
 
