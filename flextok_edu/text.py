@@ -18,7 +18,7 @@ from .ar import ARBlock, ARModel, Parts, RMSNorm
 from .ar_training import Tokens
 from .data.caption_features import CaptionTable
 from .data.text_encoders import TextEncoder, text_encoder
-from .engine.conditions import TextFeatures
+from .engine.conditions import TextFeatures, with_room
 from .engine.config import ARConfig
 from .engine.settings import TextConfig
 
@@ -167,8 +167,8 @@ class Captioned:
         return self.tokens.ids(self.rows[rows])
 
     def text(self, rows: Tensor, variants: Tensor) -> TextFeatures:  # (m,), (m,): any numbers
-        "One caption of each."
-        return self.captions.features(self.pictures[rows], variants)
+        "One caption of each, padded to few different lengths: a GPU records a step for each."
+        return with_room(self.captions.features(self.pictures[rows], variants), self.captions.length, 8)
 
     @property
     def facts(self) -> dict:

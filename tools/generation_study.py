@@ -1,34 +1,41 @@
 """What larger AR models, more tokens and searches give: the measurements behind nbs/experiments/generation.
 
-python tools/generation_study.py caches FOLDER        tokens and captions of 80,000 scenes (ten minutes)
-python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE of SIZES; goes on where it was
-python tools/generation_study.py measure FOLDER       trained models, and the shipped one: FOLDER/models.json
-python tools/generation_study.py search FOLDER        searches with the shipped model: FOLDER/searches.json
-python tools/generation_study.py stop FOLDER          the stop rule: FOLDER/stops.json
+python tools/generation_study.py all FOLDER               all of the below, beside each other: on one GPU, minutes
+python tools/generation_study.py collect FOLDER FILE      all results as one json file
 
-Everything is counted in successes and numbers of samples, so that whoever reads can make intervals. A part
-that is measured already is not measured again. The numbers of the notebook are these json files.
+Or part by part:
+python tools/generation_study.py caches FOLDER            tokens and captions of 80,000 scenes
+python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE of SIZES; goes on where it was
+python tools/generation_study.py measure FOLDER NAME      SIZE-SEED, or shipped, or reconstructions
+python tools/generation_study.py search FOLDER KIND G     searches for "usual" or "rare" prompts, guidance G
+python tools/generation_study.py stop FOLDER              the stop rule
+
+The device is a GPU where there is one. Everything is counted in successes and numbers of samples, or kept for
+each prompt, so that whoever reads can make intervals. What is measured already is not measured again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from flextok_edu import ARModel, FlexTok, ToyScenes
 from flextok_edu.ar import load_ar
 from flextok_edu.ar_training import position_losses
 from flextok_edu.data.captions import scene_caption
 from flextok_edu.data.scenes import COLOUR_NAMES, KINDS, PHRASES
-from flextok_edu.engine.conditions import take
+from flextok_edu.engine.conditions import take, to_device
 from flextok_edu.engine.files import write_text
 from flextok_edu.engine.hub import shipped_models
-from flextok_edu.engine.tensors import from_uint8
+from flextok_edu.engine.tensors import from_uint8, pick_device, to_uint8
 from flextok_edu.evaluation.growing import until_still
 from flextok_edu.evaluation.priors import ARPrior, UniformPrior
 from flextok_edu.evaluation.prompts import judged, wanted_attributes
@@ -40,52 +47,41 @@ from flextok_edu.sampling import TokenSampling
 from flextok_edu.text import read_texts
 
 SIZES = {"small": (128, 3), "middle": (192, 4), "large": (256, 6)}  # width, depth
+SEEDS = (0, 1, 2)
 HELD_OUT = ("blue boat", "red flower", "pink star", "orange mushroom", "purple fish", "green car")
 LOOK = SamplingConfig(steps=5, guidance=2.0)
 COUNTS = (1, 2, 4, 8, 16, 32)
-SAMPLES = 200  # of each kind of prompt
+CHANGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1)  # thresholds of the stop rule
+DEVICE = pick_device("auto")
 
 
-def command(*words: str) -> None:
-    subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], check=True)
+def of_package(module: str, words: list[str]) -> list[str]:
+    "A command of the package, also where it is not installed."
+    app, name = module.split(":")
+    start = f"from flextok_edu.apps.{app} import {name}; {name}()"
+    return [sys.executable, "-c", start, *words]
 
 
-def caches(folder: Path) -> None:
-    how = "--preset", "tiny", "--data", "scenes"
-    command("flextok_cache", "tokens", "--tokenizer", "tiny", *how, "--out", str(folder / "tokens"))
-    command("flextok_cache", "captions", *how, "--positions", "32", "--out", str(folder / "captions"))
+def caches(folder: Path, o) -> None:
+    how = ["--preset", "tiny", "--data", "scenes"]
+    how += ["--train-images", str(o.images)] if o.images else []
+    kinds = {
+        "tokens": ["tokens", "--tokenizer", "tiny", *how, "--out", str(folder / "tokens")],
+        "captions": ["captions", *how, "--positions", "32", "--out", str(folder / "captions")],
+    }
+    running = [subprocess.Popen(of_package("tokenize:cache_main", words)) for words in kinds.values()]
+    if any([p.wait() for p in running]):
+        sys.exit("a cache was not made")
 
 
-def train(folder: Path, size: str, seed: int) -> None:
-    width, depth = SIZES[size]
-    made = "--tokenizer", "tiny", "--cache", str(folder / "tokens"), "--captions", str(folder / "captions")
-    sizes = f"ar.width={width}", f"ar.depth={depth}", "train_ar.ema=0.995"
-    options = (
-        "--steps",
-        "2500",
-        "--precision",
-        "bf16",
-        "--compile",
-        "off",
-        "--minutes",
-        "3",
-        "--seed",
-        str(seed),
-    )
-    out = "--out", str(folder / f"{size}-{seed}")
-    command(
-        "flextok_train",
-        "ar",
-        "--preset",
-        "tiny",
-        *made,
-        "--leave-out",
-        *HELD_OUT,
-        *options,
-        *out,
-        "--set",
-        *sizes,
-    )
+def train(folder: Path, o) -> None:
+    width, depth = SIZES[o.what]
+    data = ["--tokenizer", "tiny", "--cache", str(folder / "tokens"), "--captions", str(folder / "captions")]
+    words = ["ar", "--preset", "tiny", *data, "--leave-out", *HELD_OUT, "--steps", str(o.steps)]
+    words += ["--precision", "bf16", "--compile", "off", "--minutes", "3", "--seed", o.which]
+    words += ["--out", str(folder / f"{o.what}-{o.which}")]
+    words += ["--set", f"ar.width={width}", f"ar.depth={depth}", "train_ar.ema=0.995"]
+    subprocess.run(of_package("train:train_main", words), check=True)
 
 
 # --- prompts ------------------------
@@ -95,16 +91,25 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def prompts() -> dict[str, list[str]]:  # so many of each kind
-    scenes = [ToyScenes("val", 64, 2, length=4 * SAMPLES).scene(i) for i in range(4 * SAMPLES)]
-    seen = [s for s in scenes if not any(pair in s.caption for pair in HELD_OUT)][:SAMPLES]
+def prompts(n: int) -> dict[str, list[str]]:  # so many of each kind
+    scenes = [ToyScenes("val", 64, 2, length=4 * n).scene(i) for i in range(4 * n)]
+    seen = [s for s in scenes if not any(pair in s.caption for pair in HELD_OUT)][:n]
     pairs = [f"{c} {k}" for k in KINDS for c in COLOUR_NAMES if f"{c} {k}" not in HELD_OUT]
     found = {
         detail: [scene_caption(s, detail) for s in seen]
         for detail in ("kind", "colour", "place", "light", "full")
     }
-    found["any pair"] = [article(pairs[i % len(pairs)]) for i in range(SAMPLES)]
-    return found | {"held out": [article(HELD_OUT[i % 6]) for i in range(SAMPLES)]}
+    found["any pair"] = [article(pairs[i % len(pairs)]) for i in range(n)]
+    return found | {"held out": [article(HELD_OUT[i % 6]) for i in range(n)]}
+
+
+def rare_prompts(n: int) -> list[str]:
+    "Kind, colour, place and light drawn apart: what scenes seldom show."
+    g = torch.Generator().manual_seed(7)
+    phrases = [PHRASES[p] for p in PHRASES]
+    words = [COLOUR_NAMES, KINDS, phrases[:8], phrases[8:]]
+    drawn = [[each[int(torch.randint(len(each), (1,), generator=g))] for each in words] for _ in range(n)]
+    return [f"{article(f'{c} {k}')} {place} {light}" for c, k, place, light in drawn]
 
 
 def counted(reader: SceneReader, images: torch.Tensor, wanted: list[dict]) -> dict[str, list[int]]:
@@ -113,83 +118,103 @@ def counted(reader: SceneReader, images: torch.Tensor, wanted: list[dict]) -> di
     return {name: [int(x.nansum()), int((~x.isnan()).sum())] for name, x in found.items()}
 
 
+def each(reader: SceneReader, images: torch.Tensor, wanted: list[dict]) -> dict[str, str]:
+    "Of each attribute a letter for each prompt: 1 right, 0 wrong, - not asked for."
+    found = judged(reader, images, wanted)
+    return {name: "".join("-" if v != v else str(int(v)) for v in x.tolist()) for name, x in found.items()}
+
+
 def readers() -> dict[str, SceneReader]:
     place = shipped_models()["tiny-text"]
-    return {
-        "judge": SceneReader.from_pretrained(place / "judge"),
-        "verifier": SceneReader.from_pretrained(place / "reader"),
-    }
+    names = {"judge": "judge", "verifier": "reader"}
+    return {who: SceneReader.from_pretrained(place / name).to(DEVICE) for who, name in names.items()}
+
+
+def tokenizer() -> FlexTok:
+    return FlexTok.from_pretrained("tiny").to(DEVICE)
 
 
 def kept(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def store(file: Path, found: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(found))
+
+
 # --- models ------------------------
 
 
+def parts(n: int) -> list[slice]:
+    return [slice(i, min(i + 100, n)) for i in range(0, n, 100)]
+
+
 @torch.no_grad()
-def measure_model(ar: ARModel, tok: FlexTok, judge: SceneReader) -> dict:
+def measure_model(ar: ARModel, tok: FlexTok, judge: SceneReader, n: int) -> dict:
     found = {}
-    for name, texts in prompts().items():
+    for name, texts in prompts(n).items():
         cond, wanted = read_texts(ar, texts), [wanted_attributes(t) for t in texts]
-        parts = [slice(i, i + 100) for i in range(0, len(texts), 100)]
-        ids = torch.cat([ar.generate(take(cond, p), guidance=2.0, first_index=p.start) for p in parts])
+        ids = torch.cat([ar.generate(take(cond, p), guidance=2.0, first_index=p.start) for p in parts(n)])
         found[name] = {}
         for k in COUNTS:
-            images = torch.cat([tok.detokenize(ids[p, :k], LOOK, seed=0, first_index=p.start) for p in parts])
+            images = torch.cat(
+                [tok.detokenize(ids[p, :k], LOOK, seed=0, first_index=p.start) for p in parts(n)]
+            )
             found[name][k] = counted(judge, images, wanted)
-    scenes = ToyScenes("val", 64, 2, length=1000)
-    ids = torch.cat([tok.tokenize(from_uint8(x)) for x in scenes.render()[0].split(100)])
-    text = read_texts(ar, [scenes.scene(i).caption for i in range(1000)])
+    scenes = ToyScenes("val", 64, 2, length=5 * n)
+    images = from_uint8(scenes.render()[0]).to(DEVICE)
+    ids = torch.cat([tok.tokenize(x) for x in images.split(100)])
+    text = read_texts(ar, [scenes.scene(i).caption for i in range(5 * n)])
     nats = {
         "with": position_losses(ar, ids, text),
-        "without": position_losses(ar, ids, ar.condition.without(text)),
+        "without": position_losses(ar, ids, ar.condition.without(to_device(text, DEVICE))),
     }
-    found["nats"] = {name: [round(x, 4) for x in each.tolist()] for name, each in nats.items()}
+    found["nats"] = {name: [round(x, 4) for x in row.tolist()] for name, row in nats.items()}
     found["parameters"] = sum(w.numel() for w in ar.parameters())
     return found
 
 
 @torch.no_grad()
-def measure_reconstructions(tok: FlexTok, judge: SceneReader) -> dict:
-    "What the tokenizer holds: the same scenes as the full captions, tokenised."
-    scenes = ToyScenes("val", 64, 2, length=4 * SAMPLES)
-    rows = [i for i in range(4 * SAMPLES) if not any(pair in scenes.scene(i).caption for pair in HELD_OUT)][
-        :SAMPLES
-    ]
+def measure_reconstructions(tok: FlexTok, judge: SceneReader, n: int) -> dict:
+    "What the tokenizer holds: the scenes of the full captions, tokenised."
+    scenes = ToyScenes("val", 64, 2, length=4 * n)
+    told = [scenes.scene(i).caption for i in range(4 * n)]
+    rows = [i for i, caption in enumerate(told) if not any(pair in caption for pair in HELD_OUT)][:n]
     images, wanted = (
-        from_uint8(scenes.render()[0][rows]),
-        [wanted_attributes(scenes.scene(i).caption) for i in rows],
+        from_uint8(scenes.render()[0][rows]).to(DEVICE),
+        [wanted_attributes(told[i]) for i in rows],
     )
     ids = torch.cat([tok.tokenize(x) for x in images.split(100)])
-    pictures = {
-        k: torch.cat([tok.detokenize(x[:, :k], LOOK, seed=0) for x in ids.split(100)]) for k in COUNTS
-    }
-    return {
-        "full": {k: counted(judge, x, wanted) for k, x in pictures.items()}
-        | {"originals": counted(judge, images, wanted)}
-    }
+    found = {"originals": counted(judge, images, wanted)}
+    for k in COUNTS:
+        decoded = torch.cat([tok.detokenize(x[:, :k], LOOK, seed=0) for x in ids.split(100)])
+        found[k] = counted(judge, decoded, wanted)
+    return {"full": found}
 
 
-def measure(folder: Path) -> None:
-    tok, judge, file = FlexTok.from_pretrained("tiny"), readers()["judge"], folder / "models.json"
-    found = kept(file)
-    if "reconstructions" not in found:
-        found["reconstructions"] = measure_reconstructions(tok, judge)
-    places = {"middle-0": shipped_models()["tiny-text"] / "ar"}
-    places |= {
-        f.parent.name: f.parent
-        for f in folder.glob("*-*/config.json")
-        if f.parent.name.split("-")[0] in SIZES
-    }
-    for name, place in places.items():
-        if name not in found:
-            began = time.perf_counter()
-            found[name] = measure_model(load_ar(place, tok)[0], tok, judge)
-            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-            write_text(file, json.dumps(found))
-    write_text(file, json.dumps(found))
+@torch.no_grad()
+def show(ar: ARModel, tok: FlexTok, file: Path) -> None:
+    "A row for each number of tokens: the same full captions for every model."
+    texts = prompts(16)["full"][:12]
+    ids = ar.generate(read_texts(ar, texts), guidance=2.0)
+    rows = [torch.cat(list(to_uint8(tok.detokenize(ids[:, :k], LOOK, seed=0)).cpu()), 2) for k in (1, 4, 32)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(file)
+
+
+def measure(folder: Path, o) -> None:
+    file = folder / "models" / f"{o.what}.json"
+    if file.exists():
+        return
+    tok, judge = tokenizer(), readers()["judge"]
+    if o.what == "reconstructions":
+        store(file, measure_reconstructions(tok, judge, o.samples))
+        return
+    place = shipped_models()["tiny-text"] / "ar" if o.what == "shipped" else folder / o.what
+    ar = load_ar(place, tok)[0].to(DEVICE)
+    show(ar, tok, file.with_suffix(".png"))
+    store(file, measure_model(ar, tok, judge, o.samples))
 
 
 # --- searches ------------------------
@@ -204,82 +229,146 @@ SEARCHES = {
     "best of 55 by both": ("best_of_n", "attributes+likelihood", {"n": 55}),
     "no AR model, beam 5 x 50": ("beam", "attributes", {"beams": 5, "candidates": 50}),
 }
+WIDE = {"wide first 55": (30, 5, 5), "wide first 260": (60, 10, 20)}  # first tokens, kept, lists of each
 
 
-def rare_prompts() -> list[str]:
-    "Kind, colour, place and light drawn apart: what scenes seldom show."
-    g = torch.Generator().manual_seed(7)
-    words = [
-        COLOUR_NAMES,
-        KINDS,
-        [PHRASES[p] for p in list(PHRASES)[:8]],
-        [PHRASES[p] for p in list(PHRASES)[8:]],
-    ]
-    drawn = [
-        [each[int(torch.randint(len(each), (1,), generator=g))] for each in words] for _ in range(SAMPLES)
-    ]
-    return [f"{article(f'{c} {k}')} {place} {light}" for c, k, place, light in drawn]
+def wide_first(prior: ARPrior, tok: FlexTok, reader, wanted: list[dict], shape, batch: int):
+    # images (prompts 3 h w), decodes for each
+    "Many first tokens, kept by place and light alone; then whole lists from each of those."
+    candidates, beams, lists = shape
+    ground = [{a: w[a] for a in ("place", "light") if a in w} for w in wanted]
+    says = make_verifier("attributes", reader=reader, wanted=ground)
+    how = {"candidates": candidates, "beams": beams, "length": 1, "batch": batch}
+    first = search("beam", prior, tok, says, sampling=LOOK, **how)
+    n, good = beams * lists, first.steps[0].best()  # prompts beams 1
+    starts = good.repeat_interleave(lists, 1)  # prompts n 1
+    whole, best = make_verifier("attributes", reader=reader, wanted=wanted), []
+    for rows in torch.arange(prior.prompts).split(max(1, batch // n)):
+        which = rows.repeat_interleave(n)
+        seeds = [int(i) * n + j for i in rows for j in range(n)]
+        ids = prior.extend(starts[rows].flatten(0, 1), which, tok.length, seeds)
+        noise = tuple(first.noise[int(i)] for i in which)
+        images = tok.detokenize(ids, LOOK, seed=noise)
+        scores = whole.measure(images, ids, which)[:, 0].view(len(rows), n)
+        best.append(images.unflatten(0, (len(rows), n)).cpu()[torch.arange(len(rows)), scores.argmax(1)])
+    return torch.cat(best), first.decodes + n
 
 
 @torch.no_grad()
-def searches(folder: Path) -> None:
-    tok, ar, file = (
-        FlexTok.from_pretrained("tiny"),
-        ARModel.from_pretrained("tiny-text"),
-        folder / "searches.json",
-    )
-    who, found = readers(), kept(file)
-    for kind, texts in (("usual", prompts()["light"]), ("rare", rare_prompts())):
-        wanted, cond = [wanted_attributes(t) for t in texts], read_texts(ar, texts)
-        for g in (1.0, 2.0):
-            name = f"{kind}, guidance {g:g}"
-            each = found.setdefault(name, {})
-            if "sample" not in each:
-                ids = torch.cat(
-                    [ar.generate(take(cond, slice(i, i + 100)), guidance=g, first_index=i) for i in (0, 100)]
-                )
-                images = torch.cat([tok.detokenize(x, LOOK, seed=0) for x in ids.split(100)])
-                each["sample"] = {"decodes": 1} | {r: counted(m, images, wanted) for r, m in who.items()}
-            for label, (method, verifier, options) in SEARCHES.items():
-                alone = label.startswith("no AR")
-                if label in each or (alone and g != 1.0):
-                    continue
-                began = time.perf_counter()
-                prior = UniformPrior(tok, len(texts)) if alone else ARPrior(ar, cond, guidance=g)
-                says = make_verifier(verifier, reader=who["verifier"], wanted=wanted, ar=ar, cond=cond)
-                best = search(method, prior, tok, says, sampling=LOOK, **options)
-                each[label] = {"decodes": best.decodes} | {
-                    r: counted(m, best.images, wanted) for r, m in who.items()
-                }
-                print(
-                    f"{name}: {label}: {best.decodes} decodes, {time.perf_counter() - began:.0f} s",
-                    flush=True,
-                )
-                write_text(file, json.dumps(found))
-    write_text(file, json.dumps(found))
+def searches(folder: Path, o) -> None:
+    kind, g = o.what, float(o.which)
+    file = folder / "searches" / f"{kind}-{g:g}.json"
+    texts = prompts(o.samples)["light"] if kind == "usual" else rare_prompts(o.samples)
+    tok, ar, who, found = tokenizer(), ARModel.from_pretrained("tiny-text").to(DEVICE), readers(), kept(file)
+    wanted, cond = [wanted_attributes(t) for t in texts], read_texts(ar, texts)
+    batch = o.batch or (1000 if DEVICE.type == "cuda" else 250)
+
+    def note(label: str, images: torch.Tensor, decodes: int, began: float) -> None:
+        found[label] = {"decodes": decodes} | {r: each(m, images, wanted) for r, m in who.items()}
+        store(file, found)
+        print(f"{kind} {g:g}: {label}: {decodes} decodes, {time.perf_counter() - began:.0f} s", flush=True)
+
+    for label, (method, verifier, options) in {
+        "sample": ("best_of_n", "attributes", {"n": 1}),
+        **SEARCHES,
+    }.items():
+        alone = label.startswith("no AR")
+        if label in found or (alone and g != 1.0):
+            continue
+        began = time.perf_counter()
+        prior = UniformPrior(tok, len(texts)) if alone else ARPrior(ar, cond, guidance=g)
+        says = make_verifier(verifier, reader=who["verifier"], wanted=wanted, ar=ar, cond=cond)
+        best = search(method, prior, tok, says, sampling=LOOK, batch=batch, **options)
+        note(label, best.images, best.decodes, began)
+    for label, shape in WIDE.items():
+        if label not in found:
+            began, prior = time.perf_counter(), ARPrior(ar, cond, guidance=g)
+            note(label, *wide_first(prior, tok, who["verifier"], wanted, shape, batch), began)
 
 
 # --- the stop rule ------------------------
 
 
 @torch.no_grad()
-def stops(folder: Path) -> None:
-    tok, ar, judge = FlexTok.from_pretrained("tiny"), ARModel.from_pretrained("tiny-text"), readers()["judge"]
-    found, choice = {}, TokenSampling(guidance=2.0)
+def stops(folder: Path, o) -> None:
+    file = folder / "stops.json"
+    if file.exists():
+        return
+    tok, ar = tokenizer(), ARModel.from_pretrained("tiny-text").to(DEVICE)
+    judge, found, choice = readers()["judge"], {}, TokenSampling(guidance=2.0)
     for name in ("colour", "full"):
-        texts = prompts()[name]
+        texts = prompts(o.samples)[name]
         wanted, cond = [wanted_attributes(t) for t in texts], read_texts(ar, texts)
-        for change in (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1):
+        for change in CHANGES:
             grown = until_still(ar, tok, cond, change, choice, LOOK)
             row = {"tokens": grown.tokens, "decodes": grown.decodes / len(texts)}
-            found.setdefault(name, {})[str(change)] = row | counted(judge, grown.images, wanted)
-    write_text(folder / "stops.json", json.dumps(found))
+            found.setdefault(name, {})[f"{change:g}"] = row | each(judge, grown.images, wanted)
+    store(file, found)
 
+
+# --- all of it ------------------------
+
+
+def jobs() -> dict[str, tuple[list[str], list[str]]]:  # name: words, names that come first
+    found = {"caches": (["caches"], [])}
+    found |= {f"search {k} {g}": (["search", k, g], []) for g in ("1", "2") for k in ("rare", "usual")}
+    found |= {f"train {s} {n}": (["train", s, str(n)], ["caches"]) for n in SEEDS for s in reversed(SIZES)}
+    found |= {"stop": (["stop"], []), "measure shipped": (["measure", "shipped"], [])}
+    found["measure reconstructions"] = (["measure", "reconstructions"], [])
+    for n in SEEDS:
+        found |= {f"measure {s} {n}": (["measure", f"{s}-{n}"], [f"train {s} {n}"]) for s in SIZES}
+    return found
+
+
+def everything(folder: Path, o) -> None:
+    "All jobs, as many beside each other as there is room for; each has a log."
+    (folder / "logs").mkdir(exist_ok=True)
+    began, waiting, running, ended = time.perf_counter(), jobs(), {}, {}
+    options = [f"--{name}={value}" for name in ("samples", "steps", "images") if (value := getattr(o, name))]
+    while waiting or running:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                ended[name] = running.pop(name).returncode
+                said = "done" if not ended[name] else f"FAILED ({ended[name]})"
+                print(f"{time.perf_counter() - began:5.0f} s: {name}: {said}", flush=True)
+        for name, (words, first) in list(waiting.items()):
+            if any(ended.get(f) for f in first):
+                ended[name] = waiting.pop(name) and 1
+            elif len(running) < o.beside and all(f in ended for f in first):
+                del waiting[name]
+                command = [sys.executable, __file__, words[0], str(folder), *words[1:], *options]
+                with open(folder / "logs" / f"{name.replace(' ', '-')}.txt", "w") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        time.sleep(0.2)
+    if failed := [name for name, code in ended.items() if code]:
+        sys.exit(f"failed: {', '.join(failed)}; see {folder / 'logs'}")
+
+
+def collect(folder: Path, o) -> None:
+    found = {
+        kind: {f.stem: kept(f) for f in sorted((folder / kind).glob("*.json"))}
+        for kind in ("models", "searches")
+    }
+    found["stops"] = kept(folder / "stops.json")
+    store(Path(o.what), found)
+    print(f"{o.what}: {len(found['models'])} models, {len(found['searches'])} searches")
+
+
+TASKS = {"all": everything, "collect": collect, "caches": caches, "train": train, "measure": measure}
+TASKS |= {"search": searches, "stop": stops}
 
 if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("task", choices=TASKS)
+    p.add_argument("folder", type=Path)
+    p.add_argument("what", nargs="?")
+    p.add_argument("which", nargs="?")
+    p.add_argument("--samples", type=int, default=200, help="of each kind of prompt")
+    p.add_argument("--steps", type=int, default=2500, help="of each training")
+    p.add_argument("--images", type=int, help="to train with: 80,000")
+    p.add_argument("--beside", type=int, default=min(8, os.cpu_count() or 1), help="jobs at once")
+    p.add_argument("--batch", type=int, help="pictures decoded at once in a search")
+    given = p.parse_args()
     torch.set_num_threads(1)
-    tasks = {"caches": caches, "train": train, "measure": measure, "search": searches, "stop": stops}
-    if len(sys.argv) < 3 or sys.argv[1] not in tasks:
-        sys.exit(__doc__)
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    tasks[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:4], *map(int, sys.argv[4:5]))
+    given.folder.mkdir(parents=True, exist_ok=True)
+    TASKS[given.task](given.folder, given)

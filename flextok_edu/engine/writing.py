@@ -10,10 +10,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditions import Condition, TextFeatures, count, join
+from .conditions import Condition, TextFeatures, count, join, with_room
 from .compiler import is_compiled
 from .graphs import Graphs, held_by, places
 
@@ -102,15 +101,6 @@ def _step(model: nn.Module, sheet: _Sheet, choose: Callable, position: Tensor) -
     x = model.token_table(token)[:, None]
     sheet.x.copy_(torch.cat([x, x]) if len(sheet.x) > b else x)
 
-# %% ../../nbs/engine/writing.ipynb #engine-writing-roomy
-def _roomy(cond: Condition, model: nn.Module) -> Condition:
-    "A text with some padding more, so that one recording serves texts of several lengths."
-    if not isinstance(cond, TextFeatures):
-        return cond
-    length = cond.mask.shape[1]
-    more = min(-(-length // 16) * 16, model.config.text.length) - length
-    return TextFeatures(F.pad(cond.features, (0, 0, 0, more)), F.pad(cond.mask, (0, more)))
-
 # %% ../../nbs/engine/writing.ipynb #engine-writing-writer
 class Writer:
     "Writes lists of ids by replaying one step. Switch it off with `graphs.enabled = False`."
@@ -155,7 +145,8 @@ class Writer:
         chance: Tensor,  # uniform in (0, 1) (b length)
         prefix: Tensor | None = None,  # ids that lists begin with (b j)
     ) -> Tensor:  # ids (b, as many as guidances)
-        b, cond = count(cond), _roomy(cond, model)
+        most = model.config.text.length if model.config.text else 0
+        b, cond = count(cond), with_room(cond, most)  # one recording for texts of several lengths
         if any(g != 1 for g in guidance):
             cond = join(cond, model.condition.without(cond))
         with self.graphs.lock:
