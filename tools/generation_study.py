@@ -1,6 +1,6 @@
 """What larger AR models, more tokens and searches give: the measurements behind nbs/experiments/generation.
 
-python tools/generation_study.py all FOLDER                   all of the below, beside each other: minutes on a GPU
+python tools/generation_study.py all FOLDER               all of the below, beside each other: for one GPU
 python tools/generation_study.py collect FOLDER FILE      all results as one json file
 
 Or part by part:
