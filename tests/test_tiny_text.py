@@ -80,7 +80,7 @@ def test_short_prompts_come_true(models):
     ids = ar.generate(read_texts(ar, prompts), guidance=2.0)
     rows = judge_prompts(judge, tok, ids, [wanted_attributes(p) for p in prompts], (1, 4, 32), **LOOK)
     main = [row["main"] for row in rows]
-    assert main[0] < main[1] < main[2] and main[2] >= 0.9, main
+    assert main[0] < main[1] < main[2] and main[2] >= 0.8, main
 
 
 def test_places_and_lights_come_true(models):

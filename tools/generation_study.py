@@ -6,8 +6,9 @@ python tools/generation_study.py collect FOLDER FILE      all results as one jso
 Or part by part:
 python tools/generation_study.py caches FOLDER            tokens and captions of 80,000 scenes
 python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE of SIZES; goes on where it was
-python tools/generation_study.py measure FOLDER NAME      SIZE-SEED, or shipped, or reconstructions
+python tools/generation_study.py measure FOLDER NAME      SIZE-SEED, or shipped, reconstructions, rare
 python tools/generation_study.py search FOLDER KIND G     searches for "usual" or "rare" prompts, guidance G
+python tools/generation_study.py judge FOLDER             read again what searches found
 python tools/generation_study.py stop FOLDER              the stop rule
 
 The device is a GPU where there is one. Everything is counted in successes and numbers of samples, or kept for
@@ -22,16 +23,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from flextok_edu import ARModel, FlexTok, ToyScenes
 from flextok_edu.ar import load_ar
 from flextok_edu.ar_training import position_losses
 from flextok_edu.data.captions import scene_caption
-from flextok_edu.data.scenes import COLOUR_NAMES, KINDS, PHRASES
+from flextok_edu.data.scenes import COLOUR_NAMES, KINDS, PHRASES, Scene, draw
 from flextok_edu.engine.conditions import take, to_device
 from flextok_edu.engine.files import write_text
 from flextok_edu.engine.hub import shipped_models
@@ -110,6 +114,20 @@ def rare_prompts(n: int) -> list[str]:
     words = [COLOUR_NAMES, KINDS, phrases[:8], phrases[8:]]
     drawn = [[each[int(torch.randint(len(each), (1,), generator=g))] for each in words] for _ in range(n)]
     return [f"{article(f'{c} {k}')} {place} {light}" for c, k, place, light in drawn]
+
+
+def rare_scenes(n: int) -> list[Scene]:
+    "What the rare prompts ask for: main object, ground, light and colour of different scenes."
+    scenes, found = [ToyScenes("val", 64, 2, length=4000).scene(i) for i in range(4000)], []
+    for i, text in enumerate(rare_prompts(n)):
+        w = wanted_attributes(text)
+        things = [s for s in scenes if s.things[0].kind == w["kind"]]
+        grounds = [s for s in scenes if s.place == w["place"]]
+        own, ground = things[i % len(things)], grounds[i % len(grounds)]
+        main = replace(own.things[0], colour=w["colour"])
+        where = {"place": w["place"], "horizon": ground.horizon, "light": w["light"]}
+        found.append(replace(own, things=(main, *own.things[1:]), **where))
+    return found
 
 
 def counted(reader: SceneReader, images: torch.Tensor, wanted: list[dict]) -> dict[str, list[int]]:
@@ -194,6 +212,23 @@ def measure_reconstructions(tok: FlexTok, judge: SceneReader, n: int) -> dict:
 
 
 @torch.no_grad()
+def measure_rare(tok: FlexTok, n: int) -> dict:
+    "What readers see in rare scenes themselves, and in what the tokenizer makes of them."
+    pictures = torch.from_numpy(np.stack([draw(scene, 64) for scene in rare_scenes(n)]))
+    images, wanted = (
+        from_uint8(pictures.permute(0, 3, 1, 2)).to(DEVICE),
+        [wanted_attributes(t) for t in rare_prompts(n)],
+    )
+    found, ids = {}, torch.cat([tok.tokenize(x) for x in images.split(100)])
+    for name, reader in readers().items():
+        found[name] = {"originals": counted(reader, images, wanted)}
+        for k in COUNTS:
+            decoded = torch.cat([tok.detokenize(x[:, :k], LOOK, seed=0) for x in ids.split(100)])
+            found[name][k] = counted(reader, decoded, wanted)
+    return found
+
+
+@torch.no_grad()
 def show(ar: ARModel, tok: FlexTok, file: Path) -> None:
     "A row for each number of tokens: the same full captions for every model."
     texts = prompts(16)["full"][:12]
@@ -210,6 +245,9 @@ def measure(folder: Path, o) -> None:
     tok, judge = tokenizer(), readers()["judge"]
     if o.what == "reconstructions":
         store(file, measure_reconstructions(tok, judge, o.samples))
+        return
+    if o.what == "rare":
+        store(file, measure_rare(tok, o.samples))
         return
     place = shipped_models()["tiny-text"] / "ar" if o.what == "shipped" else folder / o.what
     ar = load_ar(place, tok)[0].to(DEVICE)
@@ -230,6 +268,12 @@ SEARCHES = {
     "no AR model, beam 5 x 50": ("beam", "attributes", {"beams": 5, "candidates": 50}),
 }
 WIDE = {"wide first 55": (30, 5, 5), "wide first 260": (60, 10, 20)}  # first tokens, kept, lists of each
+
+
+def spent(method: str, options: dict, length: int) -> int:  # decodes for a prompt
+    if method == "best_of_n":
+        return options["n"]
+    return options["candidates"] * (1 + options["beams"] * length.bit_length() - options["beams"])
 
 
 def wide_first(prior: ARPrior, tok: FlexTok, reader, wanted: list[dict], shape, batch: int):
@@ -254,6 +298,25 @@ def wide_first(prior: ARPrior, tok: FlexTok, reader, wanted: list[dict], shape, 
     return torch.cat(best), first.decodes + n
 
 
+def stored(file: Path, label: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.with_name(f"{file.stem}-{label.replace(' ', '_').replace(',', '')}.safetensors")
+
+
+def judge_again(folder: Path, o) -> None:
+    "What the searches found, read by the readers that are shipped now."
+    who = readers()
+    for file in (folder / "searches").glob("*.json"):
+        found = kept(file)
+        kind = file.stem.split("-")[0]
+        texts = prompts(o.samples)["light"] if kind == "usual" else rare_prompts(o.samples)
+        wanted = [wanted_attributes(t) for t in texts]
+        for label, row in found.items():
+            images = from_uint8(load_file(stored(file, label))["images"]).to(DEVICE)
+            row |= {name: each(reader, images, wanted) for name, reader in who.items()}
+        store(file, found)
+
+
 @torch.no_grad()
 def searches(folder: Path, o) -> None:
     kind, g = o.what, float(o.which)
@@ -264,6 +327,9 @@ def searches(folder: Path, o) -> None:
     batch = o.batch or (1000 if DEVICE.type == "cuda" else 250)
 
     def note(label: str, images: torch.Tensor, decodes: int, began: float) -> None:
+        images = to_uint8(images.cpu()).contiguous()  # kept, so that another judge can read them
+        save_file({"images": images}, stored(file, label))
+        images = from_uint8(images)
         found[label] = {"decodes": decodes} | {r: each(m, images, wanted) for r, m in who.items()}
         store(file, found)
         print(f"{kind} {g:g}: {label}: {decodes} decodes, {time.perf_counter() - began:.0f} s", flush=True)
@@ -273,7 +339,7 @@ def searches(folder: Path, o) -> None:
         **SEARCHES,
     }.items():
         alone = label.startswith("no AR")
-        if label in found or (alone and g != 1.0):
+        if label in found or (alone and g != 1.0) or spent(method, options, tok.length) > o.most:
             continue
         began = time.perf_counter()
         prior = UniformPrior(tok, len(texts)) if alone else ARPrior(ar, cond, guidance=g)
@@ -281,7 +347,7 @@ def searches(folder: Path, o) -> None:
         best = search(method, prior, tok, says, sampling=LOOK, batch=batch, **options)
         note(label, best.images, best.decodes, began)
     for label, shape in WIDE.items():
-        if label not in found:
+        if label not in found and shape[0] + shape[1] * shape[2] <= o.most:
             began, prior = time.perf_counter(), ARPrior(ar, cond, guidance=g)
             note(label, *wide_first(prior, tok, who["verifier"], wanted, shape, batch), began)
 
@@ -314,7 +380,7 @@ def jobs() -> dict[str, tuple[list[str], list[str]]]:  # name: words, names that
     found |= {f"search {k} {g}": (["search", k, g], []) for g in ("1", "2") for k in ("rare", "usual")}
     found |= {f"train {s} {n}": (["train", s, str(n)], ["caches"]) for n in SEEDS for s in reversed(SIZES)}
     found |= {"stop": (["stop"], []), "measure shipped": (["measure", "shipped"], [])}
-    found["measure reconstructions"] = (["measure", "reconstructions"], [])
+    found |= {f"measure {name}": (["measure", name], []) for name in ("reconstructions", "rare")}
     for n in SEEDS:
         found |= {f"measure {s} {n}": (["measure", f"{s}-{n}"], [f"train {s} {n}"]) for s in SIZES}
     return found
@@ -355,7 +421,7 @@ def collect(folder: Path, o) -> None:
 
 
 TASKS = {"all": everything, "collect": collect, "caches": caches, "train": train, "measure": measure}
-TASKS |= {"search": searches, "stop": stops}
+TASKS |= {"search": searches, "judge": judge_again, "stop": stops}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -367,6 +433,7 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=2500, help="of each training")
     p.add_argument("--images", type=int, help="to train with: 80,000")
     p.add_argument("--beside", type=int, default=min(8, os.cpu_count() or 1), help="jobs at once")
+    p.add_argument("--most", type=int, default=10**9, help="searches of no more decodes for a prompt")
     p.add_argument("--batch", type=int, help="pictures decoded at once in a search")
     given = p.parse_args()
     torch.set_num_threads(1)

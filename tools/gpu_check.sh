@@ -121,7 +121,8 @@ if [ -n "${ROWS:-}" ]; then cp "$ROWS" "$WORK/rows"; else echo "$rows" >"$WORK/r
 
 part smoke 60 "$PYTHON" "$ROOT"/tools/gpu_smoke.py "$DEVICE"
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
-  part tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -k "test_gpu or test_cuda or on_cuda" "$ROOT"/tests/test_{graphs,devices,cost}.py
+  part tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -k "test_gpu or test_cuda or on_cuda or on_a_gpu" \
+    "$ROOT"/tests/test_{graphs,devices,cost,released_ar}.py
 fi
 # the run plans to end a minute early, because a plan is not exact; then come the rounding, and the bench
 [ -n "$REHEARSE" ] || RUN+=(--minutes "$(awk -v left="$(left)" 'BEGIN { m = (left - 210) / 60; print m > 5 ? 5 : m < 1 ? 1 : m }')")

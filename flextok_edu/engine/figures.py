@@ -60,7 +60,7 @@ def _present(fig) -> None:
 # %% ../../nbs/engine/figures.ipynb #figures-rows
 def show_rows(
     rows: dict[str, Tensor],  # name of a row: images (b c h w) in [-1, 1]; rows may differ in length
-    heads: Sequence[str] = (),  # names of the columns
+    heads: Sequence[str] = (),  # names of the columns, also of several lines
     title: str = "",  # above everything
     gap: int = 2,  # pixels between pictures
 ) -> None:
@@ -75,7 +75,7 @@ def show_rows(
         raise ValueError(f"rows of pictures of one size, not {[tuple(r.shape) for r in rows.values()]}")
     columns = max(len(r) for r in rows.values())
     h, w = next(iter(rows.values())).shape[-2:]
-    labels = [drawable_lines(name) for name in rows]
+    labels, tops = ([drawable_lines(name) for name in names] for names in (rows, heads))
     margin = 0.095 * max(len(line) for name in labels for line in name.split("\n")) + 0.15  # inches
     scale = max(1, min(6, round((WIDTH - margin) * DPI / (columns * (w + gap)))))
     sheet = np.full((len(rows) * (h * scale + gap), columns * (w * scale + gap), 3), 255, dtype=np.uint8)
@@ -83,7 +83,8 @@ def show_rows(
         line = grid(images, len(images), scale, gap)
         top = r * (h * scale + gap)
         sheet[top : top + line.shape[0], : line.shape[1]] = line
-    above = 0.25 * bool(heads) + 0.3 * bool(title) + 0.02
+    lines = max((name.count("\n") + 1 for name in tops), default=0)
+    above = 0.1 * bool(tops) + 0.15 * lines + 0.3 * bool(title) + 0.02
     width, height = sheet.shape[1] / DPI, sheet.shape[0] / DPI
     fig = plt.figure(figsize=(width + margin, height + above), dpi=DPI)
     ax = fig.add_axes((margin / (width + margin), 0, width / (width + margin), height / (height + above)))
@@ -92,10 +93,8 @@ def show_rows(
     step_y, step_x = h * scale + gap, w * scale + gap
     for r, name in enumerate(labels):
         ax.text(-6, (r + 0.5) * step_y, name, ha="right", va="center", fontsize=10, parse_math=False)
-    for i, name in enumerate(heads):
-        ax.text(
-            (i + 0.5) * step_x, -4, drawable(name), ha="center", va="bottom", fontsize=9, parse_math=False
-        )
+    for i, name in enumerate(tops):
+        ax.text((i + 0.5) * step_x, -4, name, ha="center", va="bottom", fontsize=9, parse_math=False)
     if title:
         fig.text(0.01, 1 - 0.02 / (height + above), drawable(title), va="top", fontsize=11, parse_math=False)
     _present(fig)
