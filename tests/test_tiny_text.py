@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from flextok_edu.evaluation.verifiers import make_verifier
 from flextok_edu.flow import SamplingConfig
 from flextok_edu.text import read_texts
 
+ROOT = Path(__file__).resolve().parent.parent
 PLACE = shipped_models().get("tiny-text")
 LOOK = {"steps": 5, "guidance": 2.0, "seed": 0}
 SHORT = [
@@ -207,3 +209,19 @@ def test_a_list_of_seeds_is_a_seed_for_each():
     for seeds in ([5, 9], (5, 9), torch.tensor([5, 9])):
         assert torch.allclose(tok.detokenize(ids, steps=2, seed=seeds), torch.cat(each), atol=1e-5)
     assert SamplingConfig(seed=[5, 9]) == SamplingConfig(seed=(5, 9))
+
+
+def test_the_study_runs(tmp_path):
+    """tools/generation_study.py: a search, what it found read again, everything in one file."""
+    study = [sys.executable, str(ROOT / "tools" / "generation_study.py")]
+    few = ["--samples", "4", "--most", "5"]
+    for words in (["search", tmp_path, "rare", "2", *few], ["judge", tmp_path, *few]):
+        subprocess.run([*study, *map(str, words)], check=True, capture_output=True, text=True)
+    subprocess.run([*study, "collect", str(tmp_path), str(tmp_path / "all.json")], check=True)
+    found = json.loads((tmp_path / "all.json").read_text())["searches"]["rare-2"]
+    assert set(found) == {"sample", "best of 5"} and found["best of 5"]["decodes"] == 5
+    for row in found.values():
+        assert all(
+            set(row[who]["all"]) <= {"0", "1"} and len(row[who]["all"]) == 4 for who in ("judge", "verifier")
+        )
+        assert set(row["judge"]["relation"]) == {"-"}, "nobody asked for it"

@@ -6,7 +6,7 @@ python tools/generation_study.py collect FOLDER FILE      all results as one jso
 Or part by part:
 python tools/generation_study.py caches FOLDER            tokens and captions of 80,000 scenes
 python tools/generation_study.py train FOLDER SIZE SEED   an AR model: SIZE of SIZES; goes on where it was
-python tools/generation_study.py measure FOLDER NAME      SIZE-SEED, or shipped, reconstructions, rare
+python tools/generation_study.py measure FOLDER NAME      SIZE-SEED, shipped, classes, reconstructions, rare
 python tools/generation_study.py search FOLDER KIND G     searches for "usual" or "rare" prompts, guidance G
 python tools/generation_study.py judge FOLDER             read again what searches found
 python tools/generation_study.py stop FOLDER              the stop rule
@@ -229,6 +229,17 @@ def measure_rare(tok: FlexTok, n: int) -> dict:
 
 
 @torch.no_grad()
+def measure_classes(tok: FlexTok, judge: SceneReader, n: int) -> dict:
+    "The class-conditional `tiny`: how often the class is read."
+    ar, classes, found = ARModel.from_pretrained("tiny").to(DEVICE), torch.arange(n) % len(KINDS), {}
+    ids = ar.generate(classes, guidance=2.0)
+    for k in COUNTS:
+        images = torch.cat([tok.detokenize(x[:, :k], LOOK, seed=0) for x in ids.split(100)])
+        found[k] = counted(judge, images, [{"kind": KINDS[i]} for i in classes.tolist()])
+    return {"class": found}
+
+
+@torch.no_grad()
 def show(ar: ARModel, tok: FlexTok, file: Path) -> None:
     "A row for each number of tokens: the same full captions for every model."
     texts = prompts(16)["full"][:12]
@@ -245,6 +256,9 @@ def measure(folder: Path, o) -> None:
     tok, judge = tokenizer(), readers()["judge"]
     if o.what == "reconstructions":
         store(file, measure_reconstructions(tok, judge, o.samples))
+        return
+    if o.what == "classes":
+        store(file, measure_classes(tok, judge, o.samples))
         return
     if o.what == "rare":
         store(file, measure_rare(tok, o.samples))
@@ -380,7 +394,7 @@ def jobs() -> dict[str, tuple[list[str], list[str]]]:  # name: words, names that
     found |= {f"search {k} {g}": (["search", k, g], []) for g in ("1", "2") for k in ("rare", "usual")}
     found |= {f"train {s} {n}": (["train", s, str(n)], ["caches"]) for n in SEEDS for s in reversed(SIZES)}
     found |= {"stop": (["stop"], []), "measure shipped": (["measure", "shipped"], [])}
-    found |= {f"measure {name}": (["measure", name], []) for name in ("reconstructions", "rare")}
+    found |= {f"measure {name}": (["measure", name], []) for name in ("classes", "reconstructions", "rare")}
     for n in SEEDS:
         found |= {f"measure {s} {n}": (["measure", f"{s}-{n}"], [f"train {s} {n}"]) for s in SIZES}
     return found
