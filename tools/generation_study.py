@@ -156,6 +156,12 @@ def kept(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def save_strips(rows: list[torch.Tensor], file: Path) -> None:  # images (12 3 h w) of each row
+    strips = [torch.cat(list(to_uint8(row).cpu()), 2) for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(strips, 1).permute(1, 2, 0).numpy()).save(file)
+
+
 def store(file: Path, found: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(found))
@@ -212,7 +218,7 @@ def measure_reconstructions(tok: FlexTok, judge: SceneReader, n: int) -> dict:
 
 
 @torch.no_grad()
-def measure_rare(tok: FlexTok, n: int) -> dict:
+def measure_rare(tok: FlexTok, n: int, picture: Path) -> dict:
     "What readers see in rare scenes themselves, and in what the tokenizer makes of them."
     pictures = torch.from_numpy(np.stack([draw(scene, 64) for scene in rare_scenes(n)]))
     images, wanted = (
@@ -220,6 +226,7 @@ def measure_rare(tok: FlexTok, n: int) -> dict:
         [wanted_attributes(t) for t in rare_prompts(n)],
     )
     found, ids = {}, torch.cat([tok.tokenize(x) for x in images.split(100)])
+    save_strips([images[:12], tok.detokenize(ids[:12], LOOK, seed=0)], picture)
     for name, reader in readers().items():
         found[name] = {"originals": counted(reader, images, wanted)}
         for k in COUNTS:
@@ -244,9 +251,7 @@ def show(ar: ARModel, tok: FlexTok, file: Path) -> None:
     "A row for each number of tokens: the same full captions for every model."
     texts = prompts(16)["full"][:12]
     ids = ar.generate(read_texts(ar, texts), guidance=2.0)
-    rows = [torch.cat(list(to_uint8(tok.detokenize(ids[:, :k], LOOK, seed=0)).cpu()), 2) for k in (1, 4, 32)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy()).save(file)
+    save_strips([tok.detokenize(ids[:, :k], LOOK, seed=0) for k in (1, 4, 32)], file)
 
 
 def measure(folder: Path, o) -> None:
@@ -261,7 +266,7 @@ def measure(folder: Path, o) -> None:
         store(file, measure_classes(tok, judge, o.samples))
         return
     if o.what == "rare":
-        store(file, measure_rare(tok, o.samples))
+        store(file, measure_rare(tok, o.samples, file.with_suffix(".png")))
         return
     place = shipped_models()["tiny-text"] / "ar" if o.what == "shipped" else folder / o.what
     ar = load_ar(place, tok)[0].to(DEVICE)
@@ -290,26 +295,38 @@ def spent(method: str, options: dict, length: int) -> int:  # decodes for a prom
     return options["candidates"] * (1 + options["beams"] * length.bit_length() - options["beams"])
 
 
+def best_lists(prior: ARPrior, tok: FlexTok, says, starts: torch.Tensor, noise: list[int], batch: int):
+    # starts (prompts n j), one noise for all lists of a prompt -> images (prompts 3 h w)
+    "Whole lists from these beginnings, and the best picture of each prompt."
+    n, best = starts.shape[1], []
+    for rows in torch.arange(prior.prompts).split(max(1, batch // n)):
+        which = rows.repeat_interleave(n)
+        seeds = [int(i) * n + j for i in rows for j in range(n)]
+        ids = prior.extend(starts[rows].flatten(0, 1), which, tok.length, seeds)
+        images = tok.detokenize(ids, LOOK, seed=tuple(noise[int(i)] for i in which)).cpu()
+        scores = says.measure(images, ids, which)[:, 0].view(len(rows), n)
+        best.append(images.unflatten(0, (len(rows), n))[torch.arange(len(rows)), scores.argmax(1)])
+    return torch.cat(best)
+
+
 def wide_first(prior: ARPrior, tok: FlexTok, reader, wanted: list[dict], shape, batch: int):
     # images (prompts 3 h w), decodes for each
     "Many first tokens, kept by place and light alone; then whole lists from each of those."
     candidates, beams, lists = shape
     ground = [{a: w[a] for a in ("place", "light") if a in w} for w in wanted]
-    says = make_verifier("attributes", reader=reader, wanted=ground)
+    looking, says = (make_verifier("attributes", reader=reader, wanted=w) for w in (ground, wanted))
     how = {"candidates": candidates, "beams": beams, "length": 1, "batch": batch}
-    first = search("beam", prior, tok, says, sampling=LOOK, **how)
-    n, good = beams * lists, first.steps[0].best()  # prompts beams 1
-    starts = good.repeat_interleave(lists, 1)  # prompts n 1
-    whole, best = make_verifier("attributes", reader=reader, wanted=wanted), []
-    for rows in torch.arange(prior.prompts).split(max(1, batch // n)):
-        which = rows.repeat_interleave(n)
-        seeds = [int(i) * n + j for i in rows for j in range(n)]
-        ids = prior.extend(starts[rows].flatten(0, 1), which, tok.length, seeds)
-        noise = tuple(first.noise[int(i)] for i in which)
-        images = tok.detokenize(ids, LOOK, seed=noise)
-        scores = whole.measure(images, ids, which)[:, 0].view(len(rows), n)
-        best.append(images.unflatten(0, (len(rows), n)).cpu()[torch.arange(len(rows)), scores.argmax(1)])
-    return torch.cat(best), first.decodes + n
+    first = search("beam", prior, tok, looking, sampling=LOOK, **how)
+    starts = first.steps[0].best().repeat_interleave(lists, 1)  # prompts n 1
+    return best_lists(prior, tok, says, starts, first.noise, batch), candidates + beams * lists
+
+
+def one_noise(prior: ARPrior, tok: FlexTok, reader, wanted: list[dict], n: int, batch: int):
+    # images (prompts 3 h w), decodes for each
+    "Best of n as a beam sees it: all lists of a prompt from the same noise."
+    says = make_verifier("attributes", reader=reader, wanted=wanted)
+    starts = torch.zeros(prior.prompts, n, 0, dtype=torch.int64)
+    return best_lists(prior, tok, says, starts, list(range(prior.prompts)), batch), n
 
 
 def stored(file: Path, label: str) -> Path:
@@ -364,6 +381,9 @@ def searches(folder: Path, o) -> None:
         if label not in found and shape[0] + shape[1] * shape[2] <= o.most:
             began, prior = time.perf_counter(), ARPrior(ar, cond, guidance=g)
             note(label, *wide_first(prior, tok, who["verifier"], wanted, shape, batch), began)
+    for n in (n for n in (55, 260) if n <= o.most and f"best of {n}, one noise" not in found):
+        began, prior = time.perf_counter(), ARPrior(ar, cond, guidance=g)
+        note(f"best of {n}, one noise", *one_noise(prior, tok, who["verifier"], wanted, n, batch), began)
 
 
 # --- the stop rule ------------------------
