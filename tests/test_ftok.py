@@ -36,7 +36,7 @@ from flextok_edu.vae import VAE
 from fuzzing import CASES, fuzz, mutated_bytes
 from test_commands import Greys, call, refused
 
-PARSED, DECODED = CASES * 5 // 2, max(1, CASES // 40)  # FLEXTOK_FUZZ=20: 100,000 and 1,000
+PARSED, DECODED = CASES * 5 // 2, max(1, CASES // 80)  # FLEXTOK_FUZZ=40: 200,000 and 1,000
 VAE_SMALL = VAEConfig(latent_channels=4, channels=(16, 32), layers=1, stem=2, groups=4)
 TOK_SMALL = TokenizerConfig(4, 8, 8, (8, 5, 5, 5), TrunkConfig(64, 1), TrunkConfig(64, 2))
 HOW = SamplingConfig(steps=5, guidance=2.0)
@@ -248,6 +248,15 @@ def test_trailers(whole):
         parse_ftok(bare)
 
 
+def test_ids_outside_the_vocabulary(whole):
+    first = whole[:40] + (999 << 6).to_bytes(2, "big")
+    assert parse_ftok(first).ids.tolist() == [999]
+    for wrong in (1000, 1023):
+        with pytest.raises(FtokError, match=f"token 0 is {wrong}, and the vocabulary has 1000"):
+            parse_ftok(whole[:40] + (wrong << 6).to_bytes(2, "big"))
+    assert parse_ftok(whole[:40] + b"\xff").ids.tolist() == [], "8 bits of a wrong one are none"
+
+
 def test_what_cannot_be_written(tiny, tmp_path):
     ids = torch.arange(4)
     for wrong, says in (
@@ -397,10 +406,13 @@ def test_what_the_file_asks_for(photos):
 
 
 def test_several(photos, capsys):
-    assert call("encode", ".", "--out", "files", *CPU) == 1
+    assert call("encode", ".", "--out", "files", "--batch", 3, *CPU) == 1
     said = capsys.readouterr()
     assert "3 of 4 pictures in files" in said.out and "1 of 4 pictures could not be read" in said.err
     assert sorted(f.name for f in Path("files").iterdir()) == ["a.ftok", "b b.ftok", "c.ftok"]
+    for name in ("a", "b b", "c"):
+        assert call("encode", f"{name}.png", "one.ftok", *CPU) == 0
+        assert Path("one.ftok").read_bytes() == Path(f"files/{name}.ftok").read_bytes(), "whatever the batch"
     Path("files/d.ftok").write_bytes(Path("files/c.ftok").read_bytes().replace(b"\r\n", b"\n"))
     assert call("decode", "files", "--budgets", 2, 32, *CPU) == 1
     assert "left out: files/d.ftok: damaged by a transfer in text mode" in capsys.readouterr().err
@@ -490,19 +502,19 @@ def mutant(rng: random.Random, data: bytes) -> bytes:
     return sealed(data) if len(data) >= 40 and rng.random() < 0.7 else data
 
 
-def test_anything_is_parsed_or_refused(whole):
+def test_anything_at_all_is_parsed_or_refused(whole):
     reasons, slowest = Counter(), 0.0
 
     def case(rng):
         nonlocal slowest
-        data, began = mutant(rng, whole), time.perf_counter()
+        data, began = mutant(rng, whole), time.process_time()
         try:
             found = parse_ftok(data)
         except FtokError as error:
             reasons[" ".join(str(error).split()[:3])] += 1
             raise
         finally:
-            slowest = max(slowest, time.perf_counter() - began)
+            slowest = max(slowest, time.process_time() - began)
         h, ids = found.header, found.ids
         assert len(ids) <= h.stored <= h.full and len(ids) <= 8 * (len(data) - 40) // h.bits
         assert not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < h.vocabulary
@@ -522,19 +534,29 @@ def test_anything_is_parsed_or_refused(whole):
     assert slowest < 1 and peak < 2e6
 
 
-def test_anything_is_a_picture_or_refused(tiny, whole, tmp_path):
+def reads(data: bytes) -> bool:
+    try:
+        return bool(parse_ftok(data))
+    except FtokError:
+        return False
+
+
+def test_what_is_parsed_is_a_picture_or_refused(tiny, whole, tmp_path):
     slowest = 0.0
 
     def case(rng):
         nonlocal slowest
-        (tmp_path / "x.ftok").write_bytes(mutant(rng, whole))
-        began = time.perf_counter()
+        data = b""
+        while not reads(data):
+            data = mutant(rng, whole)
+        (tmp_path / "x.ftok").write_bytes(data)
+        began = time.process_time()
         try:
             image = decode_ftok(read_ftok(tmp_path / "x.ftok"), tiny)
         finally:
-            slowest = max(slowest, time.perf_counter() - began)
+            slowest = max(slowest, time.process_time() - began)
         assert image.shape == (1, 3, 64, 64) and image.isfinite().all() and image.abs().max() <= 1
 
     heard = fuzz("ftok decoded", case, (FtokError,), DECODED)
     print(f"slowest {slowest:.2f} s")
-    assert heard["fine"] > DECODED / 10 and slowest < 60
+    assert heard["fine"] > DECODED / 2 and slowest < 60

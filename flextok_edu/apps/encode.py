@@ -190,12 +190,16 @@ def _how(o: DecodeFileOptions, file: Ftok, model: str) -> SamplingConfig:
 
 def _ftok_files(words: tuple[str, ...]) -> list[Path]:
     "Raises UsageError or FileNotFoundError."
-    found = [f for w in map(Path, words) for f in (sorted(w.glob("*.ftok")) if w.is_dir() else [w])]
+    found = [
+        f
+        for w in (Path(w).expanduser() for w in words)
+        for f in (sorted(w.glob("*.ftok")) if w.is_dir() else [w])
+    ]
     if not found:
         raise FileNotFoundError(f"no .ftok files in {', '.join(map(plain, words))}")
     if wrong := [f for f in found if is_picture(f.name)]:
         raise UsageError(f"{plain(wrong[0])}: .ftok files are read, and a .png is written (name it last)")
-    return [f.expanduser() for f in found]
+    return found
 
 
 def _names(o: DecodeFileOptions, target: Path | None, path: Path) -> dict[int | None, Path]:
@@ -239,10 +243,11 @@ def decode(o: DecodeFileOptions, base: Preset | None = None) -> int:
         raise UsageError(f"--budgets {low[0]}: numbers of tokens, 0 or more")
     names = [_names(o, target, path) for path in paths]
     _may_write([t for each in names for t in each.values()], o.force, paths)
-    opened, broken = {}, []
+    device, broken = pick_device(o.device), []
+    opened = {o.tokenizer: open_tokenizer(o.tokenizer, device)} if o.tokenizer else {}
     for path, each in zip(paths, names):
         try:
-            _decode_file(o, path, each, opened, pick_device(o.device))
+            _decode_file(o, path, each, opened, device)
         except (FtokError, OSError) as error:
             if len(paths) == 1:
                 raise
