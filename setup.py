@@ -19,6 +19,8 @@ commands = {
     "cache": "tokenize",
     "tokenize": "tokenize",
     "detokenize": "generate",
+    "encode": "encode",
+    "decode": "encode",
     "generate": "generate",
     "eval": "measure",
     "compare": "measure",

@@ -46,6 +46,7 @@ _PLACES = {  # module: names
     "io.export": "save_released",
     "io.released_ar": "load_released_ar",
     "io.ar_export": "save_released_ar",
+    "io.ftok": "decode_ftok read_ftok write_ftok",
     "apps.run_config": "RunConfig",
     "apps.run": "run",
 }

@@ -61,6 +61,7 @@ TINY = DATA + [
 ]
 
 MODULES = {"cache": "tokenize", "detokenize": "generate", "eval": "measure", "compare": "measure"}
+MODULES["decode"] = "encode"
 
 
 def call(name, *argv):
@@ -1035,7 +1036,8 @@ def test_an_ar_model_of_another_tokenizer(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ("train", "cache", "tokenize", "detokenize", "generate", "eval", "estimate", "run")
+    "name",
+    ("train", "cache", "tokenize", "detokenize", "encode", "decode", "generate", "eval", "estimate", "run"),
 )
 def test_help(name, capsys):
     assert call(name, "--help") == 0

@@ -20,7 +20,7 @@ from .card import known, read_stage, read_facts
 from .stage_table import PARTS
 from .cli import command
 from .job import RunContext
-from .models import sampling_defaults, open_tokenizer
+from .models import default_model, open_tokenizer, sampling_defaults
 from .options import UsageError
 from .pace import SUSTAINED
 from .page import PICTURES, picture_rows
@@ -61,14 +61,6 @@ def parse_budgets(
     if not found:
         raise UsageError("--budgets is empty: for example 1,4,16,all")
     return list(dict.fromkeys(found))
-
-
-def _model(name: str | None) -> str:  # the one that was asked for, or the first that is shipped
-    if name:
-        return name
-    if not shipped_models():
-        raise UsageError("--model is missing, and no model comes with this package: give the folder of a run")
-    return "tiny" if "tiny" in shipped_models() else next(iter(shipped_models()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +119,7 @@ def _photos(o: ReconstructOptions) -> list[Path]:
 def reconstruct(o: ReconstructOptions, base: Preset | None = None) -> int:
     # exit status: 1 if some pictures could not be read
     "Read, tokenise, decode, draw."
-    paths, name = _photos(o), _model(o.model)
+    paths, name = _photos(o), default_model(o.model)
     tok = open_tokenizer(name, pick_device(o.device))
     budgets = parse_budgets(o.budgets, tok.config.registers)
     size = tok.image_size
@@ -250,7 +242,7 @@ class DemoOptions(ShowOptions):
 
 def _shipped(o: DemoOptions) -> tuple[str, Path, dict]:  # name, folder, facts of model.json
     "Raises UsageError or ValueError for a model or options that cannot be shown."
-    name, out = _model(o.model), Path(o.out).expanduser()
+    name, out = default_model(o.model), Path(o.out).expanduser()
     if name not in shipped_models():
         raise UsageError(
             f"--model {name}: not among the models that come with the package "

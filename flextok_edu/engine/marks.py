@@ -51,8 +51,9 @@ _MARKS = (
     rb'^.{8}\{.*"flextok_edu\.scores"',
     rb'^.{8}\{.*"tokens/1/mae"',  # the values of each picture, with mark and of before
     rb'<meta name="generator" content="flextok_edu"',
-    rb"<title>FlexTok: ",
-)  # pages
+    rb"<title>FlexTok: ",  # pages
+    rb"^\x8fFTK",  # .ftok
+)
 
 
 def is_ours(path: str | Path) -> bool:
