@@ -3,13 +3,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from planting import planted
 from torch import nn
 
 import flextok_edu.evaluation.budget_heads as heads
 import flextok_edu.evaluation.budgets as budgets
+from flextok_edu.apps.generate import detokenize_main
+from flextok_edu.apps.tokenize import tokenize_main
 from flextok_edu.data.scenes import ToyScenes
 from flextok_edu.engine.config import TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.engine.tensors import from_uint8, noise_like
@@ -551,3 +555,37 @@ def test_meets_from_is_monotone():
     errors = torch.rand(50, 5, generator=torch.Generator().manual_seed(3))
     good = meets_from(errors, 0.6)
     assert bool((good[:, 1:] >= good[:, :-1]).all()) and torch.equal(good[:, -1], errors[:, -1] <= 0.6)
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_a_quality_on_the_command_line(tmp_path, capsys):
+    """What flextok_detokenize draws from the file has the quality that was asked for."""
+    (tmp_path / "in").mkdir()
+    scenes = ToyScenes("val", 64, 2).render(0, 5, workers=1)[0]
+    for i, image in enumerate(scenes):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "2b.png").write_text("no picture")  # the others keep their numbers in the file
+    ids, tok = tmp_path / "ids.jsonl", ["--tokenizer", "tiny", "--device", "cpu"]
+    with pytest.raises(SystemExit):  # status 1: one could not be read
+        tokenize_main(
+            [str(tmp_path / "in"), *tok, "--quality", "mae=0.035", "--batch", "2", "--out", str(ids)]
+        )
+    lists = [json.loads(line)["ids"] for line in ids.read_text().splitlines()[1:]]
+    assert len(lists) == 5 and len(set(map(len, lists))) > 1
+    detokenize_main([str(ids), *tok, "--out", str(tmp_path / "out")])
+    drawn = sorted(f for f in (tmp_path / "out").glob("*.png") if f.name != "sheet.png")
+    for image, row, file in zip(scenes, lists, drawn, strict=True):
+        back = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)
+        off = float((back.float() - image.float()).abs().mean()) / 255
+        assert off <= 0.0355 or len(row) == 32, (file.name, off, len(row))
+    capsys.readouterr()
+    for wrong, says in (
+        (["--quality", "mae=0.03", "--budgets", "8"], "give one of them"),
+        (["--quality", "mea=0.03"], "no metric of pictures is called 'mea'"),
+        (["--quality", "good"], "metric=target"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            tokenize_main([str(tmp_path / "in"), *tok, "--out", str(tmp_path / "x.jsonl"), *wrong])
+        assert status.value.code == 2 and says in " ".join(capsys.readouterr().err.split())

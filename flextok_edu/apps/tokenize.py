@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from .cli import command
 from .models import Common, DataOptions, open_tokenizer, open_vae, preset_of
+from .models import sampling_defaults
 from .options import UsageError
 from .pictures import encode_to, numbered, open_pictures, watched
 from .run_config import check_name, ready_to_write
@@ -32,6 +33,8 @@ from ..engine.inputs import check_budget
 from ..engine.marks import may_replace
 from ..engine.tensors import from_uint8, pick_device
 from ..engine.text import plain
+from ..evaluation.budgets import Look, Quality, SearchBudget
+from ..flow import SamplingConfig
 from ..io.build import latent_recipe, token_recipe
 from ..io.cache import LatentCache, TokenCache
 from ..io.caption_cache import CaptionCache, build_caption_cache
@@ -158,6 +161,11 @@ class TokenizeOptions(Common):
     "The file that is written."
     budgets: tuple[int, ...] = ()
     "How many tokens: one number for all pictures, or one for each. By default all."
+    quality: str = ""
+    """In the place of budgets: as few tokens as a picture needs for this quality: mae=0.03 (white is 1),
+    psnr=25, … A picture that cannot reach it gets all. It is decoded as its model was measured, from the noise
+    that flextok_detokenize takes.
+    """
     batch: int = 64
     "Pictures at a time."
     force: bool = False
@@ -212,6 +220,28 @@ def read_ids(path: str | Path, tok: FlexTok) -> tuple[list[str], list[Tensor]]:
             )
     return [row["image"] for row in rows], [torch.tensor(row["ids"], dtype=torch.int64) for row in rows]
 
+# %% ../../nbs/apps/tokenize.ipynb #apps-tokenize-quality
+def _search(o: TokenizeOptions) -> SearchBudget | None:  # None: no quality is asked for
+    "Raises UsageError for what is no quality, or not the only rule."
+    if not o.quality:
+        return None
+    if o.budgets:
+        raise UsageError(f"--quality {o.quality} and --budgets both say how many tokens: give one of them")
+    try:
+        quality = Quality.parse(o.quality)
+    except ValueError as error:
+        raise UsageError(f"--quality: {error}") from error
+    usual = sampling_defaults(o.tokenizer)
+    return SearchBudget(quality, look=Look(SamplingConfig(steps=usual.steps, guidance=usual.guidance)))
+
+
+def _lists(tok: FlexTok, images: Tensor, first: int, search: SearchBudget | None) -> list[list[int]]:
+    # images (b 3 H W); number of the first in the file -> ids of each
+    if search is None:
+        return tok.tokenize(images).tolist()
+    here = replace(search, look=replace(search.look, first_index=first))
+    return [row.tolist() for row in tok.tokenize(images, budget=here)]
+
 # %% ../../nbs/apps/tokenize.ipynb #15b-1792ea00
 def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
     # exit status: 1 if some pictures could not be read
@@ -224,6 +254,7 @@ def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
     paths = [f for i in map(Path, o.images) for f in (image_files(i) if i.is_dir() else [i])]
     if not paths:
         raise ValueError(f"no image files in {', '.join(map(plain, o.images))}")
+    search = _search(o)
     may_replace(Path(o.out), o.force, paths)
     ready_to_write(Path(o.out).absolute().parent)
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
@@ -238,7 +269,8 @@ def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
         part = paths[start : start + max(1, o.batch)]
         squares, good = read_squares(part, tok.image_size, False)
         bad += [str(f) for i, f in enumerate(part) if i not in set(good)]
-        for i, ids in zip(good, tok.tokenize(from_uint8(squares)).tolist() if good else []):
+        found = _lists(tok, from_uint8(squares), len(lines), search) if good else []
+        for i, ids in zip(good, found):
             budget = o.budgets[0] if len(o.budgets) == 1 else o.budgets[start + i] if o.budgets else None
             lines.append(json.dumps({"image": str(part[i]), "ids": ids[:budget]}))
     if not lines:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.tensors import named_generator
 from ..engine.tokenizers import Tokenizer
@@ -75,7 +75,8 @@ class Quality:
 
 # %% ../../nbs/evaluation/budgets.ipynb #budgets-features
 def feature_distance(
-    extractor: nn.Module,  # frozen: images (b 3 h w) in [-1, 1] -> features (b d)
+    # a frozen module, or a method of one: images (b 3 h w) in [-1, 1] -> features (b d)
+    extractor: Callable[[Tensor], Tensor],
 ) -> Callable[[Tensor, Tensor], Tensor]:  # a `measure`, better small: in 0 .. 2
     "1 - cosine of the features of reconstruction and original."
 
