@@ -163,8 +163,8 @@ class TokenizeOptions(Common):
     "How many tokens: one number for all pictures, or one for each. By default all."
     quality: str = ""
     """In the place of budgets: as few tokens as a picture needs for this quality: mae=0.03 (white is 1),
-    psnr=25, … A picture that cannot reach it gets all. It is decoded as its model was measured, from the noise
-    that flextok_detokenize takes.
+    psnr=25, … A picture that cannot reach it gets all. It is decoded as its model was measured, from the
+    noise that flextok_detokenize takes.
     """
     batch: int = 64
     "Pictures at a time."
