@@ -153,6 +153,7 @@ class Look:
     def values(
         self, tok: Tokenizer, images: Tensor, ids: Tensor, rows: list[int], quality: Quality
     ) -> Tensor:  # images (b 3 H W) in [-1, 1], ids (b r), which rows -> (len(rows),)
+        "The metric of some pictures of a batch."
         return quality.values(self.decode(tok, ids, rows), images[rows])
 
 # %% ../../nbs/evaluation/budgets.ipynb #budgets-curves
