@@ -37,6 +37,8 @@ _PLACES = {  # module: names
     "evaluation.search": "search",
     "evaluation.growing": "grow until_still",
     "evaluation.metrics": "Metric register_metric",
+    "evaluation.budgets": "Quality SearchBudget",
+    "evaluation.budget_heads": "BudgetHead PredictedBudget",
     "evaluation.evaluate": "evaluate_tokenizer",
     "evaluation.report": "Report load_report plot_report",
     "evaluation.compare": "compare",

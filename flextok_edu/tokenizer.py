@@ -7,6 +7,7 @@ __all__ = ['FlexTok', 'load_tokenizer', 'save_tokenizer', 'with_decoder']
 
 # %% ../nbs/08_tokenizer.ipynb #08_tokenizer-imports
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -132,16 +133,19 @@ class FlexTok(nn.Module, TokenizerFiles):
     def tokenize(
         self,
         images: Tensor,  # images (b 3 H W) in [-1, 1]
-        budget: int | Tensor | list[int] | None = None,  # tokens per image: one number, one for each, or all
+        # tokens per image: one number, one for each, all (None), or a policy: (tok, images) -> budgets (b,)
+        budget: int | Tensor | list[int] | Callable | None = None,
         *,
         as_list: bool = False,  # as the released API: a list of (1, budget_i)
-    ) -> Tensor | list[Tensor]:  # ids (b budget), int64; a list of (budget_i,) if one was given for each
+    ) -> Tensor | list[Tensor]:  # ids (b budget), int64; a list of (budget_i,) if each has its own
         """Images to ids. It uses the mean of the VAE's posterior, so equal images have equal ids.
 
         Raises ValueError for wrong images or budgets.
         """
         vae = self.need_vae("tokenize")
         check_images(images, self.image_size, vae.config.in_channels)
+        if callable(budget):  # it looks at the pictures, see evaluation.budgets
+            budget = budget(self, images)
         latents = vae.encode(images.to(self.device, vae.latent_mean.dtype))
         longest, each = each_budget(budget, len(images), self.length)
         ids = self.encode_latents(latents, longest)

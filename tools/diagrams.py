@@ -1862,6 +1862,63 @@ def candidate(d: Drawing, box: Box, length: int, score: float, kept: bool) -> No
     d.rect(box, "frame" if kept else "bare", 5)
 
 
+# --------------------------------------------------------------------------------------------------- budgets
+
+DESCENTS = (  # detail that each look shows, its error, how many looks were good enough
+    ((2, 2, 1, 0.5), (0.12, 0.15, 0.5, 0.85), 2),
+    ((1, 1, 1, 1), (0.14, 0.16, 0.2, 0.24), 4),
+    ((2, 1, 0.5, 0), (0.22, 0.55, 0.7, 0.9), 1),
+)  # three pictures: with 8, 4, 2 and 1 tokens; errors for drawing only
+ENOUGH = 0.3  # of the same scale
+
+
+def budgets() -> Drawing:
+    """A search from all tokens downward, for three pictures."""
+    d = Drawing(
+        "budgets",
+        396,
+        "From all tokens downward, until the picture is no longer good enough",
+        "Three pictures are decoded with 8, 4, 2 and 1 tokens, always from the same noise. Bars show the "
+        "error, a line the target. The search goes from left to right and stops at the first miss; the "
+        "budget is the last count before it: 4, 1 and 8 tokens. What lies behind the miss is not decoded.",
+    )
+    d.text(24, 34, "Fewer tokens, as long as the error stays below the target", "ink h", "start")
+    for column, k in enumerate((8, 4, 2, 1)):
+        d.text(95 + 155 * column, 66, f"{k} token" + "s" * (k > 1), "ink b s")
+    d.text(722, 66, "budget", "ink b s")
+    for row, (details, errors, good) in enumerate(DESCENTS):
+        y = 84 + 96 * row
+        for column, (k, detail, error) in enumerate(zip((8, 4, 2, 1), details, errors)):
+            box = Box(24 + 155 * column, y, 142, 76)
+            with d.group("dim" if column > good else ""):
+                look_at(d, box, k, detail, error)
+                d.rect(box, "frame" if column == good - 1 else "bare", 5)
+            if 0 < column <= good:
+                d.arrow((box.x - 12, box.cy), (box.x - 1, box.cy), kind="aim")
+        count = (8, 4, 2, 1)[good - 1]
+        d.tokens(Box(664, y + 26, 116, 22), 8, kept=count, gap=2)
+    d.text(
+        24,
+        380,
+        "Framed: the last that is good enough. Dashed: the target. Pale: never decoded.",
+        "muted s",
+        "start",
+    )
+    return d
+
+
+def look_at(d: Drawing, box: Box, k: int, detail: float, error: float) -> None:
+    """One decode: its tokens, its picture, its error and the target."""
+    d.rect(box, "plate", 5)
+    d.tokens(Box(box.x + 6, box.y + 10, 74, 12), 8, kept=k, gap=2)
+    d.picture(Box(box.right - 54, box.y + 8, 46, 46), detail)
+    d.rect(Box(box.x + 6, box.y + 34, 74, 8), "data", 3)
+    d.rect(Box(box.x + 6, box.y + 34, 74 * error, 8), "tok" if error <= ENOUGH else "aim", 3)
+    x = box.x + 6 + 74 * ENOUGH
+    d.arrow((x, box.y + 28), (x, box.y + 60), head=False, dash=True)
+    d.text(x, box.y + 71, "target", "muted s")
+
+
 # ------------------------------------------------------------------------------------------------- all of it
 
 
@@ -1881,6 +1938,7 @@ DRAWN = (
     sampling,
     evaluation,
     search,
+    budgets,
 )
 
 

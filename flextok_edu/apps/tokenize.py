@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from .cli import command
 from .models import Common, DataOptions, open_tokenizer, open_vae, preset_of
+from .models import sampling_defaults
 from .options import UsageError
 from .pictures import encode_to, numbered, open_pictures, watched
 from .run_config import check_name, ready_to_write
@@ -35,6 +36,8 @@ from ..engine.marks import may_replace
 from ..engine.tensors import from_uint8, pick_device
 from ..engine.text import plain
 from ..engine.tokenizers import Tokenizer
+from ..evaluation.budgets import Look, Quality, SearchBudget
+from ..flow import SamplingConfig
 from ..io.build import latent_recipe, token_recipe
 from ..io.cache import LatentCache, TokenCache
 from ..io.caption_cache import CaptionCache, build_caption_cache
@@ -161,6 +164,11 @@ class TokenizeOptions(Common):
     "The file that is written."
     budgets: tuple[int, ...] = ()
     "How many tokens: one number for all pictures, or one for each. By default all."
+    quality: str = ""
+    """In the place of budgets: as few tokens as a picture needs for this quality: mae=0.03 (white is 1),
+    psnr=25, … A picture that cannot reach it gets all. It is decoded as its model was measured, from the
+    noise that flextok_detokenize takes.
+    """
     batch: int = 64
     "Pictures at a time."
     force: bool = False
@@ -233,20 +241,39 @@ def tokenized(
     paths: list[Path],
     tok: Tokenizer,
     batch: int,  # pictures at a time
-    budget: int | None = None,  # tokens of each; all by default
+    # tokens of each; all by default; or chosen for each, with the noise that it has by its number in the file
+    budget: int | SearchBudget | None = None,
 ) -> Iterator[tuple[int, Tensor | None]]:  # position in paths; ids (budget,), or None of no picture
     "Every picture once, in order."
+    number = 0  # of good pictures so far
     for start in range(0, len(paths), max(1, batch)):
         part = paths[start : start + max(1, batch)]
         squares, good = read_squares(part, tok.image_size, False)
+        if isinstance(budget, SearchBudget):
+            budget = replace(budget, look=replace(budget.look, first_index=number))
         ids = dict(zip(good, tok.tokenize(from_uint8(squares), budget) if good else []))
+        number += len(good)
         yield from ((start + i, ids.get(i)) for i in range(len(part)))
+
+# %% ../../nbs/apps/tokenize.ipynb #apps-tokenize-quality
+def _search(o: TokenizeOptions) -> SearchBudget | None:  # None: no quality is asked for
+    "Raises UsageError for what is no quality, or not the only rule."
+    if not o.quality:
+        return None
+    if o.budgets:
+        raise UsageError(f"--quality {o.quality} and --budgets both say how many tokens: give one of them")
+    try:
+        quality = Quality.parse(o.quality)
+    except ValueError as error:
+        raise UsageError(f"--quality: {error}") from error
+    usual = sampling_defaults(o.tokenizer)
+    return SearchBudget(quality, look=Look(SamplingConfig(steps=usual.steps, guidance=usual.guidance)))
 
 # %% ../../nbs/apps/tokenize.ipynb #15b-1792ea00
 def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
     # exit status: 1 if some pictures could not be read
     "Read, tokenise, write."
-    paths = picture_files(o.images)
+    paths, search = picture_files(o.images), _search(o)
     may_replace(Path(o.out), o.force, paths)
     ready_to_write(Path(o.out).absolute().parent)
     tok = open_tokenizer(o.tokenizer, pick_device(o.device))
@@ -257,7 +284,7 @@ def tokenize(o: TokenizeOptions, base: Preset | None = None) -> int:
     for k in o.budgets:
         check_budget(k, tok.length)
     lines, bad = [], []
-    for i, ids in tokenized(paths, tok, o.batch):
+    for i, ids in tokenized(paths, tok, o.batch, search):
         if ids is None:
             bad.append(str(paths[i]))
             continue

@@ -37,7 +37,10 @@ class Tokenizer(Protocol):
         "Budgets at which it is measured: 1, 2, 4, … k; of a tokenizer of fixed length only k."
 
     def tokenize(self, images: Tensor, budget=None) -> Tensor | list[Tensor]:
-        "Images (b 3 H W) in [-1, 1] to ids (b budget), int64; a list where each has a budget of its own."
+        """Images (b 3 H W) in [-1, 1] to ids (b budget), int64; a list where each has a budget of its own.
+
+        A budget that can be called is a policy: `budget(self, images)` gives the budgets (b,).
+        """
 
     def detokenize(self, ids, sampling=None, *, first_index: int = 0, **settings) -> Tensor:
         "Ids (b r), or a list of different lengths, to images (b 3 H W) in [-1, 1]."
