@@ -36,6 +36,7 @@ from ..engine.marks import may_fill
 from ..engine.tensors import pick_device
 from ..engine.text import plain
 from ..evaluation.compare import compare, comparison_keys
+from ..evaluation.entries import open_asked
 from ..evaluation.evaluate import evaluate_tokenizer, older_than_the_rule, split_by_record
 from ..evaluation.report import Report, trained_how, versions
 
@@ -86,6 +87,12 @@ class EvalOptions(DataOptions):
     "Folder of the AR model, or tiny, mini."
     classifier: str | None = None
     "Folder of the classifier that reads scenes (flextok_run trains one), or tiny, mini."
+    metrics: tuple[str, ...] = ()
+    """Further metrics by name, for example kid mind fdr perplexity bpp, or rfid cmmd lpips, whose networks
+    must be fetched first (the error says how). All of them: nbs/evaluation/entries.ipynb.
+    """
+    reference: str | None = None
+    "What gfid and sfid are held against: a file .npz with mu and sigma (for sfid mu_s and sigma_s)."
     force: bool = False
     "Replace files that this package did not write."
     preset: str = ""
@@ -150,6 +157,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
     out, device = ready_to_write(o.out), pick_device(o.device)
     _only_results(out, o.force)
+    asked = open_asked(o.metrics, device, o.reference)
     tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=tok.image_size)
     ar = open_ar(o.ar, tok)[0] if o.ar else None
@@ -170,6 +178,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         reader=reader,
         ar=ar,
         seed=o.seed,
+        asked=asked,
         progress=watched(),
         facts=trained_how(**made) | {"learned": learned},
         **for_the_floor(train, val, p, o.seed, o.workers),

@@ -168,6 +168,8 @@ for _name, _title, _network, _variant, _source, _more in _PAPERS:
     register_metric(
         Metric(_name, _title, -1, extractor=_network, variant=_variant, source=_source, **_OF, **_more)
     )
+
+# %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-papers-2
 _ = register_metric(
     Metric(
         "cmmd",
@@ -241,7 +243,7 @@ register_metric(
     )
 )
 
-
+# %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-ids
 def _mean_of(positions):  # of a table row: the mean over the positions that are kept
     def measure(ids: Tensor, vocabulary: int, pixels: int) -> float:
         return float(positions(ids, vocabulary).mean())
@@ -295,7 +297,7 @@ class Asked:
             found[name] = f"{metric.variant or metric.source}; against {against}"
         return found
 
-
+# %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-open
 def open_asked(
     names: Iterable[str],  # of metrics
     device="cpu",
@@ -326,7 +328,7 @@ def open_asked(
             opened[own] = open_network(own, device)
     return Asked(names, opened, statistics)
 
-
+# %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-texts
 def score_texts(
     images: Tensor,  # (b 3 h w), bytes or floats in [-1, 1]
     captions: list[str],  # one for each

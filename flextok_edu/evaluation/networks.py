@@ -142,7 +142,8 @@ def _class_token(net, x):
     return net(pixel_values=x).last_hidden_state[:, 0]
 
 
-NETWORKS = {
+NETWORKS: dict[str, Network] = {}
+NETWORKS |= {
     "fid_inception": Network(*_INCEPTION, lambda p: FidInception(p, "2048"), 2048),
     "fid_inception_logits": Network(*_INCEPTION, lambda p: FidInception(p, "logits_unbiased"), 1008),
     "fid_inception_mixed_6": Network(*_INCEPTION, lambda p: FidInception(p, "mixed_6"), 2023),
@@ -152,6 +153,10 @@ NETWORKS = {
     "dinov2_l_tf1": Network(
         *_L, Recipe("tf1", 224), lambda p: _transformer(p, "Dinov2Model", _class_token), 1024, _HF
     ),
+}
+
+# %% ../../nbs/evaluation/networks.ipynb #evaluation-networks-table-2
+NETWORKS |= {
     "dinov2_l_classes": Network(
         "facebook/dinov2-large-imagenet1k-1-layer",
         "dinov2-large-imagenet1k-1-layer",
@@ -178,6 +183,10 @@ NETWORKS = {
         768,
         (*_HF, "tokenizer.json"),
     ),
+}
+
+# %% ../../nbs/evaluation/networks.ipynb #evaluation-networks-table-3
+NETWORKS |= {
     "lpips_alex": Network(
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         "alexnet-owt-7be5be79.pth",

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
-from torchvision.transforms.functional import InterpolationMode
 
 from ..engine.tensors import to_uint8
 
@@ -39,14 +37,16 @@ def resize_tf1(
 
 def _pil(x: Tensor, side: int, crop: int) -> Tensor:
     # uint8 (b 3 h w) -> uint8 (b 3 side side); crop: 0 squashes, otherwise short side, then the centre
+    import torchvision.transforms.functional as V  # here, because it takes longer to import than PyTorch
+
     found = []
     for picture in x.cpu():
-        image = to_pil_image(picture)
+        image = V.to_pil_image(picture)
         if crop:
-            image = center_crop(resize(image, side, InterpolationMode.BICUBIC), crop)
+            image = V.center_crop(V.resize(image, side, V.InterpolationMode.BICUBIC), crop)
         else:
             image = image.resize((side, side), Image.Resampling.BICUBIC)
-        found.append(pil_to_tensor(image))
+        found.append(V.pil_to_tensor(image))
     return torch.stack(found).to(x.device)
 
 # %% ../../nbs/evaluation/preprocessing.ipynb #evaluation-preprocessing-recipe

@@ -23,7 +23,7 @@ KINDS = {  # what a metric describes: what its values are held against, where an
     "floors": "other real pictures, as many",
 }
 
-
+# %% ../../nbs/evaluation/registry.ipynb #registry-class
 @dataclass(frozen=True)
 class Metric:
     """A metric of the table. What `measure` takes and returns depends on what it describes:
@@ -81,7 +81,7 @@ class Metric:
         "Decimals in this column."
         return self.digits(key) if callable(self.digits) else self.digits
 
-
+# %% ../../nbs/evaluation/registry.ipynb #registry-metrics
 METRICS: dict[str, Metric] = {}  # in the order of the table
 
 
