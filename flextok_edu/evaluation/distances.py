@@ -34,7 +34,7 @@ class Moments:
             raise ValueError(
                 f"moments need two or more features (n d), not {tuple(features.shape)}: give more pictures"
             )
-        x = features.cpu().double()
+        x = features.detach().cpu().double()
         centred = x - x.mean(0)
         return cls(len(x), x.mean(0), centred.T @ centred / (len(x) - 1))
 

@@ -27,6 +27,7 @@ from flextok_edu.evaluation.distances import (
     precision,
     recall,
 )
+from .metrics import mae  # noqa: F401 (those of every table come first)
 from .networks import Eyes, open_network
 from .registry import METRICS, Metric, metrics_asked, register_metric
 
