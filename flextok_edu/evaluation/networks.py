@@ -114,6 +114,7 @@ class Network:
     build: Callable[[Path], nn.Module]  # place -> module
     dim: int = 0  # numbers for each picture
     needs: tuple[str, ...] = ()  # files that a folder must hold
+    also: str = ""  # what else to fetch
 
     @property
     def path(self) -> Path:
@@ -125,7 +126,7 @@ class Network:
             return f"hf download {self.fetch} --local-dir {self.path}"
         zipped = self.fetch.endswith(".zip")
         return f"curl -L {self.fetch} -o {f'{self.path}.zip' if zipped else self.path}" + (
-            f" and unpack it in {self.path}" if zipped else ""
+            f" and unpack it in {self.path}{self.also}" if zipped else ""
         )
 
 
@@ -210,7 +211,12 @@ NETWORKS |= {
             "clip_vitb16_pretrain.pth.tar",
             "open_clip_vitb16_pretrain.pth.tar",
             "ensemble_lora",
+            "facebookresearch_dino_main",  # code and weights that dreamsim takes from the hub of PyTorch
+            "checkpoints/dino_vitbase16_pretrain.pth",
         ),
+        "; git clone https://github.com/facebookresearch/dino as facebookresearch_dino_main in it; and "
+        "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth as "
+        "checkpoints/dino_vitbase16_pretrain.pth in it",
     ),
 }
 
