@@ -80,6 +80,12 @@ def test_against_torch_fidelity():
     same(D.inception_score(None, logits), isc_features_to_metric(logits)["inception_score_mean"])
 
 
+def test_a_neighbour_at_the_radius_counts():
+    """On a line of whole numbers: the last one's third neighbour is 3 away, and so is the picture."""
+    line, beyond = torch.arange(10.0)[:, None], torch.tensor([[12.0], [12.5]])
+    assert D.precision(line, beyond) == 0.5 == D.recall(beyond, line)
+
+
 def test_kid_against_torchmetrics():
     from torchmetrics.image.kid import poly_mmd
 
@@ -674,13 +680,22 @@ def test_the_command(capsys):
     assert "14 of 14 known answers" in said and "JPEG quality 75" in said
 
 
-def test_the_command_measures_more(tmp_path, capsys):
+def test_the_command_measures_more(tmp_path, capsys, monkeypatch):
+    """Also of samples: rFID is of reconstructions, gFID of samples and against the file."""
     from flextok_edu.apps.measure import eval_main
 
-    words = ["tiny", "--out", str(tmp_path / "t"), "--set", "evaluate.images=8", "evaluate.steps=1"]
-    eval_main([*words, "--metrics", "mse", "bpp", "perplexity"])
+    monkeypatch.setattr(entries, "open_network", lambda name, device: Pixels(name, 2))
+    statistics = D.Moments.of(Pixels("x", 2)(pictures().images))
+    statistics.save(tmp_path / "r.npz")
+    few = [f"evaluate.{k}=12" for k in ("images", "samples")] + ["evaluate.steps=1"]
+    words = ["tiny", "--ar", "tiny", "--out", str(tmp_path / "t"), "--set", *few]
+    eval_main([*words, "--reference", str(tmp_path / "r.npz"), "--metrics", *"mse bpp gfid rfid fdr".split()])
     report = load_report(tmp_path / "t")
-    assert report.rows[-1]["bpp"] == 320 / 4096 and report.rows[-1]["mse"] > 0
+    made, sampled = ([r for r in report.rows if r["what"] == what][-1] for what in ("tokens", "samples"))
+    assert made["bpp"] == sampled["bpp"] == 320 / 4096 and made["mse"] > 0 and "mse" not in sampled
+    assert "gfid" not in made and "rfid" not in sampled and made["fdr"] > 0 and sampled["fdr"] > 0
+    assert sampled["gfid"] > made["rfid"] and sampled["gfid_se"] > 0
+    assert "120 pictures" in report.card["metrics"]["gfid"]
     with pytest.raises(SystemExit) as end:
-        eval_main([*words[:2], str(tmp_path / "u"), "--metrics", "sharpness"])
+        eval_main(["tiny", "--out", str(tmp_path / "u"), "--metrics", "sharpness"])
     assert end.value.code and "no metric 'sharpness'" in capsys.readouterr().err

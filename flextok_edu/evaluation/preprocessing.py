@@ -26,10 +26,10 @@ def resize_tf1(
     """
     for dim in (2, 3):
         n = x.shape[dim]
-        at = torch.arange(side, device=x.device, dtype=torch.float64) * (n / side)
+        at = torch.arange(side, dtype=torch.float64, device="cpu") * (n / side)  # MPS has no float64
         low = at.floor().long()
-        shape = [-1 if d == dim else 1 for d in range(4)]
-        part = (at - low).to(x.dtype).view(shape)
+        part = (at - low).to(x.dtype).view([-1 if d == dim else 1 for d in range(4)]).to(x.device)
+        low = low.to(x.device)
         first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
         x = first + (second - first) * part
     return x
