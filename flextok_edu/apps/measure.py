@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from .cli import command, read_settings, stored_options
+from .cli import command, read_settings, stored_options, take_word
 from flextok_edu.apps.models import (
     DataOptions,
     find_model,
@@ -106,7 +106,7 @@ class EvalOptions(DataOptions):
     By default that with which the tokenizer was made.
     """
 
-
+# %% ../../nbs/apps/measure.ipynb #measure-only-results
 def _only_results(out: Path, force: bool) -> None:
     """Raises UsageError for the folder of a training or a run, ValueError for files that this package did not
     write.
@@ -228,8 +228,7 @@ def run_self_test(o: SelfTestOptions, base: None = None) -> int:  # exit status
 
 def eval_main(argv: list[str] | None = None) -> None:
     "The console command `flextok_eval`; `--self-test` instead of a model tests the metrics."
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--self-test" in argv:
-        argv.remove("--self-test")
+    itself, argv = take_word("--self-test", argv)
+    if itself:
         return command("flextok_eval --self-test", SelfTestOptions, run_self_test, argv)
     command("flextok_eval", EvalOptions, lambda o, base: measure(o, base) and None, argv)

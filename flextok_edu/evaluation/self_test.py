@@ -52,7 +52,7 @@ class Check:
             f"{said}  {self.name:50} {self.found:12.6g}   expected {self.expected:.6g} ± {self.tolerance:.1g}"
         )
 
-
+# %% ../../nbs/evaluation/self_test.ipynb #evaluation-self-test-answers
 def known_answers(features: Tensor, seed: int = 0) -> list[Check]:  # features (n d) of real pictures
     "What the distances must say."
     x = features.double()
