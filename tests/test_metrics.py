@@ -255,6 +255,8 @@ def test_pictures_are_rounded_not_cut():
     recipe = Recipe("none")
     assert torch.equal(recipe.prepare(BYTES.float() / 127.5 - 1), BYTES)
     assert torch.equal(recipe.prepare((BYTES.float() + 0.4).clamp(max=255) / 127.5 - 1), BYTES)
+    below = (BYTES.float() - 0.4).clamp(min=0) / 127.5 - 1
+    assert torch.equal(recipe.prepare(below), BYTES), "cut off, these would be a level darker"
     with pytest.raises(ValueError, match="RGB pictures"):
         recipe.prepare(BYTES[:, :1])
     for odd in (("bilinear", 224, 0), ("pil", 224, 200), ("pil crop", 224, 0)):
