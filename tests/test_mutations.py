@@ -466,7 +466,7 @@ def scored_against_shifted_originals(monkeypatch):
         monkeypatch,
         evaluation_metrics,
         "image_scores",
-        lambda output, original: real(output, original.roll(1, -1)),
+        lambda output, original, *a, **k: real(output, original.roll(1, -1), *a, **k),
     )
 
 

@@ -99,7 +99,7 @@ def test_wheel_contents(wheel):
     assert not [n for n in needs if n.startswith(("nbdev", "fastcore", "jupyter"))], (
         "development tools are no runtime requirements"
     )
-    for extra in ("text", "metrics", "data", "app", "dev"):
+    for extra in ("text", "metrics", "fidelity", "data", "app", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     for command in (

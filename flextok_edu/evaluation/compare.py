@@ -31,11 +31,16 @@ def conditions(
     weights, metric = card.get("weights", {}), metric_of(key)
     if metric is not None and metric.of == "set":
         name = next((e for e in card.get("extractors", []) if metric.columns([e])[0] == key), None)
+        part = "classifier" if name and "scenes" in name else "extractor"
         found |= {
             "reference": card.get("reference"),
-            "extractors": name,
-            "weights.extractor": weights.get("classifier" if name and "scenes" in name else "extractor"),
+            "extractors": metric.extractor or name,
+            "weights.extractor": weights.get(metric.extractor or part),
         }
+    elif metric is not None and metric.extractor:
+        found["weights.extractor"] = weights.get(metric.extractor)
+    if metric is not None and metric.asked:  # which variant, against which reference
+        found["metric"] = card.get("metrics", {}).get(metric.name)
     if metric is not None and metric.of == "attributes":
         found["weights.classifier"] = weights.get("classifier")
     return found

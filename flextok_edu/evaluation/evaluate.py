@@ -24,11 +24,23 @@ from ..data.folders import read_folder
 from ..data.keys import picture_keys
 from ..data.learned import Learned
 from ..engine.config import EvalConfig
+from ..engine.files import weights_hash
+from .registry import metrics_asked
 from ..engine.runtime import Runtime, fold
 from ..engine.tokenizers import Tokenizer
 from .metrics import all_features
 from .report import CROP, Report, UNKNOWN, make_card, score_key
-from .rows import Reference, distances, gains, reading, reconstruction_row
+from .entries import Asked
+from flextok_edu.evaluation.rows import (
+    Reference,
+    distances,
+    floor_ratios,
+    gains,
+    of_ids,
+    reading,
+    reconstruction_row,
+)
+from .rows import classes as of_classes
 from ..flow import SamplingConfig
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-91618832-1
@@ -57,6 +69,7 @@ class Measurement:
     ar: ARModel | None = None  # also measure its samples
     runtime: Runtime = Runtime()  # its seed names all noise; its bars
     batch: int = 250  # images at a time
+    asked: Asked = Asked()  # further metrics, see `open_asked` of *entries*
     other_is: str = UNKNOWN  # what other pictures are: "other held-out scenes", "training pictures", …
     # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
     facts: dict | None = None
@@ -87,7 +100,7 @@ def measure_reconstructions(
     def add(what, decode):  # decode: (first index, one past the last) -> images
         # on a GPU they are judged there: SSIM of many pictures takes a processor minutes
         pictures = (x if x.device.type == "cuda" else x.cpu() for x in (decode(*p).float() for p in parts))
-        row, values = reconstruction_row(reference, pictures)
+        row, values = reconstruction_row(reference, pictures, what["what"])
         rows.append(what | row)
         scores.update({score_key(what, key): v for key, v in values.items()})
         return rows[-1], values
@@ -104,6 +117,7 @@ def measure_reconstructions(
             return tok.detokenize(ids[i:j, :count], m.sampling, first_index=i)
 
         now = add({"what": "tokens", "tokens": count}, decode)
+        now[0].update(of_ids(m.asked, ids[:, :count], tok))
         if before:
             now[0].update(gains(*now, *before))
         before = now
@@ -130,7 +144,10 @@ def measure_samples(
             for i, ids in enumerate(written)
         )
         row = {"what": "samples", "tokens": count, "n": config.samples}
-        row |= distances(reference, seen.features)[0]
+        row |= distances(reference, seen.features, seen.own, "samples")[0]
+        row |= of_classes(reference, seen.own, wanted)[0]
+        ids = torch.cat([each[:, :count].cpu() for each in written])
+        row |= of_ids(m.asked, ids, tok)
         rows.append(row | reading(reference, seen.readings, wanted[:, None]))  # only the class is known
     return rows
 
@@ -169,7 +186,10 @@ def floor_rows(
             continue
         some = other if m == len(other) else other[spread(len(other), m)]
         features = [all_features(e, some, device=reference.device) for e in reference.feature_extractors]
-        rows.append({"what": "real against real", "n": m, **distances(reference, features)[0]})
+        asked = reference.asked
+        own = {e: all_features(asked.networks[e], some, device=reference.device) for e in asked.extractors}
+        row = distances(reference, features, own, "real against real")[0]
+        rows.append({"what": "real against real", "n": m, **row})
     return rows
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-01420551
@@ -181,7 +201,13 @@ def open_reference(
     "What the rows are measured against."
     reader, notes = measurement.reader, []
     eyes = ([ClassifierFeatures(reader)] if reader is not None else []) + [measurement.feature_extractor]
-    reference = Reference(data.images, data.labels, eyes, reader, device, measurement.batch)
+    asked = measurement.asked
+    if metrics_asked("classes", asked.names) and len(data.classes) != 1000:
+        raise ValueError(
+            f"the DINOv2 classifier reads the 1,000 classes of ImageNet; {data.source!r} has "
+            f"{len(data.classes)}"
+        )
+    reference = Reference(data.images, data.labels, eyes, reader, device, measurement.batch, asked)
     if reader is None:
         return reference, notes
     right = float((reference.readings[:, 0] == data.labels[:, 0]).float().mean())
@@ -195,7 +221,7 @@ def open_reference(
         reference.features = reference.features[1:]
     return reference, notes
 
-
+# %% ../../nbs/evaluation/evaluate.ipynb #evaluate-measure-tokenizer
 def measure_tokenizer(
     tok: Tokenizer,
     data: ImageSet,  # held-out images: originals and reference; of more than asked for, an even spread
@@ -214,6 +240,7 @@ def measure_tokenizer(
         other, other_is = rest, LEFT_OVER
     counts = {n, samples} if ar is not None else {n}
     rows = [{"what": "originals", "n": n, **reading(reference, reference.readings, data.labels)}]
+    rows[0] |= of_classes(reference, reference.own, data.labels[:, 0])[0]
     floor = floor_rows(reference, other.images, counts) if other is not None else []
     reconstructed, scores = measure_reconstructions(tok, reference, m)
     sampled = measure_samples(tok, reference, m) if ar is not None else []
@@ -221,6 +248,10 @@ def measure_tokenizer(
     models |= {"classifier": reference.reader, "extractor": m.feature_extractor}
     card = make_card(data, reference.feature_extractors, m.config, m.runtime.seed, m.facts, **models)
     card["floor"] = other_is if floor else "none: no other pictures were given"
+    floor_ratios(m.asked, reconstructed + sampled, floor, [e.name for e in reference.feature_extractors])
+    if m.asked.names:
+        card["metrics"] = m.asked.card()
+        card["weights"] |= {name: weights_hash(net) for name, net in m.asked.networks.items()}
     dim = max(r.shape[1] for r in reference.features)
     if min(counts) < 2 * dim:
         notes.append(

@@ -8,13 +8,13 @@ __all__ = ['RESAMPLES', 'mae', 'psnr', 'ssim', 'image_scores', 'mean_and_error',
 
 # %% ../../nbs/14_evaluation.ipynb #14_evaluation-imports
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.tensors import from_uint8
-from .registry import METRICS, Metric, metrics_of, register_metric
+from .registry import METRICS, Metric, register_metric, metrics_asked
 from .registry import NO_METRICS, better, metric_of  # noqa: F401 (importable from here, too)
 
 # %% ../../nbs/14_evaluation.ipynb #10-8d81ad99
@@ -53,6 +53,8 @@ def image_scores(
     # images at a time; by default 125 of 64 px, fewer of larger ones: SSIM needs some forty times their
     # memory
     batch: int | None = None,
+    asked: Iterable[str] = (),  # names of further metrics, see *entries*
+    networks: dict[str, nn.Module] | None = None,  # that these need, by name
 ) -> dict[str, Tensor]:  # for every metric of pictures ("mae", "psnr", "ssim"): its values (b,)
     "Scores of each image. Raises ValueError for unequal shapes."
     if output.shape != original.shape:
@@ -60,11 +62,12 @@ def image_scores(
             f"{tuple(output.shape)} against {tuple(original.shape)}: compare images of the same size and crop"
         )
     batch = batch or max(1, min(125, 125 * 64**2 // math.prod(output.shape[-2:])))
-    found = {m.name: [] for m in metrics_of("pictures")}
+    found = {m.name: [] for m in metrics_asked("pictures", asked)}
     for a, b in zip(output.split(batch), original.split(batch)):
         pair = (a.float().clamp(-1, 1) + 1) / 2, (b.float() + 1) / 2
         for name, values in found.items():
-            values.append(METRICS[name].measure(*pair))
+            own = METRICS[name].extractor
+            values.append(METRICS[name].measure(*pair, *([networks[own]] if own else [])))
             if values[-1].shape != (len(a),):
                 raise ValueError(
                     f"{name} gave {tuple(values[-1].shape)} for {len(a)} pictures: one each, (b,)"
@@ -158,7 +161,7 @@ _ = register_metric(
 )
 
 # %% ../../nbs/14_evaluation.ipynb #14-resamples
-RESAMPLES = 8  # bootstrap resamples behind the error of a distance
+RESAMPLES = 8  # resamples behind the error of a distance
 
 
 def resamples(
@@ -166,6 +169,7 @@ def resamples(
     a: Tensor,  # features of the reference (n d)
     b: Tensor,  # features of the pictures (m d)
     seed: int = 0,  # of the resampling
+    halves: bool = False,  # random halves without doubles, whose spread is the standard error just as well
 ) -> Tensor:  # distances (RESAMPLES,)
     """Distances of bootstrap resamples of `b`.
 
@@ -173,8 +177,14 @@ def resamples(
     differences of rows have a paired error.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(len(b), (len(b),), generator=generator, device="cpu") for _ in range(RESAMPLES)]
-    return torch.tensor([float(distance(a, b[some])) for some in rows])
+
+    def some():
+        if halves:
+            return torch.randperm(len(b), generator=generator, device="cpu")[: max(1, len(b) // 2)]
+        return torch.randint(len(b), (len(b),), generator=generator, device="cpu")
+
+    rows = [some() for _ in range(RESAMPLES)]
+    return torch.tensor([float(distance(a, b[row])) for row in rows])
 
 
 def frechet_resamples(a: Tensor, b: Tensor, seed: int = 0) -> Tensor:

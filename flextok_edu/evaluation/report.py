@@ -22,7 +22,8 @@ from ..engine.files import atomic, read_tensors, weights_hash, write_text
 from ..engine.marks import MARK
 from ..engine.text import drawable, plain
 from .metrics import RESAMPLES
-from .registry import Metric, metric_of, metrics_of
+from .entries import Asked  # noqa: F401 (a table may hold any of the entries)
+from .registry import METRICS, Metric, metric_of, metrics_of
 
 # %% ../../nbs/evaluation/report.ipynb #10-971f99e8
 def versions() -> dict[str, str]:  # package -> version
@@ -134,6 +135,9 @@ def table_columns(
     for m in metrics_of("set"):
         titles = [m.title.replace("{}", str(i + 1)) for i in range(len(extractors))]
         found += zip(m.columns(extractors), titles)
+    for m in METRICS.values():
+        if m.of in ("classes", "ids", "texts", "floors"):
+            found.append((m.name, m.title))
     for m in metrics_of("attributes"):
         for key in dict.fromkeys(key for row in rows for key in row if metric_of(key) is m):
             found.append((key, m.title.replace("{}", key.removeprefix(f"{m.name}_"))))
@@ -163,7 +167,12 @@ def table_text(report: "Report") -> str:
     legend = [
         f"{plain(m.title.replace('{}', str(i + 1)))}: distance in the features of {plain(name)}"
         for m in metrics_of("set")
-        for i, name in enumerate(extractors)
+        for i, (key, name) in enumerate(zip(m.columns(extractors), extractors))
+        if m.family and any(key in row for row in report.rows)
+    ]
+    said = report.card.get("metrics", {})
+    legend += [
+        f"{plain(METRICS[k].title.replace(' {}', ''))}: {plain(v)}" for k, v in said.items() if k in METRICS
     ]
     if "floor" in report.card and any(row["what"] == "real against real" for row in report.rows):
         legend.append(f"real against real: {plain(report.card['floor'])}")
@@ -237,6 +246,11 @@ def _shape_of(key: str):  # of a column, for `conform`
     return holds
 
 
+def _texts(value) -> bool:
+    "texts by name"
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
 _CARD = {
     "extractors": [str],
     "weights?": dict,
@@ -244,6 +258,7 @@ _CARD = {
     "steps?": Range(0, 2**40),
     "guidance?": float,
     "floor?": str,
+    "metrics?": _texts,
 }
 
 
@@ -320,6 +335,7 @@ def _panels(report: Report) -> list[tuple[str, str]]:  # (key, title) of what is
     for m in metrics_of("set"):
         if m.figure != "":
             found += [(k, f"{title(m)}\n{drawable(e)}") for k, e in zip(m.columns(extractors), extractors)]
+    found += [(m.name, title(m)) for m in METRICS.values() if m.of in ("classes", "texts", "floors")]
     for m in metrics_of("attributes"):  # the first of them: the class
         keys = [key for row in report.rows for key in row if metric_of(key) is m]
         if keys and m.figure != "":
