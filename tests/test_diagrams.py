@@ -153,3 +153,21 @@ def test_the_mask_in_the_figure_is_the_encoder_s(tool):
 
     mask = encoder_mask(6, 6)
     assert all(tool.attends(i, j) == bool(mask[i, j]) for i in range(12) for j in range(12))
+
+
+def test_names_of_columns_may_have_lines(monkeypatch):
+    """Two lines above a picture are two lines, inside of the sheet and above the pictures."""
+    import torch
+
+    import flextok_edu.engine.figures as figures
+
+    sheets = []
+    monkeypatch.setattr(figures, "_present", sheets.append)
+    for heads in (["a", "b"], ["a house\nin the snow\nby day", "b"]):
+        figures.show_rows({"row": torch.zeros(2, 3, 32, 32)}, heads)
+    for fig, lines in zip(sheets, (1, 3)):
+        fig.canvas.draw()
+        head = next(t for t in fig.axes[0].texts if t.get_text().startswith("a"))
+        box, ax = head.get_window_extent(), fig.axes[0].get_window_extent()
+        assert head.get_text().count("\n") + 1 == lines and "\\x" not in head.get_text()
+        assert ax.y1 <= box.y0 and box.y1 <= fig.bbox.y1, "between the pictures and the edge"

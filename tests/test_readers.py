@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from planting import patch, planted
 import flextok_edu.evaluation.prompts as prompts
 import flextok_edu.evaluation.readers as readers
 from flextok_edu.data.features import AttributeClassifier, train_classifier
-from flextok_edu.data.scenes import ATTRIBUTES, KINDS, ToyScenes
+from flextok_edu.data.scenes import ATTRIBUTES, KINDS, PLACE_NAMES, ToyScenes, draw
 from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.tensors import from_uint8
 from flextok_edu.evaluation.readers import ALL_ATTRIBUTES, VALUES, ReaderConfig, SceneReader, train_reader
 from flextok_edu.flow import SamplingConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {body: ReaderConfig(body, 32, 2) for body in readers.BODIES}
 
 
@@ -335,3 +340,37 @@ def test_a_reader_that_could_not_be_read_back_is_not_made():
     with pytest.raises(ValueError, match="no multiple of 32"):
         SceneReader(ReaderConfig("attention", 80, 2))
     assert SceneReader(ReaderConfig("dilated", 80, 1)).config.width == 80
+
+
+def test_scenes_drawn_apart_are_drawn_as_told():
+    """Pictures and labels belong together, wherever one starts, and the things stay those of the scene."""
+    scenes = ToyScenes("val", 32, 2, length=30)
+    apart = readers.labelled_scenes(scenes, 10, 20, apart=True)
+    assert "apart" in apart.source and len(apart.images) == 20
+    for i in (0, 19):
+        scene = readers.scene_apart(scenes, 10 + i)
+        picture = torch.from_numpy(draw(scene, 32).copy()).permute(2, 0, 1)
+        assert torch.equal(apart.images[i], picture) and tuple(
+            apart.labels[i].tolist()
+        ) == readers.scene_labels(scene)
+        own = scenes.scene(10 + i)
+        assert [t.kind for t in scene.things] == [t.kind for t in own.things] and scene.things[
+            1:
+        ] == own.things[1:]
+    labels = readers.labelled_scenes(ToyScenes("val", 32, 2, length=400), apart=True).labels
+    sea = labels[:, 2] == PLACE_NAMES.index("sea")
+    boats = labels[:, 0] == KINDS.index("boat")
+    assert float((sea & boats).sum() / boats.sum()) < 0.35, "0.6 of the boats of ToyScenes are on the sea"
+
+
+def test_a_judge_is_trained_by_its_tool(tmp_path):
+    code = "import train_judge; train_judge.SCENES = 64; train_judge.HELD_OUT = 32; train_judge.main(%r, '3')"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}", "TQDM_DISABLE": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code % str(tmp_path / "judge")], env=env, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert (
+        out.stdout.count("second_kind") == 2
+        and SceneReader.from_pretrained(tmp_path / "judge").config.body == "attention"
+    )

@@ -234,6 +234,26 @@ def test_captions_stay_with_their_pictures():
     assert variants == {0.0, 1.0, 2.0, 3.0}, "each of its captions comes"
 
 
+def test_batches_have_few_lengths():
+    """A GPU records a step for each length: texts are padded to multiples of eight, at most to the cache's."""
+
+    class Long(Told):
+        length = 30
+
+        def features(self, rows, variants=None, length=None) -> TextFeatures:
+            most = int(variants.max())  # of this batch
+            return TextFeatures(
+                torch.ones(len(rows), most, 24), torch.ones(len(rows), most, dtype=torch.bool)
+            )
+
+    data, rows, found = Captioned(tokens(), Long(20)), torch.arange(4), set()
+    for most in range(2, 31):
+        cond = data.text(rows, torch.full((4,), most))
+        assert int(cond.mask[0].sum()) == most, "what is added is no text"
+        found.add(cond.mask.shape[1])
+    assert found == {8, 16, 24, 30}
+
+
 def test_a_training_learns_what_the_text_says():
     """Each picture's ids follow from its caption: with it they are predicted, without it they are not."""
     torch.manual_seed(0)

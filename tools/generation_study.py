@@ -1,7 +1,7 @@
 """What larger AR models, more tokens and searches give: the measurements behind nbs/experiments/generation.
 
 python tools/generation_study.py all FOLDER               all of the below, beside each other: for one GPU
-python tools/generation_study.py collect FOLDER FILE      all results as one json file
+python tools/generation_study.py collect FOLDER FILE      results into one json file, which keeps others
 
 Or part by part:
 python tools/generation_study.py caches FOLDER            tokens and captions of 80,000 scenes
@@ -37,7 +37,7 @@ from flextok_edu.ar_training import position_losses
 from flextok_edu.data.captions import scene_caption
 from flextok_edu.data.scenes import COLOUR_NAMES, KINDS, PHRASES, Scene, draw
 from flextok_edu.engine.conditions import take, to_device
-from flextok_edu.engine.files import write_text
+from flextok_edu.engine.files import weights_hash, write_text
 from flextok_edu.engine.hub import shipped_models
 from flextok_edu.engine.tensors import from_uint8, pick_device, to_uint8
 from flextok_edu.evaluation.growing import until_still
@@ -146,6 +146,11 @@ def readers() -> dict[str, SceneReader]:
     place = shipped_models()["tiny-text"]
     names = {"judge": "judge", "verifier": "reader"}
     return {who: SceneReader.from_pretrained(place / name).to(DEVICE) for who, name in names.items()}
+
+
+def signed(found: dict) -> dict:
+    "With the judge that read it: its weights' hash."
+    return found | {"read_by": weights_hash(readers()["judge"])}
 
 
 def tokenizer() -> FlexTok:
@@ -260,18 +265,18 @@ def measure(folder: Path, o) -> None:
         return
     tok, judge = tokenizer(), readers()["judge"]
     if o.what == "reconstructions":
-        store(file, measure_reconstructions(tok, judge, o.samples))
+        store(file, signed(measure_reconstructions(tok, judge, o.samples)))
         return
     if o.what == "classes":
-        store(file, measure_classes(tok, judge, o.samples))
+        store(file, signed(measure_classes(tok, judge, o.samples)))
         return
     if o.what == "rare":
-        store(file, measure_rare(tok, o.samples, file.with_suffix(".png")))
+        store(file, signed(measure_rare(tok, o.samples, file.with_suffix(".png"))))
         return
     place = shipped_models()["tiny-text"] / "ar" if o.what == "shipped" else folder / o.what
     ar = load_ar(place, tok)[0].to(DEVICE)
     show(ar, tok, file.with_suffix(".png"))
-    store(file, measure_model(ar, tok, judge, o.samples))
+    store(file, signed(measure_model(ar, tok, judge, o.samples)))
 
 
 # --- searches ------------------------
@@ -445,12 +450,13 @@ def everything(folder: Path, o) -> None:
 
 
 def collect(folder: Path, o) -> None:
-    found = {
-        kind: {f.stem: kept(f) for f in sorted((folder / kind).glob("*.json"))}
-        for kind in ("models", "searches")
-    }
-    found["stops"] = kept(folder / "stops.json")
-    store(Path(o.what), found)
+    "Into one file; what is there already and not in this folder, of another machine for example, stays."
+    file = Path(o.what)
+    found = {"models": {}, "searches": {}, "stops": {}} | kept(file)
+    for kind in ("models", "searches"):
+        found[kind] |= {f.stem: kept(f) for f in sorted((folder / kind).glob("*.json"))}
+    found["stops"] = kept(folder / "stops.json") or found["stops"]
+    store(file, found)
     print(f"{o.what}: {len(found['models'])} models, {len(found['searches'])} searches")
 
 

@@ -20,7 +20,7 @@ from flextok_edu.engine.config import StageConfig
 from flextok_edu.engine.tensors import from_uint8
 from flextok_edu.evaluation.readers import ReaderConfig, labelled_scenes, train_reader
 
-SCENES = 40_000  # of each half
+SCENES, HELD_OUT = 40_000, 2000  # of each half
 
 
 def both(split: str, count: int, seed: int) -> tuple[ImageSet, ImageSet]:  # ordinary; drawn apart
@@ -37,7 +37,7 @@ def main(folder: str, steps: str = "2500") -> None:
     config = StageConfig(steps=int(steps), batch=64, lr=2e-3, optimizer="muon", ema=0.995)
     reader, log = train_reader(data, ReaderConfig("attention", 96, 3), config, seed=5, every=50)
     reader.save_pretrained(Path(folder))
-    for each in both("val", 2000, 6):
+    for each in both("val", HELD_OUT, 6):
         print(
             each.source,
             {a: round(x, 3) for a, x in read_accuracy(reader, from_uint8(each.images), each.labels).items()},
