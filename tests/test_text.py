@@ -235,7 +235,7 @@ def test_captions_stay_with_their_pictures():
 
 
 def test_batches_have_few_lengths():
-    """A GPU records a step for each length: texts are padded to multiples of eight, at most to the cache's."""
+    """A GPU records a step for each length: texts are padded to multiples of eight."""
 
     class Long(Told):
         length = 30
