@@ -589,3 +589,10 @@ def test_a_quality_on_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as status:
             tokenize_main([str(tmp_path / "in"), *tok, "--out", str(tmp_path / "x.jsonl"), *wrong])
         assert status.value.code == 2 and says in " ".join(capsys.readouterr().err.split())
+
+
+def test_known_metrics_do_not_depend_on_what_was_imported():
+    import flextok_edu.evaluation.entries  # noqa: F401 (registers further ones)
+
+    with pytest.raises(ValueError, match="use one of mae, psnr, ssim"):
+        Quality.parse("mse=0.01")

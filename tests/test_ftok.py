@@ -20,7 +20,7 @@ from flextok_edu.engine.config import TokenizerConfig, TrunkConfig, VAEConfig
 from flextok_edu.engine.marks import is_ours
 from flextok_edu.engine.tensors import noise_like
 from flextok_edu.flow import SamplingConfig, euler
-from flextok_edu.io.ftok import HEADER_BYTES, Ftok, FtokError, FtokHeader, bits_for, decode_ftok
+from flextok_edu.io.ftok import HEADER_BYTES, Ftok, FtokError, FtokHeader, bits_for, decode_ftok, header_for
 from flextok_edu.io.ftok import (
     ftok_bytes,
     pack_ids,
@@ -560,3 +560,14 @@ def test_what_is_parsed_is_a_picture_or_refused(tiny, whole, tmp_path):
     heard = fuzz("ftok decoded", case, (FtokError,), DECODED)
     print(f"slowest {slowest:.2f} s")
     assert heard["fine"] > DECODED / 2 and slowest < 60
+
+
+def test_what_the_header_cannot_say_is_refused(tiny):
+    """A hint that would be lost, and an identity that would be padded or cut."""
+    for more in ({"apg": True}, {"solver": "heun"}):
+        with pytest.raises(FtokError, match="says more"):
+            header_for(tiny, 4, replace(HOW, **more))
+    header = header_for(tiny, 4, HOW)
+    for identity in ("zz", "abcd", header.identity + "0"):
+        with pytest.raises(FtokError, match="16 hexadecimal"):
+            replace(header, identity=identity)

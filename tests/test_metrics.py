@@ -699,5 +699,47 @@ def test_the_command_measures_more(tmp_path, capsys, monkeypatch):
     assert sampled["gfid"] > made["rfid"] and sampled["gfid_se"] > 0
     assert "120 pictures" in report.card["metrics"]["gfid"]
     with pytest.raises(SystemExit) as end:
+        eval_main(
+            [
+                "tiny",
+                "--out",
+                str(tmp_path / "v"),
+                "--reference",
+                str(tmp_path / "r.npz"),
+                "--metrics",
+                "gfid",
+            ]
+        )
+    assert end.value.code == 2 and "--ar" in capsys.readouterr().err, "there are no new pictures"
+    with pytest.raises(SystemExit) as end:
         eval_main(["tiny", "--out", str(tmp_path / "u"), "--metrics", "sharpness"])
     assert end.value.code and "no metric 'sharpness'" in capsys.readouterr().err
+
+
+def test_small_sets_have_values_and_no_error():
+    """A half of them is too small for ten parts: the value is there, its error is not known."""
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    measure = METRICS["inception_score"].measure
+    assert math.isfinite(measure(logits, logits))
+    assert resamples(measure, logits, logits, halves=True).isnan().all()
+    with pytest.raises(ValueError):
+        measure(logits[:5], logits[:5])
+
+
+def test_damaged_statistics_are_a_value_error(tmp_path):
+    D.Moments.of(torch.randn(9, 4)).save(tmp_path / "r.npz")
+    whole = (tmp_path / "r.npz").read_bytes()
+    for i, damaged in enumerate((whole[:200], whole[:150] + bytes(40) + whole[190:], b"")):
+        (tmp_path / f"{i}.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="no file of statistics"):
+            D.Moments.load(tmp_path / f"{i}.npz")
+
+
+def test_fdr_is_not_ranked_against_other_networks():
+    from flextok_edu.evaluation.compare import conditions
+
+    cards = [
+        {"extractors": e, "weights": {}, "reference": r, "floor": 1} for e, r in ((["a"], "x"), (["b"], "y"))
+    ]
+    a, b = (conditions(card, "fdr", "tokens") for card in cards)
+    assert {name for name in a if a[name] != b[name]} == {"extractors", "reference"}

@@ -39,6 +39,7 @@ from ..engine.text import plain
 from ..evaluation.compare import compare, comparison_keys
 from ..evaluation.entries import open_asked
 from ..evaluation.evaluate import evaluate_tokenizer, older_than_the_rule, split_by_record
+from ..evaluation.registry import METRICS
 from ..evaluation.self_test import self_test
 from ..evaluation.report import Report, trained_how, versions
 
@@ -162,6 +163,10 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write."
     out, device = ready_to_write(o.out), pick_device(o.device)
     _only_results(out, o.force)
+    if not o.ar and (only := [n for n in o.metrics if n in METRICS and METRICS[n].where == ("samples",)]):
+        raise UsageError(
+            f"--metrics {only[0]} is one of new pictures: name the AR model that writes them, --ar"
+        )
     asked = open_asked(o.metrics, device, o.reference)
     tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=tok.image_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.tensors import named_generator
 from ..engine.tokenizers import Tokenizer
 from .metrics import mae  # noqa: F401 (registers the metrics of pictures)
-from .registry import metrics_of
+from .registry import metrics_asked
 from ..flow import SamplingConfig
 
 # %% ../../nbs/evaluation/budgets.ipynb #budgets-quality
@@ -38,7 +38,7 @@ class Quality:
 
     def __post_init__(self):
         if self.measure is None:
-            known = {m.name: m for m in metrics_of("pictures") if not m.extractor}
+            known = {m.name: m for m in metrics_asked("pictures")}  # those of every table
             if self.metric not in known:
                 raise ValueError(
                     f"no metric of pictures is called {self.metric!r}: use one of {', '.join(known)}"

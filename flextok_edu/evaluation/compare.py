@@ -37,6 +37,8 @@ def conditions(
             "extractors": metric.extractor or name,
             "weights.extractor": weights.get(metric.extractor or part),
         }
+    elif metric is not None and metric.of == "floors":
+        found |= {name: card.get(name) for name in ("reference", "extractors", "weights", "floor")}
     elif metric is not None and metric.extractor:
         found["weights.extractor"] = weights.get(metric.extractor)
     if metric is not None and metric.asked:  # which variant, against which reference

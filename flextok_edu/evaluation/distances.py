@@ -7,10 +7,11 @@ __all__ = ['Moments', 'frechet_distance', 'mmd', 'cubic_kernel', 'kid', 'cmmd', 
            'floor_ratio']
 
 # %% ../../nbs/evaluation/distances.ipynb #evaluation-distances-imports
-import math
+import math, zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Moments:
             with np.load(Path(path).expanduser(), allow_pickle=False) as file:
                 mean, covariance = (torch.from_numpy(file[k]).double() for k in keys)
                 count = int(file["count"]) if "count" in file.files else 0
-        except (KeyError, ValueError, TypeError, EOFError, OSError) as error:
+        except (KeyError, ValueError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(

@@ -183,8 +183,15 @@ def resamples(
             return torch.randperm(len(b), generator=generator, device="cpu")[: max(1, len(b) // 2)]
         return torch.randint(len(b), (len(b),), generator=generator, device="cpu")
 
-    rows = [some() for _ in range(RESAMPLES)]
-    return torch.tensor([float(distance(a, b[row])) for row in rows])
+    def measured(row):
+        try:
+            return float(distance(a, b[row]))
+        except ValueError:  # a half may be too small for it: then its error is not known
+            if halves:
+                return math.nan
+            raise
+
+    return torch.tensor([measured(some()) for _ in range(RESAMPLES)])
 
 
 def frechet_resamples(a: Tensor, b: Tensor, seed: int = 0) -> Tensor:

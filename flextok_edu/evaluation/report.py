@@ -334,7 +334,8 @@ def _panels(report: Report) -> list[tuple[str, str]]:  # (key, title) of what is
     found = [(m.name, title(m)) for m in metrics_of("pictures") if m.figure != ""]
     for m in metrics_of("set"):
         if m.figure != "":
-            found += [(k, f"{title(m)}\n{drawable(e)}") for k, e in zip(m.columns(extractors), extractors)]
+            eyes = extractors if m.family else [m.extractor]
+            found += [(k, f"{title(m)}\n{drawable(e)}") for k, e in zip(m.columns(eyes), eyes)]
     found += [(m.name, title(m)) for m in METRICS.values() if m.of in ("classes", "texts", "floors")]
     for m in metrics_of("attributes"):  # the first of them: the class
         keys = [key for row in report.rows for key in row if metric_of(key) is m]

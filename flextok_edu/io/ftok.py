@@ -82,6 +82,8 @@ class FtokHeader:
             value, kind = getattr(self, name), (int, float) if name == "guidance" else int
             if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
                 raise FtokError(f"{name} {value!r}: the header has room for {low} .. {high}")
+        if not re.fullmatch("[0-9a-f]{16}", self.identity):
+            raise FtokError(f"identity {self.identity!r}: the header has room for 16 hexadecimal digits")
 
     bits = property(lambda self: bits_for(self.vocabulary))  # of an id
     body_bytes = property(lambda self: -(-self.stored * self.bits // 8))
@@ -234,6 +236,8 @@ def header_for(
         hints = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": sampling.seed}
         if sampling.steps < 1:
             raise FtokError(f"steps {sampling.steps}: a hint is at least 1")
+        if replace(SamplingConfig(), **hints) != sampling:
+            raise FtokError(f"hints are steps, guidance and seed, and {sampling} says more: give None")
     whose = tok.length, tok.vocabulary, _identity(tok)
     return FtokHeader(side, side, tokens, *whose, **hints, trailer=checksum)
 
