@@ -79,7 +79,7 @@ BUDGET_DISTRIBUTIONS = ("uniform", "powers_of_two", "uniform_rounded_up", "half_
 
 
 def sample_budget(
-    distribution: str,  # one of BUDGET_DISTRIBUTIONS
+    distribution: str,  # one of BUDGET_DISTRIBUTIONS; "full": no dropout, every sample keeps all k
     b: int,  # samples
     k: int,  # registers held
     generator: torch.Generator | None = None,  # a CPU generator
@@ -100,8 +100,10 @@ def sample_budget(
     elif distribution == "half_full":
         few = powers[draw(len(powers))]
         budget = torch.where(draw(2) == 1, k, few)
+    elif distribution == "full":
+        budget = torch.full((b,), k)
     else:
         raise ValueError(
-            f"budget distribution {distribution!r}: use one of {', '.join(BUDGET_DISTRIBUTIONS)}"
+            f"budget distribution {distribution!r}: use one of {', '.join(BUDGET_DISTRIBUTIONS)}, full"
         )
     return budget.to(device)

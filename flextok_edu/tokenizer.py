@@ -38,6 +38,7 @@ class FlexTok(nn.Module, TokenizerFiles):
 
     kind = "flextok"
     config_class, vae_class = TokenizerConfig, VAE
+    encoder_class, decoder_class = Encoder, Decoder  # other systems exchange them, see *baselines*
 
     def __init__(
         self,
@@ -45,16 +46,16 @@ class FlexTok(nn.Module, TokenizerFiles):
         vae: VAE | None = None,  # stage 0; without it only the calls on latents work
     ):
         super().__init__()
-        if config.encoder_mask == "full":
+        if config.encoder_mask == "full" and self.kind == "flextok":
             warnings.warn(
                 "encoder_mask='full': every register sees all others, so all of them are encoded whatever "
                 "the budget (short cut 1 is off)",
                 stacklevel=2,
             )
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = self.encoder_class(config)
         self.fsq = FSQ(config.levels)
-        self.decoder = Decoder(config)
+        self.decoder = self.decoder_class(config)
         self.norm = RunningNorm(len(config.levels)) if config.norm_before_fsq else None
         self.vae = vae.requires_grad_(False).eval() if vae is not None else None
         self.short_cuts = True  # exact, see *short cuts*; False: the plain computation

@@ -9,6 +9,7 @@ __all__ = ['cache_latents', 'Latents', 'NormStatistics', 'latent_batches', 'Toke
 # %% ../nbs/11_training.ipynb #training-imports
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .engine.loader import Loader
 from .engine.optim import EMA
 from .engine.runtime import Runtime
 from .engine.tensors import NoiseSource, from_uint8, named_generator, onto
+from .engine.tokenizers import tokenizer_class
 from .engine.trainer import Objective, Trainer, fit
 from .fsq import CodebookUsage, RunningNorm
 from .objective import FlowObjective, Term, TrainingNoise, sample_training_noise
@@ -217,7 +219,7 @@ def fit_tokenizer(
             term.to(r.device)
     latents, features = _training_latents(tok, data, flip, terms)
     torch.manual_seed(r.seed)
-    loss = FlowObjective(tok, terms)
+    loss = getattr(tok, "objective", FlowObjective)(tok, terms)  # a system may have a loss of its own
     loss.usage = CodebookUsage(tok.config.levels, tok.length, device=r.device)
     moved = [(n, w) for n, w in tok.own_parameters() if w.requires_grad]
     ema = EMA([w for _, w in moved], config.ema)
@@ -299,9 +301,14 @@ def train_tokenizer(
     flip: bool = False,  # also learn from mirrored images
     **named,  # fields of a Runtime: seed, device, precision, compile, progress, noise
 ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
-    "Train a new tokenizer on cached latents."
+    """Train a new tokenizer on cached latents: a FlexTok, or whatever system the preset names.
+
+    A class may have `settings_for(preset)`, the configuration that it wants, and `fit`, a training of its
+    own.
+    """
     torch.manual_seed(Runtime.of(None, named).seed)
-    tok = FlexTok(preset.tokenizer, vae)
-    return fit_tokenizer(
-        tok, data, preset.train_tokenizer, "both", terms=terms, trainer=trainer, flip=flip, **named
-    )
+    system = tokenizer_class(preset.system or FlexTok.kind)
+    settings = system.settings_for(preset) if hasattr(system, "settings_for") else preset.tokenizer
+    tok = system(settings, vae)
+    train = tok.fit if hasattr(tok, "fit") else partial(fit_tokenizer, tok)
+    return train(data, preset.train_tokenizer, terms=terms, trainer=trainer, flip=flip, **named)

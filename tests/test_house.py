@@ -14,6 +14,7 @@ LAYERS = (
     "engine",
     "data",
     "lessons",
+    "systems",
     "evaluation",
     "io",
     "apps",

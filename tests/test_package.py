@@ -18,7 +18,7 @@ MODULES = sorted(
     if not f.stem.startswith("_")
 )
 LESSONS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-SHELVES = ("engine", "data", "evaluation", "io", "apps")
+SHELVES = ("engine", "data", "systems", "evaluation", "io", "apps")
 REFERENCE = [f for shelf in SHELVES for f in sorted((ROOT / "nbs" / shelf).glob("*.ipynb"))]
 
 # Refuses what only notebooks and developers have; then uses functions of every module.

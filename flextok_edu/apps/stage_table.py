@@ -23,9 +23,10 @@ from ..data.opening import OnDisk
 from ..engine.config import Preset, StageConfig, VAEConfig
 from ..engine.models import load_model, save_model
 from ..engine.runtime import Runtime
+from ..engine.tokenizers import load_any_tokenizer
 from ..io.cache import LatentCache, TokenCache
 from ..text import Captioned
-from ..tokenizer import FlexTok, load_tokenizer, save_tokenizer
+from ..tokenizer import FlexTok, save_tokenizer
 from ..training import fit_tokenizer, train_tokenizer
 from ..vae import VAE
 from ..vae_training import train_vae
@@ -140,7 +141,7 @@ def _load_classifier(folder: Path, after=None) -> tuple[AttributeClassifier, dic
 
 
 def _load_tokenizer(folder: Path, after=None) -> tuple[FlexTok, dict]:
-    return load_tokenizer(folder, after)
+    return load_any_tokenizer(folder, after)
 
 
 def _load_ar(folder: Path, after=None) -> tuple[ARModel, dict]:
@@ -171,7 +172,7 @@ _ALL = (  # in the order of training
         name="tokenizer",
         after="vae",
         encoded="latents",
-        settings=("tokenizer", "train_tokenizer"),
+        settings=("system", "tokenizer", "train_tokenizer"),
         train=_train_tokenizer,
         save=_save_tokenizer,
         load=_load_tokenizer,

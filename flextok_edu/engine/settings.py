@@ -374,7 +374,15 @@ class EvalConfig:
     temperature: float = 1.0  # temperature of the AR model
 
 # %% ../../nbs/engine/settings.ipynb #00-0b9f96e4
-@configuration(limits=dict(name=str, image_size=_COUNT, level=Range(1, 3), train_images=Range(1, 10**12)))
+@configuration(
+    limits=dict(
+        name=str,
+        image_size=_COUNT,
+        level=Range(1, 3),
+        train_images=Range(1, 10**12),
+        system=(str, None),
+    )
+)
 @dataclass(frozen=True)
 class Preset:
     "Everything that a size means."
@@ -392,3 +400,4 @@ class Preset:
     train_tokenizer: StageConfig = StageConfig()
     train_ar: StageConfig = StageConfig()
     evaluate: EvalConfig = EvalConfig()
+    system: str | None = None  # kind of tokenizer, see *tokenizers*; None: "flextok"

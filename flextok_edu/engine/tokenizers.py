@@ -46,7 +46,13 @@ class Tokenizer(Protocol):
         "Ids (b r), or a list of different lengths, to images (b 3 H W) in [-1, 1]."
 
 # %% ../../nbs/engine/tokenizers.ipynb #engine-tokenizers-2
-TOKENIZERS = {"flextok": "flextok_edu.tokenizer:FlexTok"}  # kind: where its class is
+TOKENIZERS = {  # kind: where its class is
+    "flextok": "flextok_edu.tokenizer:FlexTok",
+    "titok": "flextok_edu.systems.titok:TiTok",
+    "grid": "flextok_edu.systems.grid:Grid",
+    "tail_drop": "flextok_edu.systems.tail_drop:TailDrop",
+    "pixels": "flextok_edu.systems.pixels:Pixels",
+}
 
 
 def register_tokenizer(kind: str, place: str | type) -> None:  # "module:Class", or the class itself
