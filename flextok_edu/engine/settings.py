@@ -374,15 +374,10 @@ class EvalConfig:
     temperature: float = 1.0  # temperature of the AR model
 
 # %% ../../nbs/engine/settings.ipynb #00-0b9f96e4
-@configuration(
-    limits=dict(
-        name=str,
-        image_size=_COUNT,
-        level=Range(1, 3),
-        train_images=Range(1, 10**12),
-        system=(str, None),
-    )
-)
+_PRESET = dict(name=str, image_size=_COUNT, level=Range(1, 3), train_images=Range(1, 10**12))
+
+
+@configuration(limits=_PRESET | dict(system=(str, None)))
 @dataclass(frozen=True)
 class Preset:
     "Everything that a size means."
