@@ -29,6 +29,7 @@ commands = {
     "bench": "bench",
     "reconstruct": "explore",
     "demo": "explore",
+    "study": "studies",
 }  # flextok_<name>: the module of flextok_edu.apps that has <name>_main
 
 setup(

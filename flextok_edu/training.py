@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_latents', 'Latents', 'NormStatistics', 'latent_batches', 'TokenizerLoader', 'recorded_terms',
-           'tokenizer_objective', 'fit_tokenizer', 'train_tokenizer']
+           'tokenizer_objective', 'fit_tokenizer', 'new_tokenizer', 'train_tokenizer']
 
 # %% ../nbs/11_training.ipynb #training-imports
 from collections.abc import Callable, Sequence
@@ -292,6 +292,15 @@ def _training_latents(
     return Latents(means, stds), looking[0].look(images) if looking else None
 
 # %% ../nbs/11_training.ipynb #08-ffa4910b-1
+def new_tokenizer(
+    preset: Preset,  # names the system, and has its sizes
+    vae: VAE | None,  # trained stage 0
+) -> FlexTok:  # or whatever system the preset names, with fresh weights
+    "A class may have `settings_for(preset)`: the configuration that it wants."
+    system = tokenizer_class(preset.system or FlexTok.kind)
+    return system(system.settings_for(preset) if hasattr(system, "settings_for") else preset.tokenizer, vae)
+
+
 def train_tokenizer(
     data: ImageSet | Latents,  # training images, or their latents
     vae: VAE,  # trained stage 0
@@ -303,12 +312,9 @@ def train_tokenizer(
 ) -> tuple[FlexTok, list[dict]]:  # averaged weights, eval mode; training log
     """Train a new tokenizer on cached latents: a FlexTok, or whatever system the preset names.
 
-    A class may have `settings_for(preset)`, the configuration that it wants, and `fit`, a training of its
-    own.
+    A class may have `fit`, a training of its own.
     """
     torch.manual_seed(Runtime.of(None, named).seed)
-    system = tokenizer_class(preset.system or FlexTok.kind)
-    settings = system.settings_for(preset) if hasattr(system, "settings_for") else preset.tokenizer
-    tok = system(settings, vae)
+    tok = new_tokenizer(preset, vae)
     train = tok.fit if hasattr(tok, "fit") else partial(fit_tokenizer, tok)
     return train(data, preset.train_tokenizer, terms=terms, trainer=trainer, flip=flip, **named)

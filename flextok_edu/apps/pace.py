@@ -27,9 +27,8 @@ from ..engine.distributed import Distributed
 from ..engine.trainer import Callback, SingleDevice, Trainer, Training
 from ..engine.monitor import matmul_rate
 from ..engine.tensors import from_uint8
-from ..evaluation.metrics import image_scores, token_counts
-from ..tokenizer import FlexTok
-from ..training import Latents, train_tokenizer
+from ..evaluation.metrics import image_scores
+from ..training import Latents, new_tokenizer, train_tokenizer
 from ..vae import VAE
 from ..vae_training import train_vae
 
@@ -190,21 +189,24 @@ def dummy_stages(
     q = with_steps(
         replace(p, vae_loss=replace(p.vae_loss, adversarial_start=0.0)), dict.fromkeys(STAGES, 10**6)
     )  # with the adversary: the dear half of the training, to be careful
-    c, k = p.tokenizer, len(few)
     how = {s: {"device": device, "progress": False, "compile": s in compiled} for s in STAGES}
-    vae = VAE(p.vae).to(device).eval()
-    noise = Latents(torch.randn(k, c.latent_channels, c.latent_size, c.latent_size))
+    vae, k = VAE(p.vae).to(device).eval(), len(few)
+    tok = new_tokenizer(p, vae)
+    # a system with a training of its own may want pictures
+    learns_from = few if hasattr(tok, "fit") else Latents(torch.randn(k, *p.tokenizer.latent_shape))
     stages = {"vae": lambda trainer: train_vae(few, q, feature_extractor, **how["vae"], trainer=trainer)}
     if few.scenes:
         stages["classifier"] = lambda trainer: train_classifier(
             few, q.train_classifier, device=device, progress=False, trainer=trainer
         )
-    stages["tokenizer"] = lambda trainer: train_tokenizer(noise, vae, q, **how["tokenizer"], trainer=trainer)
+    stages["tokenizer"] = lambda trainer: train_tokenizer(
+        learns_from, vae, q, **how["tokenizer"], trainer=trainer
+    )
 
     def ar(trainer):
         return train_ar(
-            Tokens(torch.randint(c.vocabulary, (k, c.registers)), few.labels[:, 0], few.classes),
-            FlexTok(c, vae),
+            Tokens(torch.randint(tok.vocabulary, (k, tok.length)), few.labels[:, 0], few.classes),
+            tok,
             q,
             **how["ar"],
             trainer=trainer,
@@ -230,10 +232,10 @@ def probe(
         name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds
         for name, stage in stages.items()
     }
-    tok = FlexTok(p.tokenizer, VAE(p.vae)).to(device).eval()
+    tok = new_tokenizer(p, VAE(p.vae)).to(device).eval()
     e, originals, spent = p.evaluate, from_uint8(few.images[:64]), 0.0
     few_ids = tok.tokenize(originals)
-    for k in token_counts(p.tokenizer.registers):
+    for k in tok.token_counts:
         began = time.perf_counter()
         found = tok.detokenize(few_ids[:, :k], steps=e.steps, guidance=e.guidance)
         if found.device.type == "cuda":  # there decoding is so fast that scores count

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.config import Preset, TokenizerConfig
-from ..engine.tokenizers import tokenizer_class
 from ..objective import FlowObjective, sample_training_noise
 from ..tokenizer import FlexTok
+from ..training import new_tokenizer
 from ..vae import VAE
 
 # %% ../../nbs/systems/common.ipynb #systems-common-system
@@ -51,14 +51,12 @@ def training_flops(
     A system whose loss is not of the form of `FlowObjective` says by `counted_step(batch)` what a step is.
     """
     torch.manual_seed(0)
-    system = tokenizer_class(preset.system or FlexTok.kind)
-    config = system.settings_for(preset) if hasattr(system, "settings_for") else preset.tokenizer
+    tok = new_tokenizer(preset, None).train()
     with FlopCounterMode(display=False) as counter:
-        if hasattr(system, "counted_step"):
-            system.counted_step(preset, batch)
+        if hasattr(tok, "counted_step"):
+            tok.counted_step(preset, batch)
         else:
-            tok = system(config).train()
-            loss = getattr(tok, "objective", FlowObjective)(tok)
-            draws = sample_training_noise(config, batch)
-            loss(torch.randn(batch, *config.latent_shape), draws=draws)[0].backward()
+            loss, shape = getattr(tok, "objective", FlowObjective)(tok), tok.config.latent_shape
+            draws = sample_training_noise(tok.config, batch)
+            loss(torch.randn(batch, *shape), draws=draws)[0].backward()
     return counter.get_total_flops() / batch
