@@ -1919,6 +1919,68 @@ def look_at(d: Drawing, box: Box, k: int, detail: float, error: float) -> None:
     d.text(x, box.y + 71, "target", "muted s")
 
 
+# ------------------------------------------------------------------------------------------------- baselines
+
+
+def baselines() -> Drawing:
+    """The systems beside FlexTok: which registers see each other, and what a short list is."""
+    rows = (
+        ("FlexTok", "causal", "the first tokens, the rest mask tokens"),
+        ("tail drop", "full", "the same; but every token knows of all others"),
+        ("TiTok", "full", "there is none: another length is another model"),
+        ("grid", "", "the upper rows of the picture"),
+        ("ALIT", "grows", "another list: every pass writes all tokens anew"),
+        ("KARL", "full", "as long as the wished error asks for"),
+    )
+    d = Drawing(
+        "baselines",
+        88 + 66 * len(rows) + 34,
+        "Six tokenizers: which tokens see each other, and what half a list is",
+        "A row for each tokenizer, with a square that shows which of its tokens may see which, a full list "
+        "and half a list. FlexTok: a causal triangle, and the first half followed by mask tokens. Tail drop: "
+        "a full square, and the first half. TiTok: a full square, and no half list. Grid: tokens at their "
+        "places in the picture, and its upper half. ALIT: a list that grows in passes and is written anew "
+        "each time. KARL: a full square, and a length that follows from the error that is wished for.",
+    )
+    d.text(24, 34, "The same decoder, other tokens", "ink h", "start")
+    for x, words in ((150, "who sees whom"), (290, "all tokens"), (420, "half of them")):
+        d.text(x, 66, words, "muted s")
+    for i, (name, sees, words) in enumerate(rows):
+        y = 84 + 66 * i
+        d.text(24, y + 27, name, "ink b", "start")
+        if sees:
+            baseline_mask(d, Box(126, y, 48, 48), sees)
+        if name == "grid":
+            baseline_grid(d, Box(266, y, 48, 48), 16)
+            baseline_grid(d, Box(396, y, 48, 48), 8)
+        else:
+            d.tokens(Box(236, y + 16, 108, 16), 8, gap=2)
+            if name != "TiTok":
+                d.tokens(Box(366, y + 16, 108, 16), 8, kept=4, gap=2, of=4 if name == "ALIT" else 8)
+        d.text(488, y + 28, words, "muted s", "start")
+    foot = "ALIT: four passes, two more tokens each; in every pass all tokens so far see each other."
+    d.text(24, d.height - 18, foot, "muted s", "start")
+    return d
+
+
+def baseline_mask(d: Drawing, box: Box, sees: str, n: int = 8) -> None:
+    """Which of n tokens (rows) may see which (columns)."""
+    side = box.w / n
+    for row in range(n):
+        for column in range(n):
+            cell = Box(box.x + column * side, box.y + row * side, side - 0.8, side - 0.8)
+            seen = "k" + str(2 * (max(row, column) // 2)) if sees == "grows" else "tok"
+            d.rect(cell, "data" if sees == "causal" and column > row else seen, 1)
+
+
+def baseline_grid(d: Drawing, box: Box, kept: int, n: int = 4) -> None:
+    """Tokens at their places in the picture."""
+    side = box.w / n
+    for i in range(n * n):
+        cell = Box(box.x + i % n * side, box.y + i // n * side, side - 2, side - 2)
+        d.rect(cell, "k3" if i < kept else "mk", 2)
+
+
 # ------------------------------------------------------------------------------------------------- all of it
 
 
@@ -1939,6 +2001,7 @@ DRAWN = (
     evaluation,
     search,
     budgets,
+    baselines,
 )
 
 
