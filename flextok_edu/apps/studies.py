@@ -336,11 +336,19 @@ def _listed(folder: Path, study: Study, base: Preset) -> None:
 
 
 def collect_results(folder: Path, file: Path, study: str) -> int:  # how many there are
-    "All results in one json file. Raises FileNotFoundError if there are none."
+    """All results in one json file, and in a folder of its name the pictures of each run's first seed.
+
+    Raises FileNotFoundError if there are none.
+    """
     found = [read_json(f, "result of a run") for f in sorted((folder / "results").glob("*.json"))]
     if not found:
         raise FileNotFoundError(f"{plain(folder)} holds no results: flextok_study run {study} makes them")
     write_text(file, json.dumps({"study": study, "runs": found}))
+    file.with_suffix("").mkdir(exist_ok=True)
+    for run_of in {r["run"]: r for r in sorted(found, key=lambda r: -r["seed"])}.values():
+        shown = folder / "results" / f"{run_of['run']}-{run_of['seed']}.png"
+        if shown.exists():
+            shutil.copyfile(shown, file.with_suffix("") / f"{run_of['run']}.png")
     return len(found)
 
 
