@@ -743,3 +743,12 @@ def test_fdr_is_not_ranked_against_other_networks():
     ]
     a, b = (conditions(card, "fdr", "tokens") for card in cards)
     assert {name for name in a if a[name] != b[name]} == {"extractors", "reference"}
+
+
+@pytest.mark.parametrize("name", ["kid", "cmmd", "precision", "recall", "mind"])
+def test_sets_that_do_not_fit_are_refused(name):
+    """Features of two networks, no features, and one vector instead of a set."""
+    distance, some = getattr(D, name), torch.randn(9, 4)
+    for real, found in ((some, torch.randn(9, 5)), (torch.randn(0, 4), some), (some[0], some)):
+        with pytest.raises(ValueError, match="both sides|at least"):
+            distance(real, found)

@@ -101,6 +101,19 @@ def frechet_distance(
 _BLOCK = 2048  # features at a time
 
 
+def _two_sets(real: Tensor, found: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    # features (n d), (m d) -> the same, float64, on the CPU
+    "Raises ValueError for features of different networks, and for too few."
+    shapes = tuple(real.shape), tuple(found.shape)
+    if real.ndim != 2 or found.ndim != 2 or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"features {shapes[0]} against {shapes[1]}: both sides (n d), of the same network")
+    if min(len(real), len(found)) < least:
+        raise ValueError(
+            f"{len(real)} and {len(found)} features: at least {least} on each side, give more pictures"
+        )
+    return real.detach().cpu().double(), found.detach().cpu().double()
+
+
 def mmd(
     a: Tensor,  # features (n d), float64
     b: Tensor,  # features (m d), float64
@@ -133,8 +146,11 @@ def kid(
     size: int = 1000,  # of a subset; of smaller sets, all
     seed: int = 2020,  # of the subsets: that of torch-fidelity
 ) -> float:
-    "The kernel (Inception) distance: the mean over subsets of the unbiased squared MMD."
-    a, b = found.cpu().double(), real.cpu().double()
+    """The kernel (Inception) distance: the mean over subsets of the unbiased squared MMD.
+
+    Raises ValueError for sets that are too small, or of different networks.
+    """
+    b, a = _two_sets(real, found)
     size = min(size, len(a), len(b))
     rng = np.random.RandomState(seed)
     values = []
@@ -150,12 +166,12 @@ def cmmd(
     width: float = 10.0,  # of the Gaussian kernel
     unbiased: bool = True,  # False: as in the authors' code
 ) -> float:
-    "1,000 times the squared MMD of directions, Jayasumana et al. 2024."
+    "1,000 times the squared MMD of directions, Jayasumana et al. 2024. Raises as `kid` does."
 
     def kernel(x, y):  # |x - y|² = 2 - 2 x y for unit vectors
         return torch.exp((x @ y.mT - 1) / width**2)
 
-    a, b = (torch.nn.functional.normalize(x.cpu().double(), dim=1) for x in (real, found))
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in _two_sets(real, found))
     return 1000 * mmd(a, b, kernel, unbiased)
 
 # %% ../../nbs/evaluation/distances.ipynb #evaluation-distances-prdc
@@ -175,12 +191,13 @@ def _covered(points: Tensor, centres: Tensor, neighbours: int) -> float:  # shar
 
 def precision(real: Tensor, found: Tensor, neighbours: int = 3) -> float:  # features (n d), (m d) -> 0 … 1
     "Share of `found` that looks like something in `real`."
-    return _covered(found.cpu().double(), real.cpu().double(), neighbours)
+    real, found = _two_sets(real, found, 1)
+    return _covered(found, real, neighbours)
 
 
 def recall(real: Tensor, found: Tensor, neighbours: int = 3) -> float:  # features (n d), (m d) -> 0 … 1
     "Share of `real` that `found` has something like."
-    return _covered(real.cpu().double(), found.cpu().double(), neighbours)
+    return _covered(*_two_sets(real, found, 1), neighbours)
 
 # %% ../../nbs/evaluation/distances.ipynb #evaluation-distances-mind
 def mind(
@@ -189,14 +206,12 @@ def mind(
     directions: int = 1000,
     seed: int = 0,  # of the directions, and of what is left out of the larger set
 ) -> float:
-    "Mean squared difference of sorted projections on random unit directions."
+    "Mean squared difference of sorted projections on random unit directions. Raises as `kid` does."
+    real, found = _two_sets(real, found, 1)
     generator = torch.Generator().manual_seed(seed)
     some = min(len(real), len(found))
     a, b = (
-        x.cpu().double()[torch.randperm(len(x), generator=generator)[:some]]
-        if len(x) > some
-        else x.cpu().double()
-        for x in (real, found)
+        x[torch.randperm(len(x), generator=generator)[:some]] if len(x) > some else x for x in (real, found)
     )
     towards = torch.randn(a.shape[1], directions, generator=generator, dtype=torch.float64)
     towards = towards / towards.norm(dim=0)
