@@ -52,6 +52,8 @@ TOKENIZERS = {  # kind: where its class is
     "grid": "flextok_edu.systems.grid:Grid",
     "tail_drop": "flextok_edu.systems.tail_drop:TailDrop",
     "pixels": "flextok_edu.systems.pixels:Pixels",
+    "alit": "flextok_edu.systems.alit:ALIT",
+    "karl": "flextok_edu.systems.karl:KARL",
 }
 
 
