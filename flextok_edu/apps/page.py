@@ -23,7 +23,7 @@ from ..engine.limits import from_dict
 from ..engine.marks import MARK
 from ..engine.tensors import grid
 from ..engine.text import drawable, plain
-from ..engine.tokenizers import Tokenizer
+from ..engine.tokenizers import Tokenizer, list_at
 from ..engine.figures import plot_log
 from ..evaluation.report import Report, plot_report
 
@@ -82,7 +82,8 @@ def picture_reconstructions(
     ids, vae = tok.tokenize(images), getattr(tok, "vae", None)
     rows = {"original": images} | ({} if vae is None else {"VAE alone": vae.decode(vae.encode(images))})
     for k in tok.token_counts:
-        rows[_tokens(k)] = tok.detokenize(ids[:, :k], steps=steps, guidance=guidance, seed=seed)
+        some = list_at(tok, ids, images, k)
+        rows[_tokens(k)] = tok.detokenize(some, steps=steps, guidance=guidance, seed=seed)
     picture_rows(
         list(rows.values()),
         list(rows),

@@ -34,7 +34,7 @@ from ..engine.models import load_model
 from ..engine.settings import VAEConfig
 from ..engine.tensors import from_uint8, to_uint8
 from ..engine.text import plain
-from ..engine.tokenizers import load_any_tokenizer
+from ..engine.tokenizers import list_at, load_any_tokenizer
 from ..evaluation.report import versions
 from ..flow import SamplingConfig
 from ..systems.common import training_flops
@@ -104,6 +104,8 @@ STUDIES = {
             "grid": ("system=grid",),
             "grid-raw": ("system=grid", "tokenizer.budget_distribution=full"),
             "tail_drop": ("system=tail_drop",),
+            "alit": ("system=alit",),
+            "karl": ("system=karl",),
             "pixels": ("system=pixels",),
         },
         "FlexTok and the systems that it is measured against, see the lesson *baselines*",
@@ -144,13 +146,9 @@ def strip(
 ) -> Tensor:  # uint8 (3 rows*H b*W): the pictures, then a row for each number of tokens
     "What is kept of pictures at every budget."
     ids = tok.tokenize(images)
-    at = {k: tok.tokenize(images, k) if _not_nested(tok) else ids[:, :k] for k in tok.token_counts}
+    at = {k: list_at(tok, ids, images, k) for k in tok.token_counts}
     rows = [images] + [tok.detokenize(at[k], sampling) for k in tok.token_counts]
     return torch.cat([torch.cat(list(to_uint8(row.clamp(-1, 1)).cpu()), 2) for row in rows], 1)
-
-
-def _not_nested(tok) -> bool:  # whether a short list is another one, not the beginning of the long one
-    return not getattr(tok, "prefixes", True)
 
 
 def save_png(picture: Tensor, file: Path) -> None:  # uint8 (3 h w)

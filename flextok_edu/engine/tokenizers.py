@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Tokenizer', 'register_tokenizer', 'tokenizer_class', 'kind_of', 'load_any_tokenizer',
-           'tokenizer_from_pretrained', 'powers_of_two', 'known_hash', 'known_identity']
+           'tokenizer_from_pretrained', 'powers_of_two', 'list_at', 'known_hash', 'known_identity']
 
 # %% ../../nbs/engine/tokenizers.ipynb #engine-tokenizers-0
 from importlib import import_module
@@ -21,7 +21,10 @@ from .identity import identity_of, meaning
 # %% ../../nbs/engine/tokenizers.ipynb #engine-tokenizers-1
 @runtime_checkable
 class Tokenizer(Protocol):
-    "Images to short lists of integers, and back."
+    """Images to short lists of integers, and back.
+
+    A short list is the beginning of the full one, unless a class says `nested = False`, see `list_at`.
+    """
 
     kind: str  # its name in the registry
     vocabulary: int  # v: ids are 0 .. v - 1
@@ -99,6 +102,18 @@ def tokenizer_from_pretrained(folder: str | Path, **options):  # the tokenizer, 
 # %% ../../nbs/engine/tokenizers.ipynb #engine-tokenizers-known
 def powers_of_two(length: int) -> tuple[int, ...]:  # 1, 2, 4, … and `length`
     return (*(2**i for i in range((length - 1).bit_length())), length)
+
+
+def list_at(
+    tok: Tokenizer,
+    ids: Tensor,  # full lists (b k)
+    images: Tensor,  # their images (b 3 H W) in [-1, 1]
+    count: int,  # one of its token counts
+) -> Tensor:  # ids (b count)
+    """The lists of so many tokens: the beginnings of the full ones. A tokenizer that says `nested = False`
+    writes another list for every length, so it is asked again.
+    """
+    return ids[:, :count] if getattr(tok, "nested", True) else tok.tokenize(images, count)
 
 
 _known: WeakKeyDictionary = WeakKeyDictionary()  # module: (its stamp, weights hash)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.tensors import named_generator
-from ..engine.tokenizers import Tokenizer
+from ..engine.tokenizers import Tokenizer, list_at
 from .metrics import mae  # noqa: F401 (registers the metrics of pictures)
 from .registry import metrics_asked
 from ..flow import SamplingConfig
@@ -187,7 +187,8 @@ def quality_curves(
     "Every picture at every count. Costs as many decodes."
     counts, rows = check_counts(counts, tok), list(range(len(images)))
     ids = torch.cat([tok.tokenize(part) for part in images.split(look.batch)])
-    return torch.stack([look.values(tok, images, ids[:, :k], rows, quality) for k in counts], 1)
+    lists = (list_at(tok, ids, images, k) for k in counts)
+    return torch.stack([look.values(tok, images, x, rows, quality) for x in lists], 1)
 
 # %% ../../nbs/evaluation/budgets.ipynb #budgets-search
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class SearchBudget:
         for k in reversed(counts):
             if not rows:
                 break
-            values = self.look.values(tok, images, ids[:, :k], rows, self.quality)
+            values = self.look.values(tok, images, list_at(tok, ids, images, k), rows, self.quality)
             errors = self.quality.error(values)
             if k == counts[-1] and self.slack is not None:
                 bound = torch.where(errors <= bound, bound, errors + self.slack)

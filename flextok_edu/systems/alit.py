@@ -97,7 +97,7 @@ class ALIT(FlowSystem):
     Raises ValueError for a number of registers that does not divide by the iterations.
     """
 
-    kind = "alit"
+    kind, nested = "alit", False  # every iteration writes all tokens anew
     settings = {"encoder_mask": "full", "budget_distribution": "uniform", "zero_noise": 0.0}
     encoder_class = ALITEncoder
     iterations = ITERATIONS
