@@ -52,6 +52,8 @@ TOKENIZERS = {  # kind: where its class is
     "grid": "flextok_edu.systems.grid:Grid",
     "tail_drop": "flextok_edu.systems.tail_drop:TailDrop",
     "pixels": "flextok_edu.systems.pixels:Pixels",
+    "titok_pixels": "flextok_edu.systems.titok_pixels:PixelTiTok",
+    "tail_drop_pixels": "flextok_edu.systems.titok_pixels:PixelTailDrop",
 }
 
 

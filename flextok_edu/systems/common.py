@@ -48,14 +48,15 @@ def training_flops(
 ) -> float:  # FLOPs for one image: forwards and backwards
     """The arithmetic of a training step, counted by PyTorch's `FlopCounterMode`.
 
-    A system whose loss is not of the form of `FlowObjective` says by `counted_step(batch)` what a step is.
+    A system whose loss is not of the form of `FlowObjective` says by `counted_step(preset, batch)` what a
+    step is; it may run another number of images, and returns it.
     """
     torch.manual_seed(0)
     system = tokenizer_class(preset.system or FlexTok.kind)
     config = system.settings_for(preset) if hasattr(system, "settings_for") else preset.tokenizer
     with FlopCounterMode(display=False) as counter:
         if hasattr(system, "counted_step"):
-            system.counted_step(preset, batch)
+            batch = system.counted_step(preset, batch) or batch
         else:
             tok = system(config).train()
             loss = getattr(tok, "objective", FlowObjective)(tok)
