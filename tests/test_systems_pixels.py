@@ -12,10 +12,10 @@ from flextok_edu.data.datasets import load_data
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.engine.long_run import long_run
+from flextok_edu.engine.optim import EMA
 from flextok_edu.engine.tensors import from_uint8
 from flextok_edu.engine.tokenizers import Tokenizer, load_any_tokenizer, tokenizer_from_pretrained
 from flextok_edu.engine.trainer import Callback, SingleDevice, Trainer
-from flextok_edu.systems import pixel_stages, titok_pixels
 from flextok_edu.systems.common import training_flops
 from flextok_edu.systems.pixel_stages import TwoStages, picture_batches
 from flextok_edu.systems.proxy import Proxy, kmeans, nearest
@@ -121,9 +121,12 @@ def test_the_vae_itself_does_not_move(data):
     assert weights_hash(tok.proxy.decoder) != weights_hash(tok.vae.decoder)
 
 
-@pytest.mark.parametrize("at", (3, 6, 7, 9))  # within a stage, between the two, before and after the critic
-@pytest.mark.parametrize("cls", (SmallTiTok, SmallTailDrop))
-def test_an_interrupted_training_goes_on(data, tmp_path, at, cls):
+# while entries are revived, between the two stages, within the second, and with the critic
+@pytest.mark.parametrize(
+    "at, cls", ((2, SmallTiTok), (6, SmallTailDrop), (7, SmallTiTok), (9, SmallTailDrop))
+)
+def test_an_interrupted_training_goes_on(data, tmp_path, monkeypatch, at, cls):
+    monkeypatch.setattr(EntryUsage, "memory", 0.3)  # entries die within three steps
     whole, log = trained(data, cls=cls)
 
     class Stop(Callback):
@@ -169,6 +172,7 @@ class Given(torch.nn.Module):
 
 def test_the_tail_is_removed(data):
     tok = made(SmallTailDrop)
+    tok.proxy.codebook.data.normal_()
     loss = TwoStages(tok)
     images = from_uint8(data.images[:3])
     latents = tok.vae.encode(images)
@@ -286,7 +290,7 @@ def test_what_is_refused(data, tmp_path):
         (lambda: tok.tokenize(images[:, :, :16, :16]), "takes \\(b, 3, 32, 32\\)"),
         (lambda: PixelTiTok(PixelTiTok.settings_for(SMALL), VAE(MICRO.vae)), "was made for"),
         (
-            lambda: titok_pixels.PixelTiTok.settings_for(MICRO) and tok.fit(object(), None),
+            lambda: tok.fit(object(), None),
             "learns from pictures",
         ),
         (lambda: TwoStages(made(PixelTiTok)), "needs a feature extractor"),
@@ -368,4 +372,22 @@ def test_places_of_the_decoder_are_those_of_the_latents():
             assert torch.equal(logits[0, row, column], torch.arange(start, start + 64.0))
 
 
-assert pixel_stages.TwoStages is TwoStages
+def test_averages_follow_a_revived_entry(data):
+    tok = made()
+    ema = EMA([w for _, w in tok.own_parameters()])
+    loss, book = TwoStages(tok, ema=ema), tok.quantizer.codebook
+    images = from_uint8(data.images[:3])
+    loss((images, tok.vae.encode(images), 8), 0.0)[0].backward()
+    with torch.no_grad():
+        book += 1
+    loss.usage.shares[:5] = 0.0
+    loss.usage.counts[:5] = 0.0
+    loss.after(lambda x: x)
+    average = next(a for w, a in zip(ema.parameters, ema.average) if w is book)
+    assert torch.equal(average[:5], book[:5]) and not torch.allclose(average[5:], book[5:], atol=0.5)
+    # in the second half of stage 1 nothing is revived: averages need time
+    before = book.detach().clone()
+    loss((images, tok.vae.encode(images), 8), 0.5)
+    loss.usage.shares.zero_()
+    loss.after(lambda x: x)
+    assert torch.equal(book, before)
