@@ -311,7 +311,10 @@ def test_what_is_refused(data, tmp_path):
 @pytest.mark.parametrize("kind", ("titok_pixels", "tail_drop_pixels"))
 def test_a_whole_run(tmp_path, kind):
     small = dict(steps=5, train_images=60, images=12, device="cpu", compile="off")
-    report = run(RunConfig(out=str(tmp_path / "run"), set=(f"system={kind}",), **small))
+    stages = ("train_vae", "train_classifier", "train_tokenizer", "train_ar")
+    base = replace(MICRO, system=kind, **{s: replace(getattr(MICRO, s), batch=8) for s in stages})
+    base = replace(base, evaluate=replace(base.evaluate, samples=24))
+    report = run(RunConfig(out=str(tmp_path / "run"), **small), base)
     kinds = json.loads((tmp_path / "run/tokenizer/config.json").read_text())["kind"]
     assert kinds == kind
     counts = [16] if kind == "titok_pixels" else [1, 2, 4, 8, 16]
