@@ -116,7 +116,7 @@ class Proxy(nn.Module):
         x = latents * self.std[:, None, None] + self.mean[:, None, None]
         return self.decoder(x.contiguous(memory_format=torch.channels_last))
 
-
+# %% ../../nbs/systems/proxy.ipynb #systems-proxy-errors
 @torch.no_grad()
 def proxy_errors(
     proxy: Proxy,

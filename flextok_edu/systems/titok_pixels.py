@@ -246,7 +246,7 @@ class PixelTiTok(nn.Module, TokenizerFiles):
         compute_stages(cls, preset, counts)
         return sum(counts.values())
 
-
+# %% ../../nbs/systems/titok_pixels.ipynb #systems-titok_pixels-tail-class
 class PixelTailDrop(PixelTiTok):
     """The same with a length that may vary (One-D-Piece, Miwa et al. 2025, arXiv:2501.10064).
 
