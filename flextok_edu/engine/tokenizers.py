@@ -57,6 +57,8 @@ TOKENIZERS = {  # kind: where its class is
     "pixels": "flextok_edu.systems.pixels:Pixels",
     "alit": "flextok_edu.systems.alit:ALIT",
     "karl": "flextok_edu.systems.karl:KARL",
+    "titok_pixels": "flextok_edu.systems.titok_pixels:PixelTiTok",
+    "tail_drop_pixels": "flextok_edu.systems.titok_pixels:PixelTailDrop",
 }
 
 

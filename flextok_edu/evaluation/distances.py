@@ -138,7 +138,7 @@ def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:  # (… i d), (… j d) -> (�
     "(a b / d + 1)³, Bińkowski et al. 2018."
     return (a @ b.mT / a.shape[-1] + 1) ** 3
 
-
+# %% ../../nbs/evaluation/distances.ipynb #evaluation-distances-kid
 def kid(
     real: Tensor,  # features (n d)
     found: Tensor,  # features (m d)

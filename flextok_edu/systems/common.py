@@ -48,13 +48,14 @@ def training_flops(
 ) -> float:  # FLOPs for one image: forwards and backwards
     """The arithmetic of a training step, counted by PyTorch's `FlopCounterMode`.
 
-    A system whose loss is not of the form of `FlowObjective` says by `counted_step(batch)` what a step is.
+    A system whose loss is not of the form of `FlowObjective` says by `counted_step(preset, batch)` what a
+    step is; it may run another number of images, and returns it.
     """
     torch.manual_seed(0)
     tok = new_tokenizer(preset, None).train()
     with FlopCounterMode(display=False) as counter:
         if hasattr(tok, "counted_step"):
-            tok.counted_step(preset, batch)
+            batch = tok.counted_step(preset, batch) or batch
         else:
             loss, shape = getattr(tok, "objective", FlowObjective)(tok), tok.config.latent_shape
             draws = sample_training_noise(tok.config, batch)
