@@ -261,6 +261,7 @@ _CARD = {
     "floor?": str,
     "floor_halves?": {"what": str, "seed": Range(0, 2**63), "count": Range(0, 2**40)},
     "reference?": (str, well_stated),
+    "chosen?": dict,
     "resample_seed?": Range(0, 2**63),
     "metrics?": _texts,
 }
