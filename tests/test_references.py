@@ -712,3 +712,88 @@ def test_what_cannot_be_swept(words, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         eval_main(["tiny", "--out", str(tmp_path), *words, *WORDS])
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def check_both_weights(folder, at_last):
+    """What --keep-last kept is what the last checkpoint held, and not the average that is in the model."""
+    from flextok_edu.apps.choosing import LAST, last_weights, weights_to_try
+    from flextok_edu.apps.models import open_tokenizer
+
+    tok = open_tokenizer(str(folder))
+    toks, note = weights_to_try(str(folder), tok, "EMA")
+    assert list(toks) == ["ema", "last"] and not note and toks["ema"] is tok
+    last = toks["last"].state_dict()
+    for name, x in at_last.items():
+        assert torch.equal(last[name], x), name
+    moved = [n for n, x in tok.state_dict().items() if not torch.equal(x, last[n])]
+    assert moved and not any(n.startswith("vae.") for n in moved)
+    other = open_tokenizer("tiny")
+    with pytest.raises(ValueError, match="of another tokenizer"):
+        last_weights(other, folder / LAST)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A tokenizer of a few steps that kept both; and the weights in its last checkpoint."""
+    import flextok_edu.apps.stages as stages
+    from flextok_edu.apps.train import train_main
+
+    base, at_last, real = tmp_path_factory.mktemp("kept"), {}, stages.save_last
+
+    def watch(folder, model):
+        found = stages.Checkpoints(folder / "checkpoints").newest()[0]
+        start = "weight/tokenizer/"
+        at_last.update({n.removeprefix(start): x for n, x in found.items() if n.startswith(start)})
+        real(folder, model)
+
+    few = ["--device", "cpu", "--compile", "off", "--train-images", "16"]
+    train_main(["vae", "--steps", "1", "--set", "train_vae.batch=4", "--out", str(base / "vae"), *few])
+    words = ["tokenizer", "--steps", "3", "--vae", str(base / "vae"), "--out", str(base / "tok"), *few]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(stages, "save_last", watch)
+        train_main([*words, "--set", "train_tokenizer.batch=4", "--keep-last"])
+    return base / "tok", at_last
+
+
+def test_both_weights_are_kept(kept, monkeypatch):
+    import flextok_edu.apps.choosing as choosing
+
+    assert kept[1]
+    check_both_weights(*kept)
+    real = choosing.last_weights
+    monkeypatch.setattr(choosing, "last_weights", lambda tok, file: real(tok, file) and tok)
+    with pytest.raises(AssertionError):
+        check_both_weights(*kept)
+
+
+def test_weights_are_swept(kept, tmp_path, capsys):
+    from flextok_edu.apps.measure import eval_main
+
+    folder = kept[0]
+    words = [
+        str(folder),
+        "--out",
+        str(tmp_path),
+        "--sweep",
+        "ema",
+        "--sweep-by",
+        "mae",
+        "--sweep-tokens",
+        "1",
+    ]
+    eval_main([*words, *WORDS])
+    assert "2 ema = 2 settings" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    values = {c["setting"]["ema"]: c["row"]["mae"] for c in stored["cells"]}
+    assert values["ema"] != values["last"] and len(set(stored["conditions"]["tokenizers"].values())) == 2
+    card = load_report(tmp_path).card
+    assert card["chosen"]["setting"]["ema"] == min(values, key=values.get)
+    assert ("last step" in card["weights_are"]) == (card["chosen"]["setting"]["ema"] == "last")
+
+
+def test_keep_last_is_for_tokenizers(tmp_path, capsys):
+    from flextok_edu.apps.train import train_main
+
+    with pytest.raises(SystemExit) as end:
+        train_main(["vae", "--keep-last", "--out", str(tmp_path / "v")])
+    assert end.value.code == 2 and "--keep-last is for a tokenizer" in capsys.readouterr().err
