@@ -620,6 +620,7 @@ def test_the_file_is_as_it_was(pair, tmp_path):
     assert [r["what"] for r in stored["rows"]] == [
         "originals",
         "real against real",
+        "half against half",
         "VAE alone",
         "tokens",
         "tokens",
@@ -789,7 +790,7 @@ def test_the_protocol_is_enough(tmp_path):
     report = evaluation_evaluate.evaluate_tokenizer(
         tok, images(), None, Eyes(), CONFIG, seed=5, batch=15, progress=False
     )
-    assert [row["what"] for row in report.rows] == ["originals", "tokens"]
+    assert [row["what"] for row in report.rows] == ["originals", "half against half", "tokens"]
     assert report.card["weights"]["tokenizer"] == "abc" and "vae" not in report.card["weights"]
     sampling, first = tok.told
     assert (sampling.steps, sampling.guidance, sampling.seed, first) == (2, 1.0, 5, 30)

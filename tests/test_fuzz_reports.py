@@ -116,6 +116,7 @@ def a_report():
     rows = [
         {"what": "originals", "n": 4, "acc_kind": 1.0, "acc_kind_se": 0.0},
         {"what": "real against real", "n": 4, "frechet_pixels": 1.0, "frechet_pixels_se": 0.1},
+        {"what": "half against half", "n": 2, "frechet_pixels": 2.0, "frechet_pixels_se": 0.2},
     ]
     scores = {}
     for what in ({"what": "VAE alone"}, {"what": "tokens", "tokens": 1}, {"what": "tokens", "tokens": 2}):
@@ -139,7 +140,11 @@ def a_report():
         "image_size": 8,
         "crop": "c",
         "images": 4,
-        "reference": "the same",
+        "reference": {
+            "originals": {"name": "own", "crop": "c", "resize": "r", "count": 4, "hash": "0"},
+            "gfid": {"name": "file", "crop": "c", "resize": "r", "count": None, "hash": "1"},
+        },
+        "floor_halves": {"what": "halves of the pictures", "seed": 0, "count": 2},
         "extractors": ["pixels/2x2"],
         "seed": 0,
         "steps": 2,

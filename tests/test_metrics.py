@@ -563,7 +563,9 @@ def test_a_table_with_everything(tmp_path):
     names = ASKED.split()
     report, plain = measured(names), measured(())
     first, last = report.rows[-2:]
-    assert [r["what"] for r in report.rows] == ["originals", "real against real", "tokens", "tokens"]
+    assert [r["what"] for r in report.rows] == ["originals", "real against real", "half against half"] + [
+        "tokens"
+    ] * 2
     for row, before in zip(report.rows, plain.rows):
         assert {k: v for k, v in row.items() if k in before} == pytest.approx(before, nan_ok=True)
     columns = {n: [f"{n}_pixels"] if METRICS[n].family else [n] for n in names}

@@ -38,7 +38,7 @@ from flextok_edu.apps.run_config import RunConfig
 with tempfile.TemporaryDirectory() as folder:
     small = dict(steps=3, train_images=60, images=12)
     report = run(RunConfig(out=folder + '/run', device='cpu', compile='off', **small))
-    assert len(report.rows) == 13, report.rows
+    assert len(report.rows) == 14, report.rows
 print('fine')
 """
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from .choosing import sweep_first
 from .cli import command, read_settings, stored_options, take_word
 from flextok_edu.apps.models import (
     DataOptions,
@@ -38,7 +39,12 @@ from ..engine.tensors import pick_device
 from ..engine.text import plain
 from ..evaluation.compare import compare, comparison_keys
 from ..evaluation.entries import open_asked
-from ..evaluation.evaluate import evaluate_tokenizer, older_than_the_rule, split_by_record
+from flextok_edu.evaluation.evaluate import (
+    Measurement,
+    measure_tokenizer,
+    older_than_the_rule,
+    split_by_record,
+)
 from ..evaluation.registry import METRICS
 from ..evaluation.self_test import self_test
 from ..evaluation.report import Report, trained_how, versions
@@ -54,7 +60,7 @@ class CompareOptions:
     tables: Positional[tuple[str, ...]]
     "Folders of runs, or files table.json: two or more."
     force: bool = False
-    "Rank all the same."
+    "Rank all the same. (Distances to different references never are.)"
 
 
 def compare_tables(o: CompareOptions, base: None = None) -> None:
@@ -64,6 +70,12 @@ def compare_tables(o: CompareOptions, base: None = None) -> None:
     wrong = dict.fromkeys(
         name for what, key in comparison_keys(found) for name in found.mismatches(key, what)
     )
+    never = [(what, key, why) for what, key in comparison_keys(found) if (why := found.refused(key, what))]
+    if never and found.force:
+        what, key, why = never[0]
+        raise ValueError(
+            f"not everything was ranked, and --force changes nothing here: {key} of {what}: {why}"
+        )
     if wrong and not found.force:
         raise ValueError(
             f"not everything was ranked, because {', '.join(wrong)} differ or are not stated; --force ranks "
@@ -88,7 +100,9 @@ class EvalOptions(DataOptions):
     package: tiny, mini, clipart.
     """
     out: str
-    "Folder for table.json, table.csv, table_scores.safetensors, quality.png and run.json."
+    """Folder for table.json, table.csv, table_scores.safetensors, quality.png and run.json (with --sweep also
+    sweep.json and sweep.png).
+    """
     ar: str | None = None
     "Folder of the AR model, or tiny, mini."
     classifier: str | None = None
@@ -98,7 +112,22 @@ class EvalOptions(DataOptions):
     must be fetched first (the error says how). All of them: nbs/evaluation/entries.ipynb.
     """
     reference: str | None = None
-    "What gfid and sfid are held against: a file .npz with mu and sigma (for sfid mu_s and sigma_s)."
+    """What gfid and sfid are held against: adm-imagenet256 (ADM's statistics of ImageNet; the error says
+    where to fetch them), val-crop or own (the held-out pictures), or a file .npz with mu and sigma (for sfid
+    mu_s and sigma_s).
+    """
+    sweep: tuple[str, ...] = ()
+    """Try settings on one half of the held-out pictures, and report the best on the other half:
+    ema,guidance,steps (also ar_guidance,temperature), or with values: guidance=1,2,4 steps=5,10.
+    """
+    sweep_by: str = ""
+    """Metric that chooses, for example mae or kid; by default the Fréchet distance in the first network's
+    features.
+    """
+    sweep_tokens: int = 0
+    "Token count at which settings are tried; by default all tokens."
+    sweep_seed: int = 0
+    "Draws the half that chooses."
     force: bool = False
     "Replace files that this package did not write."
     preset: str = ""
@@ -122,7 +151,8 @@ def _only_results(out: Path, force: bool) -> None:
                 f"--out {plain(out)} holds a run.json of {plain(whose or 'something else')}, which would "
                 "be replaced: choose another folder"
             )
-    may_fill(out, ["table.json", "table.csv", "table_scores.safetensors", "quality.png"], force)
+    names = ["table.json", "table.csv", "table_scores.safetensors", "quality.png", "sweep.json", "sweep.png"]
+    may_fill(out, names, force)
 
 
 def _to_measure_on(o: EvalOptions, p: Preset, known: dict[str, Learned | None]) -> tuple:
@@ -180,19 +210,18 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     made = {"vae": preset_beside(o.tokenizer, "vae"), "tokenizer": training_preset(o.tokenizer)}
     if o.ar:
         made["ar"] = training_preset(o.ar)
-    report = evaluate_tokenizer(
-        tok,
-        val,
-        feature_extractor=extractor(device=device, **({} if p.image_size <= 224 else {"size": 224})),
-        config=p.evaluate,
-        reader=reader,
-        ar=ar,
-        seed=o.seed,
-        asked=asked,
-        progress=watched(),
-        facts=trained_how(**made) | {"learned": learned},
-        **for_the_floor(train, val, p, o.seed, o.workers),
-    )
+    eyes = extractor(device=device, **({} if p.image_size <= 224 else {"size": 224}))
+    facts = trained_how(**made) | {"learned": learned}
+    settings = {"seed": o.seed, "asked": asked, "progress": watched(), "facts": facts}
+    m = Measurement(eyes, p.evaluate, reader, ar).with_settings(settings)
+    if o.sweep:
+        choice = sweep_first(o, tok, val, m, out)
+        report = measure_tokenizer(choice.tok, choice.reporting, choice.choosing, choice.measurement)
+        choice.finish(report, out)
+    else:
+        floor = for_the_floor(train, val, p, o.seed, o.workers)
+        m = m.with_settings({k: v for k, v in floor.items() if k != "other"})
+        report = measure_tokenizer(tok, val, floor["other"], m)
     report.save(out)
     picture_quality(report, out / "quality.png")
     facts = {

@@ -57,6 +57,7 @@ class Task:
     # more for the trainer: micro, sharded, recompute, minutes, keep, track
     machine: dict = field(default_factory=dict)
     callbacks: tuple = ()  # of the trainer: who looks on
+    keep_last: bool = False  # keep the weights of the last step beside the averaged ones
 
 
 @dataclass(frozen=True)

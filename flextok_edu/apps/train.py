@@ -67,6 +67,8 @@ def _check(o: TrainOptions, p: Preset, out: Path) -> None:
             f"--seed {o.seed} --micro {o.micro} --keep {o.keep} --minutes {o.minutes}: none may be "
             "negative, and --micro and --keep not 0"
         )
+    if o.keep_last and (o.stage != "tokenizer" or not config.ema):
+        raise UsageError("--keep-last is for a tokenizer with averaged weights (train_tokenizer.ema above 0)")
     check_name(out)
     check_machine(o)
     if parse_go_on(o.go_on) and o.fresh:
@@ -177,6 +179,7 @@ def _task(o: TrainOptions, out: Path, p: Preset, runtime: Runtime, models: tuple
         machine={k: getattr(o, k) for k in ("micro", "sharded", "recompute", "minutes", "keep", "track")}
         | backend_options(o, runtime.precision),
         callbacks=(LineAMinute(),),
+        keep_last=o.keep_last,
     )
 
 

@@ -96,6 +96,10 @@ class TrainOptions(DataOptions, MachineOptions):
     "Minutes between checkpoints. (How long it trains is said in steps: --steps.)"
     keep: int = 2
     "Checkpoints that are kept."
+    keep_last: bool = False
+    """tokenizer: keep the weights of the last step beside the averaged ones (last.safetensors), for
+    flextok_eval --sweep ema.
+    """
     track: str = "none"
     "tensorboard, wandb or none: where numbers are also sent."
     go_on: str | None = None

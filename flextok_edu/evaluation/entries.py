@@ -6,7 +6,6 @@
 __all__ = ['mse', 'lpips', 'dreamsim', 'right_class', 'clip_score', 'Asked', 'open_asked', 'score_texts', 'metric_table']
 
 # %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-imports
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from flextok_edu.evaluation.distances import (
 )
 from .metrics import mae  # noqa: F401 (those of every table come first)
 from .networks import Eyes, open_network
+from .references import REFERENCES, ReferenceFacts, is_at_hand, statistics_of
 from .registry import METRICS, Metric, metrics_asked, register_metric
 
 # %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-pictures
@@ -275,6 +275,8 @@ class Asked:
     names: tuple[str, ...] = ()
     networks: dict[str, nn.Module] = field(default_factory=dict)  # by name
     statistics: dict[str, Moments] = field(default_factory=dict)  # metric -> a reference of its own
+    # metric -> what that reference is; a name of *references* for the pictures that are measured
+    references: dict[str, ReferenceFacts | str] = field(default_factory=dict)
 
     @property
     def extractors(self) -> list[str]:
@@ -288,21 +290,17 @@ class Asked:
         found = {}
         for name in self.names:
             metric = METRICS[name]
-            against = metric.against
-            if name in self.statistics:
-                s = self.statistics[name]
-                key = hashlib.sha256(s.mean.numpy().tobytes() + s.covariance.numpy().tobytes()).hexdigest()[
-                    :16
-                ]
-                against += f" {key}, {s.count or 'unknown number of'} pictures"
-            found[name] = f"{metric.variant or metric.source}; against {against}"
+            found[name] = (
+                f"{metric.variant or metric.source}; against {self.references.get(name, metric.against)}"
+            )
         return found
 
 # %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-open
 def open_asked(
     names: Iterable[str],  # of metrics
     device="cpu",
-    reference: str | Path | None = None,  # .npz with mu, sigma (and mu_s, sigma_s for sFID)
+    # for metrics of samples: a name of *references*, or .npz with mu, sigma (and mu_s, sigma_s for sFID)
+    reference: str | Path | None = None,
     networks: dict[str, nn.Module] | None = None,  # that are open already, by name
 ) -> Asked:
     """What these metrics need.
@@ -315,19 +313,23 @@ def open_asked(
         raise ValueError(f"no metric {unknown[0]!r}: there are {', '.join(METRICS)}")
     if texts := [n for n in names if METRICS[n].of == "texts"]:
         raise ValueError(f"{texts[0]} needs a caption for each picture: score_texts(images, captions)")
-    statistics = {}
+    statistics, references = {}, {}
     for name in names:
         if METRICS[name].reference == _FILE:
             if reference is None:
                 raise ValueError(
-                    f"{name} is held against the statistics of another set: give --reference FILE.npz"
+                    f"{name} is held against the statistics of another set: give --reference, a file .npz or "
+                    f"one of {', '.join(REFERENCES)}"
                 )
-            statistics[name] = Moments.load(reference, spatial=name == "sfid")
+            if is_at_hand(reference):
+                references[name] = str(reference)
+            else:
+                statistics[name], references[name] = statistics_of(reference, spatial=name == "sfid")
     opened = dict(networks or {})
     for name in names:
         if (own := METRICS[name].extractor) and own not in opened:
             opened[own] = open_network(own, device)
-    return Asked(names, opened, statistics)
+    return Asked(names, opened, statistics, references)
 
 # %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-texts
 def score_texts(

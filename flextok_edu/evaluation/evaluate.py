@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['READS_ORIGINALS', 'LEFT_OVER', 'RULES', 'ClassifierFeatures', 'Measurement', 'measure_reconstructions',
-           'measure_samples', 'measured_and_rest', 'floor_rows', 'open_reference', 'measure_tokenizer',
+           'measure_samples', 'measured_and_rest', 'floor_rows', 'references_of', 'open_reference', 'measure_tokenizer',
            'evaluate_tokenizer', 'older_than_the_rule', 'split_by_record']
 
 # %% ../../nbs/evaluation/evaluate.ipynb #evaluation-evaluate-imports
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,11 @@ from ..engine.tokenizers import Tokenizer
 from .metrics import all_features
 from .report import CROP, Report, UNKNOWN, make_card, score_key
 from .entries import Asked
+from .references import REFERENCES, facts_of
 from flextok_edu.evaluation.rows import (
+    HALVES,
     Reference,
+    halves_row,
     distances,
     floor_ratios,
     gains,
@@ -91,6 +94,7 @@ def measure_reconstructions(
     tok: Tokenizer,
     reference: Reference,
     measurement: Measurement,
+    counts: tuple[int, ...] | None = None,  # of tokens; None: VAE alone, then all that the tokenizer names
 ) -> tuple[list[dict], dict[str, Tensor]]:  # rows; values of each picture
     "VAE alone, where there is one, then 1, 2, 4, … tokens."
     m, n = measurement, len(reference.images)
@@ -108,10 +112,10 @@ def measure_reconstructions(
     def alone(i, j):
         return tok.vae.decode(tok.vae.encode(reference.originals(i, j).to(tok.device))).clamp(-1, 1)
 
-    if tok.vae is not None:
+    if tok.vae is not None and counts is None:
         add({"what": "VAE alone"}, alone)
     ids = torch.cat([tok.tokenize(reference.originals(*part)) for part in parts])
-    for count in tqdm(tok.token_counts, desc="reconstructions", disable=not m.runtime.progress):
+    for count in tqdm(counts or tok.token_counts, desc="reconstructions", disable=not m.runtime.progress):
 
         def decode(i, j):
             return tok.detokenize(ids[i:j, :count], m.sampling, first_index=i)
@@ -129,27 +133,30 @@ def measure_samples(
     tok: Tokenizer,
     reference: Reference,
     measurement: Measurement,  # with an AR model
-) -> list[dict]:  # rows
+    counts: tuple[int, ...] | None = None,  # of tokens; None: all that the tokenizer names
+) -> tuple[list[dict], dict[str, Tensor]]:  # rows; resamples behind their distances
     "Class-conditional samples, all classes equally often, at 1, 2, 4, … tokens."
     m, config, ar = measurement, measurement.config, measurement.ar
     check_tokenizer(ar, tok)
-    rows = []
+    rows, scores = [], {}
     wanted = torch.arange(config.samples) % ar.config.classes
     parts = list(enumerate(wanted.split(m.batch)))
     how = dict(guidance=config.ar_guidance, temperature=config.temperature, seed=m.runtime.seed)
     written = [ar.generate(part, tok.length, first_index=i * m.batch, **how) for i, part in parts]
-    for count in tqdm(tok.token_counts, desc="samples", disable=not m.runtime.progress):
+    for count in tqdm(counts or tok.token_counts, desc="samples", disable=not m.runtime.progress):
         seen = reference.see(
             tok.detokenize(ids[:, :count], m.sampling, first_index=i * m.batch).cpu()
             for i, ids in enumerate(written)
         )
         row = {"what": "samples", "tokens": count, "n": config.samples}
-        row |= distances(reference, seen.features, seen.own, "samples")[0]
+        far, behind = distances(reference, seen.features, seen.own, "samples")
+        scores.update({score_key(row, key): v for key, v in behind.items()})
+        row |= far
         row |= of_classes(reference, seen.own, wanted)[0]
         ids = torch.cat([each[:, :count].cpu() for each in written])
         row |= of_ids(m.asked, ids, tok)
         rows.append(row | reading(reference, seen.readings, wanted[:, None]))  # only the class is known
-    return rows
+    return rows, scores
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-36410c2a
 def measured_and_rest(
@@ -192,6 +199,26 @@ def floor_rows(
         rows.append({"what": "real against real", "n": m, **row})
     return rows
 
+# %% ../../nbs/evaluation/evaluate.ipynb #evaluate-references
+def references_of(
+    data: ImageSet,  # originals
+    asked: Asked,
+) -> dict[str, dict]:  # "originals", and each metric that has a reference of its own: its facts
+    """What distances are held against, for the card.
+
+    Raises ValueError for a reference that these pictures are not, or whose pictures have another size.
+    """
+    found, side = {"originals": asdict(facts_of(data))}, data.images.shape[-1]
+    for name, facts in asked.references.items():
+        size = REFERENCES[facts.name].size if getattr(facts, "name", None) in REFERENCES else 0
+        if size and size != side:
+            raise ValueError(
+                f"{facts.name} holds pictures of {size} px, and these have {side}: {name} would compare "
+                "sizes; if you mean it, give the file by its path"
+            )
+        found[name] = asdict(facts_of(data, facts) if isinstance(facts, str) else facts)
+    return found
+
 # %% ../../nbs/evaluation/evaluate.ipynb #10-01420551
 def open_reference(
     data: ImageSet,  # originals
@@ -200,6 +227,7 @@ def open_reference(
 ) -> tuple[Reference, list[str]]:  # without the classifier's columns and eyes if it may not speak; why
     "What the rows are measured against."
     reader, notes = measurement.reader, []
+    references_of(data, measurement.asked)
     eyes = ([ClassifierFeatures(reader)] if reader is not None else []) + [measurement.feature_extractor]
     asked = measurement.asked
     if metrics_asked("classes", asked.names) and len(data.classes) != 1000:
@@ -242,12 +270,19 @@ def measure_tokenizer(
     rows = [{"what": "originals", "n": n, **reading(reference, reference.readings, data.labels)}]
     rows[0] |= of_classes(reference, reference.own, data.labels[:, 0])[0]
     floor = floor_rows(reference, other.images, counts) if other is not None else []
+    halves, short = halves_row(reference, m.runtime.seed)
     reconstructed, scores = measure_reconstructions(tok, reference, m)
-    sampled = measure_samples(tok, reference, m) if ar is not None else []
+    sampled, more = measure_samples(tok, reference, m) if ar is not None else ([], {})
     models = {"vae": tok.vae, "tokenizer": tok, "ar": ar}
     models |= {"classifier": reference.reader, "extractor": m.feature_extractor}
     card = make_card(data, reference.feature_extractors, m.config, m.runtime.seed, m.facts, **models)
+    card["reference"] = references_of(data, m.asked)
     card["floor"] = other_is if floor else "none: no other pictures were given"
+    if halves:
+        said = f"halves of the {n} held-out pictures that are measured"
+        card["floor_halves"] = {"what": said, "seed": m.runtime.seed, "count": halves["n"]}
+        notes += [f"half of these pictures is too small for {', '.join(short)}"] if short else []
+        floor = [*floor, {"what": HALVES, **halves}]
     floor_ratios(m.asked, reconstructed + sampled, floor, [e.name for e in reference.feature_extractors])
     if m.asked.names:
         card["metrics"] = m.asked.card()
@@ -258,7 +293,7 @@ def measure_tokenizer(
             f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, "
             "compare them with the floor of the same count"
         )
-    return Report(rows + floor + reconstructed + sampled, card, notes, scores)
+    return Report(rows + floor + reconstructed + sampled, card, notes, scores | more)
 
 # %% ../../nbs/evaluation/evaluate.ipynb #evaluate-tokenizer
 def evaluate_tokenizer(

@@ -8,7 +8,7 @@ __all__ = ['CROP', 'PERCEPTUAL', 'UNKNOWN', 'versions', 'trained_how', 'make_car
 
 # %% ../../nbs/evaluation/report.ipynb #evaluation-report-imports
 import csv, io, json, math, platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,7 +22,9 @@ from ..engine.files import atomic, read_tensors, weights_hash, write_text
 from ..engine.marks import MARK
 from ..engine.text import drawable, plain
 from .metrics import RESAMPLES
+from .references import facts_of, well_stated
 from .entries import Asked  # noqa: F401 (a table may hold any of the entries)
+from .rows import HALVES, RESAMPLE_SEED
 from .registry import METRICS, Metric, metric_of, metrics_of
 
 # %% ../../nbs/evaluation/report.ipynb #10-971f99e8
@@ -92,20 +94,15 @@ def make_card(
 ) -> dict:  # json-ready
     "The conditions of a measurement, and what is known about the models. What nobody said is unknown."
     models = {name: model for name, model in weights.items() if model is not None}
-    crop = (
-        "as rendered"
-        if data.scenes
-        else CROP
-        if data.rule != "unknown"
-        else "unknown: pictures that were made elsewhere"
-    )
+    crop = CROP if data.rule != "unknown" else "unknown: pictures that were made elsewhere"
+    crop = "as rendered" if data.scenes else crop
     card = {
         "data": data.source,
         "data_hash": data.hash,
         "image_size": data.images.shape[-1],
         "crop": crop,
         "images": len(data),
-        "reference": f"the same {len(data)} images",
+        "reference": {"originals": asdict(facts_of(data))},
         "extractors": [e.name for e in feature_extractors],
         "seed": seed,
         "steps": config.steps,
@@ -117,7 +114,8 @@ def make_card(
             "ar_guidance": config.ar_guidance,
             "temperature": config.temperature,
         }
-    card |= {"resamples": RESAMPLES, "weights": {name: _name_of(model) for name, model in models.items()}}
+    card |= {"resamples": RESAMPLES, "resample_seed": RESAMPLE_SEED}
+    card |= {"weights": {name: _name_of(model) for name, model in models.items()}}
     card |= trained_how() | (facts or {}) | {"versions": versions()}
     learned = card.get("learned") or {}
     card["learned"] = {part: learned.get(part, UNKNOWN) for part in models if part != "extractor"}
@@ -176,6 +174,9 @@ def table_text(report: "Report") -> str:
     ]
     if "floor" in report.card and any(row["what"] == "real against real" for row in report.rows):
         legend.append(f"real against real: {plain(report.card['floor'])}")
+    if "floor_halves" in report.card and any(row["what"] == HALVES for row in report.rows):
+        halves = report.card["floor_halves"]
+        legend.append(f"{HALVES}: {plain(halves['what'])}, seed {halves['seed']}")
     notes = [f"note: {plain(note)}" for note in report.notes]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *legend, *notes])
 
@@ -250,7 +251,7 @@ def _texts(value) -> bool:
     "texts by name"
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
-
+# %% ../../nbs/evaluation/report.ipynb #report-shapes
 _CARD = {
     "extractors": [str],
     "weights?": dict,
@@ -258,6 +259,10 @@ _CARD = {
     "steps?": Range(0, 2**40),
     "guidance?": float,
     "floor?": str,
+    "floor_halves?": {"what": str, "seed": Range(0, 2**63), "count": Range(0, 2**40)},
+    "reference?": (str, well_stated),
+    "chosen?": dict,
+    "resample_seed?": Range(0, 2**63),
     "metrics?": _texts,
 }
 
@@ -268,7 +273,7 @@ _TABLE = {
     "notes?": [str],
 }
 
-
+# %% ../../nbs/evaluation/report.ipynb #report-scores
 def _read_scores(file: Path) -> dict[str, Tensor]:  # "what/tokens/key": (n,)
     "Raises ValueError for what holds none."
     scores = read_tensors(file)[0]
