@@ -27,7 +27,7 @@ from ..engine.config import EvalConfig
 from ..engine.files import weights_hash
 from .registry import metrics_asked
 from ..engine.runtime import Runtime, fold
-from ..engine.tokenizers import Tokenizer
+from ..engine.tokenizers import Tokenizer, list_at
 from .metrics import all_features
 from .report import CROP, Report, UNKNOWN, make_card, score_key
 from .entries import Asked
@@ -116,12 +116,13 @@ def measure_reconstructions(
         add({"what": "VAE alone"}, alone)
     ids = torch.cat([tok.tokenize(reference.originals(*part)) for part in parts])
     for count in tqdm(counts or tok.token_counts, desc="reconstructions", disable=not m.runtime.progress):
+        some = torch.cat([list_at(tok, ids[i:j], reference.originals(i, j), count) for i, j in parts])
 
         def decode(i, j):
-            return tok.detokenize(ids[i:j, :count], m.sampling, first_index=i)
+            return tok.detokenize(some[i:j], m.sampling, first_index=i)
 
         now = add({"what": "tokens", "tokens": count}, decode)
-        now[0].update(of_ids(m.asked, ids[:, :count], tok))
+        now[0].update(of_ids(m.asked, some, tok))
         if before:
             now[0].update(gains(*now, *before))
         before = now
@@ -143,6 +144,8 @@ def measure_samples(
     parts = list(enumerate(wanted.split(m.batch)))
     how = dict(guidance=config.ar_guidance, temperature=config.temperature, seed=m.runtime.seed)
     written = [ar.generate(part, tok.length, first_index=i * m.batch, **how) for i, part in parts]
+    if not getattr(tok, "nested", True):  # what was written in full has no beginning that is a list
+        counts = (tok.length,)
     for count in tqdm(counts or tok.token_counts, desc="samples", disable=not m.runtime.progress):
         seen = reference.see(
             tok.detokenize(ids[:, :count], m.sampling, first_index=i * m.batch).cpu()
