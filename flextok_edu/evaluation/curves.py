@@ -78,7 +78,9 @@ def plot_report(
         _draw_panel(ax, report, key, at)
         ax.set_xscale("log", base=2)
         if at == "bytes":
-            plain_numbers(ax.xaxis)
+            low, high = ax.get_xlim()
+            places = [n for n in (4**i for i in range(20)) if low <= n <= high]
+            ax.set_xticks(places, places)
             ax.set_xlabel("bytes, without headers")
         else:
             ax.set_xticks(counts, counts)
