@@ -37,6 +37,7 @@ from ..engine.files import write_text
 from ..engine.marks import may_fill
 from ..engine.tensors import pick_device
 from ..engine.text import plain
+from ..evaluation.codecs import CODECS
 from ..evaluation.compare import compare, comparison_keys
 from ..evaluation.entries import open_asked
 from flextok_edu.evaluation.evaluate import (
@@ -128,6 +129,10 @@ class EvalOptions(DataOptions):
     "Token count at which settings are tried; by default all tokens."
     sweep_seed: int = 0
     "Draws the half that chooses."
+    codecs: tuple[str, ...] = ()
+    """Also measure image files of as many bytes as the tokens take: jpeg webp avif. (Of 1,000 pictures, JPEG
+    and WebP take about a minute each, AVIF a quarter of an hour.)
+    """
     force: bool = False
     "Replace files that this package did not write."
     preset: str = ""
@@ -197,6 +202,8 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         raise UsageError(
             f"--metrics {only[0]} is one of new pictures: name the AR model that writes them, --ar"
         )
+    if wrong := [name for name in o.codecs if name not in CODECS]:
+        raise UsageError(f"--codecs {plain(wrong[0])} is none: there are {', '.join(CODECS)}")
     asked = open_asked(o.metrics, device, o.reference)
     tok = open_tokenizer(o.tokenizer, device)
     p = replace(preset_of(o, base, o.tokenizer), image_size=tok.image_size)
@@ -213,6 +220,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     eyes = extractor(device=device, **({} if p.image_size <= 224 else {"size": 224}))
     facts = trained_how(**made) | {"learned": learned}
     settings = {"seed": o.seed, "asked": asked, "progress": watched(), "facts": facts}
+    settings |= {"codecs": o.codecs}
     m = Measurement(eyes, p.evaluate, reader, ar).with_settings(settings)
     if o.sweep:
         choice = sweep_first(o, tok, val, m, out)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engine.text import plain
 from .references import stated_reference
-from .registry import better, metric_of
+from .registry import CODEC_NAMES, better, metric_of, place_of
 from .report import Report, load_report, score_key
 from .rows import HALVES
 
@@ -22,16 +22,18 @@ from .rows import HALVES
 def conditions(
     card: dict,  # of a report
     key: str,  # column of a metric: "mae", "frechet_…", "acc_…"
-    what: str,  # "VAE alone", "tokens" or "samples"
+    what: str,  # "VAE alone", "tokens", "samples", or a codec
 ) -> dict:  # condition -> value; None where the card does not say
     "On what a number depends, besides the models that are compared."
-    needed = ["data_hash", "image_size", "crop", "images", "weights_are"] + (
-        ["seed", "steps", "guidance"] if what != "VAE alone" else []
-    )
+    needed = ["data_hash", "image_size", "crop", "images"]
+    if what not in CODEC_NAMES:  # they have no weights, and draw nothing
+        needed += ["weights_are"] + (["seed", "steps", "guidance"] if what != "VAE alone" else [])
     found = {
         name: card.get(name)
         for name in needed + (["samples", "ar_guidance", "temperature"] if what == "samples" else [])
     }
+    if what in CODEC_NAMES:  # whose encoder, and how its bytes are counted
+        found["codec"] = card.get("codecs", {}).get(what)
     weights, metric = card.get("weights", {}), metric_of(key)
     if metric is not None and metric.of == "set":
         name = next((e for e in card.get("extractors", []) if metric.columns([e])[0] == key), None)
@@ -95,9 +97,10 @@ class Comparison:
     force: bool = False  # rank although conditions differ
 
     def row(self, i: int, what: str = "tokens", tokens: int | None = None) -> dict:
-        # a row of report i; empty if it has none
+        # tokens: of a codec, its budget in bytes; a row of report i; empty if it has none
         "One row."
-        return next((r for r in self.reports[i].rows if r["what"] == what and r.get("tokens") == tokens), {})
+        at = "" if tokens is None else tokens
+        return next((r for r in self.reports[i].rows if r["what"] == what and place_of(r) == at), {})
 
     def mismatches(self, key: str, what: str = "tokens") -> dict[str, list]:  # condition -> its values
         "Conditions on which this number depends, and that differ or are not stated. Empty: it may be ranked."
@@ -183,10 +186,10 @@ def comparison_keys(
             continue
         for key in row:
             if metric_of(key) is not None and all(
-                math.isfinite(c.row(i, row["what"], row.get("tokens")).get(key, math.nan))
+                math.isfinite(c.row(i, row["what"], place_of(row)).get(key, math.nan))
                 for i in range(len(c.reports))
             ):
-                found.setdefault((row["what"], key), []).append(row.get("tokens"))
+                found.setdefault((row["what"], key), []).append(place_of(row) or None)
     return found
 
 # %% ../../nbs/evaluation/compare.ipynb #10-7c1be95e-1
@@ -198,7 +201,7 @@ def _one_key(c: Comparison, what: str, key: str, counts: list) -> list[str]:  # 
     lines = [
         "",
         f"{plain(key)}, {plain(what)} ({'more' if better(key) > 0 else 'less'} is better)",
-        "tokens "
+        ("bytes  " if what in CODEC_NAMES else "tokens ")
         + "".join(f"{letter:>18}" for letter in letters)
         + "".join(f"{letter + ' - A':>26}" for letter in letters[1:])
         + ("   best" if ranked else ""),

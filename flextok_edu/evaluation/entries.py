@@ -29,7 +29,7 @@ from flextok_edu.evaluation.distances import (
 from .metrics import mae  # noqa: F401 (those of every table come first)
 from .networks import Eyes, open_network
 from .references import REFERENCES, ReferenceFacts, is_at_hand, statistics_of
-from .registry import METRICS, Metric, metrics_asked, register_metric
+from .registry import CODEC_NAMES, METRICS, Metric, metrics_asked, register_metric
 
 # %% ../../nbs/evaluation/entries.ipynb #evaluation-entries-pictures
 def mse(output: Tensor, original: Tensor) -> Tensor:  # pictures (b 3 h w) in [0, 1] -> (b,)
@@ -142,7 +142,7 @@ _POOL = "Inception of 2015 (TensorFlow's weights), 2,048 pooled features, Tensor
 _FILE = "statistics of another set (--reference)"
 _DINO = "DINOv2 ViT-L/14, class token of 1,024, "
 _HEUSEL, _STEIN = "Heusel et al. 2017", "Stein et al. 2023"
-_RECONSTRUCTIONS = ("VAE alone", "tokens", "real against real")
+_RECONSTRUCTIONS = ("VAE alone", "tokens", "real against real", *CODEC_NAMES)
 _OF = dict(of="set", measure=frechet_distance, range=(-100, math.inf), digits=2, asked=True)
 _PAPERS = (
     ("rfid", "rFID", "fid_inception", _POOL, _HEUSEL, dict(where=_RECONSTRUCTIONS)),

@@ -28,21 +28,13 @@ from ..engine.files import weights_hash
 from .registry import metrics_asked
 from ..engine.runtime import Runtime, fold
 from ..engine.tokenizers import Tokenizer, list_at
+from .codecs import codec_budgets, codec_note, measure_codecs, token_bytes, why_not
 from .metrics import all_features
 from .report import CROP, Report, UNKNOWN, make_card, score_key
 from .entries import Asked
 from .references import REFERENCES, facts_of
-from flextok_edu.evaluation.rows import (
-    HALVES,
-    Reference,
-    halves_row,
-    distances,
-    floor_ratios,
-    gains,
-    of_ids,
-    reading,
-    reconstruction_row,
-)
+from .rows import HALVES, Reference, halves_row, distances
+from .rows import floor_ratios, gains, of_ids, reading, reconstruction_row
 from .rows import classes as of_classes
 from ..flow import SamplingConfig
 
@@ -73,6 +65,7 @@ class Measurement:
     runtime: Runtime = Runtime()  # its seed names all noise; its bars
     batch: int = 250  # images at a time
     asked: Asked = Asked()  # further metrics, see `open_asked` of *entries*
+    codecs: tuple[str, ...] = ()  # also measure these at the bytes of the tokens: "jpeg", "webp", "avif"
     other_is: str = UNKNOWN  # what other pictures are: "other held-out scenes", "training pictures", …
     # more for the card: of `trained_how`; "learned": part -> facts or "unknown: why"; …
     facts: dict | None = None
@@ -276,6 +269,12 @@ def measure_tokenizer(
     halves, short = halves_row(reference, m.runtime.seed)
     reconstructed, scores = measure_reconstructions(tok, reference, m)
     sampled, more = measure_samples(tok, reference, m) if ar is not None else ([], {})
+    coded, files, missing = [], {}, []
+    if m.codecs:
+        for row in reconstructed + sampled:
+            row |= {"bytes": token_bytes(row["tokens"], tok.vocabulary)} if "tokens" in row else {}
+        how = dict(batch=m.batch, progress=m.runtime.progress)
+        coded, files, missing = measure_codecs(reference, m.codecs, codec_budgets(tok), **how)
     models = {"vae": tok.vae, "tokenizer": tok, "ar": ar}
     models |= {"classifier": reference.reader, "extractor": m.feature_extractor}
     card = make_card(data, reference.feature_extractors, m.config, m.runtime.seed, m.facts, **models)
@@ -287,6 +286,8 @@ def measure_tokenizer(
         notes += [f"half of these pictures is too small for {', '.join(short)}"] if short else []
         floor = [*floor, {"what": HALVES, **halves}]
     floor_ratios(m.asked, reconstructed + sampled, floor, [e.name for e in reference.feature_extractors])
+    if m.codecs:
+        card["codecs"] = {name: codec_note(name) for name in m.codecs if not why_not(name)}
     if m.asked.names:
         card["metrics"] = m.asked.card()
         card["weights"] |= {name: weights_hash(net) for name, net in m.asked.networks.items()}
@@ -296,7 +297,9 @@ def measure_tokenizer(
             f"{min(counts)} images for {dim} features: the Fréchet distances of so few are biased upwards, "
             "compare them with the floor of the same count"
         )
-    return Report(rows + floor + reconstructed + sampled, card, notes, scores | more)
+    return Report(
+        rows + floor + reconstructed + coded + sampled, card, notes + missing, scores | more | files
+    )
 
 # %% ../../nbs/evaluation/evaluate.ipynb #evaluate-tokenizer
 def evaluate_tokenizer(

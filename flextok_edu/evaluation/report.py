@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CROP', 'PERCEPTUAL', 'UNKNOWN', 'versions', 'trained_how', 'make_card', 'table_columns', 'table_text', 'Report',
-           'score_key', 'load_report', 'plot_report']
+           'score_key', 'load_report']
 
 # %% ../../nbs/evaluation/report.ipynb #evaluation-report-imports
 import csv, io, json, math, platform
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from ..data.datasets import ImageSet
 from ..engine.checks import Range, conform, read_json
 from ..engine.config import EvalConfig, Preset
-from ..engine.figures import figure, plain_numbers
 from ..engine.files import atomic, read_tensors, weights_hash, write_text
 from ..engine.marks import MARK
-from ..engine.text import drawable, plain
+from ..engine.text import plain
+from .curves import plot_report  # noqa: F401 (importable from here, too)
 from .metrics import RESAMPLES
 from .references import facts_of, well_stated
 from .entries import Asked  # noqa: F401 (a table may hold any of the entries)
 from .rows import HALVES, RESAMPLE_SEED
-from .registry import METRICS, Metric, metric_of, metrics_of
+from .registry import METRICS, Metric, metric_of, metrics_of, place_of
 
 # %% ../../nbs/evaluation/report.ipynb #10-971f99e8
 def versions() -> dict[str, str]:  # package -> version
@@ -128,7 +128,7 @@ def table_columns(
 ) -> list[tuple[str, str]]:  # (key, title) of what is printed
     "The columns of the table: of all metrics that there are, those that occur in these rows."
     pictures = metrics_of("pictures")
-    found = [(key, key) for key in ("what", "tokens", "n")] + [(m.name, m.title) for m in pictures]
+    found = [(key, key) for key in ("what", "tokens", "bytes", "n")] + [(m.name, m.title) for m in pictures]
     found += [(f"{m.name}_gain", f"{m.title} gain") for m in pictures[:1]]
     for m in metrics_of("set"):
         titles = [m.title.replace("{}", str(i + 1)) for i in range(len(extractors))]
@@ -147,7 +147,7 @@ def _cell(row: dict, key: str) -> str:
     if not isinstance(value, float):
         return plain(value)
     metric = metric_of(key.removesuffix("_gain"))
-    digits = metric.digits_of(key) if metric is not None else 3
+    digits = metric.digits_of(key) if metric is not None else 0 if key == "bytes" else 3
     known = error is not None and math.isfinite(error)
     return f"{value:z.{digits}f}" + (f" ±{error:.{digits}f}" if known else "")
 
@@ -172,6 +172,7 @@ def table_text(report: "Report") -> str:
     legend += [
         f"{plain(METRICS[k].title.replace(' {}', ''))}: {plain(v)}" for k, v in said.items() if k in METRICS
     ]
+    legend += [f"{plain(name)}: {plain(said)}" for name, said in report.card.get("codecs", {}).items()]
     if "floor" in report.card and any(row["what"] == "real against real" for row in report.rows):
         legend.append(f"real against real: {plain(report.card['floor'])}")
     if "floor_halves" in report.card and any(row["what"] == HALVES for row in report.rows):
@@ -225,9 +226,9 @@ class Report:
         return table_text(self)
 
 # %% ../../nbs/evaluation/report.ipynb #10-9b5d11ee
-def score_key(row: dict, key: str) -> str:  # "what/tokens/key"
+def score_key(row: dict, key: str) -> str:  # "what/tokens/key", of a codec "what/budget/key"
     "Where the values behind a number of this row are kept."
-    return f"{row['what']}/{row.get('tokens', '')}/{key}"
+    return f"{row['what']}/{place_of(row)}/{key}"
 
 # %% ../../nbs/evaluation/report.ipynb #10-967e41b5
 def _number(value) -> bool:
@@ -264,11 +265,12 @@ _CARD = {
     "chosen?": dict,
     "resample_seed?": Range(0, 2**63),
     "metrics?": _texts,
+    "codecs?": _texts,
 }
 
 
 _TABLE = {
-    "rows": [{"what": str, "tokens?": Range(1, 2**24), "n?": Range(0, 2**40)}],
+    "rows": [{"what": str, "tokens?": Range(1, 2**24), "budget?": Range(1, 2**40), "n?": Range(0, 2**40)}],
     "card": _CARD,
     "notes?": [str],
 }
@@ -324,73 +326,3 @@ def load_report(
                     f"{row.get(metric.name, math.nan):.5f}"
                 )
     return Report(rows, stored["card"], stored.get("notes", []), scores)
-
-# %% ../../nbs/evaluation/report.ipynb #10-f9736c0f
-_COLOURS = {"tokens": ("reconstructions", "C0"), "samples": ("samples", "C1")}  # what: (its name, its colour)
-_LINES = {"VAE alone": ("--", "C2"), "originals": ("-", "0.7")}  # one value at all counts: style, colour
-_FLOORS = ((":", "k"), ("-.", "0.5"), ((0, (1, 4)), "k"))  # real against real, one for each count of images
-
-
-def _panels(report: Report) -> list[tuple[str, str]]:  # (key, title) of what is drawn
-    def title(m, part=""):
-        return drawable(m.title.replace("{}", part).strip() if m.figure is None else m.figure)
-
-    extractors = report.card["extractors"]
-    found = [(m.name, title(m)) for m in metrics_of("pictures") if m.figure != ""]
-    for m in metrics_of("set"):
-        if m.figure != "":
-            eyes = extractors if m.family else [m.extractor]
-            found += [(k, f"{title(m)}\n{drawable(e)}") for k, e in zip(m.columns(eyes), eyes)]
-    found += [(m.name, title(m)) for m in METRICS.values() if m.of in ("classes", "texts", "floors")]
-    for m in metrics_of("attributes"):  # the first of them: the class
-        keys = [key for row in report.rows for key in row if metric_of(key) is m]
-        if keys and m.figure != "":
-            found.append((keys[0], title(m, keys[0].removeprefix(f"{m.name}_"))))
-    return [(key, t) for key, t in found if any(key in r for r in report.rows if r["what"] == "tokens")]
-
-
-def _draw_panel(ax, report: Report, key: str) -> None:
-    def error(row):
-        return max(0.0, e) if math.isfinite(e := row.get(f"{key}_se", 0)) else 0.0
-
-    for what, (name, colour) in _COLOURS.items():
-        rows = [r for r in report.rows if r["what"] == what and key in r and "tokens" in r]
-        if rows:
-            at, values = [r["tokens"] for r in rows], [r[key] for r in rows]
-            how = dict(fmt="o-", ms=4, lw=1.5, color=colour, label=name)
-            ax.errorbar(at, values, [error(r) for r in rows], **how)
-    floors = dict.fromkeys(r.get("n", "?") for r in report.rows if r["what"] == "real against real")
-    styles = {f"real against real, n = {n}": _FLOORS[i % len(_FLOORS)] for i, n in enumerate(floors)}
-    for r in report.rows:
-        is_floor = r["what"] == "real against real"
-        name = f"real against real, n = {r.get('n', '?')}" if is_floor else r["what"]
-        style = (styles | _LINES).get(name)
-        if style and key in r:
-            ax.axhline(r[key], ls=style[0], lw=1.2, color=style[1], label=name)
-
-# %% ../../nbs/evaluation/report.ipynb #report-plot
-def plot_report(report: Report):  # the figure
-    "Scores of reconstructions (and samples) against token count. Raises ValueError if there are none."
-    panels = _panels(report)
-    counts = sorted({r["tokens"] for r in report.rows if "tokens" in r})
-    if not panels:
-        raise ValueError("the report has no scores of reconstructions: there is nothing to draw")
-    columns = min(3, len(panels))
-    fig, axes = figure(columns, -(-len(panels) // columns), height=2.6, squeeze=False)
-    for ax, (key, title) in zip(axes.flat, panels):
-        _draw_panel(ax, report, key)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(counts, counts)
-        ax.set_xlabel("tokens")
-        ax.set_title(title, fontsize=10, parse_math=False)
-        if metric_of(key).of == "set":
-            ax.set_yscale("log")
-            plain_numbers(ax.yaxis)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    lines = {}  # one of each name
-    for ax in fig.axes:
-        for line, name in zip(*ax.get_legend_handles_labels()):
-            lines.setdefault(name, line)
-    fig.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
-    return fig
