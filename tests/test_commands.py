@@ -35,6 +35,7 @@ import flextok_edu.engine.tokenizers as engine_tokenizers
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.files import weights_hash
 from flextok_edu.data.scenes import KINDS, ToyScenes, draw
+from flextok_edu.evaluation.report import load_report
 from flextok_edu.tokenizer import FlexTok, with_decoder
 from flextok_edu.vae import VAE
 
@@ -770,6 +771,49 @@ def test_two_processes(trained, tmp_path):
     assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-3
 
 
+def test_two_processes_measure_together(trained, tmp_path):
+    """Under torchrun each decodes every other batch, one writes, and the numbers are those of one process."""
+    sizes = [word for word in TINY if word not in ("--compile", "off")]
+    words = [trained / "tok", "--ar", trained / "ar", "--metrics", "kid", "perplexity", *sizes]
+    fives = """
+import sys
+from flextok_edu.apps.measure import eval_main
+from flextok_edu.evaluation import evaluate, rows
+for module in (evaluate, rows):  # twelve pictures in batches of five
+    module.in_parts = lambda n, batch, of=module.in_parts: of(n, 5)
+eval_main(sys.argv[1:])
+"""
+    (tmp_path / "program.py").write_text(fives)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launch in (("one", []), ("two", torchrun)):
+        result = subprocess.run(
+            [
+                sys.executable,
+                *launch,
+                str(tmp_path / "program.py"),
+                *map(str, [*words, "--out", tmp_path / name]),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            cwd=ROOT,
+            env=env,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert result.stdout.count("table in") == 1
+    one, two = (load_report(tmp_path / name) for name in ("one", "two"))
+    assert [r["what"] for r in one.rows] == [r["what"] for r in two.rows]
+    for a, b in zip(one.rows, two.rows):
+        numbers = {k: v for k, v in a.items() if k != "what"}
+        assert {k: b[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5, nan_ok=True), a[
+            "what"
+        ]
+    for name, values in one.scores.items():  # in the order of the pictures
+        assert torch.allclose(two.scores[name], values, rtol=1e-4, atol=1e-5), name
+    assert two.card == one.card
+
+
 def test_training_from_caches(trained, tmp_path, capsys):
     assert (
         call("cache", "latents", "--vae", trained / "vae", "--out", tmp_path / "latents", "--float32", *DATA)
@@ -1204,7 +1248,7 @@ def test_measuring(trained, tmp_path, capsys):
     )
     rows = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
     assert [r["tokens"] for r in rows if r["what"] == "tokens"] == [1, 2, 4, 8, 16] and {
-        r["n"] for r in rows
+        r["n"] for r in rows if r["what"] != "half against half"
     } == {12}, "counts of the run that made the tokenizer"
     assert call("eval", "--config", tmp_path / "table" / "run.json", "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "table.json").read_text())["rows"]

@@ -7,7 +7,7 @@ __all__ = ['CompareOptions', 'compare_tables', 'compare_main', 'EvalOptions', 'm
            'eval_main']
 
 # %% ../../nbs/apps/measure.ipynb #apps-measure-imports
-import contextlib, json, sys
+import contextlib, json, os, sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -194,9 +194,20 @@ def _unseen(val, known: dict[str, Learned | None]) -> tuple:  # pictures; what w
     return val, learned
 
 # %% ../../nbs/apps/measure.ipynb #f3c9c421
+def _is_first(o: EvalOptions) -> bool:  # whether this process writes
+    "Several processes find each other here. Raises UsageError for what only one can do."
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return True
+    if o.sweep:
+        raise UsageError("--sweep: one process at a time; without torchrun and accelerate launch")
+    from accelerate import PartialState
+
+    return PartialState(cpu=o.device == "cpu").is_main_process
+
+
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
-    "Open, measure, write."
-    out, device = ready_to_write(o.out), pick_device(o.device)
+    "Open, measure, write: alone, or with others under `torchrun` and `accelerate launch` (the first writes)."
+    first, out, device = _is_first(o), ready_to_write(o.out), pick_device(o.device)
     _only_results(out, o.force)
     if not o.ar and (only := [n for n in o.metrics if n in METRICS and METRICS[n].where == ("samples",)]):
         raise UsageError(
@@ -219,7 +230,7 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         made["ar"] = training_preset(o.ar)
     eyes = extractor(device=device, **({} if p.image_size <= 224 else {"size": 224}))
     facts = trained_how(**made) | {"learned": learned}
-    settings = {"seed": o.seed, "asked": asked, "progress": watched(), "facts": facts}
+    settings = {"seed": o.seed, "asked": asked, "progress": watched() and first, "facts": facts}
     settings |= {"codecs": o.codecs}
     m = Measurement(eyes, p.evaluate, reader, ar).with_settings(settings)
     if o.sweep:
@@ -230,6 +241,8 @@ def measure(o: EvalOptions, base: Preset | None = None) -> Report:
         floor = for_the_floor(train, val, p, o.seed, o.workers)
         m = m.with_settings({k: v for k, v in floor.items() if k != "other"})
         report = measure_tokenizer(tok, val, floor["other"], m)
+    if not first:
+        return report
     report.save(out)
     picture_quality(report, out / "quality.png")
     facts = {

@@ -223,19 +223,19 @@ def _share(folder: Path, first: str, job: Job) -> None:
 def _begin(folder: Path, job: Job, threads: int) -> subprocess.Popen:
     "A process that does one run."
     told = json.dumps({"folder": str(folder), "job": asdict(job)})
-    start = "from flextok_edu.apps.studies import run_told; run_told()"
+    start = f"from flextok_edu.apps.studies import run_told; run_told({told!r})"
     with open(folder / f"{job.key}.log", "a", encoding="utf-8") as log:  # the process keeps it open
         return subprocess.Popen(
-            [sys.executable, "-c", start, told],
+            [sys.executable, "-c", start],
             stdout=log,
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"},
         )
 
 
-def run_told() -> None:
-    "What such a process does: the run that its argument tells. Leaves as a command does."
-    told = json.loads(sys.argv[1])
+def run_told(text: str) -> None:  # a folder and a job, as json
+    "What such a process does."
+    told = json.loads(text)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     one_run(Path(told["folder"]), Job(**told["job"] | {"preset": from_dict(Preset, told["job"]["preset"])}))
 

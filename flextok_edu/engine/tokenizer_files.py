@@ -22,7 +22,7 @@ def save_tokenizer(folder: str | Path, tok: "TokenizerFiles", **facts) -> None:
     vae = (
         dict(vae=weights_hash(tok.vae), vae_means=meaning(tok.vae)) if tok.vae is not None else dict(vae=None)
     )
-    save_model(folder, tok.own_state(), tok.config, kind=tok.kind, **vae, terms=tok.terms, **facts)
+    save_model(folder, tok.own_state(), tok.config, **{"kind": tok.kind, **vae, "terms": tok.terms} | facts)
 
 
 def read_tokenizer(

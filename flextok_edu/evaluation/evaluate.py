@@ -28,6 +28,7 @@ from ..engine.files import weights_hash
 from .registry import metrics_asked
 from ..engine.runtime import Runtime, fold
 from ..engine.tokenizers import Tokenizer, list_at
+from .batches import Batches, by_all, in_parts
 from .codecs import codec_budgets, codec_note, measure_codecs, token_bytes, why_not
 from .metrics import all_features
 from .report import CROP, Report, UNKNOWN, make_card, score_key
@@ -91,13 +92,15 @@ def measure_reconstructions(
 ) -> tuple[list[dict], dict[str, Tensor]]:  # rows; values of each picture
     "VAE alone, where there is one, then 1, 2, 4, … tokens."
     m, n = measurement, len(reference.images)
-    parts = [(i, min(i + m.batch, n)) for i in range(0, n, m.batch)]
-    rows, scores, before = [], {}, None
+    rows, scores, before, parts = [], {}, None, in_parts(n, m.batch)
 
     def add(what, decode):  # decode: (first index, one past the last) -> images
         # on a GPU they are judged there: SSIM of many pictures takes a processor minutes
-        pictures = (x if x.device.type == "cuda" else x.cpu() for x in (decode(*p).float() for p in parts))
-        row, values = reconstruction_row(reference, pictures, what["what"])
+        def made(i, j):
+            pictures = decode(i, j).float()
+            return pictures if pictures.device.type == "cuda" else pictures.cpu()
+
+        row, values = reconstruction_row(reference, Batches(parts, made), what["what"])
         rows.append(what | row)
         scores.update({score_key(what, key): v for key, v in values.items()})
         return rows[-1], values
@@ -107,9 +110,13 @@ def measure_reconstructions(
 
     if tok.vae is not None and counts is None:
         add({"what": "VAE alone"}, alone)
-    ids = torch.cat([tok.tokenize(reference.originals(*part)) for part in parts])
+    ids = torch.cat(by_all(parts, lambda i, j: tok.tokenize(reference.originals(i, j)).cpu()))
     for count in tqdm(counts or tok.token_counts, desc="reconstructions", disable=not m.runtime.progress):
-        some = torch.cat([list_at(tok, ids[i:j], reference.originals(i, j), count) for i, j in parts])
+
+        def cut(i, j):
+            return list_at(tok, ids[i:j], reference.originals(i, j), count).cpu()
+
+        some = torch.cat(by_all(parts, cut))
 
         def decode(i, j):
             return tok.detokenize(some[i:j], m.sampling, first_index=i)
@@ -134,23 +141,27 @@ def measure_samples(
     check_tokenizer(ar, tok)
     rows, scores = [], {}
     wanted = torch.arange(config.samples) % ar.config.classes
-    parts = list(enumerate(wanted.split(m.batch)))
+    parts = in_parts(config.samples, m.batch)
     how = dict(guidance=config.ar_guidance, temperature=config.temperature, seed=m.runtime.seed)
-    written = [ar.generate(part, tok.length, first_index=i * m.batch, **how) for i, part in parts]
+
+    def write(i, j):
+        return ar.generate(wanted[i:j], tok.length, first_index=i, **how).cpu()
+
+    written = torch.cat(by_all(parts, write))
     if not getattr(tok, "nested", True):  # what was written in full has no beginning that is a list
         counts = (tok.length,)
     for count in tqdm(counts or tok.token_counts, desc="samples", disable=not m.runtime.progress):
-        seen = reference.see(
-            tok.detokenize(ids[:, :count], m.sampling, first_index=i * m.batch).cpu()
-            for i, ids in enumerate(written)
-        )
+
+        def decode(i, j):
+            return tok.detokenize(written[i:j, :count], m.sampling, first_index=i).cpu()
+
+        seen = reference.see(Batches(parts, decode))
         row = {"what": "samples", "tokens": count, "n": config.samples}
         far, behind = distances(reference, seen.features, seen.own, "samples")
         scores.update({score_key(row, key): v for key, v in behind.items()})
         row |= far
         row |= of_classes(reference, seen.own, wanted)[0]
-        ids = torch.cat([each[:, :count].cpu() for each in written])
-        row |= of_ids(m.asked, ids, tok)
+        row |= of_ids(m.asked, written[:, :count], tok)
         rows.append(row | reading(reference, seen.readings, wanted[:, None]))  # only the class is known
     return rows, scores
 
@@ -323,13 +334,8 @@ def evaluate_tokenizer(
     return measure_tokenizer(tok, data, other, measurement)
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-144f7ed3
-RULES = (
-    "scenes",
-    "own split",
-    "one in eight",
-    "train and val folders",
-    "unknown",
-)  # how pictures are divided today
+# how pictures are divided today
+RULES = ("scenes", "own split", "one in eight", "train and val folders", "unknown")
 
 
 def older_than_the_rule(
@@ -338,14 +344,8 @@ def older_than_the_rule(
     """Whether a model was trained before pictures were divided as they are today: its record has keys, and
     names another rule.
     """
-    return next(
-        (
-            known
-            for known in learned.values()
-            if known is not None and known.keys is not None and known.rule not in RULES
-        ),
-        None,
-    )
+    found = [k for k in learned.values() if k is not None and k.keys is not None and k.rule not in RULES]
+    return found[0] if found else None
 
 # %% ../../nbs/evaluation/evaluate.ipynb #10-144f7ed3-1
 def split_by_record(

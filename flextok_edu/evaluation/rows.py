@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.features import AttributeClassifier
 from ..engine.tensors import from_uint8
 from ..engine.tokenizers import Tokenizer
+from .batches import Batches, by_all, in_parts
 from .metrics import all_features, image_scores, mean_and_error, resamples
 from .entries import Asked
 from .registry import METRICS, Metric, better, metric_of, metrics_asked
@@ -31,6 +32,18 @@ class Seen:
     readings: Tensor | None  # of the classifier (n, heads); None without one
     scores: dict[str, Tensor]  # "mae", "psnr", …: (n,) each; empty for pictures that have no original
     own: dict[str, Tensor] = field(default_factory=dict)  # of networks that metrics asked for (n d)
+
+    @classmethod
+    def joined(cls, parts: "list[Seen]") -> "Seen":  # one or more
+        "What was seen of several batches, in their order."
+        first = parts[0]
+        return cls(
+            sum(p.count for p in parts),
+            [torch.cat(each) for each in zip(*(p.features for p in parts))],
+            torch.cat([p.readings for p in parts]) if first.readings is not None else None,
+            {name: torch.cat([p.scores[name] for p in parts]) for name in first.scores},
+            {name: torch.cat([p.own[name] for p in parts]) for name in first.own},
+        )
 
 # %% ../../nbs/evaluation/rows.ipynb #rows-reference
 class Reference:
@@ -52,7 +65,7 @@ class Reference:
         self.reader = reader
         self.device = device
         self.asked = asked
-        own = self.see(self.originals(i, i + batch) for i in range(0, len(images), batch))
+        own = self.see(Batches(in_parts(len(images), batch), self.originals))
         self.features, self.readings, self.own = own.features, own.readings, own.own
 
     def originals(self, first: int, end: int) -> Tensor:  # (b 3 h w) in [-1, 1]
@@ -62,34 +75,30 @@ class Reference:
 
     def see(
         self,
-        batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1]
+        batches: Batches | Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1]
         scored: bool = False,  # they are reconstructions of the originals, in their order
     ) -> Seen:
-        "Look at pictures that come in batches, and let them go."
-        features = [[] for _ in self.feature_extractors]
-        own = {name: [] for name in self.asked.extractors}
-        readings = []
-        scores = []
-        count = 0
+        "Look at pictures that come in batches, and let them go. `Batches` are shared by all processes."
+        if isinstance(batches, Batches):
+            return Seen.joined(by_all(batches.parts, lambda i, j: self._look(batches.make(i, j), i, scored)))
+        seen, count = [], 0
         for pictures in batches:
-            for e, kept in zip(self.feature_extractors, features):
-                kept.append(all_features(e, pictures, device=self.device))
-            for name, kept in own.items():
-                kept.append(all_features(self.asked.networks[name], pictures, device=self.device))
-            if self.reader is not None:
-                readings.append(self.reader.read(pictures))
-            if scored:
-                originals = self.originals(count, count + len(pictures)).to(pictures.device)
-                more = dict(asked=self.asked.names, networks=self.asked.networks)
-                scores.append({k: v.cpu() for k, v in image_scores(pictures, originals, **more).items()})
+            seen.append(self._look(pictures, count, scored))
             count += len(pictures)
-        joined = {name: torch.cat([each[name] for each in scores]) for name in (scores[0] if scores else ())}
+        return Seen.joined(seen)
+
+    def _look(self, pictures: Tensor, first: int, scored: bool) -> Seen:  # number of the first
+        device, asked, scores = self.device, self.asked, {}
+        if scored:
+            originals = self.originals(first, first + len(pictures)).to(pictures.device)
+            found = image_scores(pictures, originals, asked=asked.names, networks=asked.networks)
+            scores = {name: x.cpu() for name, x in found.items()}
         return Seen(
-            count,
-            [torch.cat(f) for f in features],
-            torch.cat(readings) if readings else None,
-            joined,
-            {name: torch.cat(kept) for name, kept in own.items()},
+            len(pictures),
+            [all_features(e, pictures, device=device) for e in self.feature_extractors],
+            self.reader.read(pictures) if self.reader is not None else None,
+            scores,
+            {e: all_features(asked.networks[e], pictures, device=device) for e in asked.extractors},
         )
 
 # %% ../../nbs/evaluation/rows.ipynb #10-547d46e1
@@ -215,7 +224,7 @@ def floor_ratios(
 # %% ../../nbs/evaluation/rows.ipynb #rows-reconstruction
 def reconstruction_row(
     reference: Reference,
-    batches: Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1], of all originals in their order
+    batches: Batches | Iterable[Tensor],  # pictures (b 3 h w) in [-1, 1], of all originals in their order
     what: str = "tokens",  # the kind of row
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # a row; the values behind it
     "Scores of reconstructions."
