@@ -204,7 +204,7 @@ def _is_first(o: EvalOptions) -> bool:  # whether this process writes
 
     return PartialState(cpu=o.device == "cpu").is_main_process
 
-
+# %% ../../nbs/apps/measure.ipynb #apps-measure-work
 def measure(o: EvalOptions, base: Preset | None = None) -> Report:
     "Open, measure, write: alone, or with others under `torchrun` and `accelerate launch` (the first writes)."
     first, out, device = _is_first(o), ready_to_write(o.out), pick_device(o.device)
