@@ -10,13 +10,13 @@ import torch
 from planting import planted, randomize
 
 from flextok_edu.apps import studies
-from flextok_edu.apps.studies import STUDIES, Job, Study, collect_results, equal_flops, study_all
+from flextok_edu.apps.studies import STUDIES, Job, Study, collect_results, study_all
 from flextok_edu.engine.config import preset
 from flextok_edu.engine.tokenizers import TOKENIZERS, load_any_tokenizer, tokenizer_class
 from flextok_edu.flow import mix, velocity_target
 from flextok_edu.objective import FlowObjective, sample_training_noise
 from flextok_edu.systems import grid, pixels, tail_drop, titok
-from flextok_edu.systems.common import FlowSystem, training_flops
+from flextok_edu.systems.common import FlowSystem, equal_flops, training_flops
 from flextok_edu.tokenizer import FlexTok, save_tokenizer
 from flextok_edu.training import Latents, new_tokenizer, train_tokenizer
 
