@@ -107,7 +107,10 @@ def frechet(
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).set_dtype(torch.float64)
+    # (under several processes each has all features already, and torchmetrics would count them twice)
+    metric = FrechetInceptionDistance(feature=_Given(a.shape[1]), sync_on_compute=False).set_dtype(
+        torch.float64
+    )
     metric.update(a.cpu().double(), real=True)
     metric.update(b.cpu().double(), real=False)
     return float(metric.compute())
