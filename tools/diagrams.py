@@ -1926,10 +1926,10 @@ def baselines() -> Drawing:
     """The systems beside FlexTok: which registers see each other, and what a short list is."""
     rows = (
         ("FlexTok", "causal", "the first tokens, the rest mask tokens"),
-        ("tail drop", "full", "the same; but every token knows of all others"),
-        ("TiTok", "full", "there is none: another length is another model"),
+        ("tail drop", "full", "the same; every token knows of all others"),
+        ("TiTok", "full", "none: another length is another model"),
         ("grid", "", "the upper rows of the picture"),
-        ("ALIT", "grows", "another list: every pass writes all tokens anew"),
+        ("ALIT", "grows", "another list: all tokens are written anew"),
         ("KARL", "full", "as long as the wished error asks for"),
     )
     d = Drawing(
