@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_latents', 'Latents', 'NormStatistics', 'latent_batches', 'TokenizerLoader', 'recorded_terms',
-           'tokenizer_objective', 'fit_tokenizer', 'new_tokenizer', 'train_tokenizer']
+           'tokenizer_objective', 'fit_tokenizer', 'fresh_tokenizer', 'train_tokenizer']
 
 # %% ../nbs/11_training.ipynb #training-imports
 from collections.abc import Callable, Sequence
@@ -292,7 +292,7 @@ def _training_latents(
     return Latents(means, stds), looking[0].look(images) if looking else None
 
 # %% ../nbs/11_training.ipynb #08-ffa4910b-1
-def new_tokenizer(
+def fresh_tokenizer(
     preset: Preset,  # names the system, and has its sizes
     vae: VAE | None,  # trained stage 0
 ) -> FlexTok:  # or whatever system the preset names, with fresh weights
@@ -315,6 +315,6 @@ def train_tokenizer(
     A class may have `fit`, a training of its own.
     """
     torch.manual_seed(Runtime.of(None, named).seed)
-    tok = new_tokenizer(preset, vae)
+    tok = fresh_tokenizer(preset, vae)
     train = tok.fit if hasattr(tok, "fit") else partial(fit_tokenizer, tok)
     return train(data, preset.train_tokenizer, terms=terms, trainer=trainer, flip=flip, **named)

@@ -18,7 +18,7 @@ from flextok_edu.objective import FlowObjective, sample_training_noise
 from flextok_edu.systems import grid, pixels, tail_drop, titok
 from flextok_edu.systems.common import FlowSystem, equal_flops, training_flops
 from flextok_edu.tokenizer import FlexTok, save_tokenizer
-from flextok_edu.training import Latents, new_tokenizer, train_tokenizer
+from flextok_edu.training import Latents, fresh_tokenizer, train_tokenizer
 
 MICRO = preset("micro")
 SYSTEMS = [kind for kind in TOKENIZERS if issubclass(tokenizer_class(kind), FlowSystem)]
@@ -27,7 +27,7 @@ SYSTEMS = [kind for kind in TOKENIZERS if issubclass(tokenizer_class(kind), Flow
 def small(kind, **changes):
     """A random system with big weights."""
     torch.manual_seed(0)
-    return randomize(new_tokenizer(replace(MICRO, system=kind, **changes), None))
+    return randomize(fresh_tokenizer(replace(MICRO, system=kind, **changes), None))
 
 
 def latents(tok, b=2):

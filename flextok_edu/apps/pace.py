@@ -28,7 +28,7 @@ from ..engine.trainer import Callback, SingleDevice, Trainer, Training
 from ..engine.monitor import matmul_rate
 from ..engine.tensors import from_uint8
 from ..evaluation.metrics import image_scores
-from ..training import Latents, new_tokenizer, train_tokenizer
+from ..training import Latents, fresh_tokenizer, train_tokenizer
 from ..vae import VAE
 from ..vae_training import train_vae
 
@@ -191,7 +191,7 @@ def dummy_stages(
     )  # with the adversary: the dear half of the training, to be careful
     how = {s: {"device": device, "progress": False, "compile": s in compiled} for s in STAGES}
     vae, k = VAE(p.vae).to(device).eval(), len(few)
-    tok = new_tokenizer(p, vae)
+    tok = fresh_tokenizer(p, vae)
     # a system with a training of its own may want pictures
     learns_from = few if hasattr(tok, "fit") else Latents(torch.randn(k, *p.tokenizer.latent_shape))
     stages = {"vae": lambda trainer: train_vae(few, q, feature_extractor, **how["vae"], trainer=trainer)}
@@ -232,7 +232,7 @@ def probe(
         name: SUSTAINED * Stopwatch(device, None if name == "classifier" else precision).watch(stage).seconds
         for name, stage in stages.items()
     }
-    tok = new_tokenizer(p, VAE(p.vae)).to(device).eval()
+    tok = fresh_tokenizer(p, VAE(p.vae)).to(device).eval()
     e, originals, spent = p.evaluate, from_uint8(few.images[:64]), 0.0
     few_ids = tok.tokenize(originals)
     for k in tok.token_counts:

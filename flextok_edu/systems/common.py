@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..engine.config import Preset, TokenizerConfig
 from ..objective import FlowObjective, sample_training_noise
 from ..tokenizer import FlexTok
-from ..training import new_tokenizer
+from ..training import fresh_tokenizer
 from ..vae import VAE
 
 # %% ../../nbs/systems/common.ipynb #systems-common-system
@@ -52,7 +52,7 @@ def training_flops(
     step is; it may run another number of images, and returns it.
     """
     torch.manual_seed(0)
-    tok = new_tokenizer(preset, None).train()
+    tok = fresh_tokenizer(preset, None).train()
     with FlopCounterMode(display=False) as counter:
         if hasattr(tok, "counted_step"):
             batch = tok.counted_step(preset, batch) or batch
