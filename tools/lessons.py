@@ -37,6 +37,7 @@ BUILT = {
     "13b_ar_training": "pictures as ids, and the loop of stage 2",
     "13c_text": "cross-attention to a text encoder: pictures for sentences",
     "14_evaluation": "quality against token count; metrics, and what each of them misses",
+    "14b_baselines": "what flexible tokens cost, beside fixed lengths, a dropped tail and a grid",
     "15_search": "best of n, and a beam over beginnings of lists: judge a picture before it is written",
     "16_budgets": "how many tokens a picture needs: a search that keeps its promise, and a head that guesses",
     "17_released": "released FlexTok and VAE checkpoints, in and out",
