@@ -266,8 +266,12 @@ def test_what_cannot_be_equal_says_so():
 class Process:
     """In the place of one: writes a result, or fails."""
 
+    alone = []  # those that began without the models that a seed shares
+
     def __init__(self, folder, job, log):
         self.returncode, self.terminated = None, False
+        if not (folder / job.key / "vae" / "config.json").exists():
+            Process.alone.append(job.key)
         log.append(job.key)
         self.folder, self.job = folder, job
 
@@ -294,6 +298,7 @@ class Process:
 @pytest.fixture
 def begun(monkeypatch):
     log = []
+    monkeypatch.setattr(Process, "alone", [])
     monkeypatch.setattr(studies, "_begin", lambda folder, job, threads: Process(folder, job, log))
     monkeypatch.setitem(STUDIES, "toy", Study({"first": (), "broken": (), "other": ()}, "a toy", equal=False))
     monkeypatch.setattr(studies.time, "sleep", lambda _: None)
@@ -331,7 +336,7 @@ def test_interrupted_study_stops_its_processes(begun, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_begin", begin)
     monkeypatch.setattr(studies.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        studies.run_all(tmp_path, [Job("first", 0, MICRO), Job("first", 1, MICRO)], "first", beside=2)
+        studies.run_all(tmp_path, [Job("first", 0, MICRO), Job("first", 1, MICRO)], beside=2)
     assert len(made) == 2 and all(p.terminated for p in made)
 
 
