@@ -117,7 +117,15 @@ class FlowObjective:
         step = self.step(
             latents, features, draws or sample_training_noise(self.tok.config, len(latents), budget)
         )
-        each, numbers = flow_loss(step.velocity, velocity_target(latents, step.noise)), {}  # b
+        loss, numbers = self.main(step)
+        for term in self.terms:
+            numbers[term.name] = term(step)
+            loss = loss + term.weight * numbers[term.name]
+        return loss, numbers
+
+    def main(self, step: FlowStep) -> tuple[Tensor, dict]:  # scalar; numbers to log
+        "The loss without its terms: that of the flow."
+        each, numbers = flow_loss(step.velocity, velocity_target(step.latents, step.noise)), {}  # b
         d = step.draws
         if self.tok.config.zero_noise:  # pairs (sum, count): indexing by a mask would make a GPU wait
             full = d.zeroed & ~d.null & (d.budget == self.tok.config.registers)
@@ -125,11 +133,7 @@ class FlowObjective:
                 "flow": ((each * ~d.zeroed).sum(), (~d.zeroed).sum()),
                 "regression_full": ((each * full).sum(), full.sum()),
             }
-        loss = each.mean()
-        for term in self.terms:
-            numbers[term.name] = term(step)
-            loss = loss + term.weight * numbers[term.name]
-        return loss, numbers
+        return each.mean(), numbers
 
     def step(self, latents: Tensor, features: Tensor | None, draws: TrainingNoise) -> FlowStep:
         "Encode, quantise, apply the budget, mix noise, predict the velocity."

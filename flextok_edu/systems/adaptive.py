@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..flow import flow_loss, velocity_target
-from ..objective import FlowObjective, FlowStep, TrainingNoise, sample_training_noise
+from ..objective import FlowObjective, FlowStep, TrainingNoise
 from ..short_cuts import condition_of
 from ..transformer import patchify
 
@@ -80,23 +80,11 @@ class AdaptiveObjective(FlowObjective):
             )
         super().__init__(tok, terms)
 
-    def __call__(
-        self,
-        latents: Tensor,  # normalised latents (b c h w)
-        features: Tensor | None = None,  # further data of these images (b …), for terms
-        budget: int | Tensor | None = None,  # tokens kept, a number or (b,); drawn by default
-        draws: TrainingNoise | None = None,  # the step's random numbers; drawn by default
-    ) -> tuple[Tensor, dict]:  # scalar; numbers to log
-        draws = draws or sample_training_noise(self.tok.config, len(latents), budget)
-        step = self.step(latents, features, draws)
-        flow = flow_loss(step.velocity, velocity_target(latents, step.noise)).mean()
+    def main(self, step: AdaptiveStep) -> tuple[Tensor, dict]:  # scalar; numbers to log
+        "The loss without its terms."
+        flow = flow_loss(step.velocity, velocity_target(step.latents, step.noise)).mean()
         regression = step.regression.mean()
-        loss, numbers = (flow + regression) / 2 + step.extra, step.numbers
-        numbers = {"flow": flow, "regression": regression} | numbers
-        for term in self.terms:
-            numbers[term.name] = term(step)
-            loss = loss + term.weight * numbers[term.name]
-        return loss, numbers
+        return (flow + regression) / 2 + step.extra, {"flow": flow, "regression": regression} | step.numbers
 
     def start(self, latents: Tensor, draws: TrainingNoise) -> tuple[TrainingNoise, Tensor, Tensor]:
         # latents (b c h w), the step's random numbers -> the same where the latents are; noise (b c h w)
